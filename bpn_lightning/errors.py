@@ -1,0 +1,56 @@
+"""What can go wrong, as one small tree of exceptions.
+
+::
+
+    BPNLightningError
+    ├── ConfigurationError   an argument, a config key or a combination of them breaks a rule
+    ├── DataError            data are missing, unreadable or corrupt
+    ├── CheckpointError      a checkpoint cannot continue or serve this run
+    └── ResultsError         the folder of a run cannot be used
+
+The command line prints any of them as one message, without a traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "BPNLightningError",
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "ResultsError",
+    "did_you_mean",
+]
+
+
+class BPNLightningError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigurationError(BPNLightningError, ValueError):
+    """An argument, a config key or a combination of them breaks a rule."""
+
+
+class DataError(BPNLightningError, RuntimeError):
+    """Data are missing, unreadable or corrupt."""
+
+
+class CheckpointError(BPNLightningError, RuntimeError):
+    """A checkpoint cannot continue or serve this run."""
+
+
+class ResultsError(BPNLightningError, RuntimeError):
+    """The folder of a run cannot be used."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or nothing.
+
+    >>> did_you_mean("epsilom", ["epsilon", "rank"])
+    " Did you mean 'epsilon'?"
+    >>> did_you_mean("zzz", ["epsilon", "rank"])
+    ''
+    """
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,96 @@
+"""Accuracy over a stream: one plain function, the same before, during and after training."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.tasks import Split
+
+if TYPE_CHECKING:
+    from bpn_lightning.module import ContinualModule
+
+__all__ = ["evaluate", "evaluate_without_oracle", "validation_loss"]
+
+
+@torch.no_grad()
+def evaluate(
+    module: "ContinualModule", tasks: Sequence[int] | None = None, split: Split = "test"
+) -> Tensor:
+    """Accuracy on some tasks, each in its own mode: the task oracle is at work.
+
+    Leaves weights, running statistics, modes and the global random state as they were.
+
+    Args:
+        module: a module with a stream; under DDP every process calls this and gets the same.
+        tasks: task ids; all of the stream by default.
+        split: which part of their data.
+
+    Returns:
+        ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
+    """
+    ids = range(len(module.tasks)) if tasks is None else tasks
+    counts = torch.zeros(2, len(ids), dtype=torch.float64, device=module.device)
+    with evaluation_mode(module):
+        for index, task in enumerate(ids):
+            with module.task_mode(task):
+                for batch in module.batches(task, split):
+                    counts[0, index] += (module(batch.inputs).argmax(1) == batch.targets).sum()
+                    counts[1, index] += len(batch.targets)
+    return _accuracy(module, counts)
+
+
+@torch.no_grad()
+def evaluate_without_oracle(
+    module: "ContinualModule", tasks: Sequence[int], split: Split = "test"
+) -> Tensor:
+    """Accuracy on some tasks when nobody tells which task a sample is from.
+
+    Every sample is answered in the mode, among these tasks' modes, whose largest softmax is the
+    largest: class-incremental accuracy. Costs one forward per mode; one in all where the network has
+    no modes.
+
+    Args:
+        module: a module with a stream and one head for all tasks.
+        tasks: ids of the learned tasks; no other mode competes.
+        split: which part of their data.
+
+    Returns:
+        ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
+    """
+    counts = torch.zeros(2, len(tasks), dtype=torch.float64, device=module.device)
+    modes = tasks if module.has_modes else tasks[-1:]
+    with evaluation_mode(module):
+        for index, task in enumerate(tasks):
+            for batch in module.batches(task, split):
+                confidences, answers = [], []
+                for mode in modes:
+                    with module.task_mode(mode):
+                        confidence, answer = module(batch.inputs).softmax(1).max(1)
+                    confidences.append(confidence)
+                    answers.append(answer)
+                best = torch.stack(confidences).argmax(0, keepdim=True)
+                chosen = torch.stack(answers).gather(0, best)[0]
+                counts[0, index] += (chosen == batch.targets).sum()
+                counts[1, index] += len(batch.targets)
+    return _accuracy(module, counts)
+
+
+@torch.no_grad()
+def validation_loss(module: "ContinualModule", task: int) -> float:
+    """Mean cross-entropy on a task's validation split, in its mode."""
+    sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+    with evaluation_mode(module), module.task_mode(task):
+        for batch in module.batches(task, "val"):
+            sums[0] += F.cross_entropy(module(batch.inputs), batch.targets, reduction="sum")
+            sums[1] += len(batch.targets)
+    loss, total = module.all_reduce(sums)
+    return float(loss / total)
+
+
+def _accuracy(module: "ContinualModule", counts: Tensor) -> Tensor:
+    correct, total = module.all_reduce(counts).cpu()
+    return correct / total

@@ -1,0 +1,628 @@
+"""The LightningModule of a stream: the cursor of tasks and the phases of a step."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import signature
+from math import ceil
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bpn_lightning.errors import CheckpointError, ConfigurationError
+from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
+from bpn_lightning.layers import BiasUnits
+from bpn_lightning.metrics import AccuracyMatrix
+from bpn_lightning.network import ContinualNetwork
+from bpn_lightning.random_state import random_state, restore_random_state
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.tasks import (
+    Batch,
+    Mask,
+    Phase,
+    Position,
+    Schedule,
+    Split,
+    Task,
+)
+from bpn_lightning.trainer_rules import check_trainer
+
+if TYPE_CHECKING:
+    from bpn_lightning.datamodules.base import ContinualDataModule
+
+__all__ = ["ContinualModule"]
+
+STEP_HOOKS = (
+    "loss_terms",
+    "capture_grad",
+    "penalty_grad",
+    "project_grad",
+    "consume_grad",
+    "on_optimizer_stepped",
+    "logs",
+)
+
+
+def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
+    """The paper's optimizer: plain SGD, learning rate 0.01."""
+    return torch.optim.SGD(params, lr=0.01)
+
+
+class ContinualModule(ContinualNetwork):
+    """A network that learns a stream of tasks in one fit.
+
+    A backbone maps inputs to features; one linear head over all classes of the stream stands on it.
+    The methods are the trainer's :class:`~bpn_lightning.strategies.base.ContinualStrategy` callbacks.
+
+    Args:
+        backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
+        optimizer: called with the parameters at the start of every task (LightningCLI's convention).
+        scheduler: called with the optimizer, and with ``num_steps``, the number of updates that it
+            will see, if it has an argument of that name.
+        scheduler_interval: whether the scheduler steps after every update or every epoch.
+        mask: the columns of the head that take part: ``all`` from the first task on (single head),
+            ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
+            ``shared`` (every task has the same classes).
+        evaluate_every: test accuracies are taken after every ``task``, or also after every ``epoch``.
+        patience: epochs without a lower validation loss after which a phase of a task ends; None
+            trains each to its full length.
+        without_oracle: whether every task is also scored, at the stream's end, without the task id.
+
+    Attributes:
+        accuracy_matrix: accuracies of every task before training and after each task.
+        curve: accuracies over the stream, as dictionaries with ``epoch`` (epochs done), ``task`` (the
+            one being learned) and ``accuracy`` (one number per task, None where not measured).
+        opened: the task that was opened last, -1 before the first.
+        closed: the last task that is learned, consolidated and evaluated, -1 before the first.
+
+    Raises:
+        ConfigurationError: a choice is unknown, or patience is below 1.
+    """
+
+    accuracy_matrix: AccuracyMatrix
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        optimizer: OptimizerCallable = sgd,
+        scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: Literal["step", "epoch"] = "step",
+        mask: Mask = "all",
+        evaluate_every: Literal["task", "epoch"] = "task",
+        patience: int | None = None,
+        without_oracle: bool = True,
+    ) -> None:
+        super().__init__(backbone, mask)
+        choices = (
+            ("evaluate_every", evaluate_every, ("task", "epoch")),
+            ("scheduler_interval", scheduler_interval, ("step", "epoch")),
+        )
+        for argument, value, known in choices:
+            if value not in known:
+                raise ConfigurationError(
+                    f"Expected {argument} to be one of {', '.join(known)}, but got {value!r}."
+                )
+        if patience is not None and patience < 1:
+            raise ConfigurationError(
+                f"Expected patience to be at least 1 epoch or null, but got {patience}."
+            )
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scheduler_interval = scheduler_interval
+        self.evaluate_every = evaluate_every
+        self.patience = patience
+        self.without_oracle = without_oracle
+
+        self.closed = -1
+        self.curve: list[dict[str, Any]] = []
+        self.schedule = Schedule([[Phase("train", 1)]])
+        self._done: list[str] = []  # what closing the open task has finished
+        self._judged = 0  # epochs that early stopping has looked at
+        self._best_loss, self._bad_epochs = float("inf"), 0
+        self._saved: dict[str, Any] | None = None  # what a checkpoint handed over
+        self._strategies: list[ContinualStrategy] = []
+
+        # What a step needs, gathered when a task opens: nothing is looked up twice.
+        self._hooks: dict[str, list[Callable[..., Any]]] = {name: [] for name in STEP_HOOKS}
+        self._hooked: Optimizer | None = None
+        self._hook_handle: Any = None
+        self._groups: dict[int, dict[str, Any]] = {}
+        self._step_parameters: dict[str, nn.Parameter] = {}
+        self._columns = (0, 0)
+        self._world_size = 1
+        self._other_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._counts = torch.zeros(3, 0)
+
+    def _build(self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...]) -> None:
+        super()._build(tasks, num_classes, input_shape)
+        if not hasattr(self, "accuracy_matrix"):
+            self.accuracy_matrix = AccuracyMatrix(len(tasks))
+
+    @property
+    def strategies(self) -> Sequence[ContinualStrategy]:
+        """The continual strategies of the trainer, in the order of its callbacks."""
+        return self._strategies
+
+    def batches(self, task_id: int, split: Split) -> Iterator[Batch]:
+        """This process's share of a task's samples, each once, on the device and prepared."""
+        for batch in self.stream.loader(task_id, split):
+            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
+            yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return tensor
+        return cast(Tensor, self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum"))
+
+    def evaluate(self, tasks: Sequence[int] | None = None, split: Split = "test") -> Tensor:
+        """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.evaluation.evaluate`."""
+        return evaluate(self, tasks, split)
+
+    # --- launch ----------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Build the structure, and check that the trainer, the stream and the strategies fit."""
+        trainer = self.trainer
+        stream = getattr(trainer, "datamodule", None)
+        if stream is None or not hasattr(stream, "tasks"):
+            raise ConfigurationError(
+                f"Expected trainer.{trainer.state.fn} to get a ContinualDataModule, but got "
+                f"{type(stream).__name__}. Streams are in bpn_lightning.datamodules."
+            )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
+        self._find_hooks()
+        self.attach(stream)
+        for strategy in self._strategies:
+            strategy.configure(self, stream)
+        self._switch(max(self.opened, 0))
+        if stage == "fit":
+            self._check_composition()
+            self._plan()
+            if self.patience and not stream.has_validation:
+                raise ConfigurationError(
+                    f"Expected validation_fraction to be more than 0 where patience is set, but "
+                    f"patience is {self.patience} and the stream has no validation split."
+                )
+            check_trainer(trainer, self.schedule.total)
+            trainer.fit_loop.max_epochs = self.schedule.total
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def _plan(self) -> None:
+        """Lay out the schedule; a module that learned before keeps the one it has."""
+        if self.opened >= 0:
+            return
+        phases = []
+        for task in self._tasks:
+            of_task = [Phase("train", task.epochs)]
+            for strategy in self._strategies:
+                of_task = strategy.phases(task, of_task)
+            phases.append(of_task)
+        self.schedule = Schedule(phases)
+
+    def _check_composition(self) -> None:
+        projecting = [type(s).__name__ for s in self._strategies if s.projects]
+        if len(projecting) > 1:
+            raise ConfigurationError(
+                "Expected at most one strategy that projects gradients, but got "
+                f"{' and '.join(projecting)}. Remove all but one."
+            )
+
+    def _find_hooks(self) -> None:
+        """The hooks that strategies override: the others cost nothing."""
+
+        def overriding(name: str) -> list[Callable[..., Any]]:
+            base = getattr(ContinualStrategy, name)
+            return [
+                getattr(s, name) for s in self._strategies if getattr(type(s), name) is not base
+            ]
+
+        self._hooks = {name: overriding(name) for name in STEP_HOOKS}
+        self._switch_hooks = overriding("on_task_switch")
+
+    # --- the cursor of tasks ---------------------------------------------------------------------
+
+    @property
+    def position(self) -> Position:
+        """Task, phase and epoch of the trainer's current epoch; outside a fit, the task opened last."""
+        if self.trainer.state.fn != "fit":
+            return Position(max(self.opened, 0), "train", 0)
+        return self.schedule.locate(self.trainer.current_epoch)
+
+    def advance(self) -> None:
+        """Close every finished task, open the one that the current epoch belongs to.
+
+        Idempotent, and called wherever training can begin or go on, since no single hook of Lightning
+        fires after every way of resuming.
+        """
+        self._judge_epoch(self.trainer.current_epoch)
+        task = self.position.task
+        if self.closed < task - 1:
+            self.close(task - 1)
+        self._open(task)
+        self._follow_optimizer()
+
+    def _open(self, task_id: int) -> None:
+        if task_id <= self.opened:
+            return
+        task = self._tasks[task_id]
+        if task_id == 0:
+            for strategy in self._strategies:
+                strategy.on_stream_start(self, self.stream)
+            untrained = evaluate(self)
+            self.accuracy_matrix.update(0, untrained)
+            self._add_to_curve(untrained, task_id, epoch=0)
+        self.opened = task_id
+        self._done = []
+        for strategy in self._strategies:
+            strategy.on_task_start(self, task)
+        self._switch(task_id)
+        if self.stream.reset_optimizer == "always":
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        else:
+            self._clear_optimizer_state(p for m in self._task_modules() for p in m.parameters())
+        self._hooked = None
+
+    def close(self, task_id: int) -> None:
+        """Consolidate a task in every strategy and fill its row of the matrix, each exactly once.
+
+        What is finished is noted as it happens, so a run that stops in between goes on from there.
+        """
+        if task_id <= self.closed:
+            return
+        self._check_finite(task_id)
+        for strategy in self._strategies:
+            if strategy.state_key not in self._done:
+                strategy.on_task_end(self, self._tasks[task_id])
+                self._done.append(strategy.state_key)
+        self._switch(task_id)
+        row = evaluate(self)
+        last = task_id + 1 == len(self._tasks)
+        if last and self.without_oracle and self._mask != "task":
+            alone = evaluate_without_oracle(self, range(len(self._tasks)))
+            self.accuracy_matrix.update_without_oracle(alone)
+        self.accuracy_matrix.update(task_id + 1, row)
+        self._add_to_curve(row, task_id, self.schedule.last_epoch(task_id) + 1)
+        self.closed = task_id
+        for logger in self.trainer.loggers:
+            logger.log_metrics(self._stream_metrics(row), step=self.trainer.global_step)
+
+    def _check_finite(self, task_id: int) -> None:
+        for name, parameter in self.named_parameters():
+            if not parameter.detach().isfinite().all():
+                raise ConfigurationError(
+                    f"Expected the weights to be finite after task {task_id}, but {name} is not: "
+                    "training diverged. Lower the learning rate or the strategies' strength; EWC's "
+                    "update 'proximal' is stable at any strength."
+                )
+
+    def _judge_epoch(self, epochs_done: int) -> None:
+        """After an epoch of the open task: end its phase when patience runs out, add to the curve.
+
+        Not in Lightning's validation loop, which a run resumed from an epoch's last batch skips.
+        """
+        if epochs_done <= self._judged or self.closed == self.opened:
+            return
+        if self.patience is not None:
+            loss = validation_loss(self, self.opened)
+            improved = loss < self._best_loss
+            self._bad_epochs = 0 if improved else self._bad_epochs + 1
+            self._best_loss = min(loss, self._best_loss)
+            if self._bad_epochs >= self.patience:
+                self.schedule.end_phase(epochs_done - 1)
+                self._best_loss, self._bad_epochs = float("inf"), 0
+        if self.evaluate_every == "epoch" and epochs_done <= self.schedule.last_epoch(self.opened):
+            row = torch.full((len(self._tasks),), float("nan"), dtype=torch.float64)
+            row[: self.opened + 1] = evaluate(self, range(self.opened + 1))
+            self._add_to_curve(row, self.opened, epochs_done)
+        self._judged = epochs_done
+        # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
+        self.trainer.fit_loop.max_epochs = self.schedule.total
+
+    def _add_to_curve(self, accuracy: Tensor, task: int, epoch: int) -> None:
+        if not self.curve or self.curve[-1]["epoch"] < epoch:
+            values = [None if value.isnan() else float(value) for value in accuracy]
+            self.curve.append({"epoch": epoch, "task": task, "accuracy": values})
+
+    def _stream_metrics(self, row: Tensor) -> dict[str, float]:
+        learned = row[: self.closed + 1]
+        metrics = {f"accuracy/task_{k + 1}": float(value) for k, value in enumerate(learned)}
+        return {"task": float(self.closed), **metrics, "accuracy/average": float(learned.mean())}
+
+    # --- Lightning's hooks -----------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Move strategies' tensors to the device."""
+        for strategy in self._strategies:
+            strategy.move_state(self)
+
+    def on_train_start(self) -> None:
+        """Go on where the checkpoint was, or begin."""
+        task = self.position.task
+        if not self.opened <= task <= self.opened + 1:
+            raise ConfigurationError(
+                f"Expected a module that is about to learn task {task}, but it has opened task "
+                f"{self.opened}. Make a new module, or go on with ckpt_path."
+            )
+        self.trainer.fit_loop.max_epochs = self.schedule.total
+        for strategy in self._strategies:
+            strategy.check(self, self.trainer.optimizers[0])
+        if self._saved is not None:
+            restore_random_state(self._saved["random"])
+            self._saved = None
+        self.advance()
+
+    def on_train_epoch_start(self) -> None:
+        """Enter the epoch's task."""
+        self.advance()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Enter the task too where a run resumes without an epoch's start."""
+        if self._hooked is not self.trainer.optimizers[0] or batch.task != self.opened:
+            self.advance()
+
+    def on_train_epoch_end(self) -> None:
+        """Leave the task after its last epoch."""
+        epochs_done = self.trainer.current_epoch + 1
+        self._judge_epoch(epochs_done)
+        if epochs_done > self.schedule.last_epoch(self.opened):
+            self.close(self.opened)
+
+    def on_train_end(self) -> None:
+        """Close the last task where a run resumed at its end."""
+        if self.trainer.current_epoch >= self.schedule.total:
+            self.close(len(self._tasks) - 1)
+
+    def on_fit_end(self) -> None:
+        """The same where nothing was left to train; say which tasks were not learned, if any."""
+        self.on_train_end()
+        missing = [str(task.id + 1) for task in self._tasks[self.closed + 1 :]]
+        if missing:
+            warnings.warn(
+                f"The stream stopped before its end: tasks {', '.join(missing)} of "
+                f"{len(self._tasks)} are not learned and their rows of the accuracy matrix are empty. "
+                "Go on with ckpt_path.",
+                stacklevel=2,
+            )
+
+    # --- validation, test, prediction ------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self._counts = torch.zeros(3, len(self._tasks), dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count losses and right answers, each sample in its own task's mode."""
+        logits = self(batch.inputs, task=batch.task)
+        tasks = torch.as_tensor(batch.task, device=self.device).expand(len(batch.targets))
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        right = logits.argmax(1) == batch.targets
+        values = torch.stack([losses, right, torch.ones_like(losses)]).double()
+        self._counts.index_add_(1, tasks, values)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and accuracy of the open task."""
+        loss, right, total = self.all_reduce(self._counts)
+        task = max(self.opened, 0)
+        self.log("val/loss", float(loss[task] / total[task]))
+        self.log("val/accuracy", float(right[task] / total[task]), prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count right answers, each sample in its own task's mode."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log what `evaluate` gives: the accuracy of every task, and their mean."""
+        _, right, total = self.all_reduce(self._counts)
+        accuracy = right / total
+        self.log_dict({f"test/accuracy/task_{k + 1}": float(a) for k, a in enumerate(accuracy)})
+        self.log("test/accuracy", float(accuracy.nanmean()))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logits ``(batch, num_classes)``, each sample in the mode of its task id."""
+        return cast(Tensor, self(batch.inputs, task=batch.task))
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the cursor, the structure and the random states."""
+        checkpoint["continual"] = {
+            "opened": self.opened,
+            "closed": self.closed,
+            "done": list(self._done),
+            "lengths": list(self.schedule.lengths),
+            "patience": [self._judged, self._best_loss, self._bad_epochs],
+            "curve": [dict(point) for point in self.curve],
+            "mask": self._mask,
+            "tasks": [(t.id, t.columns, t.class_names, t.epochs) for t in self._tasks],
+            "num_classes": self._head.out_features,
+            "input_shape": self._input_shape,
+            "bias_units": dict(self._attached),
+            "strategies": [strategy.state_key for strategy in self._strategies],
+            "random": random_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the structure, with or without a trainer, and take over the cursor.
+
+        Raises:
+            CheckpointError: the checkpoint is of another stream, mask or list of strategies.
+        """
+        saved = checkpoint.get("continual")
+        if saved is None:
+            raise CheckpointError(
+                "Expected a checkpoint of a ContinualModule, but it has no 'continual' entry. "
+                "Pass one from a run's checkpoints folder."
+            )
+        tasks = [
+            Task(id=i, columns=(c[0], c[1]), class_names=tuple(names), epochs=epochs)
+            for i, c, names, epochs in saved["tasks"]
+        ]
+        attached = self._trainer is not None
+        mine = {"mask": self._mask, "tasks": self._tasks, "strategies": self._state_keys()}
+        theirs = {"mask": saved["mask"], "tasks": tasks, "strategies": saved["strategies"]}
+        if not (attached and self.trainer.state.fn == "fit"):
+            mine.pop("strategies")
+        if not attached:
+            mine.pop("tasks")
+        for key, value in mine.items():
+            if value != theirs[key]:
+                raise CheckpointError(
+                    f"Expected a checkpoint with this run's {key}, but they differ: "
+                    f"{_difference(value, theirs[key])}. "
+                    "Resume with the configuration that wrote it, or start a new run."
+                )
+        self._build(tasks, saved["num_classes"], tuple(saved["input_shape"]))
+        for layer, rank in saved["bias_units"].items():
+            self.attach_bias_units(layer, rank)
+        self.opened, self.closed = saved["opened"], saved["closed"]
+        self._done = list(saved["done"])
+        self._judged, self._best_loss, self._bad_epochs = saved["patience"]
+        self.curve = [dict(point) for point in saved["curve"]]
+        if attached and self.trainer.state.fn == "fit":
+            self.schedule.load_lengths(saved["lengths"])
+            self._saved = saved
+        self._switch(max(self.opened, 0))
+
+    def _state_keys(self) -> list[str]:
+        return [strategy.state_key for strategy in self._strategies]
+
+    # --- a step, in phases -----------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """A fresh optimizer, over everything trainable but M, and its scheduler."""
+        outside = {id(part.M) for part in self.modules() if isinstance(part, BiasUnits)}
+        optimizer = self.optimizer(
+            [p for p in self.parameters() if p.requires_grad and id(p) not in outside]
+        )
+        if self.scheduler is None:
+            return optimizer
+        scheduler: Callable[..., Any] = self.scheduler
+        wants_steps = "num_steps" in signature(scheduler).parameters
+        made = (
+            scheduler(optimizer, num_steps=self._num_steps())
+            if wants_steps
+            else scheduler(optimizer)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": made, "interval": self.scheduler_interval},
+        }
+
+    def _num_steps(self) -> int:
+        """Updates until the optimizer is replaced: of the open task, or of the whole stream."""
+        limit = self.trainer.limit_train_batches
+        tasks = [self._tasks[max(self.opened, 0)]]
+        if self.stream.reset_optimizer == "never":
+            tasks = list(self._tasks)
+        total = 0
+        for task in tasks:
+            batches = len(cast("ContinualDataModule", self.stream).train_loader(task.id, 0))
+            batches = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+            total += task.epochs * ceil(batches / self.trainer.accumulate_grad_batches)
+        return total
+
+    def _follow_optimizer(self) -> None:
+        """Put the step's post-hook on the current optimizer, whichever way it came to be current."""
+        optimizer = self.trainer.optimizers[0]
+        if self._hooked is optimizer:
+            return
+        if self._hook_handle is not None:
+            self._hook_handle.remove()
+        self._hook_handle = optimizer.register_step_post_hook(self._on_optimizer_stepped)
+        self._hooked = optimizer
+        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._step_parameters = self.shared_parameters(include_head=True)
+        self._columns = self.columns(self.opened)
+        self._world_size = self.trainer.world_size
+        self._other_rows = []
+        if self._mask == "task":
+            first, stop = self._columns
+            outside = [i for i in range(self._head.out_features) if not first <= i < stop]
+            rows = torch.tensor(outside, device=self.device, dtype=torch.long)
+            for parameter in self._head.parameters(recurse=False):
+                self._other_rows.append((parameter, rows, parameter.detach()[rows].clone()))
+
+    def _clear_optimizer_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget momenta: those of bias units, and those of other tasks' rows of a multi-head."""
+        state = self.trainer.optimizers[0].state
+        for parameter in parameters:
+            state.pop(parameter, None)
+        if self._mask == "task":
+            for parameter in self._head.parameters(recurse=False):
+                for value in state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.zero_()
+
+    def learning_rate(self, parameter: nn.Parameter) -> float:
+        """The current optimizer's learning rate of a parameter."""
+        return float(self._groups[id(parameter)]["lr"])
+
+    @property
+    def loss_scale(self) -> float:
+        """The scaler's factor, which parameters outside the optimizer keep in their gradients."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of the active columns, and the strategies' terms.
+
+        The slice's sum is divided by the size of the batch over all processes, so that any number of
+        processes follows the same gradient, on uneven slices too.
+        """
+        logits = self._head(self.backbone(batch.inputs))
+        first, stop = self._columns
+        active = logits[:, first:stop]
+        losses = F.cross_entropy(active, batch.targets - first, reduction="sum")
+        scale = self._world_size / batch.global_size
+        loss = losses * scale
+        terms = {"loss/task": loss}
+        for hook in self._hooks["loss_terms"]:
+            for name, term in hook(self, batch, logits).items():
+                terms[f"loss/{name}"] = term.sum() * scale
+        loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.trainer.global_step + 1) % every == 0:
+            right = active.detach().argmax(1) == batch.targets - first
+            for hook in self._hooks["logs"]:
+                terms.update(hook(self))
+            self.log_dict({name: term.detach() for name, term in terms.items()})
+            self.log("train/loss", loss.detach(), prog_bar=True)
+            self.log("train/accuracy", right.float().mean(), prog_bar=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Capture, penalise, project, consume: after unscaling and reducing, before clipping."""
+        for phase in ("capture_grad", "penalty_grad", "project_grad", "consume_grad"):
+            for hook in self._hooks[phase]:
+                hook(self, self._step_parameters)
+
+    def _on_optimizer_stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        """Called by the optimizer itself, so never for an update that a scaler skipped."""
+        for hook in self._hooks["on_optimizer_stepped"]:
+            hook(self, self._step_parameters)
+        for parameter, rows, values in self._other_rows:
+            with torch.no_grad():
+                parameter[rows] = values
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+    """The first place where two values differ, in words."""
+    if isinstance(mine, list) and isinstance(theirs, list):
+        if len(mine) != len(theirs):
+            return f"{len(mine)} here, {len(theirs)} there"
+        index = next(
+            i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]
+        )
+        return f"{mine[index]} here, {theirs[index]} there"
+    return f"{mine!r} here, {theirs!r} there"

@@ -1,0 +1,248 @@
+"""A network whose mode follows the task: one backbone, one wide head, and bias units on its layers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.layers import BiasUnits, SwitchableLinear, TaskModule, evaluation_mode
+from bpn_lightning.tasks import ContinualStream, Mask, Task
+
+__all__ = ["ContinualNetwork"]
+
+MASKS = ("all", "seen", "task", "shared")
+
+
+class ContinualNetwork(L.LightningModule):
+    """Structure, forward and modes; :class:`~bpn_lightning.module.ContinualModule` trains it.
+
+    Args:
+        backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
+        mask: the columns of the head that take part; see there.
+
+    Raises:
+        ConfigurationError: the mask is unknown.
+    """
+
+    def __init__(self, backbone: nn.Module, mask: Mask = "all") -> None:
+        super().__init__()
+        if mask not in MASKS:
+            raise ConfigurationError(
+                f"Expected mask to be one of {', '.join(MASKS)}, but got {mask!r}."
+            )
+        self.backbone = backbone
+        self.head: nn.Linear | None = None
+        self.opened = -1
+        self._mask: Mask = mask
+        self._tasks: list[Task] = []
+        self._input_shape: tuple[int, ...] = ()
+        self._attached: dict[str, int] = {}  # layer -> rank of its bias units
+        self._stream: ContinualStream | None = None
+        self._mode: int | Tensor = 0
+        self._switch_hooks: list[Callable[..., Any]] = []
+
+    # --- structure -------------------------------------------------------------------------------
+
+    @property
+    def stream(self) -> ContinualStream:
+        """The stream that is learned: the trainer's datamodule, or the one given to `attach`."""
+        if self._stream is None:
+            raise ConfigurationError(
+                "Expected the module to have a stream, but it has none. Pass a ContinualDataModule to "
+                "trainer.fit, or call module.attach(stream) to evaluate without a trainer."
+            )
+        return self._stream
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The tasks of the stream."""
+        return self._tasks
+
+    @property
+    def mask(self) -> Mask:
+        """Which columns of the head take part in a task's loss."""
+        return self._mask
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether the network answers differently in different tasks' modes."""
+        return bool(self._task_modules()) or bool(self._switch_hooks)
+
+    def attach(self, stream: ContinualStream) -> None:
+        """Use a stream: build the head on the first call, check the fit on later ones.
+
+        Raises:
+            ConfigurationError: the backbone's output is no feature matrix, the mask and the stream's
+                classes do not fit, or the module was built for another stream.
+        """
+        self._stream = stream
+        shared = len({task.columns for task in stream.tasks}) == 1
+        if len(stream.tasks) > 1 and shared != (self._mask == "shared"):
+            wanted, why = "'all', 'seen' or 'task'", "brings new classes with every task"
+            if shared:
+                wanted, why = "'shared'", "has the same classes in every task"
+            raise ConfigurationError(
+                f"Expected mask to be {wanted} for a stream that {why}, but got {self._mask!r}."
+            )
+        self._build(list(stream.tasks), stream.num_classes, tuple(stream.input_shape))
+
+    def _build(self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...]) -> None:
+        """Make head and matrix with one dry forward through the backbone."""
+        if self.head is not None:
+            built = (len(self._tasks), self.head.out_features, self._input_shape)
+            if built != (len(tasks), num_classes, input_shape):
+                raise ConfigurationError(
+                    "Expected the stream that this module was built for, with (tasks, classes, input "
+                    f"shape) of {built}, but got {(len(tasks), num_classes, input_shape)}. "
+                    "Make a new module for another stream."
+                )
+            self._tasks = tasks
+            return
+        features = self._features(input_shape)
+        self._tasks, self._input_shape = tasks, input_shape
+        self.head = nn.Linear(features, num_classes, device=self.device)
+        nn.init.normal_(self.head.weight, std=features**-0.5)
+        nn.init.zeros_(self.head.bias)
+
+    def _features(self, input_shape: tuple[int, ...]) -> int:
+        """Width of the backbone's output for inputs of this shape."""
+        remedy = "End it with nn.Flatten(), or pass a network for inputs of this shape."
+        with torch.no_grad(), evaluation_mode(self.backbone):
+            try:
+                output = self.backbone(torch.zeros(1, *input_shape, device=self.device))
+            except Exception as error:
+                raise ConfigurationError(
+                    f"Expected backbone to accept inputs of shape (batch, {_shape(input_shape)}), but "
+                    f"its forward raised {type(error).__name__}: {error}. {remedy}"
+                ) from error
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output)
+            raise ConfigurationError(
+                f"Expected backbone to map (batch, {_shape(input_shape)}) to (batch, features), but "
+                f"got {got} for a batch of 1. {remedy}"
+            )
+        return output.shape[1]
+
+    def network(self) -> nn.Module:
+        """The module itself, as the function from inputs to logits."""
+        return self
+
+    def linear_layers(self) -> dict[str, nn.Linear]:
+        """Every fully connected layer by name, the head among them."""
+        layers = {
+            name: part
+            for name, part in self.backbone.named_modules(prefix="backbone")
+            if type(part) in (nn.Linear, SwitchableLinear)
+        }
+        return {**cast(dict[str, nn.Linear], layers), "head": self._head}
+
+    def attach_bias_units(self, layer: str, rank: int) -> nn.Module:
+        """Give a linear layer bias units, or return those that it has."""
+        linear = self.linear_layers()[layer]
+        if self._attached.get(layer, rank) != rank:
+            raise ConfigurationError(
+                f"Expected rank to be {self._attached[layer]}, as in the bias units that layer {layer} "
+                f"has, but got {rank}."
+            )
+        if not isinstance(linear, SwitchableLinear):
+            units = BiasUnits(len(self._tasks), rank, linear.out_features)
+            linear = SwitchableLinear.convert(linear, units)
+            self._attached[layer] = rank
+        return linear.bias_units
+
+    @property
+    def _head(self) -> nn.Linear:
+        if self.head is None:
+            raise ConfigurationError(
+                "Expected the module to know its stream, but it has no head yet. Call "
+                "trainer.fit(module, stream), module.attach(stream) or load a checkpoint first."
+            )
+        return self.head
+
+    def _task_modules(self) -> list[TaskModule]:
+        return [part for part in self.modules() if isinstance(part, TaskModule)]
+
+    def shared_parameters(self, include_head: bool) -> dict[str, nn.Parameter]:
+        """The trainable parameters that tasks share, by name; never those of bias units."""
+        own = {id(p) for part in self._task_modules() for p in part.parameters()}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+            and id(parameter) not in own
+            and (include_head or not name.startswith("head."))
+        }
+
+    # --- forward and modes -----------------------------------------------------------------------
+
+    def forward(self, inputs: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+        """Logits of every class of the stream, -inf for the columns that the mask leaves out.
+
+        Args:
+            inputs: ``(batch, *input_shape)``, prepared.
+            task: a task id, or ``(batch,)`` one per sample; None answers in the mode that holds.
+
+        Returns:
+            ``(batch, num_classes)``.
+        """
+        if task is not None:
+            with self.task_mode(task):
+                return self(inputs)  # type: ignore[no-any-return]
+        logits: Tensor = self._head(self.backbone(inputs))
+        if self._mask not in ("seen", "task"):
+            return logits
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        if isinstance(self._mode, Tensor):
+            table = torch.tensor(
+                [self.columns(t) for t in range(len(self._tasks))], device=logits.device
+            )[self._mode]
+            outside = (columns < table[:, :1]) | (columns >= table[:, 1:])
+        else:
+            first, stop = self.columns(self._mode)
+            outside = (columns < first) | (columns >= stop)
+        return logits.masked_fill(outside, float("-inf"))
+
+    def columns(self, task_id: int) -> tuple[int, int]:
+        """``(start, stop)`` of the head's columns that take part in a task's mode."""
+        if self._mask == "task":
+            return self._tasks[task_id].columns
+        if self._mask == "seen" and self.opened >= 0:
+            # Of the tasks opened so far, in every mode: following the mode would be an oracle.
+            return 0, max(task.columns[1] for task in self._tasks[: self.opened + 1])
+        return 0, self._head.out_features
+
+    @contextmanager
+    def task_mode(self, task: "int | Tensor") -> Iterator[None]:
+        """Whatever runs inside uses this task's mode; the one before returns, also on an error.
+
+        Args:
+            task: a task id, or ``(batch,)`` int64, one id per sample of every forward inside.
+
+        Raises:
+            ConfigurationError: the stream has no such task.
+        """
+        if not isinstance(task, Tensor) and not 0 <= task < len(self._tasks):
+            raise ConfigurationError(
+                f"Expected task to be an id from 0 to {len(self._tasks) - 1}, but got {task}."
+            )
+        before = self._mode
+        self._switch(task)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, task: "int | Tensor") -> None:
+        self._mode = task
+        for part in self._task_modules():
+            part.switch(task)
+        for hook in self._switch_hooks:
+            hook(self, task)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))

@@ -1,0 +1,240 @@
+"""A stream's tasks, their schedule over epochs, and what strategies see of a module and a stream.
+
+Everything above leans on this file; it leans on nothing but torch.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bpn_lightning.errors import CheckpointError
+
+__all__ = [
+    "Batch",
+    "ContinualHost",
+    "ContinualStream",
+    "Mask",
+    "Phase",
+    "Position",
+    "Schedule",
+    "Split",
+    "Task",
+]
+
+Split = Literal["train", "val", "test"]
+Mask = Literal["all", "seen", "task", "shared"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream.
+
+    Args:
+        id: place in the stream, from 0.
+        columns: ``(start, stop)``, the columns of the head that hold this task's classes. Disjoint
+            between tasks in class-incremental streams, the same in domain-incremental ones.
+        class_names: one name per column.
+        epochs: epochs of its own training phase.
+    """
+
+    id: int
+    columns: tuple[int, int]
+    class_names: tuple[str, ...]
+    epochs: int
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes this task has."""
+        return self.columns[1] - self.columns[0]
+
+    @property
+    def name(self) -> str:
+        """The names of its classes in one line."""
+        return ", ".join(self.class_names)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a task's epochs with one purpose; ``"train"`` is the task's own training."""
+
+    name: str
+    epochs: int
+
+
+class Batch(NamedTuple):
+    """What loaders yield: a slice of a global batch.
+
+    Attributes:
+        inputs: ``(batch, *input_shape)``; uint8 from a loader, float32 once prepared.
+        targets: ``(batch,)`` int64, columns of the head.
+        task: the task id that all samples share, or ``(batch,)`` int64, one id per sample.
+        global_size: samples in the whole batch over all processes; losses are divided by it.
+        augmentation: ``(batch, draws)`` int64, the random numbers that the stream's ``prepare`` may
+            augment these samples with; None from loaders that do not augment, and once prepared.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    task: "int | Tensor"
+    global_size: int
+    augmentation: "Tensor | None" = None
+
+
+class Position(NamedTuple):
+    """Where in the stream an epoch lies."""
+
+    task: int
+    phase: str
+    epoch: int
+    """Epochs of this task that came before, over all its phases."""
+
+
+@dataclass
+class Schedule:
+    """Maps the epochs of one fit to tasks and phases.
+
+    Args:
+        phases: the phases of each task, in order.
+
+    The only state is ``lengths``: how many epochs each phase has, planned at first and lowered when
+    early stopping ends a phase.
+
+    >>> schedule = Schedule([[Phase("train", 2)], [Phase("warm_up", 1), Phase("train", 2)]])
+    >>> schedule.total
+    5
+    >>> schedule.locate(3)
+    Position(task=1, phase='train', epoch=1)
+    >>> schedule.end_phase(3)
+    >>> schedule.total
+    4
+    """
+
+    phases: Sequence[Sequence[Phase]]
+    lengths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._flat = [(task, phase) for task, ps in enumerate(self.phases) for phase in ps]
+        self.lengths = [phase.epochs for _, phase in self._flat]
+
+    @property
+    def total(self) -> int:
+        """Epochs of the whole stream."""
+        return sum(self.lengths)
+
+    def locate(self, epoch: int) -> Position:
+        """Task, phase and epoch within the task of a global epoch; past the end, the last one's."""
+        index = self._index(epoch)
+        task, phase = self._flat[index]
+        first = next(i for i, (t, _) in enumerate(self._flat) if t == task)
+        return Position(task, phase.name, epoch - sum(self.lengths[:first]))
+
+    def last_epoch(self, task: int) -> int:
+        """The global epoch after which the task is learned."""
+        planned = zip(self._flat, self.lengths, strict=True)
+        return sum(length for (t, _), length in planned if t <= task) - 1
+
+    def phase_epochs(self, epoch: int) -> range:
+        """The global epochs of the phase that ``epoch`` lies in."""
+        index = self._index(epoch)
+        start = sum(self.lengths[:index])
+        return range(start, start + self.lengths[index])
+
+    def end_phase(self, epoch: int) -> None:
+        """Let the phase of ``epoch`` end with it; saying so twice changes nothing."""
+        index = self._index(epoch)
+        self.lengths[index] = epoch + 1 - sum(self.lengths[:index])
+
+    def load_lengths(self, lengths: Sequence[int]) -> None:
+        """Take the lengths of a saved schedule.
+
+        Raises:
+            CheckpointError: it had other phases.
+        """
+        planned = [phase.epochs for _, phase in self._flat]
+        lengths = [int(n) for n in lengths]
+        if len(lengths) != len(planned) or any(
+            n > p for n, p in zip(lengths, planned, strict=False)
+        ):
+            raise CheckpointError(
+                f"Expected a checkpoint of a stream with phases of {planned} epochs, but got one with "
+                f"{lengths}. Resume with the configuration that wrote it, or start a new run."
+            )
+        self.lengths = lengths
+
+    def _index(self, epoch: int) -> int:
+        ends = list(accumulate(self.lengths))
+        return min(bisect_right(ends, epoch), len(ends) - 1)
+
+
+class ContinualStream(Protocol):
+    """What the module and the strategies ask of a stream (after its ``setup``)."""
+
+    tasks: list[Task]
+    num_classes: int
+    input_shape: tuple[int, ...]
+    seed: int
+    reset_optimizer: Literal["always", "never"]
+    has_validation: bool
+
+    def loader(self, task_id: int, split: Split, batch_size: int | None = None) -> Iterable[Batch]:
+        """Every sample of this process's share once, in order and not augmented."""
+
+    def prepare(self, batch: Batch, augment: bool = False) -> Batch:
+        """Raw images to normalised floats, on the device that they lie on."""
+
+
+class ContinualHost(Protocol):
+    """What a strategy sees of the module that it works on."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the module lies on."""
+
+    @property
+    def stream(self) -> ContinualStream:
+        """The stream that is learned."""
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The tasks of the stream."""
+
+    @property
+    def mask(self) -> Mask:
+        """Which columns of the head take part in a task's loss."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What gradients of parameters outside the optimizer are still multiplied by (fp16)."""
+
+    def network(self) -> nn.Module:
+        """The module itself: inputs ``(batch, ...)`` to logits ``(batch, columns)``."""
+
+    def linear_layers(self) -> dict[str, nn.Linear]:
+        """Every fully connected layer by name, the head among them."""
+
+    def attach_bias_units(self, layer: str, rank: int) -> nn.Module:
+        """Give a linear layer bias units, or return those that it has."""
+
+    def shared_parameters(self, include_head: bool) -> dict[str, nn.Parameter]:
+        """The trainable parameters that tasks share, by name."""
+
+    def learning_rate(self, parameter: nn.Parameter) -> float:
+        """The current optimizer's learning rate of a parameter."""
+
+    def columns(self, task_id: int) -> tuple[int, int]:
+        """``(start, stop)`` of the head's columns that take part in a task's mode."""
+
+    def task_mode(self, task: "int | Tensor") -> AbstractContextManager[None]:
+        """Whatever runs inside uses this task's mode; the one before returns afterwards."""
+
+    def batches(self, task_id: int, split: Split) -> Iterable[Batch]:
+        """The stream's loader, moved to the device and prepared."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""

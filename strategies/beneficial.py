@@ -1,0 +1,191 @@
+"""Beneficial perturbations: the bias units of the Beneficial Perturbation Network."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from bpn_lightning.costs import bias_unit_bytes, tensor_bytes
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.layers import BiasUnits
+from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.tasks import ContinualHost, ContinualStream, Task
+
+__all__ = ["BeneficialPerturbation", "Direction", "perturbation"]
+
+Direction = Literal["sign", "gradient", "normalised", "frozen"]
+DIRECTIONS = ("sign", "gradient", "normalised", "frozen")
+
+
+def perturbation(gradient: Tensor, direction: Direction, epsilon: float) -> Tensor:
+    r"""The step that is taken off M, of the shape of its gradient.
+
+    ``sign`` is :math:`\epsilon\,\mathrm{sign}(g)` (Alg. 2 of Wen et al.), ``gradient`` is
+    :math:`\epsilon g` (their GD), ``normalised`` is :math:`\epsilon \sqrt{H}\, g / \|g\|`, as long as
+    the step of ``sign``, and ``frozen`` is 0.
+
+    >>> g = torch.tensor([[3.0, -4.0]])
+    >>> perturbation(g, "sign", 0.1)
+    tensor([[ 0.1000, -0.1000]])
+    >>> perturbation(g, "normalised", 0.1).norm() / 2**0.5
+    tensor(0.1000)
+    """
+    if direction == "sign":
+        return epsilon * gradient.sign()
+    if direction == "gradient":
+        return epsilon * gradient
+    if direction == "normalised":
+        norm = gradient.norm()
+        return gradient * torch.where(norm > 0, epsilon * gradient.numel() ** 0.5 / norm, norm)
+    return torch.zeros_like(gradient)
+
+
+class BeneficialPerturbation(ContinualStrategy):
+    r"""Bias units that switch one network between tasks: :math:`\mathrm{BIAS}_t = M_t W_t`.
+
+    .. math:: V^{i+1} = \sigma(W^i V^i + b^i + M^i_t W^i_t), \quad
+              M \leftarrow M - \epsilon\,\mathrm{sign}(\nabla_M L)
+
+    Eq. 1 and Alg. 1 and 2 of Wen, Rios, Ge, Itti, "Beneficial Perturbation Network for designing
+    general adaptive artificial intelligence systems". W is learned by the optimizer; M moves by
+    epsilon after each of its updates, whatever the learning rate; the product is frozen at the task's
+    end and chosen by the task's mode.
+
+    Where the paper is silent: epsilon is the step itself and not a factor of the learning rate; M
+    starts at 0 and W at N(0, 1/H), so a task starts as the network without bias units; the sign is
+    taken once per update, of the gradient over all processes and accumulated batches; the loss
+    descends (the text names the sign of the gradient, Alg. 2 lists it among gradients).
+
+    Args:
+        rank: H, width of the factorisation; the paper tries 1 to 2500.
+        epsilon: the step of M per update; the tuned values of the configs lie between 0.03 and 0.1.
+        direction: how M moves. ``sign`` is the paper's BD, ``gradient`` its GD, ``normalised`` the
+            gradient at the length of the sign's step; ``frozen`` is a control, where neither M nor W
+            learns and M is drawn from N(0, 1).
+        layers: names of the linear layers that get bias units (``"head"`` and names within
+            ``backbone``); every one by default.
+        m_start: ``zero`` or ``normal``, N(0, 1); by default ``normal`` where M is frozen.
+        w_scale: standard deviation of W at a task's start times the square root of H.
+
+    State:
+        in the module: M (1, H), W (H, K) and a bank of frozen biases (T, K) per layer; a task stores
+        4 K bytes per layer.
+
+    Raises:
+        ConfigurationError: a value is out of range or unknown, or a layer does not exist.
+    """
+
+    def __init__(
+        self,
+        rank: int = 100,
+        epsilon: float = 0.05,
+        *,
+        direction: Direction = "sign",
+        layers: Sequence[str] | None = None,
+        m_start: Literal["zero", "normal"] | None = None,
+        w_scale: float = 1.0,
+    ) -> None:
+        if rank < 1:
+            raise ConfigurationError(
+                f"Expected rank to be at least 1, but got {rank}. The paper's networks use 25 to 900."
+            )
+        if not 0 <= epsilon < float("inf"):
+            raise ConfigurationError(
+                f"Expected epsilon to be 0 or a positive number, but got {epsilon}. "
+                "It is the step of M per update: 0.03 to 0.1 with direction 'sign'."
+            )
+        if direction not in DIRECTIONS:
+            raise ConfigurationError(
+                f"Expected direction to be one of {', '.join(DIRECTIONS)}, but got {direction!r}."
+                f"{did_you_mean(direction, DIRECTIONS)}"
+            )
+        if m_start not in (None, "zero", "normal"):
+            raise ConfigurationError(
+                f"Expected m_start to be 'zero' or 'normal', but got {m_start!r}."
+            )
+        if direction == "frozen" and m_start == "zero":
+            raise ConfigurationError(
+                "Expected m_start to be 'normal' where direction is 'frozen', but got 'zero'. A frozen "
+                "M of 0 is a network without bias units: leave the strategy out instead."
+            )
+        if not 0 < w_scale < float("inf"):
+            raise ConfigurationError(
+                f"Expected w_scale to be a positive number, but got {w_scale}. "
+                "M and W both at 0 never move."
+            )
+        self.rank = rank
+        self.epsilon = epsilon
+        self.direction: Direction = direction
+        self.layers = None if layers is None else list(layers)
+        self.m_start = m_start or ("normal" if direction == "frozen" else "zero")
+        self.w_scale = w_scale
+        self.units: dict[str, BiasUnits] = {}
+        self._steps: list[tuple[nn.Parameter, Tensor]] = []
+
+    def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
+        """Give the chosen layers bias units."""
+        known = host.linear_layers()
+        for name in self.layers or known:
+            if name not in known:
+                raise ConfigurationError(
+                    f"Expected layers to be linear layers of the network, but got {name!r}."
+                    f"{did_you_mean(name, known)} It has {', '.join(known)}."
+                )
+        self.units = {
+            name: cast(BiasUnits, host.attach_bias_units(name, self.rank))
+            for name in self.layers or known
+        }
+        for units in self.units.values():
+            # Before DDP wraps the module: it must not wait for gradients that never come.
+            units.requires_grad_(self.direction != "frozen")
+
+    def on_task_start(self, host: ContinualHost, task: Task) -> None:
+        """Draw M and W anew; the same on every process and after a resume."""
+        for index, units in enumerate(self.units.values()):
+            generator = seeded_generator("bias units", host.stream.seed, task.id, index)
+            w = torch.randn(units.W.shape, generator=generator) * self.w_scale / self.rank**0.5
+            m = torch.zeros(units.M.shape)
+            if self.m_start == "normal":
+                m = torch.randn(units.M.shape, generator=generator)
+            units.start(task.id, m, w)
+
+    def consume_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Turn M's gradients into steps and keep them from clipping and from the optimizer."""
+        scale = host.loss_scale
+        self._steps = []
+        for units in self.units.values():
+            if units.M.grad is not None:
+                gradient = units.M.grad if scale == 1 else units.M.grad / scale
+                step = perturbation(gradient, self.direction, self.epsilon)
+                self._steps.append((units.M, step))
+                units.M.grad = None
+
+    def on_optimizer_stepped(
+        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Move M: here and not before, because a scaler may skip an update."""
+        if self._steps:
+            with torch.no_grad():
+                torch._foreach_sub_([m for m, _ in self._steps], [step for _, step in self._steps])
+            self._steps = []
+
+    def on_task_end(self, host: ContinualHost, task: Task) -> None:
+        """Freeze the product; M and W are spent."""
+        for units in self.units.values():
+            units.freeze()
+
+    def bytes_per_task(self, host: Any) -> int:
+        """One row of each bank."""
+        return tensor_bytes(units.bank[0] for units in self.units.values())
+
+    def paper_bytes_per_task(self, host: Any) -> int:
+        """The same, with the task's own outputs in place of the whole head."""
+        hidden = [units.bank.shape[1] for name, units in self.units.items() if name != "head"]
+        return bias_unit_bytes(hidden, host.tasks[0].num_classes if "head" in self.units else 0)
+
+    def logs(self, host: ContinualHost) -> dict[str, Tensor]:
+        """The norm of each layer's live bias."""
+        with torch.no_grad():
+            return {f"bias_norm/{name}": u.product().norm() for name, u in self.units.items()}
