@@ -124,7 +124,7 @@ class ContinualModule(ContinualNetwork):
         self._done: list[str] = []  # what closing the open task has finished
         self._judged = 0  # epochs that early stopping has looked at
         self._best_loss, self._bad_epochs = float("inf"), 0
-        self._saved: dict[str, Any] | None = None  # what a checkpoint handed over
+        self._saved_random: dict[str, Any] | None = None  # from a checkpoint, until training starts
         self._strategies: list[ContinualStrategy] = []
 
         # What a step needs, gathered when a task opens: nothing is looked up twice.
@@ -353,10 +353,14 @@ class ContinualModule(ContinualNetwork):
         self.trainer.fit_loop.max_epochs = self.schedule.total
         for strategy in self._strategies:
             strategy.check(self, self.trainer.optimizers[0])
-        if self._saved is not None:
-            restore_random_state(self._saved["random"])
-            self._saved = None
+        self._restore_random_state()
         self.advance()
+
+    def _restore_random_state(self) -> None:
+        """Last of all that resuming does: building the structure draws random numbers too."""
+        if self._saved_random is not None:
+            restore_random_state(self._saved_random)
+            self._saved_random = None
 
     def on_train_epoch_start(self) -> None:
         """Enter the epoch's task."""
@@ -369,18 +373,27 @@ class ContinualModule(ContinualNetwork):
 
     def on_train_epoch_end(self) -> None:
         """Leave the task after its last epoch."""
+        if self._cut_short:
+            return
         epochs_done = self.trainer.current_epoch + 1
         self._judge_epoch(epochs_done)
         if epochs_done > self.schedule.last_epoch(self.opened):
             self.close(self.opened)
 
+    @property
+    def _cut_short(self) -> bool:
+        """Whether max_steps, max_time or should_stop ended the epoch before its last batch."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.current.ready > 0 and not progress.is_last_batch
+
     def on_train_end(self) -> None:
         """Close the last task where a run resumed at its end."""
-        if self.trainer.current_epoch >= self.schedule.total:
+        if self.trainer.current_epoch >= self.schedule.total and not self._cut_short:
             self.close(len(self._tasks) - 1)
 
     def on_fit_end(self) -> None:
         """The same where nothing was left to train; say which tasks were not learned, if any."""
+        self._restore_random_state()
         self.on_train_end()
         missing = [str(task.id + 1) for task in self._tasks[self.closed + 1 :]]
         if missing:
@@ -446,11 +459,18 @@ class ContinualModule(ContinualNetwork):
             "mask": self._mask,
             "tasks": [(t.id, t.columns, t.class_names, t.epochs) for t in self._tasks],
             "num_classes": self._head.out_features,
+            "seed": self.stream.seed,
             "input_shape": self._input_shape,
             "bias_units": dict(self._attached),
             "strategies": [strategy.state_key for strategy in self._strategies],
             "random": random_state(),
         }
+        progress = self.trainer.fit_loop.epoch_progress.current
+        if self._cut_short and progress.processed == progress.ready and "loops" in checkpoint:
+            # Lightning counts an epoch that was cut short as done: its rest would be lost on resuming.
+            for part in ("current", "total"):
+                saved = checkpoint["loops"]["fit_loop"]["epoch_progress"][part]
+                saved["processed"] = saved["completed"] = saved["ready"] - 1
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the structure, with or without a trainer, and take over the cursor.
@@ -469,12 +489,13 @@ class ContinualModule(ContinualNetwork):
             for i, c, names, epochs in saved["tasks"]
         ]
         attached = self._trainer is not None
-        mine = {"mask": self._mask, "tasks": self._tasks, "strategies": self._state_keys()}
-        theirs = {"mask": saved["mask"], "tasks": tasks, "strategies": saved["strategies"]}
-        if not (attached and self.trainer.state.fn == "fit"):
-            mine.pop("strategies")
-        if not attached:
-            mine.pop("tasks")
+        mine: dict[str, Any] = {"mask": self._mask}
+        theirs = {"mask": saved["mask"], "tasks": tasks}
+        if attached:
+            mine["tasks"] = self._tasks
+        if attached and self.trainer.state.fn == "fit":
+            mine.update(strategies=self._state_keys(), seed=self.stream.seed)
+            theirs.update(strategies=saved["strategies"], seed=saved["seed"])
         for key, value in mine.items():
             if value != theirs[key]:
                 raise CheckpointError(
@@ -491,7 +512,7 @@ class ContinualModule(ContinualNetwork):
         self.curve = [dict(point) for point in saved["curve"]]
         if attached and self.trainer.state.fn == "fit":
             self.schedule.load_lengths(saved["lengths"])
-            self._saved = saved
+            self._saved_random = saved["random"]
         self._switch(max(self.opened, 0))
 
     def _state_keys(self) -> list[str]:

@@ -1,0 +1,64 @@
+"""What every test stands on: one thread, no screen, no network, no data of the user's, one seed."""
+
+import os
+import random
+import sys
+
+import pytest
+
+# Set before anything imports torch or matplotlib, and inherited by the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order; and two ranks share a small machine
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ.pop("BPN_DATA", None)  # a test makes its data, or finds none
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start each test from one seed, whichever tests ran before; torch only where it is in use."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Fit a small stream: ``fit([EWC()], stream=..., trainer={...}, mask="task")``.
+
+    Returns the module and its trainer. The stream is two tasks of digits, two epochs each, unless one
+    is given.
+    """
+    import torch
+    from lightning.pytorch import Trainer, seed_everything
+
+    from bpn_lightning import ContinualModule
+    from bpn_lightning.backbones import MLP
+    from bpn_lightning.datamodules import SplitDigits
+
+    def run(strategies=(), *, stream=None, seed=0, lr=0.05, ckpt_path=None, trainer=None, **module):
+        seed_everything(seed, verbose=False)
+        if stream is None:
+            stream = SplitDigits(num_tasks=2, epochs_per_task=2, batch_size=64, seed=0)
+        module.setdefault("optimizer", lambda params: torch.optim.SGD(params, lr=lr))
+        module.setdefault("backbone", MLP([16, 16]))
+        model = ContinualModule(**module)
+        flags = {
+            "max_epochs": -1,
+            "callbacks": list(strategies),
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+            "num_sanity_val_steps": 0,
+            **(trainer or {}),
+        }
+        made = Trainer(**flags)
+        made.fit(model, stream, ckpt_path=ckpt_path, weights_only=ckpt_path and True)
+        return model, made
+
+    return run

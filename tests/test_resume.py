@@ -1,0 +1,84 @@
+"""A run stopped anywhere and resumed is the run that was never stopped, bit for bit."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.random_state import random_state, restore_random_state
+from bpn_lightning.strategies import EWC, BeneficialPerturbation
+
+MOMENTS = (
+    "on_train_batch_end",
+    "on_validation_batch_end",
+    "on_validation_end",
+    "on_train_epoch_end",
+)
+
+
+class SaveEverywhere(Callback):
+    """A checkpoint at every moment at which anybody's callback might take one."""
+
+    def __init__(self, folder):
+        self.folder, self.paths = folder, []
+        for moment in MOMENTS:
+            setattr(self, moment, lambda trainer, *_, moment=moment: self.save(trainer, moment))
+
+    def save(self, trainer, moment):
+        path = self.folder / f"{len(self.paths):03d}_{moment}.ckpt"
+        trainer.save_checkpoint(path)
+        self.paths.append(path)
+
+
+def state(module, trainer):
+    """All that two runs must share."""
+    strategies = [c.state_dict() for c in trainer.callbacks if isinstance(c, EWC)]
+    return [module.state_dict(), strategies, module.curve, module.schedule.lengths, random_state()]
+
+
+def same(one, two):
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one.nan_to_num(-1), two.nan_to_num(-1))
+    return one == two
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_stopping):
+    def run(*more, **options):
+        stream = SplitDigits(
+            num_tasks=2, epochs_per_task=3, batch_size=100, validation_fraction=0.2, seed=0
+        )
+        return fit(
+            [BeneficialPerturbation(8), EWC(100.0), *more],
+            stream=stream,
+            lr=0.6 if early_stopping else 0.05,
+            patience=1 if early_stopping else None,
+            evaluate_every="epoch",
+            optimizer=torch.optim.SGD,
+            backbone=torch.nn.Sequential(
+                torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Dropout(0.2)
+            ),
+            **options,
+        )
+
+    saves = SaveEverywhere(tmp_path)
+    reference = state(*run(saves))
+    if early_stopping:
+        assert reference[3] != [3, 3], "the case is meant to stop early"
+    assert len(saves.paths) >= 20
+    different = [p.name for p in saves.paths if not same(reference, state(*run(seed=9, ckpt_path=p)))]
+    assert not different
+
+
+def test_random_states_survive_a_file_that_loads_weights_only(tmp_path):
+    torch.save(random_state(), tmp_path / "random.pt")
+    expected = [random.random(), np.random.rand(), torch.rand(1).item()]
+    restore_random_state(torch.load(tmp_path / "random.pt", weights_only=True))
+    assert [random.random(), np.random.rand(), torch.rand(1).item()] == expected
