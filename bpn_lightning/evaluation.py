@@ -1,24 +1,20 @@
 """Accuracy over a stream: one plain function, the same before, during and after training."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bpn_lightning.layers import evaluation_mode
-from bpn_lightning.tasks import Split
-
-if TYPE_CHECKING:
-    from bpn_lightning.module import ContinualModule
+from bpn_lightning.tasks import ContinualHost, Split
 
 __all__ = ["evaluate", "evaluate_without_oracle", "validation_loss"]
 
 
 @torch.no_grad()
 def evaluate(
-    module: "ContinualModule", tasks: Sequence[int] | None = None, split: Split = "test"
+    module: ContinualHost, tasks: Sequence[int] | None = None, split: Split = "test"
 ) -> Tensor:
     """Accuracy on some tasks, each in its own mode: the task oracle is at work.
 
@@ -32,20 +28,21 @@ def evaluate(
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
     """
+    network = module.network()
     ids = range(len(module.tasks)) if tasks is None else tasks
     counts = torch.zeros(2, len(ids), dtype=torch.float64, device=module.device)
-    with evaluation_mode(module):
+    with evaluation_mode(network):
         for index, task in enumerate(ids):
             with module.task_mode(task):
                 for batch in module.batches(task, split):
-                    counts[0, index] += (module(batch.inputs).argmax(1) == batch.targets).sum()
+                    counts[0, index] += (network(batch.inputs).argmax(1) == batch.targets).sum()
                     counts[1, index] += len(batch.targets)
     return _accuracy(module, counts)
 
 
 @torch.no_grad()
 def evaluate_without_oracle(
-    module: "ContinualModule", tasks: Sequence[int], split: Split = "test"
+    module: ContinualHost, tasks: Sequence[int], split: Split = "test"
 ) -> Tensor:
     """Accuracy on some tasks when nobody tells which task a sample is from.
 
@@ -62,14 +59,15 @@ def evaluate_without_oracle(
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
     """
     counts = torch.zeros(2, len(tasks), dtype=torch.float64, device=module.device)
+    network = module.network()
     modes = tasks if module.has_modes else tasks[-1:]
-    with evaluation_mode(module):
+    with evaluation_mode(network):
         for index, task in enumerate(tasks):
             for batch in module.batches(task, split):
                 confidences, answers = [], []
                 for mode in modes:
                     with module.task_mode(mode):
-                        confidence, answer = module(batch.inputs).softmax(1).max(1)
+                        confidence, answer = network(batch.inputs).softmax(1).max(1)
                     confidences.append(confidence)
                     answers.append(answer)
                 best = torch.stack(confidences).argmax(0, keepdim=True)
@@ -80,17 +78,18 @@ def evaluate_without_oracle(
 
 
 @torch.no_grad()
-def validation_loss(module: "ContinualModule", task: int) -> float:
+def validation_loss(module: ContinualHost, task: int) -> float:
     """Mean cross-entropy on a task's validation split, in its mode."""
+    network = module.network()
     sums = torch.zeros(2, dtype=torch.float64, device=module.device)
-    with evaluation_mode(module), module.task_mode(task):
+    with evaluation_mode(network), module.task_mode(task):
         for batch in module.batches(task, "val"):
-            sums[0] += F.cross_entropy(module(batch.inputs), batch.targets, reduction="sum")
+            sums[0] += F.cross_entropy(network(batch.inputs), batch.targets, reduction="sum")
             sums[1] += len(batch.targets)
     loss, total = module.all_reduce(sums)
     return float(loss / total)
 
 
-def _accuracy(module: "ContinualModule", counts: Tensor) -> Tensor:
+def _accuracy(module: ContinualHost, counts: Tensor) -> Tensor:
     correct, total = module.all_reduce(counts).cpu()
     return correct / total

@@ -601,7 +601,7 @@ class ContinualModule(ContinualNetwork):
         The slice's sum is divided by the size of the batch over all processes, so that any number of
         processes follows the same gradient, on uneven slices too.
         """
-        logits = self._head(self.backbone(batch.inputs))
+        logits = self._logits(batch.inputs)
         first, stop = self._columns
         active = logits[:, first:stop]
         losses = F.cross_entropy(active, batch.targets - first, reduction="sum")

@@ -192,7 +192,7 @@ class ContinualNetwork(L.LightningModule):
         if task is not None:
             with self.task_mode(task):
                 return self(inputs)  # type: ignore[no-any-return]
-        logits: Tensor = self._head(self.backbone(inputs))
+        logits = self._logits(inputs)
         if self._mask not in ("seen", "task"):
             return logits
         columns = torch.arange(logits.shape[1], device=logits.device)
@@ -205,6 +205,13 @@ class ContinualNetwork(L.LightningModule):
             first, stop = self.columns(self._mode)
             outside = (columns < first) | (columns >= stop)
         return logits.masked_fill(outside, float("-inf"))
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        """Of all columns, in the mode that holds."""
+        if inputs.is_floating_point():
+            inputs = inputs.to(self.dtype)  # images become floats after Lightning converts precision
+        logits: Tensor = self._head(self.backbone(inputs))
+        return logits
 
     def columns(self, task_id: int) -> tuple[int, int]:
         """``(start, stop)`` of the head's columns that take part in a task's mode."""

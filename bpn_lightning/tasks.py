@@ -212,6 +212,10 @@ class ContinualHost(Protocol):
     def loss_scale(self) -> float:
         """What gradients of parameters outside the optimizer are still multiplied by (fp16)."""
 
+    @property
+    def has_modes(self) -> bool:
+        """Whether the network answers differently in different tasks' modes."""
+
     def network(self) -> nn.Module:
         """The module itself: inputs ``(batch, ...)`` to logits ``(batch, columns)``."""
 
