@@ -1,0 +1,89 @@
+# `make` lists the targets. What can be set on its command line:
+#   PYTHON  the Python that makes the environment
+#   VENV    where the environment stands: by default the active one, else .venv
+#   SOURCE  what is installed into it: the checkout, or a wheel
+#   ARGS    added to the command of `fit` and `test`: make test ARGS="-k ewc"
+
+PYTHON ?= python3
+VENV   ?= $(or $(VIRTUAL_ENV),.venv)
+SOURCE  = -e .
+ARGS    =
+BIN    := $(VENV)/bin
+
+.PHONY: help fit test check format roof wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+fit: $(VENV)/.installed  ## learn five tasks of handwritten digits, one after the other
+	@$(BIN)/bpn-fit --config digits_inc.yaml --overwrite true $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run the tests
+	@$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/.installed-dev roof  ## formatting, lint, types and the rules of the layout
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q tests/test_packaging.py tests/test_architecture.py
+
+format: $(VENV)/.installed-dev  ## mend the formatting, and what the linter can mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+roof:  ## link the rooms under one folder, for type checkers and editors
+	@rm -rf build/roof && mkdir -p build/roof/bpn_lightning
+	@ln -s $(abspath $(wildcard bpn_lightning/*) strategies datamodules configs) \
+	    build/roof/bpn_lightning/
+
+wheel: $(BIN)/pip  ## build dist/*.whl
+	@rm -rf dist build/lib build/bdist.*  # setuptools packs what an earlier build left there
+	@$(BIN)/pip wheel -q --no-deps -w dist .
+	@ls dist/*.whl
+
+clean:  ## remove what builds and tests left; .venv, data and runs stay
+	@rm -rf build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The environment. A stamp stands for each set of dependencies: an installation is repeated only
+# when a file that it depends on is newer than its stamp.
+
+define expect_python
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("Expected Python 3.10 or newer, but %s is %d.%d. Name another one and a place for its "
+             "environment: make $(MAKECMDGOALS) PYTHON=python3.12 VENV=.venv312"
+             % ((sys.executable,) + sys.version_info[:2]))
+endef
+export expect_python
+
+# pip and not python, because without python3-venv an environment comes about that has no pip.
+$(BIN)/pip:
+	@$(PYTHON) -c "" 2>/dev/null || { echo "Expected PYTHON to be Python 3.10 or newer, but" \
+	    "got no command $(PYTHON). Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; \
+	    exit 1; } >&2
+	@$(PYTHON) -c "$$expect_python"
+	@$(PYTHON) -m venv $(VENV) || { echo "Could not make an environment in $(VENV)." \
+	    "On Debian and Ubuntu: sudo apt-get install python3-venv." \
+	    "In another folder: make $(MAKECMDGOALS) VENV=/path/to/venv"; exit 1; } >&2
+
+$(VENV)/.installed:     WANTED = $(SOURCE)
+$(VENV)/.installed-dev: WANTED = $(SOURCE)'[dev]'
+$(VENV)/.installed $(VENV)/.installed-dev: setup.cfg pyproject.toml $(filter %.whl,$(SOURCE)) | $(BIN)/pip
+	@$(BIN)/python -c "$$expect_python"
+	@echo "Installing" $(WANTED) "into $(VENV) (PyTorch with CUDA, about 5 GB," \
+	    "comes the first time: a few minutes)"
+	@{ $(BIN)/pip install --retries 2 $(WANTED) 2>&1 || echo FAILED; } | \
+	    tee $(VENV)/install.log | while read -r verb what rest; do case "$$verb $$what $$rest" in \
+	        Collecting*) printf ' %s' "$${what%%[][<>=!~;]*}";; \
+	        Downloading*MB?) printf '\n  %s %s' "$$what" "$$rest";; \
+	        Installing\ collected*) printf '\n  unpacking\n';; \
+	    esac; done
+	@if [ "$$(tail -n 1 $(VENV)/install.log)" = FAILED ]; then \
+	    echo; grep ERROR $(VENV)/install.log | tail -n 4; \
+	    echo "Could not install" $(WANTED) "into $(VENV). What pip said: $(VENV)/install.log"; \
+	    echo "  without a way to PyPI: PIP_INDEX_URL=https://mirror/simple make $(MAKECMDGOALS)"; \
+	    echo "  with another Python:   make $(MAKECMDGOALS) PYTHON=python3.12 VENV=.venv312"; \
+	    echo "  on a larger disk:      make $(MAKECMDGOALS) VENV=/path/to/venv"; \
+	    exit 1; fi >&2
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,102 @@
+"""Imports run downhill: a file leans on what lies below it, and no two files lean on each other."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "bpn_lightning"
+ROOMS = ("strategies", "datamodules", "configs")
+
+# From the ground up. A file may import from lower layers, and from its own layer and room.
+LAYERS = [
+    {"errors"},
+    {"tasks"},
+    {"backbones", "costs", "files", "importance", "layers", "messages", "metrics"},
+    {"network", "random_state"},
+    set(ROOMS),
+    {"evaluation", "module", "registry", "trainer_rules"},
+    {"command", "console", "export", "figures", "recording", "report", "results"},
+    {"fit"},
+    {"cli"},
+    {""},  # the root: `import bpn_lightning` is for users, not for files in here
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def module_name(path: Path) -> str:
+    """The name that a file of the repository is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == PACKAGE else (PACKAGE, *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def place(module: str) -> str:
+    """The room that a module stands in, or its own name in the core."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+FILES = {
+    module_name(path): path
+    for folder in (PACKAGE, *ROOMS)
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imported(path: Path) -> set[str]:
+    """What a file imports, wherever in the file, and for type checkers only as well."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            inner = {f"{module}.{alias.name}" for alias in node.names}
+            names |= (inner & set(FILES)) or {module}
+    return names
+
+
+def imported_from_here(module: str) -> set[str]:
+    return {name for name in imported(FILES[module]) if name.split(".")[0] == PACKAGE}
+
+
+def test_every_file_has_a_layer() -> None:
+    homeless = {place(module) for module in FILES} - set(RANK)
+    assert not homeless, f"say in LAYERS where {sorted(homeless)} lie"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_run_downhill(module: str) -> None:
+    here = place(module)
+    for name in imported_from_here(module):
+        there = place(name)
+        below = RANK[there] < RANK[here]
+        beside = RANK[there] == RANK[here] and (here == there or not {here, there} & set(ROOMS))
+        assert below or beside, f"{module} imports {name}, which does not lie below it"
+
+
+def test_no_two_files_lean_on_each_other() -> None:
+    TopologicalSorter({module: imported_from_here(module) for module in FILES}).prepare()
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES.values(), *sorted((ROOT / "tests").rglob("*.py"))], ids=str
+)
+def test_imports_are_absolute_and_under_the_roof(path: Path) -> None:
+    """A room imported by its bare folder name would be a second copy of every class in it."""
+    bad = [name for name in imported(path) if name.startswith(".") or name.split(".")[0] in ROOMS]
+    assert not bad
+
+
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli"])
+def test_import_leaves_the_heavy_ones_alone(module: str, tmp_path: Path) -> None:
+    heavy = "{'torch', 'lightning', 'numpy', 'matplotlib', 'sklearn'}"
+    code = f"import {module}, sys; print(sorted({heavy} & set(sys.modules)))"
+    # Isolated and outside the checkout: what is installed answers, not the current folder.
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
