@@ -1,0 +1,59 @@
+"""Streams of tasks as LightningDataModules; what is asked for is imported when it is asked for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bpn_lightning.datamodules.base import ContinualDataModule
+    from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
+    from bpn_lightning.datamodules.digits import SplitDigits
+    from bpn_lightning.datamodules.own_data import SplitArrays, SplitImageFolder
+    from bpn_lightning.datamodules.torchvision_sets import (
+        SplitCIFAR10,
+        SplitCIFAR100,
+        SplitFashionMNIST,
+        SplitMNIST,
+    )
+
+__all__ = [
+    "DATAMODULES",
+    "ClassIncrementalDataModule",
+    "ContinualDataModule",
+    "SplitArrays",
+    "SplitCIFAR10",
+    "SplitCIFAR100",
+    "SplitDigits",
+    "SplitFashionMNIST",
+    "SplitImageFolder",
+    "SplitMNIST",
+]
+
+DATAMODULES: dict[str, str] = {
+    "SplitDigits": "bpn_lightning.datamodules.digits:SplitDigits",
+    "SplitMNIST": "bpn_lightning.datamodules.torchvision_sets:SplitMNIST",
+    "SplitFashionMNIST": "bpn_lightning.datamodules.torchvision_sets:SplitFashionMNIST",
+    "SplitCIFAR10": "bpn_lightning.datamodules.torchvision_sets:SplitCIFAR10",
+    "SplitCIFAR100": "bpn_lightning.datamodules.torchvision_sets:SplitCIFAR100",
+    "SplitImageFolder": "bpn_lightning.datamodules.own_data:SplitImageFolder",
+    "SplitArrays": "bpn_lightning.datamodules.own_data:SplitArrays",
+}
+"""The streams that a user can name, and where each is defined."""
+
+_BASES = {
+    "ContinualDataModule": "bpn_lightning.datamodules.base:ContinualDataModule",
+    "ClassIncrementalDataModule": (
+        "bpn_lightning.datamodules.class_incremental:ClassIncrementalDataModule"
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    place = (DATAMODULES | _BASES).get(name)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = place.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,322 @@
+"""The base of every stream: its arguments, its store of samples, and the loaders that index it."""
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, device
+
+from bpn_lightning.datamodules.augmentation import CropAndFlip
+from bpn_lightning.datamodules.loading import EvaluationLoader, Samples, Share, TrainLoader
+from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.datamodules.splitting import hold_out
+from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.tasks import Batch, Position, Split, Task
+
+__all__ = ["ContinualDataModule", "Normalisation"]
+
+
+class Normalisation(NamedTuple):
+    """Mean and standard deviation of each channel, in units of the brightest pixel (0 to 1)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Samples, indices: Tensor) -> "Normalisation":
+        """Measured over some samples, exactly: from counts of the 256 values."""
+        values = torch.arange(256, dtype=torch.float64) / 255
+        images = samples.images[indices].transpose(0, 1).flatten(1)
+        shares = torch.stack([channel.bincount(minlength=256) for channel in images]).double()
+        shares /= images.shape[1]
+        mean = shares @ values
+        std = (shares @ values.square() - mean.square()).clamp(min=0).sqrt()
+        std[std == 0] = 1  # a channel of one colour only
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+class _NoLoader(CombinedLoader):
+    """No loader at all, said so that Lightning does not warn of an empty one by oversight."""
+
+    flattened: tuple[()] = ()  # type: ignore[assignment]
+
+
+class _Part(NamedTuple):
+    """One split: its store, and which of its samples belong to each task."""
+
+    samples: Samples
+    members: list[Tensor]
+
+
+# A dataclass, because its constructor collects the arguments of all the classes above it: a stream
+# with an argument of its own writes down that one only, and jsonargparse still finds every flag.
+@dataclass(eq=False, repr=False, kw_only=True)
+class ContinualDataModule(L.LightningDataModule, ABC):
+    """A stream of tasks as an ordinary LightningDataModule.
+
+    Images stay in memory as uint8, once; batches are taken by index and become normalised floats
+    on the device. A stream says how its data are read (``read``) and how they make tasks
+    (``divide``).
+
+    Args:
+        epochs_per_task: epochs of a task's training, one number for all tasks or a list with one
+            number per task.
+        batch_size: samples of a training batch, over all processes together.
+        eval_batch_size: samples of an evaluation batch, over all processes together.
+        validation_fraction: fraction of each class's training images that is held out for
+            validation, in [0, 1). The test set is never touched.
+        augment: randomly crop (and, where it makes sense, mirror) training images on the device.
+        seed: of the order of the samples, the held-out part and the augmentation; by default what
+            seed_everything set (the variable PL_GLOBAL_SEED), else 0.
+        reset_optimizer: whether each task begins with a fresh optimizer or keeps the last one's
+            state.
+
+    Attributes:
+        tasks: the tasks in order, once set up.
+        num_classes: the width of the head.
+        input_shape: ``(channels, height, width)``.
+        has_validation: whether a part of the training data is held out.
+        normalisation: what ``prepare`` subtracts and divides by.
+    """
+
+    epochs_per_task: int | list[int] = 5
+    batch_size: int = 32
+    eval_batch_size: int = 1000
+    validation_fraction: float = 0.0
+    augment: bool = False
+    # None until it is set up, as that may be before or after seed_everything; an int ever after.
+    seed: int = None  # type: ignore[assignment]
+    reset_optimizer: Literal["always", "never"] = "always"
+
+    tasks: list[Task] = field(init=False)
+    num_classes: int = field(init=False)
+    input_shape: tuple[int, ...] = field(init=False)
+    has_validation: bool = field(init=False)
+    normalisation: Normalisation = field(init=False)
+
+    title: ClassVar[str] = "the data set"
+    """The data set's name in messages."""
+    constants: ClassVar[Normalisation | None] = None
+    """Known mean and standard deviation; None: measured on the first task's training images."""
+    mirrored: ClassVar[bool] = True
+    """Whether an image's mirror image is of the same class; if not, augmentation only crops."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        for name in ("batch_size", "eval_batch_size"):
+            at_least_one(name, getattr(self, name))
+        epochs = self.epochs_per_task
+        for number in epochs if isinstance(epochs, list) else [epochs]:
+            at_least_one("epochs_per_task", number)
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigurationError(
+                "Expected validation_fraction to be at least 0 and below 1, but got "
+                f"{self.validation_fraction}. Use 0 for no validation part, 0.1 for a tenth."
+            )
+        self.has_validation = self.validation_fraction > 0
+        known = get_args(Literal["always", "never"])
+        if self.reset_optimizer not in known:
+            raise ConfigurationError(
+                f"Expected reset_optimizer to be one of {known}, but got {self.reset_optimizer!r}."
+            )
+        self._parts: dict[Split, _Part] = {}
+        self._affine: dict[device, tuple[Tensor, Tensor]] = {}
+
+    # ---------------------------------------------------------------------- what a stream defines
+
+    @abstractmethod
+    def read(self) -> ImageData:
+        """Read all images and labels into memory."""
+
+    @abstractmethod
+    def divide(self, data: ImageData) -> tuple[list[Task], Tensor]:
+        """Make tasks of classes.
+
+        Returns:
+            The tasks, and ``(classes,)`` int64: each class's column of the head, -1 if unused.
+        """
+
+    # ---------------------------------------------------------------------- setting up
+
+    def epochs_of(self, num_tasks: int) -> list[int]:
+        """``epochs_per_task`` as one number per task."""
+        epochs = self.epochs_per_task
+        if isinstance(epochs, int):
+            return [epochs] * num_tasks
+        if len(epochs) != num_tasks:
+            raise ConfigurationError(
+                f"Expected epochs_per_task to have one entry for each of the {num_tasks} tasks, but "
+                f"got {len(epochs)}. Give one number for all tasks, or {num_tasks} of them."
+            )
+        return list(epochs)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data and divide them into tasks; the second call finds it done."""
+        if self._parts:
+            return
+        if self.seed is None:
+            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        data = self.read()
+        self.tasks, columns = self.divide(data)
+        self.num_classes = max(task.columns[1] for task in self.tasks)
+        self.input_shape = tuple(data.train.images.shape[1:])
+
+        held = hold_out(data.train.labels, self.validation_fraction, "validation", self.seed)
+        train = Samples(data.train.images, columns[data.train.labels])
+        test = Samples(data.test.images, columns[data.test.labels])
+        everything = torch.ones(len(test.labels), dtype=torch.bool)
+        parts: dict[Split, _Part] = {
+            "train": _Part(train, _members(self.tasks, train.labels, ~held)),
+            "val": _Part(train, _members(self.tasks, train.labels, held)),
+            "test": _Part(test, _members(self.tasks, test.labels, everything)),
+        }
+        self._refuse_empty_classes(parts, data.source)
+        self.normalisation = self.constants or Normalisation.of(train, parts["train"].members[0])
+        self._augmentation = CropAndFlip(min(self.input_shape[1:]) // 8, self.mirrored)
+        self._parts = parts
+
+    def _refuse_empty_classes(self, parts: dict[Split, _Part], source: str) -> None:
+        for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
+            samples, members = parts[split]
+            for task, indices in zip(self.tasks, members, strict=True):
+                found = torch.unique(samples.labels[indices]).tolist()
+                empty = [
+                    name
+                    for column, name in enumerate(task.class_names, task.columns[0])
+                    if column not in found
+                ]
+                if empty:
+                    raise DataError(
+                        f"Expected every class of the stream to have {_PART_NAMES[split]} images in "
+                        f"{source}, but got none of {empty[0]!r}. Add images, or leave the class out "
+                        "with class_order."
+                    )
+
+    # ---------------------------------------------------------------------- loaders
+
+    def loader(self, task_id: int, split: Split, batch_size: int | None = None) -> EvaluationLoader:
+        """Every sample of this process's share of a task once, in order and not augmented.
+
+        Args:
+            task_id: the task.
+            split: "train" (without the held-out part), "val" or "test".
+            batch_size: over all processes; None: ``eval_batch_size``.
+        """
+        samples, members = self._parts[split]
+        size = batch_size or self.eval_batch_size
+        return EvaluationLoader(samples, members[task_id], task_id, size, self._share())
+
+    def train_loader(self, task_id: int, epoch: int) -> TrainLoader:
+        """One epoch of a task, in the order of (seed, task, epoch)."""
+        samples, members = self._parts["train"]
+        return TrainLoader(
+            samples,
+            members[task_id],
+            task_id,
+            epoch,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            processed=self._processed,
+            share=self._share(),
+            augmentation=self._augmentation if self.augment else None,
+        )
+
+    def train_dataloader(self) -> TrainLoader:
+        """The loader of the epoch that the module stands at."""
+        position = self._position()
+        return self.train_loader(position.task, position.epoch)
+
+    def val_dataloader(self) -> EvaluationLoader | CombinedLoader:
+        """One loader over the held-out parts of the tasks so far, or none if nothing is held out."""
+        if not self.has_validation:
+            return _NoLoader([], "sequential")
+        return self._joint_loader("val", range(self._position().task + 1))
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """One loader over the test sets of all tasks; batches say each sample's task."""
+        return self._joint_loader("test", range(len(self.tasks)))
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """The same as ``test_dataloader``."""
+        return self.test_dataloader()
+
+    def _joint_loader(self, split: Split, task_ids: range) -> EvaluationLoader:
+        samples, members = self._parts[split]
+        indices = torch.cat([members[task] for task in task_ids])
+        ids = torch.cat([torch.full_like(members[task], task) for task in task_ids])
+        return EvaluationLoader(samples, indices, ids, self.eval_batch_size, self._share())
+
+    def _share(self) -> Share:
+        trainer = self.trainer
+        return Share(trainer.global_rank, trainer.world_size) if trainer else Share()
+
+    def _processed(self) -> int:
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)  # type: ignore[attr-defined]
+
+    def _position(self) -> Position:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        position: object = getattr(module, "position", None)
+        if not isinstance(position, tuple):
+            raise ConfigurationError(
+                "Expected a module that knows its position in the stream, as ContinualModule does, "
+                f"but got {type(module).__name__}. Wrap the network in ContinualModule, or take "
+                "train_loader(task, epoch)."
+            )
+        return Position(*position)
+
+    # ---------------------------------------------------------------------- on the device
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lightning's hook: prepare a batch that has arrived on the device."""
+        return self.prepare(batch, augment=self.trainer is not None and self.trainer.training)
+
+    def prepare(self, batch: Batch, augment: bool = False) -> Batch:
+        """Raw images to normalised floats, on the device that they lie on.
+
+        Args:
+            batch: as a loader gave it.
+            augment: apply the batch's random numbers, if it carries any.
+        """
+        images = batch.inputs
+        if augment and batch.augmentation is not None:
+            images = self._augmentation.apply(images, batch.augmentation)
+        scale, shift = self._scale_and_shift(images.device)
+        # (x / 255 - mean) / std, as one product and one sum
+        return batch._replace(inputs=(images * scale).add_(shift), augmentation=None)
+
+    def _scale_and_shift(self, where: device) -> tuple[Tensor, Tensor]:
+        if where not in self._affine:  # a copy to the GPU at every step would stall it
+            mean, std = torch.tensor(self.normalisation, dtype=torch.float64)[:, :, None, None]
+            self._affine[where] = (
+                (1 / (255 * std)).float().to(where),
+                (-mean / std).float().to(where),
+            )
+        return self._affine[where]
+
+
+def _members(tasks: list[Task], columns: Tensor, taking_part: Tensor) -> list[Tensor]:
+    """Of the samples that take part, those of each task, in the order of the store."""
+    members = []
+    for task in tasks:
+        start, stop = task.columns
+        own = taking_part & (columns >= start) & (columns < stop)
+        members.append(own.nonzero().flatten())
+    return members
+
+
+_PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
+
+
+def at_least_one(name: str, value: int) -> None:
+    """Refuse what is no whole number from 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ConfigurationError(
+            f"Expected {name} to be a whole number of at least 1, but got {value!r}."
+        )

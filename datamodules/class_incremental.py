@@ -1,0 +1,69 @@
+"""Class-incremental streams: each task brings classes of its own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.datamodules.base import ContinualDataModule, at_least_one
+from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.datamodules.splitting import choose_classes
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.tasks import Task
+
+__all__ = ["ClassIncrementalDataModule"]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class ClassIncrementalDataModule(ContinualDataModule):
+    """A data set that is split by class: task k has the k-th ``classes_per_task`` of the order.
+
+    Task k's classes are the head's columns ``k * classes_per_task`` and up, whatever their labels
+    in the data set; classes beyond the last task are left out.
+
+    Args:
+        num_tasks: how many tasks; by default as many as the classes make.
+        classes_per_task: how many classes each task brings.
+        class_order: the classes in the order of the tasks, each by its name or by its number in the
+            data set; classes that are not listed are left out. By default all, in the data set's
+            own order (alphabetical for folders).
+        class_order_seed: shuffles that order, by a generator of its own; by default it is kept.
+    """
+
+    num_tasks: int | None = None
+    classes_per_task: int = 2
+    class_order: list[str | int] | None = None
+    class_order_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one("classes_per_task", self.classes_per_task)
+        if self.num_tasks is not None:
+            at_least_one("num_tasks", self.num_tasks)
+            self.epochs_of(self.num_tasks)
+
+    def divide(self, data: ImageData) -> tuple[list[Task], Tensor]:
+        """Cut the order of classes into tasks."""
+        size = self.classes_per_task
+        order = choose_classes(data.class_names, self.class_order, self.class_order_seed)
+        num_tasks = len(order) // size if self.num_tasks is None else self.num_tasks
+        if not 0 < num_tasks * size <= len(order):
+            where = f"the {len(order)} classes of {self.title} in {data.source}"
+            if self.class_order is not None:
+                where = f"the {len(order)} classes that class_order lists"
+            raise ConfigurationError(
+                f"Expected num_tasks * classes_per_task to be at most {where}, but got "
+                f"{max(num_tasks, 1)} * {size}. Lower one of the two, or add classes."
+            )
+        columns = torch.full((len(data.class_names),), -1)
+        columns[order[: num_tasks * size]] = torch.arange(num_tasks * size)
+        tasks = [
+            Task(
+                id=k,
+                columns=(k * size, (k + 1) * size),
+                class_names=tuple(data.class_names[c] for c in order[k * size : (k + 1) * size]),
+                epochs=epochs,
+            )
+            for k, epochs in enumerate(self.epochs_of(num_tasks))
+        ]
+        return tasks, columns

@@ -1,0 +1,198 @@
+"""Batches by index: the loaders of in-memory streams.
+
+Lightning re-wraps a ``DataLoader`` under several processes, which repeats and drops samples. What it
+cannot wrap it leaves alone, so these are plain iterables that know their own share of a batch.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.datamodules.augmentation import CropAndFlip
+from bpn_lightning.tasks import Batch
+
+__all__ = ["ALONE", "EvaluationLoader", "Samples", "Share", "TrainLoader", "generator"]
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator of its own for one purpose, the same wherever the key is the same.
+
+    The global generator is neither read nor moved: what else draws from it cannot change the data,
+    and a resumed run needs no saved state.
+
+    >>> torch.equal(torch.rand(2, generator=generator("a", 1)), torch.rand(2, generator=generator("a", 1)))
+    True
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+class Samples(NamedTuple):
+    """Images and their labels, the store that loaders index into.
+
+    Attributes:
+        images: ``(samples, channels, height, width)`` uint8.
+        labels: ``(samples,)`` int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+class Share(NamedTuple):
+    """Which contiguous, near-equal chunk of every global batch is this process's own."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, start: int, stop: int) -> slice:
+        """This process's part of a batch; empty where there are more processes than samples.
+
+        >>> [Share(rank, 3).of(10, 18) for rank in range(3)]
+        [slice(10, 12, None), slice(12, 15, None), slice(15, 18, None)]
+        """
+        size = stop - start
+        first, last = (rank * size // self.world_size for rank in (self.rank, self.rank + 1))
+        return slice(start + first, start + last)
+
+
+ALONE = Share()
+"""The share of a process that has no others beside it: everything."""
+
+
+def _batches(
+    samples: Samples,
+    indices: Tensor,
+    task: int | Tensor,
+    batch_size: int,
+    share: Share,
+    first_batch: int = 0,
+    augmentation: Tensor | None = None,
+) -> Iterator[Batch]:
+    """This process's share of the global batches that ``indices`` is cut into, in its order."""
+    for start in range(first_batch * batch_size, len(indices), batch_size):
+        stop = min(start + batch_size, len(indices))
+        own = share.of(start, stop)
+        chosen = indices[own]
+        yield Batch(
+            inputs=samples.images.index_select(0, chosen),
+            targets=samples.labels.index_select(0, chosen),
+            task=task if isinstance(task, int) else task[own],
+            global_size=stop - start,
+            augmentation=None if augmentation is None else augmentation[own],
+        )
+
+
+class EvaluationLoader:
+    """Every sample once, in the given order.
+
+    Args:
+        samples: the store.
+        indices: ``(n,)`` int64, which samples of it.
+        task: the id that all of them share, or ``(n,)`` int64, one per sample.
+        batch_size: samples of a global batch.
+        share: which part of each global batch is this process's own.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        indices: Tensor,
+        task: int | Tensor,
+        batch_size: int,
+        share: Share = ALONE,
+    ) -> None:
+        self.samples = samples
+        self.indices = indices
+        self.task = task
+        self.batch_size = batch_size
+        self.share = share
+
+    def __len__(self) -> int:
+        """How many global batches, the same on every process."""
+        return ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(self.samples, self.indices, self.task, self.batch_size, self.share)
+
+
+class TrainLoader:
+    """One epoch of one task, in an order that follows from (seed, task, epoch) alone.
+
+    The last batch may be short; nothing is dropped. Lightning asks ``state_dict`` for the position
+    when it saves, and hands it to ``load_state_dict`` of the new loader when it resumes.
+
+    Args:
+        samples: the store.
+        indices: ``(n,)`` int64, the task's samples in it.
+        task: the task's id.
+        epoch: the epoch within the task.
+        seed: the stream's seed.
+        batch_size: samples of a global batch.
+        share: which part of each global batch is this process's own.
+        processed: says how many batches of this epoch have been trained on. Batches handed out are
+            not counted: one that was fetched ahead would be lost on resume.
+        augmentation: if given, its random numbers are drawn for the whole epoch, over all processes,
+            and travel with the batches.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        indices: Tensor,
+        task: int,
+        epoch: int,
+        *,
+        seed: int,
+        batch_size: int,
+        processed: Callable[[], int],
+        share: Share = ALONE,
+        augmentation: CropAndFlip | None = None,
+    ) -> None:
+        self.samples = samples
+        self.indices = indices
+        self.task = task
+        self.epoch = epoch
+        self.seed = seed
+        self.batch_size = batch_size
+        self.processed = processed
+        self.share = share
+        self.augmentation = augmentation
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        """How many global batches the whole epoch has, on every process and after a resume too."""
+        return ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from the start, or from where the loaded state stood.
+
+        Changes nothing in the loader: Lightning calls it twice and drops the first iterator.
+        """
+        count = len(self.indices)
+        position = (self.seed, self.task, self.epoch)
+        order = torch.randperm(count, generator=generator("order", *position))
+        draws = None
+        if self.augmentation is not None:
+            draws = self.augmentation.draw(count, generator("augmentation", *position))
+        return _batches(
+            self.samples,
+            self.indices[order],
+            self.task,
+            self.batch_size,
+            self.share,
+            self.first_batch,
+            draws,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the epoch, in batches."""
+        return {"processed": self.processed()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin where the saved epoch stood."""
+        self.first_batch = state["processed"]

@@ -1,0 +1,205 @@
+"""Streams of well-known data sets, from torchvision's files or from folders of images."""
+
+import os
+import struct
+import warnings
+from abc import abstractmethod
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from bpn_lightning.datamodules.base import Normalisation
+from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
+from bpn_lightning.datamodules.loading import Samples
+from bpn_lightning.datamodules.readers import ImageData, has_class_folders, read_class_folders
+from bpn_lightning.errors import DataError
+
+__all__ = ["SplitCIFAR10", "SplitCIFAR100", "SplitFashionMNIST", "SplitMNIST"]
+
+
+@dataclass(eq=False, repr=False)
+class _NamedDataModule(ClassIncrementalDataModule):
+    """A well-known data set, split by class.
+
+    Args:
+        root: the folder of data sets, with torchvision's files or ``<name>/{train,test}/<class>/``
+            in it; by default the environment variable BPN_DATA, else ``data``.
+        download: fetch torchvision's files where there are none.
+    """
+
+    root: str | None = None
+    download: bool = True
+
+    class_in_torchvision: ClassVar[str]
+    tree: ClassVar[str]
+    """The folder below the root that may hold ``{train,test}/<class>/``."""
+    shape: ClassVar[tuple[int, int, int]]
+    """``(channels, height, width)``."""
+
+    @property
+    def root_folder(self) -> Path:
+        """Where the data are looked for, as an absolute path."""
+        root = self.root or os.environ.get("BPN_DATA") or "data"
+        return Path(root).expanduser().absolute()
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls this in one process only."""
+        if self.download and not has_class_folders(self.root_folder / self.tree):
+            self._open(train=True, download=True)
+
+    def read(self) -> ImageData:
+        """Read the folders of images if they are there, else torchvision's files."""
+        tree = self.root_folder / self.tree
+        if has_class_folders(tree):
+            return read_class_folders(tree, *self.shape, resize=False)
+        train, test = (self._open(train=part, download=False) for part in (True, False))
+        names = [name.split(" - ")[0] for name in train.classes]  # MNIST's are "0 - zero" ...
+        return ImageData(_samples(train), _samples(test), names, str(self.root_folder))
+
+    def _open(self, train: bool, download: bool) -> Any:
+        from torchvision import datasets  # slow to import, and not needed for folders
+
+        dataset = getattr(datasets, self.class_in_torchvision)
+        try:
+            with warnings.catch_warnings():
+                # numpy 2.4 dislikes how arrays were pickled in 2009
+                warnings.simplefilter("ignore")
+                return dataset(self.root_folder, train=train, download=download)
+        # Whatever is wrong with files, network or rights: torchvision asserts and raises RuntimeError,
+        # URLError, OSError, EOFError, UnpicklingError ...
+        except Exception as error:
+            raise DataError(self._what_was_tried(dataset, download, error)) from error
+
+    def _what_was_tried(self, dataset: Any, download: bool, error: Exception) -> str:
+        root = self.root_folder
+        folder, faults = self._faults(dataset)
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        if download:
+            fetched = f"torchvision, free to download, ended with {said}"
+        elif self.download:
+            fetched = "nothing was downloaded here, as only prepare_data() does that"
+        else:
+            fetched = "nothing was downloaded, as download is off"
+        again = " Delete damaged files to have them fetched again." if "damaged" in faults else ""
+        return (
+            f"Expected the images of {self.title} in {root}, but could not get them. Tried: the "
+            f"folders {root / self.tree}{os.sep}{{train,test}}{os.sep}<class> (there are none); "
+            f"torchvision's files in {folder} ({faults or said}); {fetched}. Name the folder that "
+            "has them with `--data.init_args.root DIR` or `export BPN_DATA=DIR`, or fetch them from "
+            f"{self._address(dataset)} into {folder}.{again}"
+        )
+
+    @abstractmethod
+    def _faults(self, dataset: Any) -> tuple[Path, str]:
+        """Torchvision's folder, and which of its files are missing or damaged."""
+
+    @abstractmethod
+    def _address(self, dataset: Any) -> str:
+        """Where torchvision downloads from."""
+
+
+def _samples(dataset: Any) -> Samples:
+    images = torch.as_tensor(dataset.data)
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return Samples(images.contiguous(), torch.as_tensor(dataset.targets))
+
+
+class _IdxDataModule(_NamedDataModule):
+    """MNIST and its relatives: four files of one array each."""
+
+    shape = (1, 28, 28)
+
+    def _faults(self, dataset: Any) -> tuple[Path, str]:
+        folder = self.root_folder / self.class_in_torchvision / "raw"
+        files = [folder / Path(name).stem for name, _ in dataset.resources]
+        return folder, _describe({file: _is_whole_idx(file) for file in files})
+
+    def _address(self, dataset: Any) -> str:
+        return str(dataset.mirrors[0])
+
+
+class _PickledDataModule(_NamedDataModule):
+    """The CIFARs: pickled batches whose MD5 sums torchvision knows."""
+
+    shape = (3, 32, 32)
+
+    def _faults(self, dataset: Any) -> tuple[Path, str]:
+        from torchvision.datasets.utils import check_integrity
+
+        folder = self.root_folder / dataset.base_folder
+        sums = [*dataset.train_list, *dataset.test_list]
+        sums.append([dataset.meta["filename"], dataset.meta["md5"]])
+        return folder, _describe({folder / n: check_integrity(folder / n, md5) for n, md5 in sums})
+
+    def _address(self, dataset: Any) -> str:
+        return str(dataset.url)
+
+
+def _describe(whole: dict[Path, bool]) -> str:
+    missing = [file.name for file in whole if not file.is_file()]
+    damaged = [file.name for file, good in whole.items() if not good and file.is_file()]
+    lists = {"missing": missing, "damaged": damaged}
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in lists.items() if names)
+
+
+def _is_whole_idx(file: Path) -> bool:
+    """Whether a file is as long as the sizes in its header say."""
+    try:
+        with file.open("rb") as stream:
+            dimensions = stream.read(4)[3]
+            sizes = struct.unpack(f">{dimensions}I", stream.read(4 * dimensions))
+        return bool(file.stat().st_size == 4 + 4 * dimensions + prod(sizes))
+    except (OSError, IndexError, struct.error):
+        return False
+
+
+class SplitMNIST(_IdxDataModule):
+    """MNIST, 60,000 and 10,000 grey images of 28 x 28 pixels in 10 classes, split by class.
+
+    Normalised by the mean and the standard deviation of all its 60,000 training images.
+    """
+
+    title = "MNIST"
+    class_in_torchvision = "MNIST"
+    tree = "mnist"
+    constants = Normalisation(mean=(0.1307,), std=(0.3081,))
+    mirrored = False
+
+
+class SplitFashionMNIST(_IdxDataModule):
+    """Fashion-MNIST, 60,000 and 10,000 grey images of 28 x 28 pixels in 10 classes, split by class.
+
+    Normalised by the mean and the standard deviation of all its 60,000 training images.
+    """
+
+    title = "Fashion-MNIST"
+    class_in_torchvision = "FashionMNIST"
+    tree = "fashion_mnist"
+    constants = Normalisation(mean=(0.2860,), std=(0.3530,))
+
+
+class SplitCIFAR10(_PickledDataModule):
+    """CIFAR-10, 50,000 and 10,000 colour images of 32 x 32 pixels in 10 classes, split by class.
+
+    Normalised by the mean and the standard deviation of all its 50,000 training images, per channel.
+    """
+
+    title = "CIFAR-10"
+    class_in_torchvision = "CIFAR10"
+    tree = "cifar10"
+    constants = Normalisation(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+
+
+class SplitCIFAR100(_PickledDataModule):
+    """CIFAR-100, 50,000 and 10,000 colour images of 32 x 32 pixels in 100 classes, split by class.
+
+    Normalised by the mean and the standard deviation of all its 50,000 training images, per channel.
+    """
+
+    title = "CIFAR-100"
+    class_in_torchvision = "CIFAR100"
+    tree = "cifar100"
+    constants = Normalisation(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))

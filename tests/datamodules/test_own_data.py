@@ -1,0 +1,246 @@
+"""People's own images: trees of folders and archives, whole and broken."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bpn_lightning.datamodules import SplitArrays, SplitImageFolder
+from bpn_lightning.datamodules.readers import read_class_folders
+from bpn_lightning.errors import DataError
+
+Write = Callable[..., dict[str, np.ndarray]]
+
+# ---------------------------------------------------------------------- folders
+
+
+def test_images_are_resized_as_pillow_does(tmp_path: Path, write_tree: Write) -> None:
+    written = write_tree(tmp_path, ("b", "a"), (20, 10, 3), count=2)
+    stream = SplitImageFolder(str(tmp_path), image_size=8)
+    stream.setup()
+    assert stream.input_shape == (3, 8, 8)
+    assert stream.tasks[0].class_names == ("a", "b")
+    (batch,) = stream.loader(0, "train")
+    names = [f"train/{name}/{i}" for name in ("a", "b") for i in range(2)]
+    for image, name in zip(batch.inputs, names, strict=True):
+        resized = Image.fromarray(written[name]).resize((8, 8), Image.Resampling.BILINEAR)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(resized))
+
+
+def test_every_kind_of_image_is_read_and_other_files_are_passed_over(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    grey = generator.integers(256, size=(8, 8), dtype=np.uint8)
+    colour = generator.integers(256, size=(8, 8, 3), dtype=np.uint8)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            Image.fromarray(grey).save(folder / "1_grey.png")
+            Image.fromarray(colour).save(folder / "2_bitmap.BMP")
+            Image.fromarray(colour).convert("RGBA").save(folder / "3_alpha.png")
+            Image.fromarray(grey).convert("P").save(folder / "4_palette.gif")
+            Image.fromarray(colour).convert("CMYK").save(folder / "5_print.tiff")
+            (folder / "notes.txt").write_text("not an image")
+            (folder / ".6_hidden.png").write_text("not an image")
+        (tmp_path / part / ".git").mkdir()
+        (tmp_path / part / "labels.csv").write_text("not a class")
+    stream = SplitImageFolder(str(tmp_path), image_size=8)
+    stream.setup()
+    assert [task.class_names for task in stream.tasks] == [("a", "b")]
+    (batch,) = stream.loader(0, "train")
+    assert batch.targets.tolist() == [0] * 5 + [1] * 5
+    images = batch.inputs.permute(0, 2, 3, 1).numpy()
+    for i, expected in enumerate([grey[:, :, None].repeat(3, 2), colour, colour]):
+        assert np.array_equal(images[i], expected)
+    assert np.array_equal(images[3], images[0])
+
+
+def test_grayscale_reads_one_channel(tmp_path: Path, write_tree: Write) -> None:
+    written = write_tree(tmp_path, ("a", "b"), (8, 8, 3), count=1)
+    stream = SplitImageFolder(str(tmp_path), image_size=8, grayscale=True)
+    stream.setup()
+    (batch,) = stream.loader(0, "train")
+    expected = np.asarray(Image.fromarray(written["train/a/0"]).convert("L"))
+    assert np.array_equal(batch.inputs[0].numpy(), expected[None])
+
+
+def test_a_home_folder_is_found(
+    tmp_path: Path, write_tree: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_tree(tmp_path / "mine", ("a", "b"), count=1)
+    SplitImageFolder("~/mine").setup()
+
+
+def test_height_comes_before_width(tmp_path: Path, write_tree: Write) -> None:
+    written = write_tree(tmp_path, ("a",), (20, 10, 3), count=1)
+    data = read_class_folders(tmp_path, 3, 20, 10, resize=False)
+    assert np.array_equal(data.test.images[0].permute(1, 2, 0).numpy(), written["test/a/0"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: b"no image at all",
+        lambda data: data[:40] + bytes(20) + data[60:],
+    ],
+    ids=["truncated", "empty", "foreign", "corrupt"],
+)
+def test_a_broken_image_is_named(
+    tmp_path: Path, write_tree: Write, damage: Callable[[bytes], bytes]
+) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    file = tmp_path / "test" / "b" / "1.png"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError, match=rf"{file} to be a whole image .* Replace the file"):
+        SplitImageFolder(str(tmp_path)).setup()
+
+
+def test_an_image_with_deeper_pixels_is_refused(tmp_path: Path, write_tree: Write) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    file = tmp_path / "train" / "a" / "0.png"
+    Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(file)
+    with pytest.raises(DataError, match=rf"{file} .* more than 8 bits per channel"):
+        SplitImageFolder(str(tmp_path)).setup()
+
+
+def test_a_missing_part_is_named_with_the_layout(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    expected = rf"{tmp_path / 'test'} .* {tmp_path}{os.sep}{{train,test}}{os.sep}<class>"
+    with pytest.raises(DataError, match=expected):
+        SplitImageFolder(str(tmp_path)).setup()
+
+
+def test_a_class_without_test_images_is_named(tmp_path: Path, write_tree: Write) -> None:
+    write_tree(tmp_path, ("a", "b"), count=1)
+    (tmp_path / "test" / "b" / "0.png").unlink()
+    with pytest.raises(DataError, match=rf"test images in {tmp_path}, but got none of 'b'"):
+        SplitImageFolder(str(tmp_path)).setup()
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, write_tree: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path, ("a", "b"), count=1)
+    real = Path.iterdir
+
+    def refuse(path: Path) -> object:
+        if path.name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"readable, but got PermissionError: .*b'"):
+        SplitImageFolder(str(tmp_path)).setup()
+
+
+# ---------------------------------------------------------------------- archives
+
+
+def arrays(colour: bool = False, column: bool = False) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    made = {}
+    for part, count in (("train", 12), ("val", 4), ("test", 6)):
+        shape = (count, 9, 7, 3) if colour else (count, 9, 7)
+        made[f"{part}_images"] = generator.integers(256, size=shape, dtype=np.uint8)
+        labels = np.arange(count) % 2 + 4
+        made[f"{part}_labels"] = labels[:, None] if column else labels
+    return made
+
+
+@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize("column", [False, True])
+def test_arrays_are_read_as_they_are(tmp_path: Path, colour: bool, column: bool) -> None:
+    made = arrays(colour, column)
+    np.savez_compressed(tmp_path / "a.npz", **made)
+    stream = SplitArrays(str(tmp_path / "a.npz"), class_order=["5", "4"])
+    stream.setup()
+    assert stream.tasks[0].class_names == ("5", "4")
+    assert stream.input_shape == ((3, 9, 7) if colour else (1, 9, 7))
+    for split in ("train", "test"):
+        (batch,) = stream.loader(0, split)  # type: ignore[arg-type]
+        images = batch.inputs.permute(0, 2, 3, 1).numpy().reshape(made[f"{split}_images"].shape)
+        assert np.array_equal(images, made[f"{split}_images"])
+        assert torch.equal(batch.targets, torch.tensor(5 - made[f"{split}_labels"].flatten()))
+
+
+def broken(change: Callable[[dict[str, np.ndarray]], object]) -> dict[str, np.ndarray]:
+    made = arrays()
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (broken(lambda a: a.pop("test_labels")), "but got .*Add test_labels"),
+        (
+            broken(lambda a: a.update(train_images=a["train_images"] / 255)),
+            r"train_images in .* uint8 .* but got float64 of shape \(12, 9, 7\)",
+        ),
+        (
+            broken(lambda a: a.update(test_images=a["test_images"][0])),
+            r"test_images in .* but got uint8 of shape \(9, 7\)",
+        ),
+        (
+            broken(lambda a: a.update(train_labels=a["train_labels"][:5])),
+            "train_labels in .* each of the 12 images, but got 5",
+        ),
+        (
+            broken(lambda a: a.update(train_labels=np.zeros((12, 14), dtype=int))),
+            r"train_labels .* one class per image, but got int64 of shape \(12, 14\)",
+        ),
+        (broken(lambda a: a.update(test_labels=np.array(["a"] * 6))), "test_labels .* got <U1"),
+        (
+            broken(lambda a: a.update(test_images=a["test_images"][:, :5])),
+            r"one size, but got \(1, 9, 7\) and \(1, 5, 7\)",
+        ),
+        (
+            broken(lambda a: a.update(train_labels=np.array([{}] * 12))),
+            "plain arrays, but got ValueError: .*allow_pickle=False",
+        ),
+        (
+            broken(lambda a: a.update(test_labels=a["test_labels"] * 0 + 4)),
+            "test images in .*a.npz, but got none of '5'",
+        ),
+    ],
+)
+def test_wrong_arrays_are_errors(tmp_path: Path, made: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "a.npz", **made)
+    with pytest.raises(DataError, match=message) as caught:
+        SplitArrays(str(tmp_path / "a.npz")).setup()
+    assert str(tmp_path / "a.npz") in str(caught.value)
+
+
+@pytest.mark.parametrize("left", [0, 10, 1000, -1])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_truncated_archive_is_named(tmp_path: Path, left: int, save: Callable[..., None]) -> None:
+    file = tmp_path / "a.npz"
+    save(file, **arrays())
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(DataError, match=rf"{file} to be a whole \.npz archive"):
+        SplitArrays(str(file)).setup()
+
+
+def test_flipped_bytes_in_an_archive_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    np.savez(file, **arrays())
+    data = bytearray(file.read_bytes())
+    data[300:310] = bytes(255 - byte for byte in data[300:310])
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=rf"{file} to be a whole \.npz archive"):
+        SplitArrays(str(file)).setup()
+
+
+def test_a_single_array_and_a_missing_file_are_no_archives(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"a\.npy to be a whole \.npz archive"):
+        SplitArrays(str(tmp_path / "a.npy")).setup()
+    with pytest.raises(DataError, match=r"none\.npz to be readable, but got FileNotFoundError"):
+        SplitArrays(str(tmp_path / "none.npz")).setup()
