@@ -47,7 +47,7 @@ class MLP(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, ...)`` to ``(batch, hidden[-1])``."""
-        output: Tensor = super().forward(input)
+        output: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
         return output
 
 

@@ -91,5 +91,5 @@ def validation_loss(module: ContinualHost, task: int) -> float:
 
 
 def _accuracy(module: ContinualHost, counts: Tensor) -> Tensor:
-    correct, total = module.all_reduce(counts).cpu()
+    correct, total = module.all_reduce(counts).cpu().unbind()
     return correct / total

@@ -211,7 +211,8 @@ def _squares(
         if layer.bias is not None:
             yield "bias", _weighted_squares(delta.sum(2), weights)
     elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.affine:
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         taken, delta = taken.flatten(2), delta.flatten(2)
         if taken.dim() == 2:
             taken, delta = taken[..., None], delta[..., None]

@@ -113,15 +113,14 @@ class SwitchableLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, ..., in)`` to ``(batch, ..., out)``."""
-        shift = self.bias_units()
+        shift: Tensor = self.bias_units()
         if shift.dim() == 1:
             # Adding two vectors of K before the product is cheaper than adding to a batch after it.
             bias = shift if self.bias is None else self.bias + shift
             return F.linear(input, self.weight, bias)
         middle = (1,) * (input.dim() - 2)
-        return F.linear(input, self.weight, self.bias) + shift.reshape(
-            shift.shape[0], *middle, shift.shape[1]
-        )
+        output: Tensor = F.linear(input, self.weight, self.bias)
+        return output + shift.reshape(shift.shape[0], *middle, shift.shape[1])
 
 
 #: What a saved structure may name: nothing else is built from a checkpoint.

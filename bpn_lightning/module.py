@@ -465,9 +465,9 @@ class ContinualModule(ContinualNetwork):
             "strategies": [strategy.state_key for strategy in self._strategies],
             "random": random_state(),
         }
-        progress = self.trainer.fit_loop.epoch_progress.current
-        if self._cut_short and progress.processed == progress.ready and "loops" in checkpoint:
+        if self._cut_short and "loops" in checkpoint:
             # Lightning counts an epoch that was cut short as done: its rest would be lost on resuming.
+            # In the middle of an epoch that goes on, this writes what stands there.
             for part in ("current", "total"):
                 saved = checkpoint["loops"]["fit_loop"]["epoch_progress"][part]
                 saved["processed"] = saved["completed"] = saved["ready"] - 1

@@ -209,7 +209,9 @@ class ContinualNetwork(L.LightningModule):
     def _logits(self, inputs: Tensor) -> Tensor:
         """Of all columns, in the mode that holds."""
         if inputs.is_floating_point():
-            inputs = inputs.to(self.dtype)  # images become floats after Lightning converts precision
+            inputs = inputs.to(
+                self.dtype
+            )  # images become floats after Lightning converts precision
         logits: Tensor = self._head(self.backbone(inputs))
         return logits
 

@@ -54,9 +54,9 @@ def _rules(trainer: Trainer, total: int) -> list[tuple[bool, str, object, str, s
             f"Pass max_epochs=-1 or {total} (unset, Lightning makes it 1000).",
         ),
         (
-            bool(trainer.overfit_batches),
+            bool(trainer.overfit_batches),  # type: ignore[attr-defined]
             "overfit_batches",
-            trainer.overfit_batches,
+            trainer.overfit_batches,  # type: ignore[attr-defined]
             "0",
             "It would replace each task's test data by training data. Use limit_train_batches.",
         ),

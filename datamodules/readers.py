@@ -117,8 +117,9 @@ def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[
 
 def _decode(path: Path, channels: int, height: int, width: int, resize: bool) -> Any:
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
             # Pillow cuts deeper pixels off at 255 instead of scaling them.
+            image: Image.Image = file
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
             if image.size != (width, height) and not resize:

@@ -196,14 +196,14 @@ class EWC(ContinualStrategy):
         """Take the implicit step on the penalty alone: its exact minimiser near theta."""
         if self.update != "proximal" or not self.penalty:
             return
-        held = [parameters[name] for name in self.penalty.importance]
-        rates = [host.learning_rate(parameter) for parameter in held]
+        rates = [host.learning_rate(parameters[name]) for name in self.penalty.importance]
         if rates != self._rates:
             pulls = torch._foreach_mul(
                 list(self.penalty.importance.values()), [2 * self.strength * rate for rate in rates]
             )
             self._weights = [pull / (1 + pull) for pull in pulls]
             self._rates = rates
+        held: list[Tensor] = [parameters[name] for name in self.penalty.importance]
         with torch.no_grad():
             torch._foreach_lerp_(held, list(self.penalty.anchor.values()), self._weights)
 

@@ -16,7 +16,9 @@ from bpn_lightning.tasks import Phase
 
 
 def digits(**options):
-    return SplitDigits(**{"num_tasks": 2, "epochs_per_task": 2, "batch_size": 64, "seed": 0, **options})
+    return SplitDigits(
+        **{"num_tasks": 2, "epochs_per_task": 2, "batch_size": 64, "seed": 0, **options}
+    )
 
 
 def equal(one, two):
@@ -56,7 +58,7 @@ class Diary(ContinualStrategy):
 def test_every_event_of_a_stream_happens_once_and_in_order(fit):
     diary = Diary()
     module, trainer = fit([diary], stream=digits(epochs_per_task=1, batch_size=1000))
-    step = lambda task, phase: [f"step {task} {phase}", "stepped"]  # noqa: E731
+    step = lambda task, phase: [f"step {task} {phase}", "stepped"]
     assert diary.events == [
         *("stream", "start 0"),
         *step(0, "train"),
@@ -182,7 +184,7 @@ def test_two_projections_are_refused(fit):
     class Two(One):
         pass
 
-    with pytest.raises(ConfigurationError, match="at most one strategy that projects .* One and T"):
+    with pytest.raises(ConfigurationError, match="projects gradients, but got One and Two"):
         fit([One(), Two()])
 
 
@@ -194,7 +196,7 @@ def test_two_projections_are_refused(fit):
 def test_a_stream_that_stops_early_says_so_and_goes_on_to_the_same_end(
     fit, tmp_path, steps, missing
 ):
-    strategies = lambda: [BeneficialPerturbation(8), EWC(100.0)]  # noqa: E731
+    strategies = lambda: [BeneficialPerturbation(8), EWC(100.0)]
     whole, _ = fit(strategies())
     with pytest.warns(UserWarning, match=missing):
         part, trainer = fit(strategies(), trainer={"max_steps": steps})
@@ -210,7 +212,9 @@ def test_diverged_training_is_named_and_not_scored(fit):
 
 
 def test_masks_must_fit_the_classes_of_the_stream(fit):
-    with pytest.raises(ConfigurationError, match="'all', 'seen' or 'task' for a stream that brings"):
+    with pytest.raises(
+        ConfigurationError, match="'all', 'seen' or 'task' for a stream that brings"
+    ):
         fit(mask="shared")
 
 
@@ -245,8 +249,16 @@ def test_a_module_loads_without_a_trainer_and_answers_the_same(fit, tmp_path):
     ("strategies", "options", "message"),
     [
         ([FineTuning()], {}, "Expected a checkpoint with this run's strategies, but they differ: "),
-        ([EWC()], {"stream": digits(num_tasks=3)}, "this run's tasks, but they differ: 3 here, 2 th"),
-        ([EWC()], {"stream": digits(class_order=[1, 0, 2, 3])}, "this run's tasks, but they differ"),
+        (
+            [EWC()],
+            {"stream": digits(num_tasks=3)},
+            "this run's tasks, but they differ: 3 here, 2 th",
+        ),
+        (
+            [EWC()],
+            {"stream": digits(class_order=[1, 0, 2, 3])},
+            "this run's tasks, but they differ",
+        ),
         ([EWC()], {"stream": digits(seed=1)}, "this run's seed, but they differ: 1 here, 0 there."),
         ([EWC()], {"mask": "seen"}, "this run's mask, but they differ: 'seen' here, 'all' there."),
     ],

@@ -43,7 +43,7 @@ def test_two_processes_equal_one(tmp_path, mask):
     script.write_text(SCRIPT)
     for devices in ("1", "2"):
         command = [sys.executable, str(script), devices, mask, str(tmp_path)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert run.returncode == 0, run.stderr
     one, two, other = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")

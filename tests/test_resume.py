@@ -73,7 +73,9 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_sto
     if early_stopping:
         assert reference[3] != [3, 3], "the case is meant to stop early"
     assert len(saves.paths) >= 20
-    different = [p.name for p in saves.paths if not same(reference, state(*run(seed=9, ckpt_path=p)))]
+    different = [
+        p.name for p in saves.paths if not same(reference, state(*run(seed=9, ckpt_path=p)))
+    ]
     assert not different
 
 

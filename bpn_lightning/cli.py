@@ -1,0 +1,113 @@
+"""The command ``bpn-fit``: what needs no torch is answered here, the rest is :mod:`bpn_lightning.fit`."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from bpn_lightning import registry
+from bpn_lightning.command import ALIASES, methods_of, packaged_configs, read_command
+from bpn_lightning.errors import BPNLightningError, ConfigurationError
+
+__all__ = ["main"]
+
+HELP = """\
+usage: bpn-fit --config NAME [--config NAME ...] [--method METHOD] [--KEY VALUE ...]
+
+Train a method over a stream of tasks, in one Lightning fit.
+
+  bpn-fit --config digits_inc.yaml                       under a minute, no download
+  bpn-fit --config cifar100_inc.yaml --method ewc        another method
+  bpn-fit --config digits_inc.yaml --strategies.bd.epsilon 0.1 --trainer.accelerator cpu
+  bpn-fit --config digits_inc.yaml --ckpt_path last      go on where a run was stopped
+
+  --config NAME       a file, or a packaged experiment; later ones win over earlier ones
+  --method METHOD     strategies joined by +, or a method with tuned values of the experiment
+  --seed_everything N the run's seed; it names the folder of its results
+  --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
+  --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
+  --overwrite         replace the results of an earlier run
+  --trainer.FLAG, --model.ARGUMENT, --data.init_args.ARGUMENT, --strategies.NAME.ARGUMENT
+                      any flag of the Trainer, the module, the stream and the strategies
+
+  --list              configs, methods, strategies and streams, installed ones included
+  --print_config      the configuration that would run, and stop
+  --data.help CLASS, --model.backbone.help CLASS, --model.optimizer.help CLASS
+                      the arguments of a class
+  --help, --help_all  this text; every option
+  --version
+"""
+
+USAGE_ERROR = 2  # as argparse exits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0, 2 where the user can mend it, 130 after Ctrl-C; a bug keeps its traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv in ([], ["--help"], ["-h"]):
+            print(HELP, end="")
+        elif argv == ["--version"]:
+            print(f"bpn-fit {_version()}")
+        elif argv == ["--list"]:
+            print(_list())
+        else:
+            return _fit(argv)
+    except BPNLightningError as error:
+        process = int(os.environ.get("LOCAL_RANK", "0"))
+        if process == 0:
+            print(f"bpn-fit: error: {error}", file=sys.stderr)
+        elif not isinstance(error, ConfigurationError):  # that one is the same in every process
+            print(f"bpn-fit: error in process {process}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _fit(argv: Sequence[str]) -> int:
+    command = read_command(argv)
+    from bpn_lightning.fit import fit  # seconds, for torch and lightning
+
+    return fit(command)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("bpn_lightning")
+
+
+def _list() -> str:
+    lines = ["configs, and their methods with tuned values"]
+    configs = packaged_configs()
+    for config in configs:
+        methods = methods_of(config.removesuffix(".yaml"))
+        lines.append(f"  {config:<20} {', '.join(methods)}")
+    for title, registered in (
+        ("strategies, to be joined by + in --method", registry.strategies()),
+        ("streams, for data.class_path", registry.streams()),
+    ):
+        lines += ["", title]
+        lines += [
+            f"  {entry.name:<20} {entry.target.replace(':', '.')}  ({entry.origin})"
+            for entry in registered.values()
+        ]
+        if registered and next(iter(registered.values())).kind == "strategy":
+            lines += [
+                f"  {alias:<20} {name} with {_arguments(arguments)}"
+                for alias, (name, arguments) in ALIASES.items()
+            ]
+    return "\n".join(lines)
+
+
+def _arguments(arguments: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in arguments.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""What a command line of ``bpn-fit`` means, before torch is imported.
+
+Config files and the command line are put into one order of precedence, the last one winning::
+
+    experiment files < the method's file < files with `strategies:` < the command line
+
+wherever on the line a flag stands. A file with ``strategies:`` (such as a run's resolved
+``config.yaml``) has spoken about the method and so comes after the method's file; ``--method`` that
+names another method than the files do leaves their ``strategies:`` out.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpn_lightning import registry
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+
+__all__ = ["ALIASES", "CONFIGS", "Command", "methods_of", "packaged_configs", "read_command"]
+
+CONFIGS = Path(str(files("bpn_lightning.configs")))
+
+#: Names of a method's part that are a strategy with other values than its defaults.
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gd": ("bd", {"direction": "gradient"}),
+    "frozen": ("bd", {"direction": "frozen"}),
+}
+
+#: Keys whose value is a mapping; anything else there would end in a traceback.
+GROUPS = ("trainer", "model", "strategies")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line in order of precedence.
+
+    Args:
+        args: for the parser: configs first, flags after.
+        experiment: name of the results folder.
+        method: name of the method.
+        strategies: name of each strategy, in order, and what it stands for; None where a config or
+            a flag gives its class path.
+        plugins: streams of other packages that are named somewhere.
+        notices: what to tell the user.
+    """
+
+    args: list[str]
+    experiment: str
+    method: str
+    strategies: dict[str, registry.Registered | None]
+    plugins: list[registry.Registered]
+    notices: list[str]
+
+
+@dataclass
+class _Layer:
+    """A config file: its name for messages, what ``--config`` gets, and its content."""
+
+    name: str
+    value: str
+    content: dict[str, Any]
+
+    @property
+    def strategies(self) -> dict[str, Any]:
+        return self.content.get("strategies") or {}
+
+    def without_strategies(self) -> "_Layer":
+        content = {key: value for key, value in self.content.items() if key != "strategies"}
+        return _Layer(self.name, yaml.safe_dump(content, sort_keys=False), content)
+
+
+def packaged_configs() -> list[str]:
+    """File names of the experiments that come with this package."""
+    return sorted(path.name for path in CONFIGS.glob("*.yaml"))
+
+
+def methods_of(experiment: str, folder: Path = CONFIGS) -> list[str]:
+    """Methods with tuned values for an experiment."""
+    return sorted(path.stem for path in (folder / "methods" / experiment).glob("*.yaml"))
+
+
+def read_command(argv: Sequence[str]) -> Command:
+    """Find the files and the method, and put everything into order.
+
+    Raises:
+        ConfigurationError: a config, method or strategy is unknown, or a file cannot be read.
+    """
+    flags, rest = _split(argv)
+    paths = [_find_config(name) for name in flags.config]
+    layers = [_read(path) for path in paths]
+    stated = _last(layers, "method")
+    experiment = str(
+        flags.experiment or _last(layers, "experiment") or (paths[0].stem if paths else "unnamed")
+    )
+    method = flags.method or stated
+    folders = list(dict.fromkeys([*(path.parent for path in paths[:1]), CONFIGS]))
+    known_methods = sorted({name for folder in folders for name in methods_of(experiment, folder)})
+    if method is None:
+        raise ConfigurationError(
+            "Expected --method (or `method:` in a config) to name a method, but got none. "
+            f"Try --method {'bd+ewc' if not known_methods else known_methods[0]}; "
+            "`bpn-fit --list` shows them."
+        )
+
+    notices = []
+    if flags.method is not None and flags.method != stated:
+        for layer in [layer for layer in layers if layer.strategies]:
+            notices.append(f"--method {method} leaves out the `strategies:` of {layer.name}.")
+        layers = [layer.without_strategies() if layer.strategies else layer for layer in layers]
+
+    chosen, method_layer = _choose(method, experiment, folders, known_methods, layers, rest)
+    if method_layer is None or method_layer.name == method:
+        given = {name for layer in layers for name in layer.strategies}
+        if not set(chosen) <= given:
+            notices.append(
+                f"There are no tuned values of {method} for {experiment}: "
+                "its strategies run on their defaults."
+            )
+    _check_overrides(chosen, method, layers, rest)
+
+    first = next((i for i, layer in enumerate(layers) if layer.strategies), len(layers))
+    if method_layer is not None:
+        layers.insert(first, method_layer)
+    return Command(
+        args=[
+            *(token for layer in layers for token in ("--config", layer.value)),
+            f"--experiment={experiment}",
+            f"--method={method}",
+            *rest,  # last, since `--data.help CLASS` takes the rest of the line for itself
+        ],
+        experiment=experiment,
+        method=method,
+        strategies=chosen,
+        plugins=_named_plugins(layers, rest),
+        notices=notices,
+    )
+
+
+def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What decides about files and method, and the other flags in their order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--method")
+    parser.add_argument("--experiment")
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(
+            f"Expected {error.argument_name} to be followed by a value, but got none."
+        ) from error
+
+
+def _last(layers: Sequence[_Layer], key: str) -> str | None:
+    values = [layer.content[key] for layer in layers if layer.content.get(key) is not None]
+    return str(values[-1]) if values else None
+
+
+def _find_config(name: str) -> Path:
+    """A path first, then a packaged config, with or without its suffix."""
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = packaged_configs()
+    stem = Path(name).stem
+    near = did_you_mean(name, known) or (stem and did_you_mean(f"{stem}.yaml", known))
+    raise ConfigurationError(
+        f"Expected --config to be a file or a packaged config, but got {name!r}.{near} "
+        "`bpn-fit --list` shows the packaged ones."
+    )
+
+
+def _read(path: Path) -> _Layer:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(
+            f"Expected {path} to be readable, but got {error.strerror}. Check its permissions."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigurationError(
+            f"Expected {path} to be YAML, but got an error{line}: {problem}. Correct that line."
+        ) from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigurationError(
+            f"Expected {path} to hold keys and values, but got {content!r}. "
+            "Start from the output of `bpn-fit --config digits_inc.yaml --print_config`."
+        )
+    for group in GROUPS:
+        if group in content and not isinstance(content[group], Mapping):
+            raise ConfigurationError(
+                f"Expected `{group}:` in {path} to be a mapping, but got {content[group]!r}. "
+                f"Put its keys below `{group}:`, indented."
+            )
+    for name, value in (content.get("strategies") or {}).items():
+        if not isinstance(value, Mapping):
+            raise ConfigurationError(
+                f"Expected `strategies.{name}:` in {path} to be a mapping, but got {value!r}. "
+                f"For its defaults write `{name}: {{}}`."
+            )
+    return _Layer(str(path), str(path), content)
+
+
+def _choose(
+    method: str,
+    experiment: str,
+    folders: Sequence[Path],
+    known_methods: Sequence[str],
+    layers: Sequence[_Layer],
+    rest: Sequence[str],
+) -> tuple[dict[str, registry.Registered | None], _Layer | None]:
+    """The method's strategies in order, and the config that holds its values, if there is one."""
+    known = registry.strategies()
+    by_path = _with_class_path(layers, rest)
+    given = [name for layer in layers for name in layer.strategies]
+    for folder in folders:
+        path = folder / "methods" / experiment / f"{method}.yaml"
+        if path.is_file():
+            layer = _read(path)
+            return _look_up(list(layer.strategies), method, known, by_path, known_methods), layer
+    parts = method.split("+")
+    if not all(part in ALIASES or part in known or part in by_path for part in parts) and given:
+        parts = list(dict.fromkeys(given))
+    values = {}
+    for part in parts:
+        name, arguments = ALIASES.get(part, (part, {}))
+        if name in values:
+            raise ConfigurationError(
+                f"Expected --method to name each strategy once, but got {method!r}. "
+                f"Leave one {part!r} out."
+            )
+        values[name] = arguments
+    chosen = _look_up(list(values), method, known, by_path, known_methods)
+    arguments = {name: value for name, value in values.items() if value}
+    content = {"strategies": arguments}
+    return chosen, _Layer(method, yaml.safe_dump(content), content) if arguments else None
+
+
+def _look_up(
+    names: Sequence[str],
+    method: str,
+    known: Mapping[str, registry.Registered],
+    by_path: Iterable[str],
+    known_methods: Sequence[str],
+) -> dict[str, registry.Registered | None]:
+    for name in names:
+        if name not in known and name not in by_path:
+            near = did_you_mean(method, known_methods) or did_you_mean(name, [*known, *ALIASES])
+            raise ConfigurationError(
+                f"Expected --method to be strategies joined by '+', but got {method!r} with the "
+                f"unknown {name!r}.{near} `bpn-fit --list` shows methods and strategies."
+            )
+    return {name: known.get(name) for name in names}
+
+
+def _with_class_path(layers: Sequence[_Layer], rest: Sequence[str]) -> set[str]:
+    """Names of strategies that come as ``{class_path, init_args}``."""
+    found = {
+        name
+        for layer in layers
+        for name, value in layer.strategies.items()
+        if "class_path" in value
+    }
+    for flag in _flags(rest):
+        keys = flag.split(".")
+        if keys[0] == "strategies" and (len(keys) == 2 or keys[2:] == ["class_path"]):
+            found.add(keys[1])
+    return found
+
+
+def _check_overrides(
+    chosen: Mapping[str, object], method: str, layers: Sequence[_Layer], rest: Sequence[str]
+) -> None:
+    """Values for a strategy that does not run would be lost without a word."""
+    named = [(f"strategies.{name}", name) for layer in layers for name in layer.strategies]
+    for flag in _flags(rest):
+        keys = flag.split(".")
+        if keys[0] == "strategies" and len(keys) > 1:
+            named.append((f"--{flag}", keys[1]))
+    for spelling, name in named:
+        if name not in chosen:
+            remedy = f"{did_you_mean(name, chosen)} `bpn-fit --list` shows all strategies."
+            if name in registry.strategies():
+                remedy = f" Choose a method that has it, such as --method {name}, or leave it out."
+            raise ConfigurationError(
+                f"Expected {spelling} to be about a strategy of the method {method!r} "
+                f"({', '.join(chosen)}), but got {name!r}.{remedy}"
+            )
+
+
+def _flags(rest: Sequence[str]) -> list[str]:
+    """The names of the flags, without dashes, values and the ``+`` that appends."""
+    return [
+        token[2:].partition("=")[0].removesuffix("+") for token in rest if token.startswith("--")
+    ]
+
+
+def _named_plugins(layers: Sequence[_Layer], rest: Sequence[str]) -> list[registry.Registered]:
+    """Streams of other packages that are named; a short name that nobody has is an error."""
+    known = registry.streams()
+    names = []
+    for layer in layers:
+        data = layer.content.get("data")
+        names.append(data.get("class_path") if isinstance(data, Mapping) else data)
+    for token, value in zip(rest, [*rest, ""][1:], strict=True):
+        key, equals, attached = token.partition("=")
+        if key in ("--data", "--data.class_path", "--data.help"):
+            names.append(attached if equals else value)
+    for name in names:
+        if isinstance(name, str) and name.isidentifier() and name not in known:
+            raise ConfigurationError(
+                f"Expected data.class_path to be a stream, but got {name!r}."
+                f"{did_you_mean(name, known)} `bpn-fit --list` shows them; "
+                "a class of your own is named by its whole path, package.module.Class."
+            )
+    return [
+        known[name]
+        for name in dict.fromkeys(name for name in names if isinstance(name, str))
+        if name in known and known[name].origin != registry.BUILT_IN
+    ]

@@ -1,0 +1,223 @@
+"""What a run shows: where it stands while it trains, and a table of accuracies at its end."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from bpn_lightning.metrics import Summary
+from bpn_lightning.tasks import Task
+
+__all__ = ["StreamProgress", "final_table"]
+
+
+class StreamProgress(ProgressBar):
+    """One bar for the task that is learned, and one lasting line for every task that was learned.
+
+    Where the output is no terminal there is no bar, only the lines.
+
+    Args:
+        console: where to write; by default standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self._console = console or Console()
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._told = -1
+        self._drawn = 0.0  # when
+
+    def disable(self) -> None:
+        """Show nothing: for processes other than the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Write a lasting line above the bar."""
+        self._console.print(*args, soft_wrap=True, highlight=False, markup=False, **kwargs)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, after the tasks that a resumed run has behind it."""
+        self._told = _host(pl_module).closed
+        if self._enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[accuracy]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.add_task("", total=None, accuracy="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar, ten times a second at most; the accuracy is that of the last logged batch."""
+        if self._bar is None or time.monotonic() - self._drawn < 0.1:
+            return
+        self._drawn = time.monotonic()
+        epoch, epochs = _epoch(pl_module)
+        batches = int(self.total_train_batches)
+        accuracy = trainer.progress_bar_metrics.get("train/accuracy")
+        self._bar.update(
+            self._bar.tasks[0].id,
+            description=where(pl_module),
+            total=epochs * batches,
+            completed=epoch * batches + batch_idx + 1,
+            accuracy="" if accuracy is None else f"training accuracy {float(accuracy):.2f}",
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which task was finished by the epoch before."""
+        self._tell_learned(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that the last task is learned, and take the bar away."""
+        self._tell_learned(pl_module)
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the terminal as it was."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _tell_learned(self, pl_module: LightningModule) -> None:
+        host = _host(pl_module)
+        for task_id in range(self._told + 1, host.closed + 1):
+            if self._enabled:
+                row = host.accuracy_matrix.accuracy[task_id + 1]
+                self.print(learned(host.tasks, task_id, [float(value) for value in row]))
+        self._told = host.closed
+
+
+def where(module: LightningModule) -> str:
+    """``task 2/5, epoch 3/4``, with the phase's name unless it is the task's own training."""
+    host = _host(module)
+    position, (epoch, epochs) = host.position, _epoch(module)
+    phase = "" if position.phase == "train" else f" ({position.phase})"
+    return f"task {position.task + 1}/{len(host.tasks)}, epoch {epoch + 1}/{epochs}{phase}"
+
+
+def _epoch(module: LightningModule) -> tuple[int, int]:
+    """How many epochs of the task came before, and how many it has, over all its phases."""
+    host = _host(module)
+    task = host.position.task
+    first = host.schedule.last_epoch(task - 1) + 1 if task else 0
+    return host.position.epoch, host.schedule.last_epoch(task) + 1 - first
+
+
+def learned(tasks: Sequence[Task], task_id: int, row: Sequence[float]) -> str:
+    """One line about a task that has just been learned.
+
+    Args:
+        tasks: of the stream.
+        task_id: the one learned last.
+        row: ``(tasks,)``, test accuracies at this moment.
+    """
+    seen = row[: task_id + 1]
+    mean = sum(seen) / len(seen)
+    line = f"task {task_id + 1}/{len(tasks)} ({tasks[task_id].name}) learned: {seen[-1]:.3f}"
+    if task_id:
+        line += f"; first task now {seen[0]:.3f}, mean of {len(seen)} tasks {mean:.3f}"
+    return line
+
+
+def final_table(
+    console: Console,
+    title: str,
+    tasks: Sequence[Task],
+    summary: Summary,
+    bytes_per_task: Mapping[str, int | None],
+    folder: Path,
+) -> None:
+    """Show the accuracies of a run, three ways side by side, and where its files are.
+
+    Args:
+        console: where to write.
+        title: of the table.
+        tasks: of the stream.
+        summary: of the accuracy matrix.
+        bytes_per_task: ``measured``, and by the ``paper``'s accounting.
+        folder: of the run.
+    """
+    blind = summary["without_oracle"]
+    after = summary["after_learning"]
+    table = Table(title=Text(title), title_justify="left", show_footer=True)
+    table.add_column("task", footer="mean", justify="right", min_width=4)
+    room = max(8, console.width - 56)  # what the numbers and the frame leave
+    table.add_column("classes", no_wrap=True, max_width=min(32, room), overflow="ellipsis")
+    for name, average in {
+        "final": summary["average"],
+        "just learned": after["average"],
+        "final, no task id": blind and blind["average"],
+    }.items():
+        table.add_column(name, footer=_fraction(average), justify="right", min_width=5)
+    for index, task in enumerate(tasks):
+        table.add_row(
+            str(task.id + 1),
+            Text(task.name),
+            _fraction(summary["per_task"][index]),
+            _fraction(after["per_task"][index]),
+            _fraction(blind and blind["per_task"][index]),
+        )
+    console.print(table)
+    console.print(
+        "final: after the last task, with the task's id; just learned: right after its own training; "
+        "no task id: the network has to find the task by itself",
+        highlight=False,
+    )
+    figures = {
+        "ACC": summary["average"],
+        "BWT": summary["bwt"],
+        "FWT": summary["fwt"],
+        "forgetting": summary["forgetting"],
+        "first task": summary["first_task"],
+    }
+    stored = {name: bytes_per_task.get(name) for name in ("measured", "paper")}
+    for line in (
+        "  ".join(f"{name} {_fraction(value)}" for name, value in figures.items()),
+        "bytes per task: "
+        + ", ".join(
+            f"{'-' if count is None else format(count, ',')} {name}"
+            for name, count in (
+                ("measured", stored["measured"]),
+                ("by the paper's count", stored["paper"]),
+            )
+        ),
+        f"results: {folder / 'results.json'}",
+        f"pictures: {folder / 'figures'}",
+    ):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _fraction(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _host(module: LightningModule) -> Any:
+    """A ContinualModule; any module that knows its tasks, schedule and accuracies will do."""
+    return module

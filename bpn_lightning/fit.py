@@ -1,0 +1,428 @@
+"""``bpn-fit`` once torch may be imported: parse, build, train, write the results."""
+
+import logging
+import pickle
+import signal
+import sys
+import time
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from bpn_lightning import registry
+from bpn_lightning.command import Command
+from bpn_lightning.console import StreamProgress, final_table
+from bpn_lightning.costs import bytes_per_task
+from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
+from bpn_lightning.files import write_atomically
+from bpn_lightning.messages import explain, shorten_help
+from bpn_lightning.module import ContinualModule
+from bpn_lightning.recording import LastCheckpoint, MetricsFile
+from bpn_lightning.results import check_folder, collect_provenance, read_results, write_results
+from bpn_lightning.strategies.base import ContinualStrategy
+
+__all__ = ["ContinualCLI", "fit"]
+
+INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
+
+#: Keys that say where and how a run is written, and not what it is: two runs that differ in them
+#: only have the same results, config.yaml included.
+PLACES = ("runs", "overwrite", "ckpt_path")
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, with a help that can be read."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Without the names of the thousand modules that a backbone might be."""
+        return shorten_help(super().format_help(*args, **kwargs))
+
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        """What Lightning 2.6 calls by a name that jsonargparse has deprecated."""
+        return self.instantiate(*args, **kwargs)
+
+
+class ContinualCLI(LightningCLI):
+    """LightningCLI for one fit of a stream.
+
+    The parser is made for the method: each of its strategies has typed arguments below
+    ``strategies.<name>``, and there are no others.
+
+    Args:
+        command: the command line, in order of precedence.
+
+    Raises:
+        ConfigurationError: a key, a value or a class is wrong.
+    """
+
+    datamodule: ContinualDataModule
+    model: ContinualModule
+    trainer: Trainer
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        _load_streams(command)
+        super().__init__(
+            ContinualModule,
+            ContinualDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults={"max_epochs": -1, "enable_model_summary": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # only for modules that save hyperparameters
+            parser_class=_Parser,
+            parser_kwargs={
+                "prog": "bpn-fit",
+                "description": "Train a method over a stream of tasks, in one Lightning fit.",
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "dump_header": None,
+            },
+            args=command.args,
+            run=False,
+        )
+
+    # --- parsing ---------------------------------------------------------------------------------
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Lightning's ``seed_everything``, but always a number: it names the run's folder."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="Seed of the weights and, unless data.init_args.seed says otherwise, of the stream.",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The method, its strategies, and where the run is written."""
+        parser.add_argument(
+            "--experiment",
+            type=str,
+            default=self.command.experiment,
+            help="Name of the results folder; by default the first config's file name.",
+        )
+        parser.add_argument(
+            "--method",
+            type=str,
+            default=self.command.method,
+            help="Strategies joined by '+', or a method with tuned values of the experiment.",
+        )
+        parser.add_argument(
+            "--runs",
+            type=str,
+            default="runs",
+            help="Results go to <runs>/<experiment>/<method>/seed_<n>/.",
+        )
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Replace what an earlier run left in that folder.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Resume this checkpoint; 'last' is the run's own, if there is one.",
+        )
+        parser.add_argument(
+            "--checkpoint_every_n_steps",
+            type=int,
+            default=500,
+            help="Updates between checkpoints inside an epoch; one is taken at each epoch's end anyway.",
+        )
+        for name, registered in self.command.strategies.items():
+            key = f"strategies.{name}"
+            if registered is None:
+                parser.add_lightning_class_args(ContinualStrategy, key, subclass_mode=True)
+            else:
+                parser.add_lightning_class_args(_strategy(registered), key)
+        parser.add_argument("--help_all", action="help", help="Show this text.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in one line what is wrong."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ConfigurationError(explain(str(error), parser)) from error
+        except OmegaConfBaseException as error:
+            key = f" in {error.full_key}" if getattr(error, "full_key", None) else ""
+            raise ConfigurationError(
+                f"Expected every ${{...}} to name another key, but got an error{key}: "
+                f"{str(error).splitlines()[0]}. `--print_config` shows the keys."
+            ) from error
+
+    # --- building --------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's results go."""
+        config = self.config
+        seed = f"seed_{config.seed_everything}"
+        return Path(str(config.runs), str(config.experiment), str(config.method), seed)
+
+    @property
+    def resolved(self) -> Namespace:
+        """The configuration without what only says where it is written."""
+        config: Namespace = self.config.clone()
+        for key in ("config", *PLACES):
+            config.pop(key, None)
+        return config
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML."""
+        text: str = self.parser.dump(self.resolved, skip_unset=False, skip_validation=True)
+        return text
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse before anything is built what would be refused after hours of training."""
+        if self.config.checkpoint_every_n_steps < 1:
+            raise ConfigurationError(
+                "Expected checkpoint_every_n_steps to be at least 1, but got "
+                f"{self.config.checkpoint_every_n_steps}. A large number leaves only the epochs' ends."
+            )
+        for key in ("experiment", "method"):
+            if Path(self.config[key]).name != self.config[key]:
+                raise ConfigurationError(
+                    f"Expected {key} to be a name for a folder, but got {self.config[key]!r}. "
+                    "Leave slashes out; --runs says where the folders lie."
+                )
+        if self.config.overwrite and self.config.ckpt_path == "last":
+            raise ConfigurationError(
+                "Expected either --overwrite, which begins anew, or --ckpt_path last, which goes "
+                "on, but got both. Leave one out."
+            )
+        self.checkpoint = self._checkpoint()
+
+    def after_instantiate_classes(self) -> None:
+        """Neither a finished run nor one that could go on is lost by forgetting a flag."""
+        if not _first_process() or self.config.overwrite:
+            return
+        if self.checkpoint is None or not _ended_early(self.folder):
+            check_folder(self.folder)
+        if self.last.is_file() and self.checkpoint is None:
+            raise ResultsError(
+                f"Expected {self.folder} to hold no unfinished run, but got one with a checkpoint. "
+                "Go on with --ckpt_path last, or replace it with --overwrite."
+            )
+
+    @property
+    def last(self) -> Path:
+        """This run's own checkpoint."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to resume, after a look at whose it is."""
+        wanted = self.config.ckpt_path
+        if wanted is None:
+            return None
+        path = self.last if wanted == "last" else Path(wanted)
+        if not path.is_file():
+            if wanted == "last":
+                _tell(f"There is no {path} yet: this run starts afresh.")
+                return None
+            raise ConfigurationError(
+                f"Expected ckpt_path to be 'last' or a checkpoint, but there is no file {wanted!r}. "
+                f"Those of this run are in {self.folder / 'checkpoints'}."
+            )
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+            raise CheckpointError(
+                f"Expected {path} to be a checkpoint, but it cannot be read: "
+                f"{str(error).splitlines()[0]}. Leave --ckpt_path out to start afresh."
+            ) from error
+        theirs = saved.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("run")
+        if theirs is not None and theirs != self._identity():
+            raise CheckpointError(
+                f"Expected ckpt_path to be a checkpoint of {_name(self._identity())}, but {path} is "
+                f"one of {_name(theirs)}. Resume that run with its own config, method and seed."
+            )
+        return path
+
+    def _identity(self) -> dict[str, str | int]:
+        config = self.config
+        return {
+            "experiment": config.experiment,
+            "method": config.method,
+            "seed": config.seed_everything,
+        }
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's, with our files, checkpoint and progress bar unless they are switched off."""
+        chosen = self.config_init.trainer
+        metrics = None
+        if chosen.logger is not False:
+            metrics = MetricsFile(self.folder / "metrics.csv")
+            others = chosen.logger if isinstance(chosen.logger, list) else [chosen.logger]
+            kwargs["logger"] = [metrics, *(one for one in others if one not in (None, True))]
+        callbacks = chosen.callbacks if isinstance(chosen.callbacks, list) else [chosen.callbacks]
+        callbacks = [callback for callback in callbacks if callback is not None]
+        if chosen.enable_checkpointing is not False:
+            every = self.config.checkpoint_every_n_steps
+            callbacks.append(LastCheckpoint(self.last, every, self._identity(), metrics))
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if chosen.enable_progress_bar is not False and not has_bar:
+            callbacks.append(StreamProgress())
+        kwargs["callbacks"] = callbacks
+        if chosen.default_root_dir is None:
+            kwargs["default_root_dir"] = str(self.folder)
+        try:
+            trainer: Trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigurationError(
+                "Expected the trainer's flags to fit this machine and each other, but Lightning says: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        return trainer
+
+    def prepare_folder(self) -> None:
+        """Clear what an earlier run left, unless this one resumes, and write config.yaml."""
+        if not _first_process():
+            return
+        if self.config.overwrite:
+            check_folder(self.folder, overwrite=True)
+        elif self.checkpoint is None:
+            (self.folder / "metrics.csv").unlink(missing_ok=True)
+        (self.folder / "results.json").unlink(missing_ok=True)
+        write_atomically(self.folder / "config.yaml", self.dump().encode())
+
+
+def fit(command: Command) -> int:
+    """Train what a command line describes, and write and show its results.
+
+    Args:
+        command: read by :func:`bpn_lightning.command.read_command`.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        BPNLightningError: the user can mend it.
+    """
+    for notice in command.notices:
+        _tell(notice)
+    with _quiet():
+        try:
+            cli = ContinualCLI(command)
+        except SystemExit as end:  # --help and --print_config
+            return int(end.code or 0)
+        started = time.perf_counter()
+        cli.prepare_folder()
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.checkpoint)
+        except SystemExit:
+            if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
+                raise
+            signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            )  # Lightning ignores it from then on
+            _tell(f"Interrupted. The same command with --ckpt_path last goes on from {cli.folder}.")
+            return INTERRUPTED
+        if cli.trainer.is_global_zero:
+            _finish(cli, seconds=time.perf_counter() - started)
+    return 0
+
+
+def _finish(cli: ContinualCLI, seconds: float) -> None:
+    config, module = cli.config, cli.model
+    stored = bytes_per_task(module.strategies, module)
+    results = write_results(
+        cli.folder,
+        experiment=config.experiment,
+        method=config.method,
+        seed=config.seed_everything,
+        matrix=module.accuracy_matrix,
+        curve=module.curve,
+        tasks=module.tasks,
+        bytes_per_task=stored,
+        provenance=collect_provenance(seconds),
+    )
+    title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
+    final_table(
+        Console(), title, module.tasks, module.accuracy_matrix.summary(), stored, results.parent
+    )
+
+
+def _ended_early(folder: Path) -> bool:
+    """Whether a run wrote its results before it had learned every task."""
+    return (folder / "results.json").is_file() and bool(read_results(folder)["tasks_not_learned"])
+
+
+def _load_streams(command: Command) -> None:
+    """Short names are found among the classes that are imported."""
+    for registered in registry.streams().values():
+        if registered.origin == registry.BUILT_IN:
+            registered.load()
+    for registered in command.plugins:
+        found = registered.load()
+        if not issubclass(found, ContinualDataModule) or found.__name__ != registered.name:
+            raise ConfigurationError(
+                f"Expected the stream {registered.name!r} of {registered.origin} to be a "
+                f"ContinualDataModule of that name, but got {found.__module__}.{found.__qualname__}. "
+                "Mend that package's entry point, or give the class by its whole path."
+            )
+
+
+def _strategy(registered: registry.Registered) -> type[ContinualStrategy]:
+    found = registered.load()
+    if not issubclass(found, ContinualStrategy):
+        raise ConfigurationError(
+            f"Expected the strategy {registered.name!r} of {registered.origin} to be a "
+            f"ContinualStrategy, but got {found.__module__}.{found.__qualname__}. "
+            "Mend that package's entry point."
+        )
+    return found
+
+
+def _first_process() -> bool:
+    """Whether this process writes files and talks; Lightning tells the others their rank."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def _tell(line: str) -> None:
+    """One line for the user, beside what the run prints."""
+    if _first_process():
+        print(f"bpn-fit: {line}", file=sys.stderr)
+
+
+def _name(run: dict[str, str | int]) -> str:
+    return f"{run['experiment']}, method {run['method']}, seed {run['seed']}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's hints about hardware and products off, its warnings on but for two."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # One is between Lightning and torch; the other says that there is no validation part,
+            # which is the streams' default.
+            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,211 @@
+"""One clear line out of a parser's error.
+
+jsonargparse reports a nested mistake as a tree: each type that a value might have had, and why it
+did not. Its leaf says what is wrong, and the types of the parser say what would have been right.
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+
+from jsonargparse import ArgumentParser
+
+from bpn_lightning.errors import did_you_mean
+
+__all__ = ["explain", "shorten_help"]
+
+_HELP = "`bpn-fit --help_all` shows all."
+
+#: Where the classes are that go by their short names.
+_SHORT_NAMES = (
+    "torch.optim",
+    "torch.optim.lr_scheduler",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+)
+
+
+def explain(message: str, parser: ArgumentParser) -> str:
+    """Say what was given, where, what was expected, and the nearest right spelling.
+
+    Args:
+        message: of the parser's error.
+        parser: the one that raised it; its options are the known ones.
+    """
+    for rule in (_unknown_flag, _unknown_option, _missing, _not_importable, _wrong_value):
+        said = rule(message, parser)
+        if said:
+            return said
+    return " ".join(message.split())
+
+
+def _unknown_flag(message: str, parser: ArgumentParser) -> str | None:
+    match = re.match(r"unrecognized arguments: (\S+)", message)
+    if not match:
+        return None
+    given = match[1].partition("=")[0]
+    if not given.startswith("-"):
+        return f"Expected an option, but got {given!r}. Options begin with --."
+    flag = given.removeprefix("--").removesuffix("+")
+    return f"There is no option {given}.{_nearest_option(flag, parser, '--')} {_HELP}"
+
+
+def _unknown_option(message: str, parser: ArgumentParser) -> str | None:
+    """A key that a class, or a group of options, does not have."""
+    group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
+    if group:
+        key = f"{group[1]}.{group[2]}"
+        return f"There is no key {key}.{_nearest_option(key, parser)} {_HELP}"
+    option = re.search(r"Option '([^']+)' is not accepted", message)
+    if not option:
+        return None
+    path = _path(message[: option.start()])
+    if not path:
+        return f"There is no key {option[1]}.{_nearest_option(option[1], parser)} {_HELP}"
+    classes = re.findall(r"class_path '([^']+)'", message[: option.start()])
+    classes += re.findall(r"class_path='([^']+)'", message[option.end() :])
+    name = (
+        classes[-1] if message[: option.start()].count("class_path '") else next(iter(classes), "")
+    )
+    wrong = option[1].partition(".")[0]
+    if not name:
+        return f"There is no key {path}.{wrong}. {_HELP}"
+    known = _arguments(name)
+    near = did_you_mean(wrong, known)
+    if "." in option[1] and wrong not in known:
+        near = did_you_mean(wrong, ["init_args", "class_path"]) or near
+    return (
+        f"{name.rpartition('.')[2]} has no argument {wrong!r} ({path}).{near} "
+        f"It takes {', '.join(known) if known else 'none'}."
+    )
+
+
+def _missing(message: str, parser: ArgumentParser) -> str | None:
+    match = re.match(r"the following arguments are required: (.+)", message)
+    if not match:
+        return None
+    return (
+        f"Expected a value for {match[1]}, but got none. Name an experiment, such as "
+        "--config digits_inc.yaml, or give it yourself."
+    )
+
+
+def _not_importable(message: str, parser: ArgumentParser) -> str | None:
+    path = _path(message)
+    attribute = re.search(r"module '([^']+)' has no attribute '([^']+)'", message)
+    if attribute:
+        near = did_you_mean(attribute[2], _names_in(attribute[1]))
+        return f"Expected {path} to be an importable class, but {attribute[1]} has no {attribute[2]!r}.{near}"
+    module = re.search(r"No module named '([^']+)'", message)
+    if module:
+        return (
+            f"Expected {path} to be an importable class, but there is no module {module[1]!r}. "
+            "Check its spelling, or install it."
+        )
+    short = re.search(r"Expected a dot import path string: (\S+)", message)
+    if short:
+        names = [name for module in _SHORT_NAMES for name in _names_in(module)]
+        return (
+            f"Expected {path} to be a class, but got {short[1]!r}.{did_you_mean(short[1], names)} "
+            "A class of your own is named by its whole path, package.module.Class."
+        )
+    config = re.search(r"Unable to load config '([^']*)'", message)
+    if config:
+        return (
+            f"Expected {path} to be a config file, but got {config[1]!r}. Set its keys one by one."
+        )
+    base = re.search(r"does not correspond to a subclass of (\w+)", message)
+    if base:
+        given = re.search(r"Given value: (\S+)|Got value: (\S+)", message)
+        got = f" {given[1] or given[2]!r}" if given else " another class"
+        return f"Expected {path} to be a subclass of {base[1]}, but got{got}."
+    return None
+
+
+def _wrong_value(message: str, parser: ArgumentParser) -> str | None:
+    """A value of the wrong type: that of the innermost key, with all the types that it may have."""
+    single = re.search(r"Expected an? ([^\n]+?)\. Got value: ([^\n]*)", message)
+    union = re.search(r"Given value: ([^\n]*)", message)
+    if single:
+        types, value, end = single[1], single[2], single.start()
+    elif union:
+        end = union.start()
+        subtypes = re.findall(r"Subtypes: \[([^\n]*)\]\n", message[:end])
+        if not subtypes:
+            return None
+        types, value = subtypes[-1], union[1]
+    else:
+        return None
+    return f"Expected {_path(message[:end])} to be {_readable(types)}, but got {value}."
+
+
+def _path(text: str) -> str:
+    """The key that a message is about: nested ones stand in its order, outermost first."""
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    found = keys[:1]
+    for key in keys[1:]:
+        if key == found[-1]:
+            continue
+        found.append(key if key.startswith("init_args.") else f"init_args.{key}")
+    return ".".join(found)
+
+
+def _nearest_option(key: str, parser: ArgumentParser, prefix: str = "") -> str:
+    """Nearest among the options below the same parent, so that a long prefix decides nothing."""
+    known = [
+        option.removeprefix("--")
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    ]
+    if key.replace(".init_args.", ".") in known:
+        return f" Did you mean {prefix + key.replace('.init_args.', '.')!r}?"
+    parent, dot, leaf = key.rpartition(".")
+    while True:
+        siblings = {
+            name.removeprefix(parent + dot).partition(".")[0]
+            for name in known
+            if name.startswith(parent + dot)
+        }
+        if siblings or not parent:
+            break
+        leaf = parent.rpartition(".")[2]
+        parent, dot, _ = parent.rpartition(".")
+    near = did_you_mean(leaf, sorted(siblings))
+    return near.replace("'", f"'{prefix}{parent}{dot}", 1) if near else ""
+
+
+def _arguments(class_path: str) -> list[str]:
+    """The arguments of a class or function, as the parser sees them."""
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    parser = ArgumentParser()
+    if isinstance(found, type):
+        return list(parser.add_class_arguments(found, fail_untyped=False))
+    return list(parser.add_function_arguments(found, fail_untyped=False)) if found else []
+
+
+def _names_in(module: str) -> Iterable[str]:
+    return [name for name in dir(sys.modules.get(module)) if not name.startswith("_")]
+
+
+def _readable(types: str) -> str:
+    """``<class 'int'>, list[int], <class 'NoneType'>`` as ``int, list[int] or null``."""
+    text = (
+        re.sub(r"<class '([^']+)'>", r"\1", types)
+        .replace("typing.", "")
+        .replace("NoneType", "null")
+    )
+    text = re.sub(r"\b[\w.]+\.(\w+)", r"\1", text)
+    literal = r"Literal\[((?:[^\[\]]|\[[^\]]*\])*)\]"
+    text = re.sub(literal, lambda match: match[1], text)
+    first, comma, last = text.rpartition(", ")
+    whole = last.count("[") == last.count("]")
+    return f"{first} or {last}" if comma and whole else text
+
+
+def shorten_help(text: str) -> str:
+    """Leave long lists of subclasses out of a help text: PyTorch alone has hundreds of modules."""
+    return re.sub(r",\s+known\s+subclasses:[^)]{1500,}\)", ")", text)

@@ -1,0 +1,1 @@
+"""Experiments and tuned methods, as package data."""
