@@ -523,9 +523,14 @@ class ContinualModule(ContinualNetwork):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer, over everything trainable but M, and its scheduler."""
         outside = {id(part.M) for part in self.modules() if isinstance(part, BiasUnits)}
-        optimizer = self.optimizer(
-            [p for p in self.parameters() if p.requires_grad and id(p) not in outside]
-        )
+        parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in outside]
+        try:
+            optimizer = self.optimizer(parameters)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"Expected optimizer to take the parameters and its arguments, but it raised "
+                f"{type(error).__name__}: {error}. Correct that argument."
+            ) from error
         if self.scheduler is None:
             return optimizer
         scheduler: Callable[..., Any] = self.scheduler

@@ -20,7 +20,7 @@ def seeded_generator(*key: int | str, device: str | torch.device = "cpu") -> tor
     >>> bool((a == b).all())
     True
     """
-    digest = blake2b(repr(key).encode(), digest_size=7).digest()
+    digest = blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 

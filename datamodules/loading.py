@@ -4,7 +4,6 @@ Lightning re-wraps a ``DataLoader`` under several processes, which repeats and d
 cannot wrap it leaves alone, so these are plain iterables that know their own share of a batch.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from math import ceil
 from typing import NamedTuple
@@ -13,22 +12,10 @@ import torch
 from torch import Tensor
 
 from bpn_lightning.datamodules.augmentation import CropAndFlip
+from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Batch
 
-__all__ = ["ALONE", "EvaluationLoader", "Samples", "Share", "TrainLoader", "generator"]
-
-
-def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator of its own for one purpose, the same wherever the key is the same.
-
-    The global generator is neither read nor moved: what else draws from it cannot change the data,
-    and a resumed run needs no saved state.
-
-    >>> torch.equal(torch.rand(2, generator=generator("a", 1)), torch.rand(2, generator=generator("a", 1)))
-    True
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+__all__ = ["ALONE", "EvaluationLoader", "Samples", "Share", "TrainLoader"]
 
 
 class Samples(NamedTuple):
@@ -175,10 +162,10 @@ class TrainLoader:
         """
         count = len(self.indices)
         position = (self.seed, self.task, self.epoch)
-        order = torch.randperm(count, generator=generator("order", *position))
+        order = torch.randperm(count, generator=seeded_generator("order", *position))
         draws = None
         if self.augmentation is not None:
-            draws = self.augmentation.draw(count, generator("augmentation", *position))
+            draws = self.augmentation.draw(count, seeded_generator("augmentation", *position))
         return _batches(
             self.samples,
             self.indices[order],

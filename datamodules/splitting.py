@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bpn_lightning.datamodules.loading import generator
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.random_state import seeded_generator
 
 __all__ = ["choose_classes", "hold_out"]
 
@@ -51,7 +51,7 @@ def choose_classes(
             "once. Remove the repetitions."
         )
     if order_seed is not None:
-        shuffle = torch.randperm(len(chosen), generator=generator("class_order", order_seed))
+        shuffle = torch.randperm(len(chosen), generator=seeded_generator("class_order", order_seed))
         chosen = [chosen[i] for i in shuffle.tolist()]
     return chosen
 
@@ -76,7 +76,7 @@ def hold_out(labels: Tensor, fraction: float, *key: int | str) -> Tensor:
     for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().flatten()
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        shuffle = torch.randperm(len(members), generator=generator(*key, label))
+        shuffle = torch.randperm(len(members), generator=seeded_generator(*key, label))
         held[members[shuffle[:count]]] = True
     return held
 

@@ -13,11 +13,11 @@ from bpn_lightning.datamodules.loading import (
     Samples,
     Share,
     TrainLoader,
-    generator,
 )
 
 STORE = Samples(torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1), torch.arange(40) % 7)
 INDICES = torch.arange(3, 40, 2)[:17]  # a task's samples are some of the store's
+from bpn_lightning.random_state import seeded_generator
 
 
 def loader(share: Share = Share(), processed: int = 0, **changes: int) -> TrainLoader:  # noqa: B008
@@ -143,7 +143,7 @@ def test_loaders_share_one_store() -> None:
 
 def test_generators_of_different_purposes_differ() -> None:
     draws = {
-        torch.rand(1, generator=generator(*key)).item()
+        torch.rand(1, generator=seeded_generator(*key)).item()
         for key in [("a", 1), ("b", 1), ("a", 2), ("a", 1, 0), ("a", "1")]
     }
     assert len(draws) == 5
