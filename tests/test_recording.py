@@ -1,0 +1,61 @@
+import csv
+from pathlib import Path
+from typing import Any
+
+from bpn_lightning.recording import MetricsFile
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_row_is_on_disk_at_once_and_a_new_metric_gets_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.csv"
+    metrics = MetricsFile(path)
+    metrics.log_metrics({"loss": 0.5, "epoch": 0}, step=4)
+    assert path.read_text() == "step,epoch,loss\n4,0,0.5\n"
+    metrics.log_metrics({"accuracy": 1.0}, step=5)
+    assert path.read_text() == "step,epoch,accuracy,loss\n4,0,,0.5\n5,,1.0,\n"
+    metrics.log_metrics({"loss": 0.25, "epoch": 1}, step=9)
+    assert path.read_text().endswith("9,1,,0.25\n")
+    assert metrics.rows == 3
+
+
+def test_a_run_from_the_start_replaces_an_earlier_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,old\n1,2\n")
+    MetricsFile(path).log_metrics({"loss": 1.0}, step=0)
+    assert path.read_text() == "step,loss\n0,1.0\n"
+
+
+def test_a_resumed_run_ends_with_the_file_of_one_that_was_never_stopped(tmp_path: Path) -> None:
+    """Whatever was written after the checkpoint, columns and half a line included."""
+    logged = [({"loss": 0.5 / (step + 1)}, step) for step in range(6)]
+    last = ({"accuracy": 0.75}, 6)
+    whole = MetricsFile(tmp_path / "whole.csv")
+    for entry in [*logged, last]:
+        whole.log_metrics(*entry)
+
+    path = tmp_path / "stopped.csv"
+    stopped = MetricsFile(path)
+    for entry in logged[:4]:
+        stopped.log_metrics(*entry)
+    rows_at_checkpoint = stopped.rows - 1  # of step 4: the row of its last update came later
+    stopped.log_metrics(*logged[4])
+    stopped.log_metrics({"a metric of the lost part": 1.0}, step=5)
+    with path.open("a") as file:
+        file.write("6,0")
+
+    resumed = MetricsFile(path)
+    resumed.resume(rows_at_checkpoint, global_step=4)
+    for entry in [*logged[4:], last]:
+        resumed.log_metrics(*entry)
+    assert path.read_text() == (tmp_path / "whole.csv").read_text()
+
+
+def test_a_checkpoint_from_elsewhere_begins_a_new_file(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    metrics.resume(rows=7, global_step=70)
+    metrics.log_metrics({"loss": 1.0}, step=70)
+    assert rows(metrics.path) == [{"step": "70", "loss": "1.0"}]
