@@ -8,6 +8,7 @@ import pytest
 
 # Set before anything imports torch or matplotlib, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order; and two ranks share a small machine
+os.environ["PYTHONSAFEPATH"] = "1"  # what is installed, not the folder of the same name in here
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
