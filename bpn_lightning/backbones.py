@@ -34,8 +34,11 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, hidden: Sequence[int]) -> None:
-        hidden = list(hidden)
-        if not hidden or min(hidden) < 1:
+        if (
+            not isinstance(hidden, Sequence)
+            or not hidden
+            or any(type(width) is not int or width < 1 for width in hidden)
+        ):
             raise ConfigurationError(
                 f"Expected hidden to be one or more positive widths, but got {hidden}. "
                 "The paper's network is hidden=[300, 300, 300, 300, 300]."
@@ -59,7 +62,8 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
         weights: a name of torchvision's weights, ``"DEFAULT"`` or None for random weights.
 
     Raises:
-        ConfigurationError: torchvision has no such network, or its classifier is no linear layer.
+        ConfigurationError: torchvision has no such network or weights, or its classifier is no linear
+            layer.
     """
     from torchvision import models
 
@@ -69,7 +73,18 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
             f"{did_you_mean(name, models.list_models(module=models))} "
             "torchvision.models.list_models() has them all."
         )
-    network: nn.Module = models.get_model(name, weights=weights)
+    try:
+        network: nn.Module = models.get_model(name, weights=weights)
+    except (KeyError, ValueError) as error:
+        known = [member.name for member in models.get_model_weights(name)]
+        raise ConfigurationError(
+            f"Expected weights of {name} to be null, 'DEFAULT' or one of {', '.join(known)}, but got "
+            f"{weights!r}.{did_you_mean(str(weights), known)}"
+        ) from error
+    for part in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(network, part):  # classifiers halfway up, for training from scratch only
+            setattr(network, part, None)
+            network.aux_logits = False  # type: ignore[assignment]
     linears = [key for key, part in network.named_modules() if type(part) is nn.Linear]
     if not linears:
         raise ConfigurationError(

@@ -207,6 +207,13 @@ class ContinualModule(ContinualNetwork):
         self.schedule = Schedule(phases)
 
     def _check_composition(self) -> None:
+        keys = self._state_keys()
+        for strategy in self._strategies:
+            if keys.count(strategy.state_key) > 1:
+                raise ConfigurationError(
+                    f"Expected every strategy once, but got {type(strategy).__name__} "
+                    f"{keys.count(strategy.state_key)} times. Remove all but one."
+                )
         projecting = [type(s).__name__ for s in self._strategies if s.projects]
         if len(projecting) > 1:
             raise ConfigurationError(
@@ -260,13 +267,13 @@ class ContinualModule(ContinualNetwork):
             self._add_to_curve(untrained, task_id, epoch=0)
         self.opened = task_id
         self._done = []
+        self._switch(task_id)
         for strategy in self._strategies:
             strategy.on_task_start(self, task)
-        self._switch(task_id)
         if self.stream.reset_optimizer == "always":
             self.trainer.strategy.setup_optimizers(self.trainer)
         else:
-            self._clear_optimizer_state(p for m in self._task_modules() for p in m.parameters())
+            self._clear_optimizer_state()
         self._hooked = None
 
     def close(self, task_id: int) -> None:
@@ -579,16 +586,16 @@ class ContinualModule(ContinualNetwork):
             for parameter in self._head.parameters(recurse=False):
                 self._other_rows.append((parameter, rows, parameter.detach()[rows].clone()))
 
-    def _clear_optimizer_state(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Forget momenta: those of bias units, and those of other tasks' rows of a multi-head."""
-        state = self.trainer.optimizers[0].state
-        for parameter in parameters:
-            state.pop(parameter, None)
+    def _clear_optimizer_state(self) -> None:
+        """Where the optimizer goes on: forget what it knows of bias units and of a multi-head.
+
+        The head's counts of steps are not by row; the other rows do not move whatever it knows.
+        """
+        fresh = [p for part in self._task_modules() for p in part.parameters()]
         if self._mask == "task":
-            for parameter in self._head.parameters(recurse=False):
-                for value in state.get(parameter, {}).values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.zero_()
+            fresh += self._head.parameters(recurse=False)
+        for parameter in fresh:
+            self.trainer.optimizers[0].state.pop(parameter, None)
 
     def learning_rate(self, parameter: nn.Parameter) -> float:
         """The current optimizer's learning rate of a parameter."""

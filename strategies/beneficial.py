@@ -118,6 +118,11 @@ class BeneficialPerturbation(ContinualStrategy):
         self.rank = rank
         self.epsilon = epsilon
         self.direction: Direction = direction
+        if layers is not None and not layers:
+            raise ConfigurationError(
+                "Expected layers to name at least one linear layer, but got none. "
+                "Leave it out to give every linear layer bias units."
+            )
         self.layers = None if layers is None else list(layers)
         self.m_start = m_start or ("normal" if direction == "frozen" else "zero")
         self.w_scale = w_scale
@@ -143,8 +148,8 @@ class BeneficialPerturbation(ContinualStrategy):
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
         """Draw M and W anew; the same on every process and after a resume."""
-        for index, units in enumerate(self.units.values()):
-            generator = seeded_generator("bias units", host.stream.seed, task.id, index)
+        for name, units in self.units.items():
+            generator = seeded_generator("bias units", host.stream.seed, task.id, name)
             w = torch.randn(units.W.shape, generator=generator) * self.w_scale / self.rank**0.5
             m = torch.zeros(units.M.shape)
             if self.m_start == "normal":

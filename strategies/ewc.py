@@ -40,7 +40,8 @@ class QuadraticPenalty:
 
     def add(self, importance: Mapping[str, Tensor], solution: Mapping[str, Tensor]) -> None:
         """Add a task: its importances and its solution, by parameter name."""
-        new_importance, new_anchor, constant = {}, {}, self.constant
+        new_importance, new_anchor = dict(self.importance), dict(self.anchor)
+        constant = self.constant
         for name, added in importance.items():
             theta = solution[name].detach()
             old = self.importance.get(name, torch.zeros_like(added))
@@ -54,10 +55,11 @@ class QuadraticPenalty:
         self.importance, self.anchor, self.constant = new_importance, new_anchor, constant
 
     def value(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The penalty without its strength, a scalar."""
+        """The penalty of these parameters without its strength, a scalar."""
         terms = [
             (importance * (parameters[name].detach() - self.anchor[name]).square()).sum()
             for name, importance in self.importance.items()
+            if name in parameters
         ]
         return torch.stack(terms).sum() + self.constant
 
@@ -138,24 +140,29 @@ class EWC(ContinualStrategy):
         self.include_head = include_head
         self.penalty = QuadraticPenalty()
         # The implicit step's weights, a function of the importances and of these learning rates.
-        self._rates: list[float] | None = None
+        self._rates: dict[str, float] | None = None
         self._weights: list[Tensor] = []
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse the implicit step beside anything but plain SGD: it would not be its minimiser."""
         if self.update != "proximal":
             return
-        plain = type(optimizer) is SGD and not any(g["momentum"] for g in optimizer.param_groups)
-        if not plain:
+        momentum = max(group.get("momentum", 0) for group in optimizer.param_groups)
+        if type(optimizer) is not SGD or momentum:
+            got = type(optimizer).__name__ + (f" with momentum {momentum}" if momentum else "")
             raise ConfigurationError(
                 "Expected the optimizer to be torch.optim.SGD without momentum where EWC's update is "
-                f"'proximal', but got {type(optimizer).__name__}. Set update to 'clamped'."
+                f"'proximal', but got {got}. Set update to 'clamped'."
             )
 
     def parameters(self, host: ContinualHost) -> dict[str, nn.Parameter]:
         """What is held: the shared parameters, with or without the head."""
         include = host.mask != "task" if self.include_head is None else self.include_head
         return host.shared_parameters(include_head=include)
+
+    def _held(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Names of what has importance and is trainable now: a frozen layer needs no pull."""
+        return [name for name in self.penalty.importance if name in parameters]
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Add the task's Fisher and its solution to the running sums."""
@@ -174,7 +181,7 @@ class EWC(ContinualStrategy):
         """Add 2 lambda A (theta - mu), with 2 lambda A at most 1 / lr when clamped."""
         if self.update == "proximal" or not self.penalty:
             return
-        held = [(name, parameters[name]) for name in self.penalty.importance]
+        held = [(name, parameters[name]) for name in self._held(parameters)]
         held = [(name, value) for name, value in held if value.grad is not None]
         pull = torch._foreach_mul(
             [self.penalty.importance[name] for name, _ in held], 2 * self.strength
@@ -196,16 +203,18 @@ class EWC(ContinualStrategy):
         """Take the implicit step on the penalty alone: its exact minimiser near theta."""
         if self.update != "proximal" or not self.penalty:
             return
-        rates = [host.learning_rate(parameters[name]) for name in self.penalty.importance]
+        names = self._held(parameters)
+        rates = {name: host.learning_rate(parameters[name]) for name in names}
         if rates != self._rates:
             pulls = torch._foreach_mul(
-                list(self.penalty.importance.values()), [2 * self.strength * rate for rate in rates]
+                [self.penalty.importance[name] for name in names],
+                [2 * self.strength * rate for rate in rates.values()],
             )
             self._weights = [pull / (1 + pull) for pull in pulls]
             self._rates = rates
-        held: list[Tensor] = [parameters[name] for name in self.penalty.importance]
+        held: list[Tensor] = [parameters[name] for name in names]
         with torch.no_grad():
-            torch._foreach_lerp_(held, list(self.penalty.anchor.values()), self._weights)
+            torch._foreach_lerp_(held, [self.penalty.anchor[name] for name in names], self._weights)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """The penalty's value, strength included."""

@@ -1,0 +1,521 @@
+"""EWC against lists of penalties that are written out, autograd, scipy and closed-form optima."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.optim import SGD, Adam
+
+from bpn_lightning.costs import tensor_bytes
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.importance import fisher_diagonal
+from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.ewc import EWC, QuadraticPenalty
+from bpn_lightning.strategies.finetuning import FineTuning
+
+Tasks = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
+SHAPES = {"weight": (5, 4), "bias": (5,)}
+
+
+def made_tasks(number: int, dtype: torch.dtype = torch.float64) -> Tasks:
+    """Importances over many orders of magnitude, a quarter of them 0, and solutions far from 0."""
+    tasks = []
+    for _ in range(number):
+        importance = {
+            name: (10 ** (6 * torch.rand(shape, dtype=dtype) - 5)) * (torch.rand(shape) > 0.25)
+            for name, shape in SHAPES.items()
+        }
+        solution = {name: 3 + torch.randn(shape, dtype=dtype) for name, shape in SHAPES.items()}
+        tasks.append((importance, solution))
+    return tasks
+
+
+def added_up(tasks: Tasks) -> QuadraticPenalty:
+    penalty = QuadraticPenalty()
+    for importance, solution in tasks:
+        penalty.add(importance, solution)
+    return penalty
+
+
+def written_out(tasks: Tasks, parameters: dict[str, Tensor]) -> Tensor:
+    """The sum over tasks as the paper writes it, for autograd."""
+    terms = [
+        (importance[name] * (value - solution[name]) ** 2).sum()
+        for importance, solution in tasks
+        for name, value in parameters.items()
+    ]
+    return torch.stack(terms).sum()
+
+
+def leaves(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    return {
+        name: torch.randn(shape, dtype=dtype, requires_grad=True) for name, shape in SHAPES.items()
+    }
+
+
+# --- the running sums ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 20])
+def test_running_sums_are_the_list_in_value_and_gradient(number: int) -> None:
+    tasks, theta = made_tasks(number), leaves()
+    penalty, value = added_up(tasks), written_out(tasks, theta)
+    torch.testing.assert_close(penalty.value(theta), value.detach(), rtol=1e-10, atol=0)
+    gradients = torch.autograd.grad(value, list(theta.values()))
+    for (name, at), gradient in zip(theta.items(), gradients, strict=True):
+        analytic = 2 * penalty.importance[name] * (at.detach() - penalty.anchor[name])
+        torch.testing.assert_close(analytic, gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_order_of_tasks_is_irrelevant() -> None:
+    tasks, theta = made_tasks(6), leaves()
+    there, back = added_up(tasks), added_up(tasks[::-1])
+    torch.testing.assert_close(there.value(theta), back.value(theta), rtol=1e-12, atol=0)
+    torch.testing.assert_close(there.importance, back.importance, rtol=1e-12, atol=0)
+    for name, importance in there.importance.items():
+        held = importance > 0  # where nothing is held, the anchor pulls nothing
+        torch.testing.assert_close(there.anchor[name][held], back.anchor[name][held])
+
+
+def test_one_task_is_kept_as_it_is(same: Any) -> None:
+    ((importance, solution),) = made_tasks(1)
+    penalty = added_up([(importance, solution)])
+    same(penalty.importance, importance)
+    same(penalty.anchor, solution)
+    assert penalty.value(solution) == 0
+
+
+def test_does_not_follow_the_weights_it_was_given() -> None:
+    ((importance, solution),) = made_tasks(1)
+    penalty = added_up([(importance, solution)])
+    for values in (*importance.values(), *solution.values()):
+        values.fill_(7)
+    assert not any((anchor == 7).any() for anchor in penalty.anchor.values())
+    assert not any((value == 7).any() for value in penalty.importance.values())
+
+
+def test_size_does_not_grow_with_tasks() -> None:
+    def size(number: int) -> int:
+        state = added_up(made_tasks(number, torch.float32)).state_dict()
+        assert isinstance(state["constant"], float)
+        return tensor_bytes([*state["importance"].values(), *state["anchor"].values()])
+
+    assert size(1) == size(2) == size(30) == 8 * 25
+
+
+def test_single_precision_does_not_drift() -> None:
+    """Sums of F theta would cancel: these anchors lie at 1000 and differ by 1."""
+    tasks = made_tasks(100)
+    for _, solution in tasks:
+        for name in solution:
+            solution[name] += 1000
+    rounded = [tuple({k: v.float() for k, v in d.items()} for d in task) for task in tasks]
+    single, double = added_up(rounded), added_up(tasks)
+    theta = {name: 1003 + torch.randn(shape).double() for name, shape in SHAPES.items()}
+    for name, at in theta.items():
+        pull = [p.importance[name] * (at - p.anchor[name]) for p in (single, double)]
+        torch.testing.assert_close(pull[0], pull[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(single.value(theta), double.value(theta), rtol=1e-3, atol=0)
+
+
+def test_state_is_everything(same: Any) -> None:
+    tasks, theta = made_tasks(5), leaves()
+    whole, resumed = added_up(tasks), QuadraticPenalty()
+    assert not resumed
+    resumed.load_state_dict(added_up(tasks[:2]).state_dict())
+    assert resumed
+    for task in tasks[2:]:
+        resumed.add(*task)
+    same(resumed.value(theta), whole.value(theta))
+    same(resumed.anchor, whole.anchor)
+
+
+def test_a_parameter_that_one_task_lacks_keeps_its_importance() -> None:
+    tasks, theta = made_tasks(3), leaves()
+    del tasks[1][0]["bias"]
+    penalty = added_up(tasks)
+    tasks[1][0]["bias"] = torch.zeros(SHAPES["bias"], dtype=torch.float64)
+    torch.testing.assert_close(penalty.value(theta), written_out(tasks, theta).detach())
+
+
+def test_quadratic_tasks_have_known_optima() -> None:
+    """On L_k = h (theta - a)^2 / 2 two tasks end at the joint optimum; three do not.
+
+    The anchors of later tasks already hold the earlier ones, which per-task penalties count twice:
+    a property of the sum over tasks that online EWC, with one anchor, does not have.
+    """
+    h, a = torch.rand(3, 50, dtype=torch.float64) + 0.1, 3 * torch.randn(3, 50).double()
+    penalty, tasks, ends = QuadraticPenalty(), [], []
+    for curvature, centre in zip(h, a, strict=True):
+        # The minimiser of this task's loss and of the list with strength 1/2: a linear equation.
+        numerator, denominator = curvature * centre, curvature.clone()
+        for importance, solution in tasks:
+            numerator += importance["x"] * solution["x"]
+            denominator += importance["x"]
+        end = numerator / denominator
+        if penalty:
+            pull = penalty.importance["x"]
+            collapsed = (curvature * centre + pull * penalty.anchor["x"]) / (curvature + pull)
+            torch.testing.assert_close(collapsed, end, rtol=1e-12, atol=1e-12)
+        ends.append(end)
+        tasks.append(({"x": curvature}, {"x": end}))
+        penalty.add(*tasks[-1])
+    joint = [(h[:k] * a[:k]).sum(0) / h[:k].sum(0) for k in (1, 2, 3)]
+    torch.testing.assert_close(ends[0], joint[0])
+    torch.testing.assert_close(ends[1], joint[1])
+    assert (ends[2] - joint[2]).abs().max() > 0.1
+    online = (h[2] * a[2] + (h[0] + h[1]) * ends[1]) / h.sum(0)
+    torch.testing.assert_close(online, joint[2])
+
+
+# --- the three updates, inside real fits ---------------------------------------------------------
+
+
+class Ledger:
+    """Keeps every task's Fisher and solution in a list, as the paper does."""
+
+    def __init__(self, watch: Any, include_head: bool = True) -> None:
+        self.tasks: Tasks = []
+        self.include_head = include_head
+        self.watcher = watch(end=self.note)
+
+    def note(self, host: Any, task: Any) -> None:
+        parameters = host.shared_parameters(self.include_head)
+        fisher = fisher_diagonal(host, task.id, parameters)
+        solution = {name: value.detach().clone() for name, value in parameters.items()}
+        self.tasks.append((fisher, solution))
+
+    def gradient(self, parameters: dict[str, Tensor], strength: float) -> dict[str, Tensor]:
+        """Of the written-out penalty, by autograd."""
+        names = self.tasks[0][0]
+        theta = {name: parameters[name].detach().requires_grad_() for name in names}
+        penalty = strength * written_out(self.tasks, theta)
+        return dict(zip(names, torch.autograd.grad(penalty, list(theta.values())), strict=True))
+
+
+def both_sides(watch: Any, hook: str, other: str, read: Callable[..., Tensor]) -> Any:
+    """Two watchers around a method, and the list of pairs of what they read."""
+    pairs: list[list[dict[str, Tensor]]] = []
+
+    def before(host: Any, parameters: Any) -> None:
+        pairs.append([{name: read(value).clone() for name, value in parameters.items()}])
+
+    def after(host: Any, parameters: Any) -> None:
+        pairs[-1].append({name: read(value).clone() for name, value in parameters.items()})
+
+    return watch(**{hook: before}), watch(**{other: after}), pairs
+
+
+def run_gradient_update(learn: Any, watch: Any, ewc: EWC, **arguments: Any) -> Any:
+    """What the update adds to the gradient, what it should add, where, and at which rate."""
+    ledger = Ledger(watch)
+    rows = []
+    before, after, pairs = both_sides(watch, "capture", "project", lambda value: value.grad)
+
+    def measure(host: Any, parameters: Any) -> None:
+        if not ledger.tasks:
+            return
+        there, here = pairs[-1]
+        added = {name: here[name] - there[name] for name in ledger.tasks[0][0]}
+        exact = ledger.gradient(parameters, ewc.strength)
+        for name, value in added.items():
+            at, scale = parameters[name].detach().clone(), there[name].abs().max()
+            rate = host.learning_rate(parameters[name])
+            rows.append((value, exact[name], scale, name, rate, at))
+
+    learn(ledger.watcher, before, ewc, after, watch(consume=measure), **arguments)
+    return rows, ledger
+
+
+def test_gradient_is_autograd_of_the_written_penalty(learn: Any, watch: Any) -> None:
+    rows, ledger = run_gradient_update(
+        learn,
+        watch,
+        EWC(3.0, update="gradient"),
+        stream={"num_tasks": 3},
+        optimizer=partial(SGD, lr=0.01, momentum=0.9),
+    )
+    assert len(ledger.tasks) == 3
+    assert len(rows) == 10 * 6  # every update but those of the first task, every tensor
+    assert max(exact.abs().max() for _, exact, *_ in rows) > 0.01
+    for added, exact, scale, *_ in rows:
+        # What was added is a difference of float32 numbers of the gradient's size.
+        torch.testing.assert_close(added, exact, rtol=1e-4, atol=1e-6 * float(scale + 1))
+
+
+def test_clamped_pull_is_at_most_one_over_the_rate(learn: Any, watch: Any) -> None:
+    strength = 2000.0
+    rows, ledger = run_gradient_update(
+        learn,
+        watch,
+        EWC(strength, update="clamped"),
+        stream={"num_tasks": 3, "epochs_per_task": 2},
+        optimizer=partial(SGD, lr=0.05),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8),
+    )
+    halfway = len(rows) // 2  # rows of task 2, then of task 3
+    limited = 0
+    for index, (added, _, scale, name, rate, value) in enumerate(rows):
+        tasks = ledger.tasks[: 1 if index < halfway else 2]
+        importance = sum(fisher[name] for fisher, _ in tasks)
+        anchor = sum(f[name] * s[name] for f, s in tasks) / importance
+        pull = (2 * strength * importance).clamp(max=1 / rate)
+        wanted = torch.where(importance > 0, pull * (value - anchor), 0)
+        limited += int((2 * strength * importance > 1 / rate).sum())
+        tolerance = 1e-5 * float(scale + wanted.abs().max() + 1)
+        torch.testing.assert_close(added, wanted, rtol=1e-3, atol=tolerance)
+    assert limited > 0
+    assert len({row[4] for row in rows}) > 5  # the scheduler's, not the first one
+
+
+def test_clamped_is_gradient_where_the_limit_is_far(learn: Any, same: Any) -> None:
+    runs = [
+        learn(EWC(0.5, update=update), stream={"num_tasks": 3}, optimizer=partial(SGD, lr=0.01))
+        for update in ("clamped", "gradient")
+    ]
+    same(runs[0].weights(), runs[1].weights())
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [None, lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)],
+    ids=["one rate", "many rates"],
+)
+def test_proximal_step_minimises_its_objective(learn: Any, watch: Any, scheduler: Any) -> None:
+    """The rate times the penalty plus half the squared distance, by scipy and by Newton."""
+    strength, ledger = 100.0, Ledger(watch)
+    before, after, pairs = both_sides(watch, "stepped", "stepped", lambda value: value.detach())
+    rates = []
+
+    def note_rate(host: Any, parameters: Any) -> None:
+        rates.append(host.learning_rate(parameters["head.weight"]) if ledger.tasks else None)
+
+    learn(
+        ledger.watcher,
+        before,
+        EWC(strength),
+        after,
+        watch(stepped=note_rate),
+        stream={"num_tasks": 3},
+        optimizer=partial(SGD, lr=0.05),
+        scheduler=scheduler,
+    )
+    moved = 0.0
+    steps = len(pairs) // 3
+    for index, (rate, (there, here)) in enumerate(zip(rates, pairs, strict=True)):
+        if rate is None:
+            torch.testing.assert_close(there, here, rtol=0, atol=0)
+            continue
+        tasks = [
+            tuple({n: v.double() for n, v in part.items()} for part in task)
+            for task in ledger.tasks[: index // steps]
+        ]
+        start = {name: value.double() for name, value in there.items()}
+        theta = {name: value.clone().requires_grad_() for name, value in start.items()}
+        objective = rate * strength * written_out(tasks, theta) + sum(
+            ((theta[name] - start[name]) ** 2).sum() / 2 for name in theta
+        )
+        slopes = torch.autograd.grad(objective, list(theta.values()), create_graph=True)
+        for (name, value), slope in zip(theta.items(), slopes, strict=True):
+            # Separable, so the row sums of the Hessian are its diagonal; quadratic: one step.
+            (curvature,) = torch.autograd.grad(slope.sum(), value, retain_graph=True)
+            best = (value - slope / curvature).detach()
+            torch.testing.assert_close(here[name].double(), best, rtol=1e-5, atol=1e-7)
+            moved = max(moved, float((best - start[name]).abs().max()))
+        name = "head.weight"
+        for place in range(0, start[name].numel(), 7):
+            flat = [(f[name].flatten()[place], s[name].flatten()[place]) for f, s in tasks]
+            at = start[name].flatten()[place]
+
+            def of_one(x: float, flat: Any = flat, at: Any = at, rate: float = rate) -> float:
+                pull = sum(fisher * (x - solution) ** 2 for fisher, solution in flat)
+                return float(rate * strength * pull + (x - at) ** 2 / 2)
+
+            best = minimize_scalar(of_one).x
+            assert float(here[name].flatten()[place]) == pytest.approx(best, abs=1e-5)
+    assert moved > 1e-3
+
+
+def test_proximal_holds_at_any_strength(learn: Any, watch: Any) -> None:
+    """The explicit update would be inf after two steps."""
+    ledger = Ledger(watch)
+    run = learn(
+        ledger.watcher, EWC(1e12), stream={"epochs_per_task": 3}, optimizer=partial(SGD, lr=0.1)
+    )
+    (fisher, solution), _ = ledger.tasks
+    free = 0
+    for name, value in run.module.shared_parameters(include_head=True).items():
+        assert value.isfinite().all()
+        held = fisher[name] > 1e-6
+        torch.testing.assert_close(value[held], solution[name][held], rtol=1e-4, atol=1e-5)
+        free += int((value[fisher[name] == 0] != solution[name][fisher[name] == 0]).sum())
+    assert free > 0  # rows of classes not seen before are free
+
+
+@pytest.mark.parametrize(
+    ("update", "momentum"), [("proximal", 0.0), ("clamped", 0.9), ("gradient", 0.9)]
+)
+def test_strength_zero_is_fine_tuning_bit_for_bit(
+    learn: Any, same: Any, update: Any, momentum: float
+) -> None:
+    runs = [
+        learn(
+            strategy,
+            stream={"num_tasks": 3, "reset_optimizer": "never"},
+            optimizer=partial(SGD, lr=0.05, momentum=momentum, weight_decay=0.01),
+            trainer={"gradient_clip_val": 0.5},
+        )
+        for strategy in (EWC(0, update=update), FineTuning())
+    ]
+    same(runs[0].weights(), runs[1].weights())
+    same(runs[0].optimizer_state(), runs[1].optimizer_state())
+    assert str(runs[0].random) == str(runs[1].random)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact", "predicted"])
+def test_draws_nothing_from_global_generators(learn: Any, fisher: Any) -> None:
+    assert str(learn(EWC(fisher=fisher)).random) == str(learn().random)
+
+
+def test_the_drawn_labels_follow_from_the_stream_alone(learn: Any, watch: Any, same: Any) -> None:
+    def shift(host: Any, task: Any) -> None:
+        torch.rand(7)
+
+    one, other = EWC(1.0, fisher="sampled"), EWC(1.0, fisher="sampled")
+    learn(one)
+    learn(watch(end=shift), other)
+    same(one.state_dict(), other.state_dict())
+
+
+def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
+    stream = {"num_tasks": 2, "epochs_per_task": 4, "batch_size": 32}
+    kept, lost = (
+        learn(s, stream=stream, optimizer=partial(SGD, lr=0.05)).module.accuracy_matrix.accuracy
+        for s in (EWC(), FineTuning())
+    )
+    assert kept[1, 0] > 0.9
+    assert kept[2, 0] > 0.6
+    assert lost[2, 0] < 0.3
+
+
+# --- what is held --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "include_head", "head_is_held"),
+    [
+        ("all", None, True),
+        ("seen", None, True),
+        ("task", None, False),
+        ("all", False, False),
+        ("task", True, True),
+    ],
+)
+def test_the_head_is_held_where_tasks_share_it(
+    learn: Any, mask: str, include_head: bool | None, head_is_held: bool
+) -> None:
+    ewc = EWC(include_head=include_head)
+    learn(BeneficialPerturbation(3), ewc, mask=mask)
+    layers = ["backbone.1", "backbone.3"] + ["head"] * head_is_held
+    assert set(ewc.penalty.importance) == {f"{x}.{p}" for x in layers for p in ("weight", "bias")}
+
+
+def test_rows_of_unseen_classes_are_free(learn: Any, watch: Any) -> None:
+    ewc, held = EWC(), []
+
+    def note(host: Any, task: Any) -> None:
+        held.append((ewc.penalty.importance["head.bias"] > 0).tolist())
+
+    learn(ewc, watch(end=note), stream={"num_tasks": 3}, mask="seen")
+    assert held == [[True] * 2 * k + [False] * (6 - 2 * k) for k in (1, 2, 3)]
+
+
+def test_frozen_layers_are_not_held(prepare: Any) -> None:
+    run = prepare(ewc := EWC())
+    run.module.backbone[1].requires_grad_(False)
+    run.fit()
+    assert set(ewc.penalty.importance) == {
+        f"{layer}.{p}" for layer in ("backbone.3", "head") for p in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("update", ["proximal", "clamped", "gradient"])
+def test_a_layer_may_be_frozen_between_tasks(learn: Any, watch: Any, update: str) -> None:
+    def freeze(host: Any, task: Any) -> None:
+        host.backbone[1].requires_grad_(task.id == 0)
+
+    learn(watch(start=freeze), EWC(update=update))
+
+
+def test_stores_nothing_for_use_after_training(learn: Any) -> None:
+    run = learn(ewc := EWC())
+    assert ewc.bytes_per_task(run.module) == ewc.paper_bytes_per_task(run.module) == 0
+    parameters = run.module.shared_parameters(include_head=True).values()
+    state = ewc.state_dict()
+    training = tensor_bytes([*state["importance"].values(), *state["anchor"].values()])
+    assert training == 8 * sum(parameter.numel() for parameter in parameters)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+STRENGTH = " 0 is fine-tuning; the paper uses 2000."
+
+
+def test_proximal_refuses_adam(learn: Any) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        learn(EWC(), optimizer=Adam)
+    assert str(error.value) == (
+        "Expected the optimizer to be torch.optim.SGD without momentum where EWC's update is "
+        "'proximal', but got Adam. Set update to 'clamped'."
+    )
+
+
+def test_proximal_refuses_momentum(learn: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"to be torch\.optim\.SGD without momentum"):
+        learn(EWC(), optimizer=partial(SGD, lr=0.01, momentum=0.9))
+
+
+def test_proximal_names_the_momentum_that_it_refuses(learn: Any) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        learn(EWC(), optimizer=partial(SGD, lr=0.01, momentum=0.9))
+    assert str(error.value) == (
+        "Expected the optimizer to be torch.optim.SGD without momentum where EWC's update is "
+        "'proximal', but got SGD with momentum 0.9. Set update to 'clamped'."
+    )
+
+
+@pytest.mark.parametrize("optimizer", [Adam, partial(SGD, lr=0.01, momentum=0.9)])
+@pytest.mark.parametrize("update", ["clamped", "gradient"])
+def test_explicit_updates_take_any_optimizer(learn: Any, optimizer: Any, update: str) -> None:
+    learn(EWC(1.0, update=update), optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"strength": -1},
+            "Expected strength to be 0 or a positive number, but got -1." + STRENGTH,
+        ),
+        (
+            {"strength": float("nan")},
+            "Expected strength to be 0 or a positive number, but got nan." + STRENGTH,
+        ),
+        (
+            {"fisher": "true"},
+            "Expected fisher to be one of empirical, sampled, exact, predicted, but got 'true'.",
+        ),
+        (
+            {"update": "explicit"},
+            "Expected update to be one of proximal, clamped, gradient, but got 'explicit'.",
+        ),
+    ],
+)
+def test_refuses_what_it_cannot_do(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        EWC(**arguments)
+    assert str(error.value) == message
