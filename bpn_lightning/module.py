@@ -323,6 +323,7 @@ class ContinualModule(ContinualNetwork):
             self._best_loss = min(loss, self._best_loss)
             if self._bad_epochs >= self.patience:
                 self.schedule.end_phase(epochs_done - 1)
+            if epochs_done == self.schedule.phase_epochs(epochs_done - 1).stop:
                 self._best_loss, self._bad_epochs = float("inf"), 0
         if self.evaluate_every == "epoch" and epochs_done <= self.schedule.last_epoch(self.opened):
             row = torch.full((len(self._tasks),), float("nan"), dtype=torch.float64)
@@ -340,7 +341,8 @@ class ContinualModule(ContinualNetwork):
     def _stream_metrics(self, row: Tensor) -> dict[str, float]:
         learned = row[: self.closed + 1]
         metrics = {f"accuracy/task_{k + 1}": float(value) for k, value in enumerate(learned)}
-        return {"task": float(self.closed), **metrics, "accuracy/average": float(learned.mean())}
+        average = float(learned.mean())
+        return {"tasks_learned": len(learned), **metrics, "accuracy/average": average}
 
     # --- Lightning's hooks -----------------------------------------------------------------------
 

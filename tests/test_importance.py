@@ -448,6 +448,52 @@ def test_sums_hold_where_a_layers_hook_is_not_the_whole_story(name: str) -> None
     compare(*UNSEEN[name]())
 
 
+CLOSED = ("mlp", "no biases", "convolutions", "depthwise", "in place", "residual")
+CLOSED += ("norm of sequences", "linear on places", "linear on grids")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *CLOSED,
+        pytest.param(
+            "norm of vectors",
+            marks=pytest.mark.xfail(reason="flatten(2) comes before the third dimension is made"),
+        ),
+    ],
+)
+def test_common_layers_need_no_gradient_of_each_sample(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed form that fails silently costs ten times as much."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a gradient for every sample")
+
+    monkeypatch.setattr(importance, "vmap", refuse)
+    compare(*(NETWORKS | UNSEEN)[name]())
+
+
+@pytest.mark.xfail(reason="a certain sample has no gradient, and 0 = 0 proves nothing")
+def test_a_first_sample_that_is_certain_hides_nothing() -> None:
+    """Its largest label's gradient is 0 in any layer, whatever happens to its weights."""
+    network, shape = UNSEEN["weight used by a function"]()
+    with torch.no_grad():
+        network.out.bias[1] = 1000.0
+
+    def other_label(logits: Tensor) -> tuple[Tensor, Tensor]:
+        labels = logits.argmin(1, keepdim=True)
+        return labels, torch.ones_like(labels, dtype=logits.dtype)
+
+    network.double().eval()
+    parameters = dict(network.named_parameters())
+    inputs = torch.randn(*shape, dtype=torch.float64)
+    arguments = (network, parameters, inputs, other_label, slice(None))
+    wanted = one_by_one(*arguments)
+    assert wanted["a.weight"].sum() > 0.01
+    torch.testing.assert_close(squared_gradient_sums(*arguments), wanted)
+
+
 @pytest.mark.parametrize("columns", [slice(1, 3), slice(0, 2)])
 def test_only_the_active_columns_take_part(columns: slice) -> None:
     compare(*two_layers(), columns)

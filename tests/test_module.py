@@ -150,6 +150,14 @@ def test_patience_ends_a_task_on_the_validation_split_alone(fit):
     assert touched.count("val") == 4
 
 
+def test_every_phase_is_judged_by_its_own_best_loss(fit, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0])  # the second task is harder, and does not improve
+    monkeypatch.setattr("bpn_lightning.module.validation_loss", lambda *_: next(losses))
+    stream = digits(epochs_per_task=[1, 3], validation_fraction=0.2)
+    module, _ = fit([FineTuning()], stream=stream, patience=1)
+    assert module.schedule.lengths == [1, 2]
+
+
 def test_patience_without_a_validation_split_is_refused(fit):
     with pytest.raises(ConfigurationError, match="validation_fraction to be more than 0 where pat"):
         fit([], patience=1)

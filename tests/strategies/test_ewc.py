@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
+from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.importance import fisher_diagonal
@@ -449,6 +450,24 @@ def test_a_layer_may_be_frozen_between_tasks(learn: Any, watch: Any, update: str
         host.backbone[1].requires_grad_(task.id == 0)
 
     learn(watch(start=freeze), EWC(update=update))
+
+
+@pytest.mark.xfail(reason="empty lists reach torch", raises=(RuntimeError, ZeroDivisionError))
+@pytest.mark.parametrize("update", ["proximal", "clamped", "gradient"])
+@pytest.mark.parametrize("nothing", ["no parameters", "all frozen since"])
+def test_there_may_be_nothing_to_hold(learn: Any, watch: Any, update: Any, nothing: str) -> None:
+    """Multi-head, where the head is not held: with it, softmax regression has no shared weights."""
+
+    def freeze(host: Any, task: Any) -> None:
+        host.backbone.requires_grad_(task.id == 0)
+
+    learn(
+        watch(start=freeze),
+        EWC(update=update),
+        backbone=nn.Flatten if nothing == "no parameters" else lambda: MLP([8]),
+        mask="task",
+        trainer={"log_every_n_steps": 1},
+    )
 
 
 def test_stores_nothing_for_use_after_training(learn: Any) -> None:
