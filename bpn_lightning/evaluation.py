@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.layers import evaluation_mode
 from bpn_lightning.tasks import ContinualHost, Split
 
@@ -57,7 +58,15 @@ def evaluate_without_oracle(
 
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
+
+    Raises:
+        ConfigurationError: every task has a head of its own, so that there is no common answer.
     """
+    if module.mask == "task":
+        raise ConfigurationError(
+            "Expected one head for all tasks where no task id is given, but got the mask 'task'. "
+            "Use evaluate, or train with another mask."
+        )
     counts = torch.zeros(2, len(tasks), dtype=torch.float64, device=module.device)
     network = module.network()
     modes = tasks if module.has_modes else tasks[-1:]

@@ -124,6 +124,8 @@ def squared_gradient_sums(
             return sums
     try:
         return _mapped(*arguments)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # torch.func cannot transform everything that autograd can
         return _one_by_one(*arguments)
 
@@ -142,17 +144,18 @@ def _closed_form_holds(
     samples that were folded into places. One sample tells, at the cost of one.
     """
 
-    def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-        labels = logits.argmax(1, keepdim=True)
+    def least(logits: Tensor) -> tuple[Tensor, Tensor]:
+        # The likeliest one has no gradient in a network that is certain: 0 = 0 proves nothing.
+        labels = logits.argmin(1, keepdim=True)
         return labels, torch.ones_like(labels, dtype=logits.dtype)
 
     try:
-        sums = _closed_form(module, parameters, sample, largest, columns)
+        sums = _closed_form(module, parameters, sample, least, columns)
     except (RuntimeError, ValueError, IndexError):
         return False
     if sums is None:
         return False
-    wanted = _one_by_one(module, parameters, sample, largest, columns)
+    wanted = _one_by_one(module, parameters, sample, least, columns)
     return all(
         bool((sums[name] - value).abs().max() <= 1e-3 * value.abs().max())
         for name, value in wanted.items()
@@ -239,19 +242,33 @@ def _squares(
         if layer.bias is not None:
             yield "bias", _weighted_squares(delta.sum(1), weights)
     elif isinstance(layer, nn.Conv2d):
-        patches = F.unfold(taken, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
         delta = delta.flatten(2)
-        groups = zip(patches.chunk(layer.groups, 1), delta.chunk(layer.groups, 1), strict=True)
-        squares = [_outer_squares(d, p, weights) for p, d in groups]
-        yield "weight", torch.cat(squares).view_as(layer.weight)
+        total = torch.zeros_like(layer.weight)
+        # Unfolded, a sample is as large as its patches overlap: as many at a time as memory allows.
+        step = max(1, CHUNK // (layer.weight[0].numel() * layer.groups * delta.shape[2]))
+        for start in range(0, len(taken), step):
+            part = slice(start, start + step)
+            patches = F.unfold(
+                taken[part],
+                layer.kernel_size,
+                layer.dilation,
+                layer.padding,  # type: ignore[arg-type]
+                layer.stride,
+            )
+            groups = zip(
+                patches.chunk(layer.groups, 1), delta[part].chunk(layer.groups, 1), strict=True
+            )
+            squares = [_outer_squares(d, p, weights[part]) for p, d in groups]
+            total += torch.cat(squares).view_as(layer.weight)
+        yield "weight", total
         if layer.bias is not None:
             yield "bias", _weighted_squares(delta.sum(2), weights)
     elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.affine:
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        taken, delta = taken.flatten(2), delta.flatten(2)
         if taken.dim() == 2:
             taken, delta = taken[..., None], delta[..., None]
+        taken, delta = taken.flatten(2), delta.flatten(2)
         mean, variance = layer.running_mean[:, None], layer.running_var[:, None]
         normalised = (taken - mean) / (variance + layer.eps).sqrt()
         yield "weight", _weighted_squares((delta * normalised).sum(2), weights)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -121,10 +120,6 @@ class SwitchableLinear(nn.Linear):
         middle = (1,) * (input.dim() - 2)
         output: Tensor = F.linear(input, self.weight, self.bias)
         return output + shift.reshape(shift.shape[0], *middle, shift.shape[1])
-
-
-#: What a saved structure may name: nothing else is built from a checkpoint.
-KINDS: dict[Literal["bias_units"], Any] = {"bias_units": BiasUnits}
 
 
 @contextmanager

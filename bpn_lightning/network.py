@@ -234,10 +234,16 @@ class ContinualNetwork(L.LightningModule):
         Raises:
             ConfigurationError: the stream has no such task.
         """
-        if not isinstance(task, Tensor) and not 0 <= task < len(self._tasks):
+        if isinstance(task, Tensor) and task.dim() != 1:
             raise ConfigurationError(
-                f"Expected task to be an id from 0 to {len(self._tasks) - 1}, but got {task}."
+                f"Expected task to be a number or (batch,) numbers, but got {task.dim()} dimensions."
             )
+        ids = set(task.tolist()) if isinstance(task, Tensor) else {task}
+        for one in ids:
+            if not 0 <= one < len(self._tasks):
+                raise ConfigurationError(
+                    f"Expected task to be an id from 0 to {len(self._tasks) - 1}, but got {one}."
+                )
         before = self._mode
         self._switch(task)
         try:

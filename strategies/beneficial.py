@@ -87,9 +87,9 @@ class BeneficialPerturbation(ContinualStrategy):
         m_start: Literal["zero", "normal"] | None = None,
         w_scale: float = 1.0,
     ) -> None:
-        if rank < 1:
+        if not isinstance(rank, int) or rank < 1:
             raise ConfigurationError(
-                f"Expected rank to be at least 1, but got {rank}. The paper's networks use 25 to 900."
+                f"Expected rank to be a whole number of at least 1, but got {rank}. The paper's networks use 25 to 900."
             )
         if not 0 <= epsilon < float("inf"):
             raise ConfigurationError(

@@ -61,7 +61,7 @@ class QuadraticPenalty:
             for name, importance in self.importance.items()
             if name in parameters
         ]
-        return torch.stack(terms).sum() + self.constant
+        return (torch.stack(terms).sum() if terms else torch.zeros(())) + self.constant
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a restart needs."""
@@ -145,7 +145,7 @@ class EWC(ContinualStrategy):
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse the implicit step beside anything but plain SGD: it would not be its minimiser."""
-        if self.update != "proximal":
+        if self.update != "proximal" or self.strength == 0:
             return
         momentum = max(group.get("momentum", 0) for group in optimizer.param_groups)
         if type(optimizer) is not SGD or momentum:
@@ -166,9 +166,9 @@ class EWC(ContinualStrategy):
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Add the task's Fisher and its solution to the running sums."""
-        if self.strength == 0:
-            return
         parameters = self.parameters(host)
+        if self.strength == 0 or not parameters:
+            return
         generator = None
         if self.fisher == "sampled":
             key = ("fisher", host.stream.seed, task.id)
@@ -183,6 +183,8 @@ class EWC(ContinualStrategy):
             return
         held = [(name, parameters[name]) for name in self._held(parameters)]
         held = [(name, value) for name, value in held if value.grad is not None]
+        if not held:
+            return
         pull = torch._foreach_mul(
             [self.penalty.importance[name] for name, _ in held], 2 * self.strength
         )
@@ -204,6 +206,8 @@ class EWC(ContinualStrategy):
         if self.update != "proximal" or not self.penalty:
             return
         names = self._held(parameters)
+        if not names:
+            return
         rates = {name: host.learning_rate(parameters[name]) for name in names}
         if rates != self._rates:
             pulls = torch._foreach_mul(

@@ -184,7 +184,7 @@ def test_a_wrong_key_in_a_file(
             "--strategies.bd.epsilon -1",
             "Expected epsilon to be 0 or a positive number, but got -1.0.",
         ),
-        ("--strategies.bd.rank 0", "Expected rank to be at least 1, but got 0."),
+        ("--strategies.bd.rank 0", "Expected rank to be a whole number of at least 1, but got 0."),
         ("--strategies.ewc.strength -1", "Expected strength to be 0 or a positive number"),
         (
             "--trainer.accelerator gqu",

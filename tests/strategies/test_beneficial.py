@@ -574,7 +574,7 @@ def test_bytes_with_twenty_outputs(prepare: Any, hidden: int, measured: int) -> 
     [
         (
             {"rank": 0},
-            "Expected rank to be at least 1, but got 0. The paper's networks use 25 to 900.",
+            "Expected rank to be a whole number of at least 1, but got 0. The paper's networks use 25 to 900.",
         ),
         (
             {"epsilon": -0.1},

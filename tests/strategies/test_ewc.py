@@ -452,7 +452,6 @@ def test_a_layer_may_be_frozen_between_tasks(learn: Any, watch: Any, update: str
     learn(watch(start=freeze), EWC(update=update))
 
 
-@pytest.mark.xfail(reason="empty lists reach torch", raises=(RuntimeError, ZeroDivisionError))
 @pytest.mark.parametrize("update", ["proximal", "clamped", "gradient"])
 @pytest.mark.parametrize("nothing", ["no parameters", "all frozen since"])
 def test_there_may_be_nothing_to_hold(learn: Any, watch: Any, update: Any, nothing: str) -> None:
