@@ -56,12 +56,12 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_sto
             num_tasks=2, epochs_per_task=3, batch_size=100, validation_fraction=0.2, seed=0
         )
         return fit(
-            [BeneficialPerturbation(8), EWC(100.0), *more],
+            # At a large step of M the validation loss goes up and down.
+            [BeneficialPerturbation(8, 1.0 if early_stopping else 0.05), EWC(100.0), *more],
             stream=stream,
-            lr=0.6 if early_stopping else 0.05,
             patience=1 if early_stopping else None,
             evaluate_every="epoch",
-            optimizer=torch.optim.SGD,
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.05),
             backbone=torch.nn.Sequential(
                 torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Dropout(0.2)
             ),
@@ -71,7 +71,7 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_sto
     saves = SaveEverywhere(tmp_path)
     reference = state(*run(saves))
     if early_stopping:
-        assert reference[3] != [3, 3], "the case is meant to stop early"
+        assert min(reference[3]) < 3, "the case is meant to stop early"
     assert len(saves.paths) >= 20
     different = [
         p.name for p in saves.paths if not same(reference, state(*run(seed=9, ckpt_path=p)))
