@@ -1,24 +1,19 @@
-"""The LightningModule of a stream: the cursor of tasks and the phases of a step."""
+"""The LightningModule of a stream: the cursor that opens and closes its tasks, and what it saves."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from inspect import signature
-from math import ceil
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
-from bpn_lightning.layers import BiasUnits
 from bpn_lightning.metrics import AccuracyMatrix
-from bpn_lightning.network import ContinualNetwork
 from bpn_lightning.random_state import random_state, restore_random_state
+from bpn_lightning.steps import ContinualSteps, sgd
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import (
     Batch,
@@ -31,28 +26,10 @@ from bpn_lightning.tasks import (
 )
 from bpn_lightning.trainer_rules import check_trainer
 
-if TYPE_CHECKING:
-    from bpn_lightning.datamodules.base import ContinualDataModule
-
 __all__ = ["ContinualModule"]
 
-STEP_HOOKS = (
-    "loss_terms",
-    "capture_grad",
-    "penalty_grad",
-    "project_grad",
-    "consume_grad",
-    "on_optimizer_stepped",
-    "logs",
-)
 
-
-def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
-    """The paper's optimizer: plain SGD, learning rate 0.01."""
-    return torch.optim.SGD(params, lr=0.01)
-
-
-class ContinualModule(ContinualNetwork):
+class ContinualModule(ContinualSteps):
     """A network that learns a stream of tasks in one fit.
 
     A backbone maps inputs to features; one linear head over all classes of the stream stands on it.
@@ -97,23 +74,21 @@ class ContinualModule(ContinualNetwork):
         patience: int | None = None,
         without_oracle: bool = True,
     ) -> None:
-        super().__init__(backbone, mask)
-        choices = (
-            ("evaluate_every", evaluate_every, ("task", "epoch")),
-            ("scheduler_interval", scheduler_interval, ("step", "epoch")),
+        super().__init__(
+            backbone,
+            mask,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scheduler_interval=scheduler_interval,
         )
-        for argument, value, known in choices:
-            if value not in known:
-                raise ConfigurationError(
-                    f"Expected {argument} to be one of {', '.join(known)}, but got {value!r}."
-                )
+        if evaluate_every not in ("task", "epoch"):
+            raise ConfigurationError(
+                f"Expected evaluate_every to be 'task' or 'epoch', but got {evaluate_every!r}."
+            )
         if patience is not None and patience < 1:
             raise ConfigurationError(
                 f"Expected patience to be at least 1 epoch or null, but got {patience}."
             )
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.scheduler_interval = scheduler_interval
         self.evaluate_every = evaluate_every
         self.patience = patience
         self.without_oracle = without_oracle
@@ -125,17 +100,7 @@ class ContinualModule(ContinualNetwork):
         self._judged = 0  # epochs that early stopping has looked at
         self._best_loss, self._bad_epochs = float("inf"), 0
         self._saved_random: dict[str, Any] | None = None  # from a checkpoint, until training starts
-        self._strategies: list[ContinualStrategy] = []
 
-        # What a step needs, gathered when a task opens: nothing is looked up twice.
-        self._hooks: dict[str, list[Callable[..., Any]]] = {name: [] for name in STEP_HOOKS}
-        self._hooked: Optimizer | None = None
-        self._hook_handle: Any = None
-        self._groups: dict[int, dict[str, Any]] = {}
-        self._step_parameters: dict[str, nn.Parameter] = {}
-        self._columns = (0, 0)
-        self._world_size = 1
-        self._other_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self._counts = torch.zeros(3, 0)
 
     def _build(self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...]) -> None:
@@ -143,22 +108,11 @@ class ContinualModule(ContinualNetwork):
         if not hasattr(self, "accuracy_matrix"):
             self.accuracy_matrix = AccuracyMatrix(len(tasks))
 
-    @property
-    def strategies(self) -> Sequence[ContinualStrategy]:
-        """The continual strategies of the trainer, in the order of its callbacks."""
-        return self._strategies
-
     def batches(self, task_id: int, split: Split) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
         for batch in self.stream.loader(task_id, split):
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
             yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return tensor
-        return cast(Tensor, self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum"))
 
     def evaluate(self, tasks: Sequence[int] | None = None, split: Split = "test") -> Tensor:
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.evaluation.evaluate`."""
@@ -220,18 +174,6 @@ class ContinualModule(ContinualNetwork):
                 "Expected at most one strategy that projects gradients, but got "
                 f"{' and '.join(projecting)}. Remove all but one."
             )
-
-    def _find_hooks(self) -> None:
-        """The hooks that strategies override: the others cost nothing."""
-
-        def overriding(name: str) -> list[Callable[..., Any]]:
-            base = getattr(ContinualStrategy, name)
-            return [
-                getattr(s, name) for s in self._strategies if getattr(type(s), name) is not base
-            ]
-
-        self._hooks = {name: overriding(name) for name in STEP_HOOKS}
-        self._switch_hooks = overriding("on_task_switch")
 
     # --- the cursor of tasks ---------------------------------------------------------------------
 
@@ -526,129 +468,6 @@ class ContinualModule(ContinualNetwork):
 
     def _state_keys(self) -> list[str]:
         return [strategy.state_key for strategy in self._strategies]
-
-    # --- a step, in phases -----------------------------------------------------------------------
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """A fresh optimizer, over everything trainable but M, and its scheduler."""
-        outside = {id(part.M) for part in self.modules() if isinstance(part, BiasUnits)}
-        parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in outside]
-        try:
-            optimizer = self.optimizer(parameters)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"Expected optimizer to take the parameters and its arguments, but it raised "
-                f"{type(error).__name__}: {error}. Correct that argument."
-            ) from error
-        if self.scheduler is None:
-            return optimizer
-        scheduler: Callable[..., Any] = self.scheduler
-        wants_steps = "num_steps" in signature(scheduler).parameters
-        made = (
-            scheduler(optimizer, num_steps=self._num_steps())
-            if wants_steps
-            else scheduler(optimizer)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": made, "interval": self.scheduler_interval},
-        }
-
-    def _num_steps(self) -> int:
-        """Updates until the optimizer is replaced: of the open task, or of the whole stream."""
-        limit = self.trainer.limit_train_batches
-        tasks = [self._tasks[max(self.opened, 0)]]
-        if self.stream.reset_optimizer == "never":
-            tasks = list(self._tasks)
-        total = 0
-        for task in tasks:
-            batches = len(cast("ContinualDataModule", self.stream).train_loader(task.id, 0))
-            batches = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
-            total += task.epochs * ceil(batches / self.trainer.accumulate_grad_batches)
-        return total
-
-    def _follow_optimizer(self) -> None:
-        """Put the step's post-hook on the current optimizer, whichever way it came to be current."""
-        optimizer = self.trainer.optimizers[0]
-        if self._hooked is optimizer:
-            return
-        if self._hook_handle is not None:
-            self._hook_handle.remove()
-        self._hook_handle = optimizer.register_step_post_hook(self._on_optimizer_stepped)
-        self._hooked = optimizer
-        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self._step_parameters = self.shared_parameters(include_head=True)
-        self._columns = self.columns(self.opened)
-        self._world_size = self.trainer.world_size
-        self._other_rows = []
-        if self._mask == "task":
-            first, stop = self._columns
-            outside = [i for i in range(self._head.out_features) if not first <= i < stop]
-            rows = torch.tensor(outside, device=self.device, dtype=torch.long)
-            for parameter in self._head.parameters(recurse=False):
-                self._other_rows.append((parameter, rows, parameter.detach()[rows].clone()))
-
-    def _clear_optimizer_state(self) -> None:
-        """Where the optimizer goes on: forget what it knows of bias units and of a multi-head.
-
-        The head's counts of steps are not by row; the other rows do not move whatever it knows.
-        """
-        fresh = [p for part in self._task_modules() for p in part.parameters()]
-        if self._mask == "task":
-            fresh += self._head.parameters(recurse=False)
-        for parameter in fresh:
-            self.trainer.optimizers[0].state.pop(parameter, None)
-
-    def learning_rate(self, parameter: nn.Parameter) -> float:
-        """The current optimizer's learning rate of a parameter."""
-        return float(self._groups[id(parameter)]["lr"])
-
-    @property
-    def loss_scale(self) -> float:
-        """The scaler's factor, which parameters outside the optimizer keep in their gradients."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of the active columns, and the strategies' terms.
-
-        The slice's sum is divided by the size of the batch over all processes, so that any number of
-        processes follows the same gradient, on uneven slices too.
-        """
-        logits = self._logits(batch.inputs)
-        first, stop = self._columns
-        active = logits[:, first:stop]
-        losses = F.cross_entropy(active, batch.targets - first, reduction="sum")
-        scale = self._world_size / batch.global_size
-        loss = losses * scale
-        terms = {"loss/task": loss}
-        for hook in self._hooks["loss_terms"]:
-            for name, term in hook(self, batch, logits).items():
-                terms[f"loss/{name}"] = term.sum() * scale
-        loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.trainer.global_step + 1) % every == 0:
-            right = active.detach().argmax(1) == batch.targets - first
-            for hook in self._hooks["logs"]:
-                terms.update(hook(self))
-            self.log_dict({name: term.detach() for name, term in terms.items()})
-            self.log("train/loss", loss.detach(), prog_bar=True)
-            self.log("train/accuracy", right.float().mean(), prog_bar=True)
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Capture, penalise, project, consume: after unscaling and reducing, before clipping."""
-        for phase in ("capture_grad", "penalty_grad", "project_grad", "consume_grad"):
-            for hook in self._hooks[phase]:
-                hook(self, self._step_parameters)
-
-    def _on_optimizer_stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        """Called by the optimizer itself, so never for an update that a scaler skipped."""
-        for hook in self._hooks["on_optimizer_stepped"]:
-            hook(self, self._step_parameters)
-        for parameter, rows, values in self._other_rows:
-            with torch.no_grad():
-                parameter[rows] = values
 
 
 def _difference(mine: Any, theirs: Any) -> str:

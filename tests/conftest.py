@@ -18,6 +18,7 @@ os.environ.pop("BPN_DATA", None)  # a test makes its data, or finds none
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Start each test from one seed, whichever tests ran before; torch only where it is in use."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything sets it, and streams read it
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)

@@ -19,7 +19,7 @@ LAYERS = [
     {"backbones", "costs", "files", "importance", "layers", "messages", "metrics"},
     {"network", "random_state"},
     set(ROOMS),
-    {"evaluation", "module", "registry", "trainer_rules"},
+    {"evaluation", "module", "registry", "steps", "trainer_rules"},
     {"command", "console", "export", "figures", "recording", "report", "results"},
     {"fit"},
     {"cli"},
