@@ -307,13 +307,21 @@ def test_two_processes_reach_the_accuracies_of_one() -> None:
 
 
 def test_ctrl_c_says_how_to_go_on() -> None:
+    # Tests that run in the background have SIGINT ignored, and so would what they start.
+    listen = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    start = [sys.executable, "-c", listen + "os.execv(sys.argv[1], sys.argv[1:])"]
     line = [BPN_FIT, "--config", "digits_inc.yaml", *SHORT, "--data.init_args.epochs_per_task=9999"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not (RUN / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    with subprocess.Popen(
+        [*start, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not (RUN / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err == (
         f"bpn-fit: Interrupted. The same command with --ckpt_path last goes on from {RUN}.\n"
