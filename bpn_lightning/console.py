@@ -214,10 +214,6 @@ def _fraction(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
 def _host(module: LightningModule) -> Any:
     """A ContinualModule; any module that knows its tasks, schedule and accuracies will do."""
     return module

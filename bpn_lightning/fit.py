@@ -411,17 +411,15 @@ def _name(run: dict[str, str | int]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's hints about hardware and products off, its warnings on but for two."""
+    """Lightning's hints about hardware and products off, its warnings on but for one."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # One is between Lightning and torch; the other says that there is no validation part,
-            # which is the streams' default.
+            # Between Lightning and torch, and nothing that a user could mend.
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
             yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
