@@ -1,11 +1,19 @@
 """Bytes: what is stored for each task, measured and by the paper's accounting."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["HasCosts", "bias_unit_bytes", "bytes_per_task", "tensor_bytes"]
+__all__ = [
+    "Bytes",
+    "HasCosts",
+    "bias_unit_bytes",
+    "bytes_per_task",
+    "measured_bytes",
+    "tensor_bytes",
+    "tensors_in",
+]
 
 FLOAT32 = 4
 
@@ -34,12 +42,50 @@ def bias_unit_bytes(hidden: Sequence[int], classes: int) -> int:
     return FLOAT32 * (sum(hidden) + classes)
 
 
+class Bytes(NamedTuple):
+    """What a strategy holds beside the network's own weights.
+
+    Attributes:
+        training: bytes between updates, all that it needs to go on learning.
+        inference: bytes of it that are needed to use what was learned.
+    """
+
+    training: int
+    inference: int
+
+
 class HasCosts(Protocol):
     """A strategy, as far as its costs go."""
 
     def bytes_per_task(self, host: Any) -> int: ...  # noqa: D102
 
     def paper_bytes_per_task(self, host: Any) -> int: ...  # noqa: D102
+
+    def inference_tensors(self, host: Any) -> Iterable[Tensor]: ...  # noqa: D102
+
+    def training_tensors(self, host: Any) -> Iterable[Tensor]: ...  # noqa: D102
+
+
+def measured_bytes(strategy: HasCosts, host: Any) -> Bytes:
+    """What a strategy holds now, from its tensors; one that is listed twice counts once."""
+    inference = list(strategy.inference_tensors(host))
+    everything = [*inference, *strategy.training_tensors(host)]
+    return Bytes(_once(everything), _once(inference))
+
+
+def _once(tensors: Iterable[Tensor]) -> int:
+    return tensor_bytes({(t.data_ptr(), t.numel()): t for t in tensors}.values())
+
+
+def tensors_in(state: object) -> list[Tensor]:
+    """Every tensor in nested mappings and lists, such as a state_dict."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, Mapping):
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        return [tensor for part in state for tensor in tensors_in(part)]
+    return []
 
 
 def bytes_per_task(strategies: Iterable[HasCosts], host: Any) -> dict[str, int]:

@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "DataError",
+    "ExpectedForgettingWarning",
     "ResultsError",
     "did_you_mean",
 ]
@@ -42,6 +43,10 @@ class CheckpointError(BPNLightningError, RuntimeError):
 
 class ResultsError(BPNLightningError, RuntimeError):
     """The folder of a run cannot be used."""
+
+
+class ExpectedForgettingWarning(UserWarning):
+    """The run is valid, and its method is known to forget in it."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

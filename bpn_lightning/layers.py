@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BiasUnits", "SwitchableLinear", "TaskModule", "evaluation_mode"]
+__all__ = ["BiasUnits", "SwitchableLinear", "TaskModule", "WeightBank", "evaluation_mode", "taken_input"]
 
 
 class TaskModule(nn.Module):
@@ -18,6 +20,9 @@ class TaskModule(nn.Module):
     Args:
         num_tasks: tasks of the stream.
     """
+
+    #: Whether the samples of one batch may each have a task of their own.
+    per_sample: ClassVar[bool] = True
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
@@ -93,6 +98,96 @@ class BiasUnits(TaskModule):
         self.live = state["live"]
 
 
+class WeightBank(TaskModule):
+    """A whole set of weights for every task, of which one is in the network at a time.
+
+    A task that was never started has the weights of the beginning.
+
+    Args:
+        num_tasks: tasks of the stream.
+        network: whose parameters and buffers below ``parts`` are exchanged, in place.
+        parts: names of its children.
+
+    State:
+        the weights of each learned task and of the beginning, as plain tensors: buffers would be sent
+        to all processes at every forward.
+    """
+
+    per_sample = False
+
+    def __init__(self, num_tasks: int, network: nn.Module, parts: tuple[str, ...]) -> None:
+        super().__init__(num_tasks)
+        self._network = (network,)  # in a tuple, for it contains this module and not the reverse
+        self.parts = parts
+        self.beginning: dict[str, Tensor] = {}
+        self.learned: dict[int, dict[str, Tensor]] = {}
+        self.live: int | None = None
+        self.inside = 0  # whose weights the network has
+
+    def begin(self) -> None:
+        """Keep the network's weights as those that every task begins with."""
+        self.beginning = self._copy()
+
+    def start(self, task_id: int) -> None:
+        """Make a task live, with the weights of the beginning."""
+        self._write(self.beginning)
+        self.live = self.inside = task_id
+
+    def freeze(self) -> None:
+        """Keep the live task's weights; no task is live afterwards."""
+        if self.live is not None:
+            self.learned[self.live] = self._copy()
+            self.live = None
+
+    def switch(self, task: int | Tensor) -> None:
+        """Exchange the weights of the network.
+
+        Raises:
+            TypeError: samples have tasks of their own; the network answers those group by group.
+        """
+        if isinstance(task, Tensor):
+            raise TypeError("A set of weights serves a whole batch.")
+        super().switch(task)
+        if task == self.inside or not self.beginning:
+            return
+        if self.inside == self.live:
+            self.learned[self.live] = self._copy()
+        self._write(self.learned.get(task, self.beginning))
+        if task == self.live:
+            del self.learned[task]
+        self.inside = task
+
+    def _tensors(self) -> dict[str, Tensor]:
+        children = [(part, getattr(self._network[0], part)) for part in self.parts]
+        return {
+            f"{part}.{name}": tensor
+            for part, child in children
+            for name, tensor in chain(child.named_parameters(), child.named_buffers())
+        }
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+
+    def _write(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(values[name])
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """All sets of weights, and which one the network has."""
+        return {
+            "beginning": self.beginning,
+            "learned": dict(self.learned),
+            "live": self.live,
+            "inside": self.inside,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`get_extra_state` gave; the network's weights are loaded beside it."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
 class SwitchableLinear(nn.Linear):
     r"""A linear layer with bias units: :math:`y = W x + b + \mathrm{BIAS}_t` (Eq. 1 of Wen et al.).
 
@@ -110,6 +205,10 @@ class SwitchableLinear(nn.Linear):
         layer.bias_units = bias_units.to(layer.weight.device)
         return layer
 
+    def taken(self, input: Tensor) -> Tensor:
+        """What the weights see of an input."""
+        return input
+
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, ..., in)`` to ``(batch, ..., out)``."""
         shift: Tensor = self.bias_units()
@@ -120,6 +219,11 @@ class SwitchableLinear(nn.Linear):
         middle = (1,) * (input.dim() - 2)
         output: Tensor = F.linear(input, self.weight, self.bias)
         return output + shift.reshape(shift.shape[0], *middle, shift.shape[1])
+
+
+def taken_input(layer: nn.Module, input: Tensor) -> Tensor:
+    """What a layer's weights see of an input: the input itself, but for keyed layers."""
+    return layer.taken(input) if isinstance(layer, SwitchableLinear) else input
 
 
 @contextmanager

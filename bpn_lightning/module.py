@@ -1,7 +1,7 @@
 """The LightningModule of a stream: the cursor that opens and closes its tasks, and what it saves."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +24,7 @@ from bpn_lightning.tasks import (
     Split,
     Task,
 )
-from bpn_lightning.trainer_rules import check_trainer
+from bpn_lightning.trainer_rules import check_composition, check_phases, check_trainer
 
 __all__ = ["ContinualModule"]
 
@@ -95,9 +95,10 @@ class ContinualModule(ContinualSteps):
 
         self.closed = -1
         self.curve: list[dict[str, Any]] = []
-        self.schedule = Schedule([[Phase("train", 1)]])
         self._done: list[str] = []  # what closing the open task has finished
+        self._training_weights: dict[str, Tensor] = {}  # while merged ones are in their place
         self._judged = 0  # epochs that early stopping has looked at
+        self._entered = -1  # the epoch for which task, phase and optimizer are known to be right
         self._best_loss, self._bad_epochs = float("inf"), 0
         self._saved_random: dict[str, Any] | None = None  # from a checkpoint, until training starts
 
@@ -107,12 +108,6 @@ class ContinualModule(ContinualSteps):
         super()._build(tasks, num_classes, input_shape)
         if not hasattr(self, "accuracy_matrix"):
             self.accuracy_matrix = AccuracyMatrix(len(tasks))
-
-    def batches(self, task_id: int, split: Split) -> Iterator[Batch]:
-        """This process's share of a task's samples, each once, on the device and prepared."""
-        for batch in self.stream.loader(task_id, split):
-            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-            yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
 
     def evaluate(self, tasks: Sequence[int] | None = None, split: Split = "test") -> Tensor:
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.evaluation.evaluate`."""
@@ -137,7 +132,7 @@ class ContinualModule(ContinualSteps):
             strategy.configure(self, stream)
         self._switch(max(self.opened, 0))
         if stage == "fit":
-            self._check_composition()
+            check_composition(self, self._strategies)
             self._plan()
             if self.patience and not stream.has_validation:
                 raise ConfigurationError(
@@ -156,24 +151,15 @@ class ContinualModule(ContinualSteps):
         for task in self._tasks:
             of_task = [Phase("train", task.epochs)]
             for strategy in self._strategies:
+                before = of_task
                 of_task = strategy.phases(task, of_task)
+                for phase in of_task:
+                    if phase not in before:
+                        self._phase_owners[task.id, phase.name] = strategy
             phases.append(of_task)
         self.schedule = Schedule(phases)
-
-    def _check_composition(self) -> None:
-        keys = self._state_keys()
-        for strategy in self._strategies:
-            if keys.count(strategy.state_key) > 1:
-                raise ConfigurationError(
-                    f"Expected every strategy once, but got {type(strategy).__name__} "
-                    f"{keys.count(strategy.state_key)} times. Remove all but one."
-                )
-        projecting = [type(s).__name__ for s in self._strategies if s.projects]
-        if len(projecting) > 1:
-            raise ConfigurationError(
-                "Expected at most one strategy that projects gradients, but got "
-                f"{' and '.join(projecting)}. Remove all but one."
-            )
+        check_phases(self.schedule, self.stream)
+        self._phase = phases[0][0]
 
     # --- the cursor of tasks ---------------------------------------------------------------------
 
@@ -191,11 +177,13 @@ class ContinualModule(ContinualSteps):
         fires after every way of resuming.
         """
         self._judge_epoch(self.trainer.current_epoch)
-        task = self.position.task
+        task, phase, _ = self.position
         if self.closed < task - 1:
             self.close(task - 1)
         self._open(task)
+        self._enter_phase(phase)
         self._follow_optimizer()
+        self._entered = self.trainer.current_epoch
 
     def _open(self, task_id: int) -> None:
         if task_id <= self.opened:
@@ -207,7 +195,10 @@ class ContinualModule(ContinualSteps):
             untrained = evaluate(self)
             self.accuracy_matrix.update(0, untrained)
             self._add_to_curve(untrained, task_id, epoch=0)
+        self._exchange_weights(self._training_weights)
+        self._training_weights = {}
         self.opened = task_id
+        self._phase = self.schedule.phases[task_id][0]
         self._done = []
         self._switch(task_id)
         for strategy in self._strategies:
@@ -216,6 +207,16 @@ class ContinualModule(ContinualSteps):
             self.trainer.strategy.setup_optimizers(self.trainer)
         else:
             self._clear_optimizer_state()
+        self._hooked = None
+
+    def _enter_phase(self, name: str) -> None:
+        """Let the next phase of the open task begin, with an optimizer of its own."""
+        if name == self._phase.name:
+            return
+        kinds = {self._phase.trains}
+        self._phase = self.schedule.phase(self.opened, name)
+        if self.stream.reset_optimizer == "always" or "strategy" in kinds | {self._phase.trains}:
+            self.trainer.strategy.setup_optimizers(self.trainer)
         self._hooked = None
 
     def close(self, task_id: int) -> None:
@@ -231,6 +232,7 @@ class ContinualModule(ContinualSteps):
                 strategy.on_task_end(self, self._tasks[task_id])
                 self._done.append(strategy.state_key)
         self._switch(task_id)
+        self._serve_merged_weights()
         row = evaluate(self)
         last = task_id + 1 == len(self._tasks)
         if last and self.without_oracle and self._mask != "task":
@@ -241,6 +243,23 @@ class ContinualModule(ContinualSteps):
         self.closed = task_id
         for logger in self.trainer.loggers:
             logger.log_metrics(self._stream_metrics(row), step=self.trainer.global_step)
+
+    def _serve_merged_weights(self) -> None:
+        """Put a strategy's merged weights, if any has some, in the place of those of training."""
+        if self._training_weights:
+            return
+        for strategy in self._strategies:
+            merged = strategy.merged_weights(self)
+            if merged is not None:
+                parts = self.state_dict()
+                self._training_weights = {name: parts[name].clone() for name in merged}
+                self._exchange_weights(merged)
+
+    def _exchange_weights(self, weights: Mapping[str, Tensor]) -> None:
+        parts = self.state_dict() if weights else {}
+        with torch.no_grad():
+            for name, value in weights.items():
+                parts[name].copy_(value)
 
     def _check_finite(self, task_id: int) -> None:
         for name, parameter in self.named_parameters():
@@ -258,7 +277,8 @@ class ContinualModule(ContinualSteps):
         """
         if epochs_done <= self._judged or self.closed == self.opened:
             return
-        if self.patience is not None:
+        done, name, _ = self.schedule.locate(epochs_done - 1)
+        if self.patience is not None and self.schedule.phase(done, name).trains != "strategy":
             loss = validation_loss(self, self.opened)
             improved = loss < self._best_loss
             self._bad_epochs = 0 if improved else self._bad_epochs + 1
@@ -319,7 +339,8 @@ class ContinualModule(ContinualSteps):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Enter the task too where a run resumes without an epoch's start."""
-        if self._hooked is not self.trainer.optimizers[0] or batch.task != self.opened:
+        epoch = self.trainer.current_epoch
+        if self._hooked is not self.trainer.optimizers[0] or self._entered != epoch:
             self.advance()
 
     def on_train_epoch_end(self) -> None:
@@ -404,6 +425,8 @@ class ContinualModule(ContinualSteps):
             "opened": self.opened,
             "closed": self.closed,
             "done": list(self._done),
+            "phase": self._phase.name,
+            "training_weights": dict(self._training_weights),
             "lengths": list(self.schedule.lengths),
             "patience": [self._judged, self._best_loss, self._bad_epochs],
             "curve": [dict(point) for point in self.curve],
@@ -412,7 +435,7 @@ class ContinualModule(ContinualSteps):
             "num_classes": self._head.out_features,
             "seed": self.stream.seed,
             "input_shape": self._input_shape,
-            "bias_units": dict(self._attached),
+            "attached": [list(part) for part in self._attached],
             "strategies": [strategy.state_key for strategy in self._strategies],
             "random": random_state(),
         }
@@ -455,14 +478,17 @@ class ContinualModule(ContinualSteps):
                     "Resume with the configuration that wrote it, or start a new run."
                 )
         self._build(tasks, saved["num_classes"], tuple(saved["input_shape"]))
-        for layer, rank in saved["bias_units"].items():
-            self.attach_bias_units(layer, rank)
+        for kind, *arguments in saved["attached"]:
+            getattr(self, f"attach_{kind}")(*arguments)
         self.opened, self.closed = saved["opened"], saved["closed"]
         self._done = list(saved["done"])
+        self._training_weights = dict(saved["training_weights"])
         self._judged, self._best_loss, self._bad_epochs = saved["patience"]
         self.curve = [dict(point) for point in saved["curve"]]
         if attached and self.trainer.state.fn == "fit":
             self.schedule.load_lengths(saved["lengths"])
+            if self.opened >= 0:
+                self._phase = self.schedule.phase(self.opened, saved["phase"])
             self._saved_random = saved["random"]
         self._switch(max(self.opened, 0))
 

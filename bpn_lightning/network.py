@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.layers import BiasUnits, SwitchableLinear, TaskModule, evaluation_mode
-from bpn_lightning.tasks import ContinualStream, Mask, Task
+from bpn_lightning.layers import (
+    BiasUnits,
+    SwitchableLinear,
+    TaskModule,
+    WeightBank,
+    evaluation_mode,
+)
+from bpn_lightning.tasks import Batch, ContinualStream, Mask, Split, Task
 
 __all__ = ["ContinualNetwork"]
 
@@ -40,7 +46,8 @@ class ContinualNetwork(L.LightningModule):
         self._mask: Mask = mask
         self._tasks: list[Task] = []
         self._input_shape: tuple[int, ...] = ()
-        self._attached: dict[str, int] = {}  # layer -> rank of its bias units
+        self.weight_bank: WeightBank | None = None
+        self._attached: list[list[Any]] = []  # what was attached: kind and arguments
         self._stream: ContinualStream | None = None
         self._mode: int | Tensor = 0
         self._switch_hooks: list[Callable[..., Any]] = []
@@ -71,6 +78,12 @@ class ContinualNetwork(L.LightningModule):
     def has_modes(self) -> bool:
         """Whether the network answers differently in different tasks' modes."""
         return bool(self._task_modules()) or bool(self._switch_hooks)
+
+    def batches(self, task_id: int, split: Split) -> Iterator[Batch]:
+        """This process's share of a task's samples, each once, on the device and prepared."""
+        for batch in self.stream.loader(task_id, split):
+            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
+            yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
 
     def attach(self, stream: ContinualStream) -> None:
         """Use a stream: build the head on the first call, check the fit on later ones.
@@ -143,16 +156,23 @@ class ContinualNetwork(L.LightningModule):
     def attach_bias_units(self, layer: str, rank: int) -> nn.Module:
         """Give a linear layer bias units, or return those that it has."""
         linear = self.linear_layers()[layer]
-        if self._attached.get(layer, rank) != rank:
-            raise ConfigurationError(
-                f"Expected rank to be {self._attached[layer]}, as in the bias units that layer {layer} "
-                f"has, but got {rank}."
-            )
         if not isinstance(linear, SwitchableLinear):
             units = BiasUnits(len(self._tasks), rank, linear.out_features)
             linear = SwitchableLinear.convert(linear, units)
-            self._attached[layer] = rank
+            self._attached.append(["bias_units", layer, rank])
+        if linear.bias_units.M.shape[1] != rank:
+            raise ConfigurationError(
+                f"Expected rank to be {linear.bias_units.M.shape[1]}, as in the bias units that layer "
+                f"{layer} has, but got {rank}."
+            )
         return linear.bias_units
+
+    def attach_weight_bank(self) -> WeightBank:
+        """Keep a whole set of weights for every task, or return the bank that does."""
+        if self.weight_bank is None:
+            self.weight_bank = WeightBank(len(self._tasks), self, ("backbone", "head"))
+            self._attached.append(["weight_bank"])
+        return self.weight_bank
 
     @property
     def _head(self) -> nn.Linear:
@@ -190,6 +210,8 @@ class ContinualNetwork(L.LightningModule):
             ``(batch, num_classes)``.
         """
         if task is not None:
+            if isinstance(task, Tensor) and not all(p.per_sample for p in self._task_modules()):
+                return self._answer_groups(inputs, task)
             with self.task_mode(task):
                 return self(inputs)  # type: ignore[no-any-return]
         logits = self._logits(inputs)
@@ -205,6 +227,13 @@ class ContinualNetwork(L.LightningModule):
             first, stop = self.columns(self._mode)
             outside = (columns < first) | (columns >= stop)
         return logits.masked_fill(outside, float("-inf"))
+
+    def _answer_groups(self, inputs: Tensor, task: Tensor) -> Tensor:
+        """Logits where a batch can only have one task: one forward for each that occurs."""
+        order = task.argsort(stable=True)
+        ids = sorted(set(task.tolist()))
+        answers = [self(inputs[task == one], task=one) for one in ids]
+        return torch.cat(answers)[order.argsort()] if ids else self(inputs, task=0)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """Of all columns, in the mode that holds."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.layers import BiasUnits
+from bpn_lightning.layers import BiasUnits, evaluation_mode
 from bpn_lightning.network import ContinualNetwork
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import Batch, Mask
+from bpn_lightning.tasks import Batch, Mask, Phase, Schedule
 
 if TYPE_CHECKING:
     from bpn_lightning.datamodules.base import ContinualDataModule
@@ -72,6 +72,9 @@ class ContinualSteps(ContinualNetwork):
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self._strategies: list[ContinualStrategy] = []
+        self.schedule = Schedule([[Phase("train", 1)]])
+        self._phase = self.schedule.phases[0][0]
+        self._phase_owners: dict[tuple[int, str], ContinualStrategy] = {}
 
         # What a step needs, gathered when a task opens: nothing is looked up twice.
         self._hooks: dict[str, list[Callable[..., Any]]] = {name: [] for name in STEP_HOOKS}
@@ -79,6 +82,7 @@ class ContinualSteps(ContinualNetwork):
         self._hook_handle: Any = None
         self._groups: dict[int, dict[str, Any]] = {}
         self._step_parameters: dict[str, nn.Parameter] = {}
+        self._dropped: list[nn.Parameter] = []
         self._columns = (0, 0)
         self._world_size = 1
         self._other_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []
@@ -87,6 +91,16 @@ class ContinualSteps(ContinualNetwork):
     def strategies(self) -> Sequence[ContinualStrategy]:
         """The continual strategies of the trainer, in the order of its callbacks."""
         return self._strategies
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that runs."""
+        return self._phase
+
+    def training_tasks(self, task_id: int) -> list[int]:
+        """The tasks whose data a task is trained on: its own, and what a strategy adds."""
+        wanted = (strategy.training_tasks(self._tasks[task_id]) for strategy in self._strategies)
+        return sorted({task_id}.union(*wanted))
 
     def _find_hooks(self) -> None:
         """The hooks that strategies override: the others cost nothing."""
@@ -107,7 +121,12 @@ class ContinualSteps(ContinualNetwork):
         return cast(Tensor, self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """A fresh optimizer, over everything trainable but M, and its scheduler."""
+        """A fresh optimizer, over everything trainable but M, and its scheduler.
+
+        In a phase that trains a strategy, that strategy's own.
+        """
+        if self._phase.trains == "strategy":
+            return self._phase_owner.phase_optimizer(self, self._phase)
         outside = {id(part.M) for part in self.modules() if isinstance(part, BiasUnits)}
         parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in outside]
         try:
@@ -132,16 +151,18 @@ class ContinualSteps(ContinualNetwork):
         }
 
     def _num_steps(self) -> int:
-        """Updates until the optimizer is replaced: of the open task, or of the whole stream."""
+        """Updates until the optimizer is replaced: of the phase, or of the whole stream."""
         limit = self.trainer.limit_train_batches
-        tasks = [self._tasks[max(self.opened, 0)]]
+        lengths = {max(self.opened, 0): self._phase.epochs}
         if self.stream.reset_optimizer == "never":
-            tasks = list(self._tasks)
+            phases = enumerate(self.schedule.phases)
+            lengths = {task: sum(phase.epochs for phase in of_task) for task, of_task in phases}
         total = 0
-        for task in tasks:
-            batches = len(cast("ContinualDataModule", self.stream).train_loader(task.id, 0))
+        for task, epochs in lengths.items():
+            stream = cast("ContinualDataModule", self.stream)
+            batches = len(stream.train_loader(task, 0, self.training_tasks(task)))
             batches = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
-            total += task.epochs * ceil(batches / self.trainer.accumulate_grad_batches)
+            total += epochs * ceil(batches / self.trainer.accumulate_grad_batches)
         return total
 
     def _follow_optimizer(self) -> None:
@@ -154,13 +175,21 @@ class ContinualSteps(ContinualNetwork):
         self._hook_handle = optimizer.register_step_post_hook(self._on_optimizer_stepped)
         self._hooked = optimizer
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self._step_parameters = self.shared_parameters(include_head=True)
         self._columns = self.columns(self.opened)
         self._world_size = self.trainer.world_size
+        head = {id(parameter) for parameter in self._head.parameters(recurse=False)}
+        self._step_parameters = self.shared_parameters(include_head=True)
+        self._dropped = []
+        if self._phase.trains == "head":
+            self._dropped = [p for p in self.parameters() if id(p) not in head]
+            self._step_parameters = {
+                name: p for name, p in self._step_parameters.items() if id(p) in head
+            }
         self._other_rows = []
-        if self._mask == "task":
-            first, stop = self._columns
-            outside = [i for i in range(self._head.out_features) if not first <= i < stop]
+        if self._mask == "task" or self._phase.trains == "head":
+            learning = [range(*self._tasks[task].columns) for task in self.training_tasks(self.opened)]
+            inside = {row for rows in learning for row in rows}
+            outside = [row for row in range(self._head.out_features) if row not in inside]
             rows = torch.tensor(outside, device=self.device, dtype=torch.long)
             for parameter in self._head.parameters(recurse=False):
                 self._other_rows.append((parameter, rows, parameter.detach()[rows].clone()))
@@ -192,11 +221,17 @@ class ContinualSteps(ContinualNetwork):
         The slice's sum is divided by the size of the batch over all processes, so that any number of
         processes follows the same gradient, on uneven slices too.
         """
-        logits = self._logits(batch.inputs)
-        first, stop = self._columns
+        scale = self._world_size / batch.global_size
+        if self._phase.trains == "strategy":
+            return self._strategy_step(batch, scale)
+        if isinstance(batch.task, Tensor):  # a batch of several tasks, each sample in its own mode
+            first, stop = 0, self._head.out_features
+            logits = self(batch.inputs, task=batch.task)
+        else:
+            first, stop = self._columns
+            logits = self._training_logits(batch.inputs)
         active = logits[:, first:stop]
         losses = F.cross_entropy(active, batch.targets - first, reduction="sum")
-        scale = self._world_size / batch.global_size
         loss = losses * scale
         terms = {"loss/task": loss}
         for hook in self._hooks["loss_terms"]:
@@ -213,16 +248,52 @@ class ContinualSteps(ContinualNetwork):
             self.log("train/accuracy", right.float().mean(), prog_bar=True)
         return loss
 
+    def _training_logits(self, inputs: Tensor) -> Tensor:
+        """Of all columns; on features that stay as they are where only the head trains."""
+        if self._phase.trains == "head":
+            with evaluation_mode(self.backbone):
+                return self._logits(inputs)
+        return self._logits(inputs)
+
+    @property
+    def _phase_owner(self) -> ContinualStrategy:
+        return self._phase_owners[max(self.opened, 0), self._phase.name]
+
+    def _strategy_step(self, batch: Batch, scale: float) -> Tensor:
+        """The loss of a phase in which only the strategy that declared it learns."""
+        with evaluation_mode(self):
+            loss = self._phase_owner.phase_loss(self, self._phase, batch).sum() * scale
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.trainer.global_step + 1) % every == 0:
+            self.log(f"loss/{self._phase.name}", loss.detach(), prog_bar=True)
+        return loss
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Capture, penalise, project, consume: after unscaling and reducing, before clipping."""
+        if self._phase.trains == "strategy":
+            self._reduce_gradients(optimizer)
+            return
+        for parameter in self._dropped:
+            parameter.grad = None
         for phase in ("capture_grad", "penalty_grad", "project_grad", "consume_grad"):
             for hook in self._hooks[phase]:
                 hook(self, self._step_parameters)
 
     def _on_optimizer_stepped(self, optimizer: Optimizer, *_: Any) -> None:
         """Called by the optimizer itself, so never for an update that a scaler skipped."""
+        if self._phase.trains == "strategy":
+            return
         for hook in self._hooks["on_optimizer_stepped"]:
             hook(self, self._step_parameters)
         for parameter, rows, values in self._other_rows:
             with torch.no_grad():
                 parameter[rows] = values
+
+    def _reduce_gradients(self, optimizer: Optimizer) -> None:
+        """The mean over processes, which DDP takes of the module's own parameters only."""
+        if self._world_size == 1:
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                gradient = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = self.all_reduce(gradient) / self._world_size

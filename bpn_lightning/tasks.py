@@ -61,10 +61,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a task's epochs with one purpose; ``"train"`` is the task's own training."""
+    """A stretch of a task's epochs with one purpose; ``"train"`` is the task's own training.
+
+    Args:
+        name: for logs and checkpoints.
+        epochs: its length, before early stopping.
+        trains: ``network``: everything; ``head``: only the rows of the head for this task's own
+            classes; ``strategy``: nothing of the network, but what the strategy that declared the
+            phase owns, by its own loss and optimizer.
+    """
 
     name: str
     epochs: int
+    trains: Literal["network", "head", "strategy"] = "network"
 
 
 class Batch(NamedTuple):
@@ -134,6 +143,10 @@ class Schedule:
         first = next(i for i, (t, _) in enumerate(self._flat) if t == task)
         return Position(task, phase.name, epoch - sum(self.lengths[:first]))
 
+    def phase(self, task: int, name: str) -> Phase:
+        """The phase of a task by its name."""
+        return next(phase for phase in self.phases[task] if phase.name == name)
+
     def last_epoch(self, task: int) -> int:
         """The global epoch after which the task is learned."""
         planned = zip(self._flat, self.lengths, strict=True)
@@ -181,6 +194,7 @@ class ContinualStream(Protocol):
     seed: int
     reset_optimizer: Literal["always", "never"]
     has_validation: bool
+    task_id_at_test: bool
 
     def loader(self, task_id: int, split: Split, batch_size: int | None = None) -> Iterable[Batch]:
         """Every sample of this process's share once, in order and not augmented."""
@@ -207,6 +221,18 @@ class ContinualHost(Protocol):
     @property
     def mask(self) -> Mask:
         """Which columns of the head take part in a task's loss."""
+
+    @property
+    def opened(self) -> int:
+        """The task that was opened last, -1 before the first."""
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that runs."""
+
+    @property
+    def global_rank(self) -> int:
+        """The number of this process, from 0."""
 
     @property
     def loss_scale(self) -> float:

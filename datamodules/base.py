@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -74,6 +75,8 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             seed_everything set (the variable PL_GLOBAL_SEED), else 0.
         reset_optimizer: whether each task begins with a fresh optimizer or keeps the last one's
             state.
+        task_id_at_test: whether somebody says at test which task a sample is from. If not, methods
+            that need to be told are refused.
 
     Attributes:
         tasks: the tasks in order, once set up.
@@ -91,6 +94,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     # None until it is set up, as that may be before or after seed_everything; an int ever after.
     seed: int = None  # type: ignore[assignment]
     reset_optimizer: Literal["always", "never"] = "always"
+    task_id_at_test: bool = True
 
     tasks: list[Task] = field(init=False)
     num_classes: int = field(init=False)
@@ -210,14 +214,26 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         size = batch_size or self.eval_batch_size
         return EvaluationLoader(samples, members[task_id], task_id, size, self._share())
 
-    def train_loader(self, task_id: int, epoch: int) -> TrainLoader:
-        """One epoch of a task, in the order of (seed, task, epoch)."""
+    def train_loader(
+        self, task_id: int, epoch: int, tasks: Sequence[int] | None = None
+    ) -> TrainLoader:
+        """One epoch of a task, in the order of (seed, task, epoch).
+
+        Args:
+            task_id: the task.
+            epoch: of the task, over all its phases.
+            tasks: the tasks whose data it is trained on, where they are not its own only; batches
+                then have one task id per sample.
+        """
         samples, members = self._parts["train"]
+        several = [task_id] if tasks is None else list(tasks)
+        ids = [torch.full_like(members[task], task) for task in several]
         return TrainLoader(
             samples,
-            members[task_id],
+            torch.cat([members[task] for task in several]),
             task_id,
             epoch,
+            task_ids=None if several == [task_id] else torch.cat(ids),
             seed=self.seed,
             batch_size=self.batch_size,
             processed=self._processed,
@@ -228,7 +244,9 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> TrainLoader:
         """The loader of the epoch that the module stands at."""
         position = self._position()
-        return self.train_loader(position.task, position.epoch)
+        training_tasks = getattr(self._module(), "training_tasks", None)
+        tasks = training_tasks(position.task) if training_tasks else None
+        return self.train_loader(position.task, position.epoch, tasks)
 
     def val_dataloader(self) -> EvaluationLoader | CombinedLoader:
         """One loader over the held-out parts of the tasks so far, or none if nothing is held out."""
@@ -260,8 +278,11 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(progress.processed)  # type: ignore[attr-defined]
 
+    def _module(self) -> L.LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
+
     def _position(self) -> Position:
-        module = None if self.trainer is None else self.trainer.lightning_module
+        module = self._module()
         position: object = getattr(module, "position", None)
         if not isinstance(position, tuple):
             raise ConfigurationError(

@@ -117,6 +117,7 @@ class TrainLoader:
         samples: the store.
         indices: ``(n,)`` int64, the task's samples in it.
         task: the task's id.
+        task_ids: ``(n,)`` int64, the tasks of samples that are not all of this one.
         epoch: the epoch within the task.
         seed: the stream's seed.
         batch_size: samples of a global batch.
@@ -137,12 +138,14 @@ class TrainLoader:
         seed: int,
         batch_size: int,
         processed: Callable[[], int],
+        task_ids: Tensor | None = None,
         share: Share = ALONE,
         augmentation: CropAndFlip | None = None,
     ) -> None:
         self.samples = samples
         self.indices = indices
         self.task = task
+        self.task_ids = task_ids
         self.epoch = epoch
         self.seed = seed
         self.batch_size = batch_size
@@ -169,7 +172,7 @@ class TrainLoader:
         return _batches(
             self.samples,
             self.indices[order],
-            self.task,
+            self.task if self.task_ids is None else self.task_ids[order],
             self.batch_size,
             self.share,
             self.first_batch,

@@ -1,12 +1,13 @@
 """The hooks of a continual-learning method, and what they are handed inside a step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpn_lightning.costs import Bytes, tensors_in
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
 
 __all__ = ["ContinualStrategy"]
@@ -22,11 +23,28 @@ class ContinualStrategy(Callback):
     The hooks of an update run in this order: ``loss_terms`` in the forward; then, on gradients that are
     reduced over processes and unscaled but not clipped, ``capture_grad``, ``penalty_grad``,
     ``project_grad``, ``consume_grad``; then, only when the optimizer really stepped,
-    ``on_optimizer_stepped``. Each gets the trainable shared parameters by name, the head among them.
+    ``on_optimizer_stepped``. Each gets the shared parameters that train in the current phase, by name,
+    the head among them.
     """
+
+    # --- what it is, so that runs which cannot be right are refused when they are built -----------
 
     #: Replaces gradients by a projection: at most one strategy of a run may.
     projects: ClassVar[bool] = False
+    #: Composes with no other strategy.
+    exclusive: ClassVar[bool] = False
+    #: Answers in the mode of a task, so somebody has to name the task at test.
+    needs_task_id: ClassVar[bool] = False
+    #: Holds weights or outputs near old ones and nothing else: with one head for all classes and no
+    #: task id it is expected to forget.
+    regulariser: ClassVar[bool] = False
+    #: Arguments with which it is fine-tuning bit for bit; None where there are none.
+    null_arguments: ClassVar[Mapping[str, Any] | None] = None
+
+    @property
+    def corrects_weights(self) -> bool:
+        """Whether it moves shared weights after the optimizer's step, past any projection."""
+        return False
 
     # --- the stream ------------------------------------------------------------------------------
 
@@ -39,6 +57,10 @@ class ContinualStrategy(Callback):
     def phases(self, task: Task, phases: list[Phase]) -> list[Phase]:
         """The phases of a task, given those so far: prepend a warm-up, append a stage."""
         return phases
+
+    def training_tasks(self, task: Task) -> Sequence[int]:
+        """The tasks whose data a task is trained on; they need not be its own only."""
+        return [task.id]
 
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Once, before the first task."""
@@ -54,6 +76,26 @@ class ContinualStrategy(Callback):
 
         ``host.batches(task.id, "train")`` has this process's share of the samples, each once.
         """
+
+    def merged_weights(self, host: ContinualHost) -> Mapping[str, Tensor] | None:
+        """Weights by name to serve from a task's end until the next task starts; None: those it has.
+
+        The module keeps the weights of training meanwhile, and puts them back.
+        """
+        return None
+
+    # --- a phase of its own ----------------------------------------------------------------------
+
+    def phase_optimizer(self, host: ContinualHost, phase: Phase) -> Optimizer:
+        """The optimizer of a phase that trains a strategy, over parameters that the strategy owns."""
+        raise NotImplementedError(f"{type(self).__name__} declares phase {phase.name!r} only.")
+
+    def phase_loss(self, host: ContinualHost, phase: Phase, batch: Batch) -> Tensor:
+        """The loss of such a phase: per sample ``(batch,)``, or their sum.
+
+        The network is in evaluation mode, and its parameters must not take part: detach them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares phase {phase.name!r} only.")
 
     # --- an update -------------------------------------------------------------------------------
 
@@ -87,6 +129,18 @@ class ContinualStrategy(Callback):
     def paper_bytes_per_task(self, host: Any) -> int:
         """The same by the accounting of Wen et al."""
         return self.bytes_per_task(host)
+
+    def inference_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
+        """What it put into the module for use after training: bank rows, keys."""
+        return ()
+
+    def training_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
+        """What it holds to go on learning: by default every tensor of ``state_dict``."""
+        return tensors_in(self.state_dict())
+
+    def declared_bytes(self, host: ContinualHost) -> Bytes:
+        """Bytes that it holds, by formula, from the shapes and the number of learned tasks."""
+        return Bytes(0, 0)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """Scalars to log every ``log_every_n_steps`` steps, by name, such as the penalty."""

@@ -1,12 +1,12 @@
 """Beneficial perturbations: the bias units of the Beneficial Perturbation Network."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from bpn_lightning.costs import bias_unit_bytes, tensor_bytes
+from bpn_lightning.costs import Bytes, bias_unit_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.layers import BiasUnits
 from bpn_lightning.random_state import seeded_generator
@@ -76,6 +76,9 @@ class BeneficialPerturbation(ContinualStrategy):
     Raises:
         ConfigurationError: a value is out of range or unknown, or a layer does not exist.
     """
+
+    needs_task_id = True
+    null_arguments: ClassVar[Mapping[str, Any]] = {"epsilon": 0.0}
 
     def __init__(
         self,
@@ -180,6 +183,20 @@ class BeneficialPerturbation(ContinualStrategy):
         """Freeze the product; M and W are spent."""
         for units in self.units.values():
             units.freeze()
+
+    def inference_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
+        """The banks of frozen biases."""
+        return [units.bank for units in self.units.values()]
+
+    def training_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
+        """M and W of the live task."""
+        return [tensor for units in self.units.values() for tensor in (units.M, units.W)]
+
+    def declared_bytes(self, host: ContinualHost) -> Bytes:
+        """Inference: 4 T K per layer, for all tasks from the start; training: 4 (H + H K) more."""
+        outputs = [units.bank.shape[1] for units in self.units.values()]
+        banks = 4 * len(host.tasks) * sum(outputs)
+        return Bytes(banks + 4 * self.rank * (len(outputs) + sum(outputs)), banks)
 
     def bytes_per_task(self, host: Any) -> int:
         """One row of each bank."""

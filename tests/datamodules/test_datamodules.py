@@ -25,6 +25,7 @@ COMMON = {
     "augment": True,
     "seed": 9,
     "reset_optimizer": "never",
+    "task_id_at_test": False,
 }
 OWN = {
     "SplitDigits": {},
