@@ -137,11 +137,11 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         """Read all images and labels into memory."""
 
     @abstractmethod
-    def divide(self, data: ImageData) -> tuple[list[Task], Tensor]:
+    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
         """Make tasks of classes.
 
         Returns:
-            The tasks, and ``(classes,)`` int64: each class's column of the head, -1 if unused.
+            The tasks, and for each the data set's numbers of its classes, in the order of its columns.
         """
 
     # ---------------------------------------------------------------------- setting up
@@ -165,18 +165,21 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         data = self.read()
-        self.tasks, columns = self.divide(data)
+        self.tasks, classes = self.divide(data)
         self.num_classes = max(task.columns[1] for task in self.tasks)
         self.input_shape = tuple(data.train.images.shape[1:])
 
+        columns = torch.full((len(data.class_names),), -1)
+        for task, of_task in zip(self.tasks, classes, strict=True):
+            columns[of_task] = torch.arange(*task.columns)
         held = hold_out(data.train.labels, self.validation_fraction, "validation", self.seed)
         train = Samples(data.train.images, columns[data.train.labels])
         test = Samples(data.test.images, columns[data.test.labels])
         everything = torch.ones(len(test.labels), dtype=torch.bool)
         parts: dict[Split, _Part] = {
-            "train": _Part(train, _members(self.tasks, train.labels, ~held)),
-            "val": _Part(train, _members(self.tasks, train.labels, held)),
-            "test": _Part(test, _members(self.tasks, test.labels, everything)),
+            "train": _Part(train, _members(classes, data.train.labels, ~held)),
+            "val": _Part(train, _members(classes, data.train.labels, held)),
+            "test": _Part(test, _members(classes, data.test.labels, everything)),
         }
         self._refuse_empty_classes(parts, data.source)
         self.normalisation = self.constants or Normalisation.of(train, parts["train"].members[0])
@@ -322,14 +325,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         return self._affine[where]
 
 
-def _members(tasks: list[Task], columns: Tensor, taking_part: Tensor) -> list[Tensor]:
+def _members(classes: list[list[int]], labels: Tensor, taking_part: Tensor) -> list[Tensor]:
     """Of the samples that take part, those of each task, in the order of the store."""
-    members = []
-    for task in tasks:
-        start, stop = task.columns
-        own = taking_part & (columns >= start) & (columns < stop)
-        members.append(own.nonzero().flatten())
-    return members
+    wanted = (torch.isin(labels, torch.tensor(of_task)) for of_task in classes)
+    return [(taking_part & own).nonzero().flatten() for own in wanted]
 
 
 _PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}

@@ -1,9 +1,6 @@
-"""Class-incremental streams: each task brings classes of its own."""
+"""Streams whose tasks are made of different classes of one data set."""
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from bpn_lightning.datamodules.base import ContinualDataModule, at_least_one
 from bpn_lightning.datamodules.readers import ImageData
@@ -19,7 +16,8 @@ class ClassIncrementalDataModule(ContinualDataModule):
     """A data set that is split by class: task k has the k-th ``classes_per_task`` of the order.
 
     Task k's classes are the head's columns ``k * classes_per_task`` and up, whatever their labels
-    in the data set; classes beyond the last task are left out.
+    in the data set; classes beyond the last task are left out. In a domain-incremental stream all
+    tasks have the same columns, and the question is only which of its classes an image is.
 
     Args:
         num_tasks: how many tasks; by default as many as the classes make.
@@ -28,12 +26,15 @@ class ClassIncrementalDataModule(ContinualDataModule):
             data set; classes that are not listed are left out. By default all, in the data set's
             own order (alphabetical for folders).
         class_order_seed: shuffles that order, by a generator of its own; by default it is kept.
+        domain_incremental: whether every task's j-th class is the head's column j; the module's mask
+            is ``shared`` then.
     """
 
     num_tasks: int | None = None
     classes_per_task: int = 2
     class_order: list[str | int] | None = None
     class_order_seed: int | None = None
+    domain_incremental: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +43,7 @@ class ClassIncrementalDataModule(ContinualDataModule):
             at_least_one("num_tasks", self.num_tasks)
             self.epochs_of(self.num_tasks)
 
-    def divide(self, data: ImageData) -> tuple[list[Task], Tensor]:
+    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
         """Cut the order of classes into tasks."""
         size = self.classes_per_task
         order = choose_classes(data.class_names, self.class_order, self.class_order_seed)
@@ -55,15 +56,10 @@ class ClassIncrementalDataModule(ContinualDataModule):
                 f"Expected num_tasks * classes_per_task to be at most {where}, but got "
                 f"{max(num_tasks, 1)} * {size}. Lower one of the two, or add classes."
             )
-        columns = torch.full((len(data.class_names),), -1)
-        columns[order[: num_tasks * size]] = torch.arange(num_tasks * size)
-        tasks = [
-            Task(
-                id=k,
-                columns=(k * size, (k + 1) * size),
-                class_names=tuple(data.class_names[c] for c in order[k * size : (k + 1) * size]),
-                epochs=epochs,
-            )
-            for k, epochs in enumerate(self.epochs_of(num_tasks))
-        ]
-        return tasks, columns
+        classes = [order[k * size : (k + 1) * size] for k in range(num_tasks)]
+        tasks = []
+        for k, epochs in enumerate(self.epochs_of(num_tasks)):
+            first = 0 if self.domain_incremental else k * size
+            names = tuple(data.class_names[c] for c in classes[k])
+            tasks.append(Task(k, (first, first + size), names, epochs))
+        return tasks, classes

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from bpn_lightning.datamodules.base import Normalisation
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData, has_class_folders, read_class_folders
-from bpn_lightning.errors import DataError
+from bpn_lightning.errors import ConfigurationError, DataError
 
 __all__ = ["SplitCIFAR10", "SplitCIFAR100", "SplitFashionMNIST", "SplitMNIST"]
 
@@ -107,10 +108,49 @@ def _samples(dataset: Any) -> Samples:
     return Samples(images.contiguous(), torch.as_tensor(dataset.targets))
 
 
+@dataclass(eq=False, repr=False)
 class _IdxDataModule(_NamedDataModule):
-    """MNIST and its relatives: four files of one array each."""
+    """MNIST and its relatives: four files of one array each.
+
+    Args:
+        padding: black pixels on every side of an image; 2 makes 32 x 32 of 28 x 28. The normalisation
+            is that of the padded images.
+    """
+
+    padding: int = 0
 
     shape = (1, 28, 28)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.padding, int) or self.padding < 0:
+            raise ConfigurationError(
+                f"Expected padding to be a number of pixels, 0 or more, but got {self.padding!r}."
+            )
+
+    @property
+    def constants(self) -> Normalisation:  # type: ignore[override]
+        """Of images with black borders, from those of images without."""
+        if self.padding == 0:
+            return self.unpadded
+        (mean,), (std,) = self.unpadded
+        share = prod(self.shape[1:]) / prod(size + 2 * self.padding for size in self.shape[1:])
+        of_all = mean * share
+        return Normalisation((of_all,), ((share * (std**2 + mean**2) - of_all**2) ** 0.5,))
+
+    unpadded: ClassVar[Normalisation]
+    """Mean and standard deviation of the images as they are."""
+
+    def read(self) -> ImageData:
+        """Read, and add the border."""
+        data = super().read()
+        if self.padding == 0:
+            return data
+        train, test = (
+            Samples(F.pad(part.images, [self.padding] * 4), part.labels)
+            for part in (data.train, data.test)
+        )
+        return data._replace(train=train, test=test)
 
     def _faults(self, dataset: Any) -> tuple[Path, str]:
         folder = self.root_folder / self.class_in_torchvision / "raw"
@@ -165,7 +205,7 @@ class SplitMNIST(_IdxDataModule):
     title = "MNIST"
     class_in_torchvision = "MNIST"
     tree = "mnist"
-    constants = Normalisation(mean=(0.1307,), std=(0.3081,))
+    unpadded = Normalisation(mean=(0.1307,), std=(0.3081,))
     mirrored = False
 
 
@@ -178,7 +218,7 @@ class SplitFashionMNIST(_IdxDataModule):
     title = "Fashion-MNIST"
     class_in_torchvision = "FashionMNIST"
     tree = "fashion_mnist"
-    constants = Normalisation(mean=(0.2860,), std=(0.3530,))
+    unpadded = Normalisation(mean=(0.2860,), std=(0.3530,))
 
 
 class SplitCIFAR10(_PickledDataModule):

@@ -10,7 +10,8 @@ from bpn_lightning.messages import shorten_help
 ALL = " `bpn-fit --help_all` shows all."
 DIGITS = (
     "It takes epochs_per_task, batch_size, eval_batch_size, validation_fraction, augment, seed, "
-    "reset_optimizer, task_id_at_test, num_tasks, classes_per_task, class_order, class_order_seed."
+    "reset_optimizer, task_id_at_test, num_tasks, classes_per_task, class_order, "
+    "class_order_seed, domain_incremental."
 )
 NO_TASKS = f"SplitDigits has no argument 'num_taks' (data). Did you mean 'num_tasks'? {DIGITS}"
 SGD = (

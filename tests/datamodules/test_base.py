@@ -62,6 +62,18 @@ def test_tasks_take_the_classes_in_order(toy: Make) -> None:
     assert stream.input_shape == (3, 8, 8)
 
 
+def test_tasks_of_a_domain_incremental_stream_share_the_columns(toy: Make) -> None:
+    """The same images per task as with columns of their own, numbered within the task."""
+    shared, own = (toy(classes_per_task=2, domain_incremental=it) for it in (True, False))
+    assert [task.columns for task in shared.tasks] == [(0, 2)] * 3
+    assert shared.num_classes == 2
+    for split in ("train", "test"):
+        assert members(shared, split) == members(own, split)
+        for task in range(3):
+            pairs = zip(shared.loader(task, split), own.loader(task, split), strict=True)
+            assert all(torch.equal(a.targets, b.targets - 2 * task) for a, b in pairs)
+
+
 def test_tasks_are_as_many_as_the_classes_make_by_default(toy: Make) -> None:
     assert [len(toy(classes_per_task=size).tasks) for size in (1, 2, 4, 6)] == [6, 3, 1, 1]
 

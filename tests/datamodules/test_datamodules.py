@@ -26,11 +26,12 @@ COMMON = {
     "seed": 9,
     "reset_optimizer": "never",
     "task_id_at_test": False,
+    "domain_incremental": True,
 }
 OWN = {
     "SplitDigits": {},
-    "SplitMNIST": {"root": "here", "download": False},
-    "SplitFashionMNIST": {"root": "here", "download": False},
+    "SplitMNIST": {"root": "here", "download": False, "padding": 2},
+    "SplitFashionMNIST": {"root": "here", "download": False, "padding": 1},
     "SplitCIFAR10": {"root": "here", "download": False},
     "SplitCIFAR100": {"root": "here", "download": False},
     "SplitImageFolder": {"root": "here", "image_size": 32, "grayscale": True},

@@ -20,7 +20,7 @@ from bpn_lightning.datamodules import (
     SplitMNIST,
 )
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
-from bpn_lightning.errors import DataError
+from bpn_lightning.errors import ConfigurationError, DataError
 
 Write = Callable[..., dict[str, np.ndarray]]
 
@@ -95,6 +95,26 @@ def test_mnist_from_torchvisions_files(
         assert np.array_equal(images[:, 0].numpy(), files[f"{part}-images-idx3-ubyte"])
         assert classes == [names[label] for label in files[f"{part}-labels-idx1-ubyte"]]
     assert stream.input_shape == (1, 28, 28)
+
+
+def test_padded_mnist_is_normalised_as_hsu_et_al_do(tmp_path: Path) -> None:
+    """32 x 32 pixels with mean .1000 and standard deviation .2752: their figures (.1000) up to rounding."""
+    files = write_mnist(tmp_path / "MNIST" / "raw")
+    stream = SplitMNIST(str(tmp_path), num_tasks=1, classes_per_task=10, padding=2)
+    stream.setup()
+    (mean,), (std,) = stream.normalisation
+    assert (round(mean, 4), round(std, 4)) == (0.1001, 0.2752)
+    images, _ = one_task(stream, "train")
+    assert np.array_equal(images[:, 0, 2:-2, 2:-2].numpy(), files["train-images-idx3-ubyte"])
+    border = images.clone()
+    border[:, :, 2:-2, 2:-2] = 0
+    assert stream.input_shape == (1, 32, 32)
+    assert not border.any()
+
+
+def test_padding_below_nothing_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Expected padding to be a number of pixels"):
+        SplitMNIST(padding=-1)
 
 
 @pytest.mark.parametrize(
