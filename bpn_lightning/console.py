@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from bpn_lightning.costs import Bytes
 from bpn_lightning.metrics import Summary
 from bpn_lightning.tasks import Task
 
@@ -148,6 +149,7 @@ def final_table(
     tasks: Sequence[Task],
     summary: Summary,
     bytes_per_task: Mapping[str, int | None],
+    bytes_held: Bytes,
     folder: Path,
 ) -> None:
     """Show the accuracies of a run, three ways side by side, and where its files are.
@@ -158,6 +160,7 @@ def final_table(
         tasks: of the stream.
         summary: of the accuracy matrix.
         bytes_per_task: ``measured``, and by the ``paper``'s accounting.
+        bytes_held: by all strategies in the end.
         folder: of the run.
     """
     blind = summary["without_oracle"]
@@ -203,6 +206,10 @@ def final_table(
                 ("measured", stored["measured"]),
                 ("by the paper's count", stored["paper"]),
             )
+        ),
+        (
+            f"bytes held: {bytes_held.training:,} to go on learning, "
+            f"{bytes_held.inference:,} of them to use what was learned"
         ),
         f"results: {folder / 'results.json'}",
         f"pictures: {folder / 'figures'}",

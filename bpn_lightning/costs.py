@@ -9,6 +9,7 @@ __all__ = [
     "Bytes",
     "HasCosts",
     "bias_unit_bytes",
+    "bytes_held",
     "bytes_per_task",
     "measured_bytes",
     "tensor_bytes",
@@ -71,6 +72,12 @@ def measured_bytes(strategy: HasCosts, host: Any) -> Bytes:
     inference = list(strategy.inference_tensors(host))
     everything = [*inference, *strategy.training_tensors(host)]
     return Bytes(_once(everything), _once(inference))
+
+
+def bytes_held(strategies: Iterable[HasCosts], host: Any) -> Bytes:
+    """What all strategies of a run hold together."""
+    held = [measured_bytes(strategy, host) for strategy in strategies]
+    return Bytes(sum(b.training for b in held), sum(b.inference for b in held))
 
 
 def _once(tensors: Iterable[Tensor]) -> int:

@@ -26,7 +26,7 @@ from rich.console import Console
 from bpn_lightning import registry
 from bpn_lightning.command import Command
 from bpn_lightning.console import StreamProgress, final_table
-from bpn_lightning.costs import bytes_per_task
+from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
@@ -346,6 +346,7 @@ def fit(command: Command) -> int:
 def _finish(cli: ContinualCLI, seconds: float) -> None:
     config, module = cli.config, cli.model
     stored = bytes_per_task(module.strategies, module)
+    held = bytes_held(module.strategies, module)
     results = write_results(
         cli.folder,
         experiment=config.experiment,
@@ -355,11 +356,12 @@ def _finish(cli: ContinualCLI, seconds: float) -> None:
         curve=module.curve,
         tasks=module.tasks,
         bytes_per_task=stored,
+        bytes_held=held,
         provenance=collect_provenance(seconds),
     )
     title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
     final_table(
-        Console(), title, module.tasks, module.accuracy_matrix.summary(), stored, results.parent
+        Console(), title, module.tasks, module.accuracy_matrix.summary(), stored, held, results.parent
     )
 
 

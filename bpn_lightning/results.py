@@ -42,6 +42,7 @@ from typing import (
 import torch
 from torch import Tensor
 
+from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.figures import accuracy_curves, accuracy_heatmap, save_figure
 from bpn_lightning.files import write_atomically
@@ -64,7 +65,7 @@ __all__ = [
     "write_results",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Goes up when a key of results.json is renamed, removed or changes its meaning."""
 
 
@@ -83,6 +84,15 @@ class Accuracy(TypedDict):
     """Forward transfer, against the untrained network."""
     forgetting: float | None
     """Mean fall from each task's best moment."""
+
+
+class BytesHeld(TypedDict):
+    """What the strategies hold when the last task is learned."""
+
+    training: int
+    """Bytes, everything that they need to go on learning."""
+    inference: int
+    """Bytes of these that are needed to use what was learned."""
 
 
 class BytesPerTask(TypedDict):
@@ -148,6 +158,8 @@ class Results(TypedDict):
     accuracy_after_learning: AfterLearning
     """On each task at the moment when it had just been learned, with its id."""
     bytes_per_task: BytesPerTask
+    bytes_held: BytesHeld
+    """Beside the network's own weights, after the last learned task, from the strategies' tensors."""
     extra: dict[str, Any]
     """Whatever else a caller wants to keep."""
     provenance: Provenance
@@ -185,6 +197,7 @@ def write_results(
     curve: Sequence[Mapping[str, Any]],
     tasks: Sequence[Task],
     bytes_per_task: Mapping[str, int | None],
+    bytes_held: Bytes,
     provenance: Provenance,
     config: str | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -200,6 +213,7 @@ def write_results(
         curve: accuracies at finer moments, for the picture; may be empty.
         tasks: the stream's tasks.
         bytes_per_task: what a task adds to what is stored, ``measured`` and by the ``paper``.
+        bytes_held: what the strategies hold in the end, beside the network's weights.
         provenance: what may differ between equal runs, see :func:`collect_provenance`.
         config: the text of config.yaml; None where somebody else writes that file.
         extra: more results, of types that JSON knows; NaN becomes null.
@@ -242,6 +256,10 @@ def write_results(
         "bytes_per_task": {
             "measured": bytes_per_task["measured"],
             "paper": bytes_per_task["paper"],
+        },
+        "bytes_held": {
+            "training": bytes_held.training,
+            "inference": bytes_held.inference,
         },
         "extra": dict(extra or {}),
         "provenance": provenance,

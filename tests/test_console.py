@@ -7,6 +7,7 @@ from rich.console import Console
 
 from bpn_lightning.cli import main
 from bpn_lightning.console import StreamProgress, final_table, learned
+from bpn_lightning.costs import Bytes
 from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.tasks import Task
 
@@ -29,7 +30,7 @@ def table(matrix: AccuracyMatrix, width: int, **kwargs: object) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width)
     stored = {"measured": 6040, "paper": None, **kwargs}
-    final_table(console, "t", TASKS, matrix.summary(), stored, Path("runs/t"))  # type: ignore[arg-type]
+    final_table(console, "t", TASKS, matrix.summary(), stored, Bytes(1200, 7), Path("runs/t"))  # type: ignore[arg-type]
     return out.getvalue()
 
 
@@ -51,6 +52,7 @@ def test_the_table_has_the_three_accuracies_side_by_side(matrix: AccuracyMatrix)
     assert rows[2] == ["mean", "", "0.700", "0.850", "0.500"]
     assert "ACC 0.700  BWT -0.300  FWT -0.100  forgetting 0.300  first task 0.600" in shown
     assert "bytes per task: 6,040 measured, - by the paper's count" in shown
+    assert "bytes held: 1,200 to go on learning, 7 of them to use what was learned" in shown
     assert "results: runs/t/results.json" in shown
     assert "pictures: runs/t/figures" in shown
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from bpn_lightning import files, results
+from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.metrics import AccuracyMatrix
@@ -57,6 +58,7 @@ def write(folder: Path, **changes: Any) -> Path:
         "curve": [],
         "tasks": TASKS,
         "bytes_per_task": {"measured": 6040, "paper": 4808},
+        "bytes_held": Bytes(30000, 20000),
         "provenance": PROVENANCE,
     }
     return write_results(folder, **{**arguments, **changes})
@@ -74,7 +76,7 @@ def test_results_json(tmp_path: Path) -> None:
     assert path == tmp_path / "a" / "b" / "results.json"
     found = json.loads(path.read_bytes())
     assert found == {
-        "schema_version": 1,
+        "schema_version": 2,
         "experiment": "tiny",
         "method": "bd+ewc",
         "seed": 3,
@@ -103,6 +105,7 @@ def test_results_json(tmp_path: Path) -> None:
             "per_task": [0.9, 0.8, 0.7],
         },
         "bytes_per_task": {"measured": 6040, "paper": 4808},
+        "bytes_held": {"training": 30000, "inference": 20000},
         "extra": {},
         "provenance": PROVENANCE,
     }
@@ -251,7 +254,7 @@ def test_results_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (lambda r: r.update(accuracy=None), "accuracy of .* an object, but got None"),
         (lambda r: r.update(accuracy_without_oracle=3), "an object or null, but got 3"),
         (lambda r: r["provenance"]["versions"].update(torch=2), r"provenance\.versions\.torch of"),
-        (lambda r: r.update(schema_version=99), "schema_version of .* to be 1, but got 99"),
+        (lambda r: r.update(schema_version=99), "schema_version of .* to be 2, but got 99"),
         (lambda r: r.pop("schema_version"), "but got None"),
     ],
 )

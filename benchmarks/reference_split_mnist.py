@@ -1,0 +1,119 @@
+"""Split MNIST in three scenarios beside the table of Hsu et al. 2018 (arXiv 1810.12488).
+
+    python benchmarks/reference_split_mnist.py --root DIR
+
+Their settings and strengths, our implementations; percent of all seen tasks' test images after the
+fifth task, each task counting the same. DIR is torchvision's root with MNIST in it.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from grid import Cell, interval, run_all
+
+CONFIG = Path(__file__).with_name("split_mnist.yaml")
+
+#: How the classes of a task and the output are put: task-, domain- and class-incremental.
+SCENARIOS = {
+    "task": ("--model.mask", "task"),
+    "domain": ("--model.mask", "shared", "--data.init_args.domain_incremental", "true"),
+    "class": ("--model.mask", "seen"),
+}
+
+
+class Row(NamedTuple):
+    """A method: its strength in each scenario, other flags, and the table's mean and deviation."""
+
+    method: str
+    strengths: tuple[float, float, float] | None
+    flags: tuple[str, ...]
+    published: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+
+
+FISHER = ("--strategies.ewc.fisher", "predicted", "--strategies.ewc.update", "gradient")
+HEAD = "true"
+SGD = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.01")
+
+ROWS = {
+    "fine-tuning (Adam)": Row("finetune", None, (), ((93.46, 2.01), (55.16, 1.38), (19.71, 0.08))),
+    "EWC": Row("ewc", (100, 100, 600), FISHER, ((97.70, 0.81), (58.85, 2.59), (19.80, 0.05))),
+    "online EWC": Row(
+        "ewc",
+        (400, 700, 100),
+        (*FISHER, "--strategies.ewc.gamma", "1.0"),
+        ((98.04, 1.10), (57.33, 1.44), (19.77, 0.04)),
+    ),
+    "SI": Row(
+        "si",
+        (300, 3000, 600),
+        ("--strategies.si.damping", "0.1", "--strategies.si.update", "gradient"),
+        ((98.56, 0.49), (64.76, 3.09), (19.67, 0.09)),
+    ),
+    "MAS": Row(
+        "mas",
+        (1, 10000, 1),
+        ("--strategies.mas.update", "gradient"),
+        ((99.22, 0.21), (68.57, 6.85), (19.52, 0.29)),
+    ),
+    "LwF": Row("lwf", None, (), ((99.60, 0.03), (71.02, 1.26), (24.17, 0.33))),
+    "GEM": Row(
+        "gem",
+        None,
+        (*SGD, "--strategies.gem.margin", "0.5"),
+        ((98.42, 0.10), (96.16, 0.35), (92.20, 0.12)),
+    ),
+    "joint": Row("joint", None, (), ((99.52, 0.16), (98.59, 0.15), (97.53, 0.30))),
+}
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", required=True, help="torchvision's root, with MNIST in it")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", default="runs/reference")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    options = parser.parse_args()
+
+    cells = {
+        (name, scenario): [_cell(name, scenario, seed, options.root) for seed in options.seeds]
+        for name in options.rows
+        for scenario in options.scenarios
+    }
+    every = [cell for of_pair in cells.values() for cell in of_pair]
+    results = run_all(every, options.runs, options.jobs)
+
+    seeds = ", ".join(map(str, options.seeds))
+    print(f"Split MNIST, accuracy in %: ours, seeds {seeds}, mean and 95 % interval;")
+    print("Hsu et al.: 10 runs, mean and 95 % interval from their standard deviation\n")
+    titles = [f"{scenario}: ours | Hsu et al." for scenario in options.scenarios]
+    print(f"| method | {' | '.join(titles)} |")
+    print(f"|---|{'---|---|' * len(titles)}")
+    for name in options.rows:
+        row = []
+        for scenario in options.scenarios:
+            found = [results[cell]["accuracy"]["average"] for cell in cells[name, scenario]]
+            mean, deviation = ROWS[name].published[list(SCENARIOS).index(scenario)]
+            row += [interval(found, 100, 2), f"{mean:.2f} ± {T9 * deviation / 10**0.5:.2f}"]
+        print(f"| {name} | {' | '.join(row)} |")
+
+
+T9 = 2.262  # Student's t for 10 runs at 95 %
+
+
+def _cell(name: str, scenario: str, seed: int, root: str) -> Cell:
+    row = ROWS[name]
+    flags = [*("--config", str(CONFIG)), *SCENARIOS[scenario], "--data.init_args.root", root]
+    flags += row.flags
+    if row.strengths is not None:
+        strength = row.strengths[list(SCENARIOS).index(scenario)]
+        flags += [f"--strategies.{row.method}.strength", str(strength)]
+    experiment = f"split_mnist_{scenario}_{name.split()[0]}"
+    return Cell(experiment, row.method, seed, tuple(flags))
+
+
+if __name__ == "__main__":
+    main()
