@@ -16,12 +16,14 @@ ROOMS = ("strategies", "datamodules", "configs")
 LAYERS = [
     {"errors"},
     {"tasks"},
-    {"backbones", "costs", "files", "importance", "layers", "messages", "metrics"},
+    {"backbones", "costs", "files", "layers", "messages", "metrics"},
+    {"gradients"},
+    {"importance", "penalties"},
     {"network", "random_state"},
     set(ROOMS),
     {"evaluation", "module", "registry", "steps", "trainer_rules"},
     {"command", "console", "export", "figures", "recording", "report", "results"},
-    {"fit"},
+    {"conformance", "fit"},
     {"cli"},
     {""},  # the root: `import bpn_lightning` is for users, not for files in here
 ]
