@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,35 +12,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from bpn_lightning.backbones import MLP
-from bpn_lightning.costs import tensor_bytes
+from bpn_lightning.costs import measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.importance import fisher_diagonal
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
-from bpn_lightning.strategies.ewc import EWC, QuadraticPenalty
+from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.finetuning import FineTuning
 
 Tasks = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
-SHAPES = {"weight": (5, 4), "bias": (5,)}
-
-
-def made_tasks(number: int, dtype: torch.dtype = torch.float64) -> Tasks:
-    """Importances over many orders of magnitude, a quarter of them 0, and solutions far from 0."""
-    tasks = []
-    for _ in range(number):
-        importance = {
-            name: (10 ** (6 * torch.rand(shape, dtype=dtype) - 5)) * (torch.rand(shape) > 0.25)
-            for name, shape in SHAPES.items()
-        }
-        solution = {name: 3 + torch.randn(shape, dtype=dtype) for name, shape in SHAPES.items()}
-        tasks.append((importance, solution))
-    return tasks
-
-
-def added_up(tasks: Tasks) -> QuadraticPenalty:
-    penalty = QuadraticPenalty()
-    for importance, solution in tasks:
-        penalty.add(importance, solution)
-    return penalty
 
 
 def written_out(tasks: Tasks, parameters: dict[str, Tensor]) -> Tensor:
@@ -50,127 +30,6 @@ def written_out(tasks: Tasks, parameters: dict[str, Tensor]) -> Tensor:
         for name, value in parameters.items()
     ]
     return torch.stack(terms).sum()
-
-
-def leaves(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    return {
-        name: torch.randn(shape, dtype=dtype, requires_grad=True) for name, shape in SHAPES.items()
-    }
-
-
-# --- the running sums ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 20])
-def test_running_sums_are_the_list_in_value_and_gradient(number: int) -> None:
-    tasks, theta = made_tasks(number), leaves()
-    penalty, value = added_up(tasks), written_out(tasks, theta)
-    torch.testing.assert_close(penalty.value(theta), value.detach(), rtol=1e-10, atol=0)
-    gradients = torch.autograd.grad(value, list(theta.values()))
-    for (name, at), gradient in zip(theta.items(), gradients, strict=True):
-        analytic = 2 * penalty.importance[name] * (at.detach() - penalty.anchor[name])
-        torch.testing.assert_close(analytic, gradient, rtol=1e-10, atol=1e-10)
-
-
-def test_order_of_tasks_is_irrelevant() -> None:
-    tasks, theta = made_tasks(6), leaves()
-    there, back = added_up(tasks), added_up(tasks[::-1])
-    torch.testing.assert_close(there.value(theta), back.value(theta), rtol=1e-12, atol=0)
-    torch.testing.assert_close(there.importance, back.importance, rtol=1e-12, atol=0)
-    for name, importance in there.importance.items():
-        held = importance > 0  # where nothing is held, the anchor pulls nothing
-        torch.testing.assert_close(there.anchor[name][held], back.anchor[name][held])
-
-
-def test_one_task_is_kept_as_it_is(same: Any) -> None:
-    ((importance, solution),) = made_tasks(1)
-    penalty = added_up([(importance, solution)])
-    same(penalty.importance, importance)
-    same(penalty.anchor, solution)
-    assert penalty.value(solution) == 0
-
-
-def test_does_not_follow_the_weights_it_was_given() -> None:
-    ((importance, solution),) = made_tasks(1)
-    penalty = added_up([(importance, solution)])
-    for values in (*importance.values(), *solution.values()):
-        values.fill_(7)
-    assert not any((anchor == 7).any() for anchor in penalty.anchor.values())
-    assert not any((value == 7).any() for value in penalty.importance.values())
-
-
-def test_size_does_not_grow_with_tasks() -> None:
-    def size(number: int) -> int:
-        state = added_up(made_tasks(number, torch.float32)).state_dict()
-        assert isinstance(state["constant"], float)
-        return tensor_bytes([*state["importance"].values(), *state["anchor"].values()])
-
-    assert size(1) == size(2) == size(30) == 8 * 25
-
-
-def test_single_precision_does_not_drift() -> None:
-    """Sums of F theta would cancel: these anchors lie at 1000 and differ by 1."""
-    tasks = made_tasks(100)
-    for _, solution in tasks:
-        for name in solution:
-            solution[name] += 1000
-    rounded = [tuple({k: v.float() for k, v in d.items()} for d in task) for task in tasks]
-    single, double = added_up(rounded), added_up(tasks)
-    theta = {name: 1003 + torch.randn(shape).double() for name, shape in SHAPES.items()}
-    for name, at in theta.items():
-        pull = [p.importance[name] * (at - p.anchor[name]) for p in (single, double)]
-        torch.testing.assert_close(pull[0], pull[1], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(single.value(theta), double.value(theta), rtol=1e-3, atol=0)
-
-
-def test_state_is_everything(same: Any) -> None:
-    tasks, theta = made_tasks(5), leaves()
-    whole, resumed = added_up(tasks), QuadraticPenalty()
-    assert not resumed
-    resumed.load_state_dict(added_up(tasks[:2]).state_dict())
-    assert resumed
-    for task in tasks[2:]:
-        resumed.add(*task)
-    same(resumed.value(theta), whole.value(theta))
-    same(resumed.anchor, whole.anchor)
-
-
-def test_a_parameter_that_one_task_lacks_keeps_its_importance() -> None:
-    tasks, theta = made_tasks(3), leaves()
-    del tasks[1][0]["bias"]
-    penalty = added_up(tasks)
-    tasks[1][0]["bias"] = torch.zeros(SHAPES["bias"], dtype=torch.float64)
-    torch.testing.assert_close(penalty.value(theta), written_out(tasks, theta).detach())
-
-
-def test_quadratic_tasks_have_known_optima() -> None:
-    """On L_k = h (theta - a)^2 / 2 two tasks end at the joint optimum; three do not.
-
-    The anchors of later tasks already hold the earlier ones, which per-task penalties count twice:
-    a property of the sum over tasks that online EWC, with one anchor, does not have.
-    """
-    h, a = torch.rand(3, 50, dtype=torch.float64) + 0.1, 3 * torch.randn(3, 50).double()
-    penalty, tasks, ends = QuadraticPenalty(), [], []
-    for curvature, centre in zip(h, a, strict=True):
-        # The minimiser of this task's loss and of the list with strength 1/2: a linear equation.
-        numerator, denominator = curvature * centre, curvature.clone()
-        for importance, solution in tasks:
-            numerator += importance["x"] * solution["x"]
-            denominator += importance["x"]
-        end = numerator / denominator
-        if penalty:
-            pull = penalty.importance["x"]
-            collapsed = (curvature * centre + pull * penalty.anchor["x"]) / (curvature + pull)
-            torch.testing.assert_close(collapsed, end, rtol=1e-12, atol=1e-12)
-        ends.append(end)
-        tasks.append(({"x": curvature}, {"x": end}))
-        penalty.add(*tasks[-1])
-    joint = [(h[:k] * a[:k]).sum(0) / h[:k].sum(0) for k in (1, 2, 3)]
-    torch.testing.assert_close(ends[0], joint[0])
-    torch.testing.assert_close(ends[1], joint[1])
-    assert (ends[2] - joint[2]).abs().max() > 0.1
-    online = (h[2] * a[2] + (h[0] + h[1]) * ends[1]) / h.sum(0)
-    torch.testing.assert_close(online, joint[2])
 
 
 # --- the three updates, inside real fits ---------------------------------------------------------
@@ -403,6 +262,75 @@ def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
     assert lost[2, 0] < 0.3
 
 
+# --- online: one anchor --------------------------------------------------------------------------
+
+
+def online(gamma: float) -> EWC:
+    return EWC(5.0, gamma=gamma, update="gradient")
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_online_is_the_recursion_of_the_paper(learn: Any, watch: Any, gamma: float) -> None:
+    """Gamma in the recursion and in the loss; one anchor, the last solution."""
+    rows, ledger = run_gradient_update(
+        learn, watch, ewc := online(gamma), stream={"num_tasks": 3}, optimizer=partial(SGD, lr=0.01)
+    )
+    past: dict[str, Tensor] = {}
+    recursion = []
+    for fisher, solution in ledger.tasks:
+        past = {name: gamma * past.get(name, 0) + value for name, value in fisher.items()}
+        recursion.append((past, solution))
+    assert len(rows) == 10 * 6
+    for index, (added, _, scale, name, _, at) in enumerate(rows):
+        importance, anchor = recursion[index // 30]  # of task 2, then of task 3
+        exact = 2 * 5.0 * gamma * importance[name] * (at - anchor[name])
+        torch.testing.assert_close(added, exact, rtol=1e-4, atol=1e-6 * float(scale + 1))
+    torch.testing.assert_close(ewc.penalty.importance, recursion[2][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(ewc.penalty.anchor, ledger.tasks[2][1], rtol=0, atol=0)
+
+
+def test_online_without_a_past_is_fine_tuning(learn: Any, same: Any) -> None:
+    runs = [learn(strategy, stream={"num_tasks": 3}) for strategy in (online(0.0), FineTuning())]
+    same(runs[0].weights(), runs[1].weights())
+
+
+def test_two_tasks_online_with_all_of_the_past_are_the_sum(learn: Any, same: Any) -> None:
+    """The first task's anchor is its solution in both."""
+    runs = [learn(EWC(50.0, gamma=gamma)) for gamma in (1.0, None)]
+    same(runs[0].weights(), runs[1].weights())
+
+
+def test_three_tasks_online_are_not_the_sum(learn: Any) -> None:
+    weights = [
+        learn(EWC(50.0, gamma=gamma), stream={"num_tasks": 3}).weights()["head.weight"]
+        for gamma in (1.0, None)
+    ]
+    assert not torch.allclose(*weights, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_online_bytes_do_not_grow(learn: Any, tasks: int) -> None:
+    run = learn(ewc := EWC(gamma=0.9), stream={"num_tasks": tasks, "classes_per_task": 2})
+    parameters = sum(p.numel() for p in run.module.shared_parameters(include_head=True).values())
+    assert ewc.declared_bytes(run.module) == measured_bytes(ewc, run.module) == (8 * parameters, 0)
+
+
+def test_logs_the_penalty_with_its_strength(learn: Any, watch: Any) -> None:
+    """The written one, gamma included."""
+    ledger, ewc, values = Ledger(watch), EWC(3.0, gamma=0.5), []
+
+    def read(host: Any, parameters: Any) -> None:
+        if ledger.tasks:
+            theta = host.shared_parameters(include_head=True)
+            values.append((ewc.logs(host)["penalty/ewc"], 1.5 * written_out(ledger.tasks, theta)))
+
+    learn(ledger.watcher, ewc, watch(stepped=read))
+    assert len(values) == 5
+    for logged, wanted in values:
+        torch.testing.assert_close(logged, wanted.detach())
+    assert values[-1][0] > 0
+
+
 # --- what is held --------------------------------------------------------------------------------
 
 
@@ -469,6 +397,29 @@ def test_there_may_be_nothing_to_hold(learn: Any, watch: Any, update: Any, nothi
     )
 
 
+@pytest.mark.parametrize("gamma", [None, 0.5])
+def test_without_strength_nothing_is_measured_or_stored(
+    learn: Any, monkeypatch: pytest.MonkeyPatch, gamma: float | None
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a pass over the task")
+
+    monkeypatch.setattr("bpn_lightning.strategies.ewc.fisher_diagonal", refuse)
+    run = learn(ewc := EWC(0.0, gamma=gamma))
+    assert ewc.declared_bytes(run.module) == measured_bytes(ewc, run.module) == (0, 0)
+    assert not ewc.logs(run.module)
+
+
+def test_says_what_it_is() -> None:
+    assert EWC.regulariser
+    assert EWC.null_arguments == {"strength": 0.0}
+    assert not EWC.projects
+    assert not EWC.needs_task_id
+    assert EWC().corrects_weights
+    assert not EWC(0.0).corrects_weights
+    assert not EWC(update="clamped").corrects_weights
+
+
 def test_stores_nothing_for_use_after_training(learn: Any) -> None:
     run = learn(ewc := EWC())
     assert ewc.bytes_per_task(run.module) == ewc.paper_bytes_per_task(run.module) == 0
@@ -476,11 +427,13 @@ def test_stores_nothing_for_use_after_training(learn: Any) -> None:
     state = ewc.state_dict()
     training = tensor_bytes([*state["importance"].values(), *state["anchor"].values()])
     assert training == 8 * sum(parameter.numel() for parameter in parameters)
+    assert ewc.declared_bytes(run.module) == measured_bytes(ewc, run.module) == (training, 0)
 
 
 # --- refusals ------------------------------------------------------------------------------------
 
 STRENGTH = " 0 is fine-tuning; the paper uses 2000."
+GAMMA = " 1 keeps all of the past importances; None gives every task an anchor of its own."
 
 
 def test_proximal_refuses_adam(learn: Any) -> None:
@@ -506,6 +459,23 @@ def test_proximal_names_the_momentum_that_it_refuses(learn: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("update", ["proximal", "gradient"])
+def test_fused_optimizers_are_refused_beside_a_scaler(prepare: Any, update: Any) -> None:
+    """They take off the scale inside their step, after the penalty was added."""
+    module = prepare().module
+    fused, plain = (SGD(module.parameters(), lr=0.1, fused=flag) for flag in (True, False))
+    scaled = SimpleNamespace(loss_scale=65536.0)
+    EWC(update=update).check(scaled, plain)
+    EWC(update=update).check(SimpleNamespace(loss_scale=1.0), fused)
+    EWC(0.0, update=update).check(scaled, fused)
+    with pytest.raises(ConfigurationError) as error:
+        EWC(update=update).check(scaled, fused)
+    assert str(error.value) == (
+        "Expected the optimizer not to be fused where EWC runs in 16-mixed precision, but got a fused "
+        "SGD. Set fused to False, or use bf16-mixed."
+    )
+
+
 @pytest.mark.parametrize("optimizer", [Adam, partial(SGD, lr=0.01, momentum=0.9)])
 @pytest.mark.parametrize("update", ["clamped", "gradient"])
 def test_explicit_updates_take_any_optimizer(learn: Any, optimizer: Any, update: str) -> None:
@@ -522,6 +492,15 @@ def test_explicit_updates_take_any_optimizer(learn: Any, optimizer: Any, update:
         (
             {"strength": float("nan")},
             "Expected strength to be 0 or a positive number, but got nan." + STRENGTH,
+        ),
+        (
+            {"gamma": -0.1},
+            "Expected gamma to be from 0 to 1, or None, but got -0.1." + GAMMA,
+        ),
+        ({"gamma": 1.5}, "Expected gamma to be from 0 to 1, or None, but got 1.5." + GAMMA),
+        (
+            {"gamma": float("nan")},
+            "Expected gamma to be from 0 to 1, or None, but got nan." + GAMMA,
         ),
         (
             {"fisher": "true"},

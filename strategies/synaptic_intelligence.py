@@ -1,0 +1,180 @@
+"""Synaptic intelligence."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.penalties import PenaltyStrategy, Update
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.tasks import ContinualHost, Task
+
+__all__ = ["Clamp", "SynapticIntelligence", "add_importance"]
+
+Clamp = Literal["cumulative", "per_task", "none"]
+CLAMPS = ("cumulative", "per_task", "none")
+
+
+def add_importance(
+    importance: Tensor, path: Tensor, change: Tensor, damping: float, clamp: Clamp
+) -> Tensor:
+    r"""Importances after one more task (Eq. 5 of Zenke et al.).
+
+    .. math:: \Omega_t = \Omega_{t-1} + \frac{\omega}{\Delta^2 + \xi}
+
+    Args:
+        importance: of the tasks before, any shape.
+        path: omega, the task's path integral :math:`-\sum_s g_s \cdot \Delta\theta_s`.
+        change: Delta, how far the task moved each parameter.
+        damping: xi, above 0.
+        clamp: what is kept from being negative: the sum (``cumulative``), the task's share
+            (``per_task``), or nothing (``none``).
+
+    >>> one, minus = torch.ones(1), -torch.ones(1)
+    >>> [add_importance(one, minus * 2, one, 1.0, c).item() for c in ("per_task", "none")]
+    [1.0, 0.0]
+    """
+    added = path / (change.square() + damping)
+    if clamp == "per_task":
+        return importance + added.relu()
+    total = importance + added
+    return total.relu() if clamp == "cumulative" else total
+
+
+class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
+    r"""SI: a pull towards the last solution, on parameters whose moves made the loss fall.
+
+    .. math:: c \sum_i \Omega_i (\theta_i - \tilde\theta_i)^2, \quad
+        \Omega_i = \sum_k \frac{\omega_{k,i}}{\Delta_{k,i}^2 + \xi}, \quad
+        \omega_{k,i} = -\sum_s g_{s,i} (\theta_{s+1,i} - \theta_{s,i})
+
+    Eq. 4 and 5 of Zenke et al. (2017), https://arxiv.org/abs/1703.04200. The sum over s runs over the
+    updates of task k, and Delta is how far they moved the parameter. g is the gradient of the task's
+    loss alone, over all processes and accumulated batches, before any penalty, projection or clipping;
+    the change is the one that really happened, with momentum, weight decay, clipping and this
+    strategy's own pull, also where that is an implicit step. What strategies later in the list do to
+    weights after the update is not in it: put SI behind them. An update that a scaler skips adds
+    nothing.
+
+    Differs from the paper: nothing in the formulas; negative sums are set to 0, as in the authors' code
+    (``clamp``). The pull has an upper limit by default, at which it is no longer the paper's: below it
+    the two are the same, and the explicit gradient diverges beyond twice of it.
+
+    Args:
+        strength: c, dimensionless; 0 is fine-tuning.
+        damping: xi, in units of squared weights, above 0.
+        clamp: what is kept from being negative: the sum over tasks (``cumulative``), each task's share
+            (``per_task``), or nothing (``none``).
+        update: ``clamped`` (add 2 c Omega (theta - theta~) to the gradient, with 2 c Omega at most
+            1 / lr), ``gradient`` (the same without the limit), or ``proximal`` (an implicit step after
+            the optimizer's; plain SGD, and no negative importances, only).
+        include_head: whether the head is held too; by default unless each task has its own rows
+            (``mask="task"``).
+
+    State:
+        importance Omega, anchor theta~, path omega: one tensor each per shared parameter, 12 bytes per
+        parameter, and 8 more during an update; nothing that has to be stored for use after training.
+
+    Raises:
+        ConfigurationError: strength is negative or not finite, damping is not above 0, or a choice is
+            unknown or does not fit the others.
+    """
+
+    penalty_name: ClassVar[str] = "si"
+    copies: ClassVar[int] = 3
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        *,
+        damping: float = 1e-3,
+        clamp: Clamp = "cumulative",
+        update: Update = "clamped",
+        include_head: bool | None = None,
+    ) -> None:
+        super().__init__(strength, update, include_head, usual="the paper uses 0.1 and 1")
+        if not 0 < damping < float("inf"):
+            raise ConfigurationError(
+                f"Expected damping to be a positive number, but got {damping}. "
+                "The paper uses 0.1 and 0.001."
+            )
+        if clamp not in CLAMPS:
+            raise ConfigurationError(
+                f"Expected clamp to be one of {', '.join(CLAMPS)}, but got {clamp!r}."
+            )
+        if clamp == "none" and update == "proximal":
+            raise ConfigurationError(
+                "Expected clamp to be cumulative or per_task where update is 'proximal', but got "
+                "'none': an implicit step needs importances of at least 0. Set update to 'clamped'."
+            )
+        self.damping = damping
+        self.clamp: Clamp = clamp
+        self.path: dict[str, Tensor] = {}
+        # Of the update that is under way: names, gradients of the task's loss, weights before it.
+        self._names: list[str] = []
+        self._gradients: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    def on_task_start(self, host: ContinualHost, task: Task) -> None:
+        """Begin the path where the weights are."""
+        if self.strength == 0:
+            return
+        parameters = self.parameters(host)
+        self.penalty.replace({}, parameters)
+        self.path = {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+    def capture_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Keep the gradients of the task's own loss, and the weights before the update."""
+        moving = {
+            name: parameters[name]
+            for name in self.path
+            if name in parameters and parameters[name].grad is not None
+        }
+        self._names = list(moving)
+        self._gradients = [p.grad.clone() for p in moving.values() if p.grad is not None]
+        self._before = [p.detach().clone() for p in moving.values()]
+
+    def on_optimizer_stepped(
+        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Take the implicit step, if that is the update, and walk on along the path."""
+        super().on_optimizer_stepped(host, parameters)
+        if not self._names:
+            return
+        after = [parameters[name].detach() for name in self._names]
+        path = [self.path[name] for name in self._names]
+        torch._foreach_addcmul_(path, self._gradients, torch._foreach_sub(self._before, after))
+        self._names, self._gradients, self._before = [], [], []
+
+    def on_task_end(self, host: ContinualHost, task: Task) -> None:
+        """Turn the path into importances, and move the anchor to the task's solution."""
+        parameters = self.parameters(host)
+        walked = {name: value for name, value in parameters.items() if name in self.path}
+        importance = {
+            name: add_importance(
+                self.penalty.importance.get(name, torch.zeros_like(self.path[name])),
+                self.path[name],
+                value.detach() - self.penalty.anchor[name],
+                self.damping,
+                self.clamp,
+            )
+            for name, value in walked.items()
+        }
+        self.penalty.replace(importance, walked)
+        self.path = {name: torch.zeros_like(value) for name, value in self.path.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, and the path so far."""
+        return {**super().state_dict(), "path": self.path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was remembered, and the path."""
+        super().load_state_dict(state_dict)
+        self.path = {name: value.clone() for name, value in state_dict["path"].items()}
+
+    def move_state(self, host: ContinualHost) -> None:
+        """Move what is remembered, and the path, to the host's device."""
+        super().move_state(host)
+        self.path = {name: value.to(host.device) for name, value in self.path.items()}
