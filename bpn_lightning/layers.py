@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BiasUnits", "SwitchableLinear", "TaskModule", "WeightBank", "evaluation_mode", "taken_input"]
+__all__ = [
+    "BiasUnits",
+    "ComplexKeys",
+    "ComplexLinear",
+    "KernelKeys",
+    "Keys",
+    "SwitchableConv2d",
+    "SwitchableLinear",
+    "TaskModule",
+    "WeightBank",
+    "evaluation_mode",
+    "taken_input",
+]
 
 
 class TaskModule(nn.Module):
@@ -98,6 +110,66 @@ class BiasUnits(TaskModule):
         self.live = state["live"]
 
 
+class Keys(TaskModule):
+    r"""The keys of one layer: vectors :math:`k_t \in \{-1, 1\}^n` that its inputs are multiplied by.
+
+    Cheung et al. (2019), https://arxiv.org/abs/1902.05522. They are fixed: drawn once, never learned;
+    1 before that. A sign is exact in every precision.
+
+    Args:
+        num_tasks: T, tasks of the stream.
+        size: n, inputs of the layer.
+
+    State:
+        ``bank`` ``(T, n)`` int8, n bytes for each task.
+    """
+
+    kind: ClassVar[str] = "binary"
+    bank: Tensor
+
+    def __init__(self, num_tasks: int, size: int) -> None:
+        super().__init__(num_tasks)
+        self.register_buffer("bank", torch.ones(num_tasks, size, dtype=torch.int8))
+
+    def write(self, task_id: int, key: Tensor) -> None:
+        """Give a task its key, ``(n,)``, in place."""
+        self.bank[task_id] = key
+
+    def forward(self) -> Tensor:
+        """The key of the active task: ``(n,)``, or ``(batch, n)`` when every sample has its own."""
+        return self.bank[self.active]
+
+
+class KernelKeys(Keys):
+    """The keys of a convolution, n of :math:`C_{in} k_h k_w` signs; its weights are multiplied by them."""
+
+    per_sample = False
+
+    def switch(self, task: int | Tensor) -> None:
+        """Use the key of this task.
+
+        Raises:
+            TypeError: samples have tasks of their own; the network answers those group by group.
+        """
+        if isinstance(task, Tensor):
+            raise TypeError("The keyed weights of a convolution serve a whole batch.")
+        super().switch(task)
+
+
+class ComplexKeys(Keys):
+    r"""The keys of a complex layer, :math:`k_t = e^{i \varphi_t}`, as their phases; 0 before they are drawn.
+
+    State:
+        ``bank`` ``(T, n)``, phases in radians, 4 n bytes for each task.
+    """
+
+    kind = "complex"
+
+    def __init__(self, num_tasks: int, size: int) -> None:
+        super().__init__(num_tasks, size)
+        self.bank = torch.zeros(num_tasks, size)
+
+
 class WeightBank(TaskModule):
     """A whole set of weights for every task, of which one is in the network at a time.
 
@@ -172,6 +244,8 @@ class WeightBank(TaskModule):
         with torch.no_grad():
             for name, tensor in self._tensors().items():
                 tensor.copy_(values[name])
+        if torch.is_autocast_enabled():
+            torch.clear_autocast_cache()  # it holds the weights of before in low precision
 
     def get_extra_state(self) -> dict[str, Any]:
         """All sets of weights, and which one the network has."""
@@ -189,36 +263,136 @@ class WeightBank(TaskModule):
 
 
 class SwitchableLinear(nn.Linear):
-    r"""A linear layer with bias units: :math:`y = W x + b + \mathrm{BIAS}_t` (Eq. 1 of Wen et al.).
+    r"""A linear layer with keys, bias units, or both: :math:`y = W (x \odot k_t) + b + \mathrm{BIAS}_t`.
 
-    :meth:`convert` turns an ``nn.Linear`` into one in place, so its parameters, its name and every
-    reference to it stay what they were.
+    Alg. 3 of Wen et al.; without keys it is their Eq. 1. :meth:`convert` turns an ``nn.Linear`` into
+    one in place, so its parameters, its name and every reference to it stay what they were.
     """
 
-    bias_units: BiasUnits
+    bias_units: BiasUnits | None
+    keys: Keys | None
 
     @staticmethod
-    def convert(layer: nn.Linear, bias_units: BiasUnits) -> "SwitchableLinear":
-        """Give a linear layer bias units."""
-        layer.__class__ = SwitchableLinear
+    def convert(
+        layer: nn.Linear, bias_units: BiasUnits | None = None, keys: Keys | None = None
+    ) -> "SwitchableLinear":
+        """Give a linear layer bias units or keys, beside what it has."""
+        if not isinstance(layer, SwitchableLinear):
+            layer.__class__ = SwitchableLinear
+            layer.register_module("bias_units", None)
+            layer.register_module("keys", None)
         assert isinstance(layer, SwitchableLinear)
-        layer.bias_units = bias_units.to(layer.weight.device)
+        if bias_units is not None:
+            layer.bias_units = bias_units.to(layer.weight.device)
+        if keys is not None:
+            layer.keys = keys.to(layer.weight)
         return layer
 
     def taken(self, input: Tensor) -> Tensor:
         """What the weights see of an input."""
-        return input
+        keys = self.keys
+        return input if keys is None else input * _aligned(keys(), input)
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, ..., in)`` to ``(batch, ..., out)``."""
-        shift: Tensor = self.bias_units()
+        return self._biased(self.taken(input), self.weight)
+
+    def _biased(self, taken: Tensor, weight: Tensor) -> Tensor:
+        """The linear map, with the layer's own bias and the active task's."""
+        units = self.bias_units
+        if units is None:
+            return F.linear(taken, weight, self.bias)
+        shift: Tensor = units()
         if shift.dim() == 1:
             # Adding two vectors of K before the product is cheaper than adding to a batch after it.
             bias = shift if self.bias is None else self.bias + shift
-            return F.linear(input, self.weight, bias)
-        middle = (1,) * (input.dim() - 2)
-        output: Tensor = F.linear(input, self.weight, self.bias)
-        return output + shift.reshape(shift.shape[0], *middle, shift.shape[1])
+            return F.linear(taken, weight, bias)
+        return F.linear(taken, weight, self.bias) + _aligned(shift, taken)
+
+
+class ComplexLinear(SwitchableLinear):
+    r"""A linear layer with complex weights and keys, :math:`y = W (x \odot e^{i \varphi_t}) + b + \mathrm{BIAS}_t`.
+
+    n complex numbers are 2 n real ones: all real parts, then all imaginary parts; so whatever works
+    element by element, such as ReLU or dropout, works on both parts separately. ``weight`` becomes the
+    real part of W. Biases are real, as the layer's own is: they shift the real part of y.
+
+    State:
+        ``weight_imag`` ``(out, in)``, the imaginary part of W, a parameter; 0 at first.
+    """
+
+    keys: Keys
+    weight_imag: nn.Parameter
+    real_output: bool
+
+    @staticmethod
+    def make_complex(layer: nn.Linear, keys: ComplexKeys, real_output: bool) -> "ComplexLinear":
+        """Give a linear layer complex keys and weights.
+
+        Args:
+            layer: converted in place.
+            keys: of size ``in``.
+            real_output: whether it answers with the real part of y alone, as a head does.
+        """
+        layer = SwitchableLinear.convert(layer, keys=keys)
+        imaginary = torch.zeros_like(layer.weight)
+        layer.__class__ = ComplexLinear
+        assert isinstance(layer, ComplexLinear)
+        layer.weight_imag = nn.Parameter(imaginary, layer.weight.requires_grad)
+        layer.real_output = real_output
+        return layer
+
+    def taken(self, input: Tensor) -> Tensor:
+        """``(batch, ..., in)``, real, or ``(batch, ..., 2 in)`` to what the weights see, ``2 in``."""
+        phases = _aligned(self.keys(), input)
+        cos, sin = phases.cos(), phases.sin()
+        if input.shape[-1] == self.in_features:
+            return torch.cat([input * cos, input * sin], -1)
+        real, imaginary = input.chunk(2, -1)
+        return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(batch, ..., in)`` or ``(batch, ..., 2 in)`` to ``(batch, ..., out)`` or ``(batch, ..., 2 out)``."""
+        taken = self.taken(input)
+        real = self._biased(taken, torch.cat([self.weight, -self.weight_imag], 1))
+        if self.real_output:
+            return real
+        imaginary = F.linear(taken, torch.cat([self.weight_imag, self.weight], 1))
+        return torch.cat([real, imaginary], -1)
+
+
+class SwitchableConv2d(nn.Conv2d):
+    r"""A convolution with keys: :math:`y = (W \odot k_t) * x + b`, a key for each place of its patches.
+
+    Multiplying the weights is the same as multiplying every patch, and cheaper. :meth:`convert` turns
+    an ``nn.Conv2d`` into one in place.
+    """
+
+    keys: KernelKeys
+
+    @staticmethod
+    def convert(layer: nn.Conv2d, keys: KernelKeys) -> "SwitchableConv2d":
+        """Give a convolution keys, of size :math:`C_{in} k_h k_w`."""
+        layer.__class__ = SwitchableConv2d
+        assert isinstance(layer, SwitchableConv2d)
+        layer.keys = keys.to(layer.weight)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Conv2d``."""
+        shape = self.weight.shape[1:]
+        by_group = self.weight.view(self.groups, -1, *shape) * self.keys().view(
+            self.groups, 1, *shape
+        )
+        output: Tensor = self._conv_forward(input, by_group.flatten(0, 1), self.bias)
+        return output
+
+
+def _aligned(vectors: Tensor, input: Tensor) -> Tensor:
+    """``(size,)``, or ``(batch, size)`` with as many dimensions as ``(batch, ..., size)`` has."""
+    if vectors.dim() == 1:
+        return vectors
+    return vectors.reshape(len(vectors), *(1,) * (input.dim() - 2), vectors.shape[1])
 
 
 def taken_input(layer: nn.Module, input: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A network whose mode follows the task: one backbone, one wide head, and bias units on its layers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -8,9 +8,14 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.layers import (
     BiasUnits,
+    ComplexKeys,
+    ComplexLinear,
+    KernelKeys,
+    Keys,
+    SwitchableConv2d,
     SwitchableLinear,
     TaskModule,
     WeightBank,
@@ -51,6 +56,7 @@ class ContinualNetwork(L.LightningModule):
         self._stream: ContinualStream | None = None
         self._mode: int | Tensor = 0
         self._switch_hooks: list[Callable[..., Any]] = []
+        self._training_weights: dict[str, Tensor] = {}  # while merged ones are in their place
 
     # --- structure -------------------------------------------------------------------------------
 
@@ -149,23 +155,68 @@ class ContinualNetwork(L.LightningModule):
         layers = {
             name: part
             for name, part in self.backbone.named_modules(prefix="backbone")
-            if type(part) in (nn.Linear, SwitchableLinear)
+            if type(part) in (nn.Linear, SwitchableLinear, ComplexLinear)
         }
         return {**cast(dict[str, nn.Linear], layers), "head": self._head}
 
     def attach_bias_units(self, layer: str, rank: int) -> nn.Module:
         """Give a linear layer bias units, or return those that it has."""
         linear = self.linear_layers()[layer]
-        if not isinstance(linear, SwitchableLinear):
+        units = getattr(linear, "bias_units", None)
+        if units is None:
             units = BiasUnits(len(self._tasks), rank, linear.out_features)
-            linear = SwitchableLinear.convert(linear, units)
+            SwitchableLinear.convert(linear, bias_units=units)
             self._attached.append(["bias_units", layer, rank])
-        if linear.bias_units.M.shape[1] != rank:
+        if units.M.shape[1] != rank:
             raise ConfigurationError(
-                f"Expected rank to be {linear.bias_units.M.shape[1]}, as in the bias units that layer "
+                f"Expected rank to be {units.M.shape[1]}, as in the bias units that layer "
                 f"{layer} has, but got {rank}."
             )
-        return linear.bias_units
+        return cast(BiasUnits, units)
+
+    def attach_keys(self, layer: str, kind: str) -> nn.Module:
+        """Give a linear layer or a convolution keys, or return those that it has.
+
+        Args:
+            layer: its name; convolutions have binary keys only.
+            kind: ``binary``, or ``complex``, which makes the layer's weights complex too.
+
+        Raises:
+            ConfigurationError: there is no such layer, or it has keys of the other kind.
+        """
+        known: dict[str, nn.Module] = {**self.linear_layers()}
+        if kind != "complex":
+            known |= {
+                name: part
+                for name, part in self.backbone.named_modules(prefix="backbone")
+                if type(part) in (nn.Conv2d, SwitchableConv2d)
+            }
+        if layer not in known:
+            raise ConfigurationError(
+                f"Expected layers to be linear or convolutional layers of the network, but got "
+                f"{layer!r}.{did_you_mean(layer, known)} It has {', '.join(known)}."
+            )
+        keys = getattr(known[layer], "keys", None)
+        if keys is None:
+            keys = self._make_keys(known[layer], kind)
+            self._attached.append(["keys", layer, kind])
+        if keys.kind != kind:
+            raise ConfigurationError(
+                f"Expected keys to be {keys.kind!r}, as those that layer {layer} has, but got {kind!r}."
+            )
+        return cast(Keys, keys)
+
+    def _make_keys(self, part: nn.Module, kind: str) -> Keys:
+        tasks = len(self._tasks)
+        if isinstance(part, nn.Conv2d):
+            return SwitchableConv2d.convert(
+                part, KernelKeys(tasks, part.groups * part.weight[0].numel())
+            ).keys
+        assert isinstance(part, nn.Linear)
+        if kind == "complex":
+            keys = ComplexKeys(tasks, part.in_features)
+            return ComplexLinear.make_complex(part, keys, real_output=part is self.head).keys
+        return cast(Keys, SwitchableLinear.convert(part, keys=Keys(tasks, part.in_features)).keys)
 
     def attach_weight_bank(self) -> WeightBank:
         """Keep a whole set of weights for every task, or return the bank that does."""
@@ -185,6 +236,11 @@ class ContinualNetwork(L.LightningModule):
 
     def _task_modules(self) -> list[TaskModule]:
         return [part for part in self.modules() if isinstance(part, TaskModule)]
+
+    @property
+    def training_weights(self) -> Mapping[str, Tensor]:
+        """By name, the weights of training while merged ones are in their place; else empty."""
+        return self._training_weights
 
     def shared_parameters(self, include_head: bool) -> dict[str, nn.Parameter]:
         """The trainable parameters that tasks share, by name; never those of bias units."""
@@ -211,6 +267,7 @@ class ContinualNetwork(L.LightningModule):
         """
         if task is not None:
             if isinstance(task, Tensor) and not all(p.per_sample for p in self._task_modules()):
+                self._check_tasks(task)
                 return self._answer_groups(inputs, task)
             with self.task_mode(task):
                 return self(inputs)  # type: ignore[no-any-return]
@@ -263,6 +320,15 @@ class ContinualNetwork(L.LightningModule):
         Raises:
             ConfigurationError: the stream has no such task.
         """
+        self._check_tasks(task)
+        before = self._mode
+        try:
+            self._switch(task)
+            yield
+        finally:
+            self._switch(before)
+
+    def _check_tasks(self, task: "int | Tensor") -> None:
         if isinstance(task, Tensor) and task.dim() != 1:
             raise ConfigurationError(
                 f"Expected task to be a number or (batch,) numbers, but got {task.dim()} dimensions."
@@ -273,12 +339,6 @@ class ContinualNetwork(L.LightningModule):
                 raise ConfigurationError(
                     f"Expected task to be an id from 0 to {len(self._tasks) - 1}, but got {one}."
                 )
-        before = self._mode
-        self._switch(task)
-        try:
-            yield
-        finally:
-            self._switch(before)
 
     def _switch(self, task: "int | Tensor") -> None:
         self._mode = task

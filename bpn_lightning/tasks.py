@@ -4,7 +4,7 @@ Everything above leans on this file; it leans on nothing but torch.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -250,6 +250,16 @@ class ContinualHost(Protocol):
 
     def attach_bias_units(self, layer: str, rank: int) -> nn.Module:
         """Give a linear layer bias units, or return those that it has."""
+
+    def attach_keys(self, layer: str, kind: str) -> nn.Module:
+        """Give a linear layer or a convolution keys, or return those that it has."""
+
+    def attach_weight_bank(self) -> nn.Module:
+        """Keep a whole set of weights for every task, or return the bank that does."""
+
+    @property
+    def training_weights(self) -> Mapping[str, Tensor]:
+        """By name, the weights of training while merged ones are in their place; else empty."""
 
     def shared_parameters(self, include_head: bool) -> dict[str, nn.Parameter]:
         """The trainable parameters that tasks share, by name."""
