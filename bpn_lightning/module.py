@@ -1,5 +1,6 @@
 """The LightningModule of a stream: the cursor that opens and closes its tasks, and what it saves."""
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
@@ -96,7 +97,6 @@ class ContinualModule(ContinualSteps):
         self.closed = -1
         self.curve: list[dict[str, Any]] = []
         self._done: list[str] = []  # what closing the open task has finished
-        self._training_weights: dict[str, Tensor] = {}  # while merged ones are in their place
         self._judged = 0  # epochs that early stopping has looked at
         self._entered = -1  # the epoch for which task, phase and optimizer are known to be right
         self._best_loss, self._bad_epochs = float("inf"), 0
@@ -322,10 +322,23 @@ class ContinualModule(ContinualSteps):
                 f"{self.opened}. Make a new module, or go on with ckpt_path."
             )
         self.trainer.fit_loop.max_epochs = self.schedule.total
+        # A run that resumes in a strategy's own phase has that strategy's optimizer now.
+        own = self._phase.trains == "strategy"
+        optimizer = self._network_optimizer() if own else self.trainer.optimizers[0]
         for strategy in self._strategies:
-            strategy.check(self, self.trainer.optimizers[0])
+            strategy.check(self, optimizer)
         self._restore_random_state()
+        self._begin_epoch_anew()
         self.advance()
+
+    def _begin_epoch_anew(self) -> None:
+        """Where a run resumes from an epoch's last batch: let the next epoch have all its batches.
+
+        Lightning has the next epoch's loader by then, and compares the old count with its length.
+        """
+        loop = self.trainer.fit_loop.epoch_loop
+        if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
+            loop.batch_progress.current.completed = sys.maxsize
 
     def _restore_random_state(self) -> None:
         """Last of all that resuming does: building the structure draws random numbers too."""
@@ -347,10 +360,20 @@ class ContinualModule(ContinualSteps):
         """Leave the task after its last epoch."""
         if self._cut_short:
             return
+        self._agree_on_buffers()
         epochs_done = self.trainer.current_epoch + 1
         self._judge_epoch(epochs_done)
         if epochs_done > self.schedule.last_epoch(self.opened):
             self.close(self.opened)
+
+    def _agree_on_buffers(self) -> None:
+        """Take the first process's running statistics, as DDP would at the next forward."""
+        if self._world_size == 1:
+            return
+        for buffer in self.backbone.buffers():
+            if buffer.is_floating_point():
+                mine = buffer if self.global_rank == 0 else torch.zeros_like(buffer)
+                buffer.copy_(self.all_reduce(mine))
 
     @property
     def _cut_short(self) -> bool:

@@ -1,6 +1,7 @@
 """One update of a network: the loss, the strategies' hooks in their order, and the optimizer."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -127,15 +128,7 @@ class ContinualSteps(ContinualNetwork):
         """
         if self._phase.trains == "strategy":
             return self._phase_owner.phase_optimizer(self, self._phase)
-        outside = {id(part.M) for part in self.modules() if isinstance(part, BiasUnits)}
-        parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in outside]
-        try:
-            optimizer = self.optimizer(parameters)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"Expected optimizer to take the parameters and its arguments, but it raised "
-                f"{type(error).__name__}: {error}. Correct that argument."
-            ) from error
+        optimizer = self._network_optimizer()
         if self.scheduler is None:
             return optimizer
         scheduler: Callable[..., Any] = self.scheduler
@@ -149,6 +142,18 @@ class ContinualSteps(ContinualNetwork):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": made, "interval": self.scheduler_interval},
         }
+
+    def _network_optimizer(self) -> Optimizer:
+        """A fresh one, whatever the phase."""
+        outside = {id(part.M) for part in self.modules() if isinstance(part, BiasUnits)}
+        parameters = [p for p in self.parameters() if p.requires_grad and id(p) not in outside]
+        try:
+            return self.optimizer(parameters)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"Expected optimizer to take the parameters and its arguments, but it raised "
+                f"{type(error).__name__}: {error}. Correct that argument."
+            ) from error
 
     def _num_steps(self) -> int:
         """Updates until the optimizer is replaced: of the phase, or of the whole stream."""
@@ -224,12 +229,10 @@ class ContinualSteps(ContinualNetwork):
         scale = self._world_size / batch.global_size
         if self._phase.trains == "strategy":
             return self._strategy_step(batch, scale)
-        if isinstance(batch.task, Tensor):  # a batch of several tasks, each sample in its own mode
-            first, stop = 0, self._head.out_features
-            logits = self(batch.inputs, task=batch.task)
-        else:
-            first, stop = self._columns
-            logits = self._training_logits(batch.inputs)
+        # In a batch of several tasks each sample has its own mode, and -inf outside its columns.
+        several = isinstance(batch.task, Tensor)
+        first, stop = (0, self._head.out_features) if several else self._columns
+        logits = self._training_logits(batch.inputs, batch.task if several else None)
         active = logits[:, first:stop]
         losses = F.cross_entropy(active, batch.targets - first, reduction="sum")
         loss = losses * scale
@@ -248,12 +251,11 @@ class ContinualSteps(ContinualNetwork):
             self.log("train/accuracy", right.float().mean(), prog_bar=True)
         return loss
 
-    def _training_logits(self, inputs: Tensor) -> Tensor:
+    def _training_logits(self, inputs: Tensor, tasks: "int | Tensor | None") -> Tensor:
         """Of all columns; on features that stay as they are where only the head trains."""
-        if self._phase.trains == "head":
-            with evaluation_mode(self.backbone):
-                return self._logits(inputs)
-        return self._logits(inputs)
+        fixed = evaluation_mode(self.backbone) if self._phase.trains == "head" else nullcontext()
+        with fixed:
+            return self._logits(inputs) if tasks is None else self(inputs, task=tasks)
 
     @property
     def _phase_owner(self) -> ContinualStrategy:
@@ -268,13 +270,20 @@ class ContinualSteps(ContinualNetwork):
             self.log(f"loss/{self._phase.name}", loss.detach(), prog_bar=True)
         return loss
 
+    def on_after_backward(self) -> None:
+        """Reduce what DDP does not; before a scaler looks whether to skip the update on this process."""
+        if self._phase.trains == "strategy":
+            self._reduce_gradients(self.trainer.optimizers[0])
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Capture, penalise, project, consume: after unscaling and reducing, before clipping."""
         if self._phase.trains == "strategy":
-            self._reduce_gradients(optimizer)
             return
         for parameter in self._dropped:
             parameter.grad = None
+        for parameter, rows, _ in self._other_rows:  # do not move: not captured, not in the norm
+            if parameter.grad is not None:
+                parameter.grad[rows] = 0
         for phase in ("capture_grad", "penalty_grad", "project_grad", "consume_grad"):
             for hook in self._hooks[phase]:
                 hook(self, self._step_parameters)

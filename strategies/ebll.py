@@ -1,0 +1,430 @@
+"""Encoder-based lifelong learning."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Adadelta, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from bpn_lightning.costs import Bytes
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.strategies.lwf import Answer, LearningWithoutForgetting, student_answer
+from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
+
+__all__ = ["Autoencoder", "EncoderBasedLifelongLearning", "code_loss", "codes"]
+
+PHASE = "autoencoder"
+
+
+# --- the mathematics -----------------------------------------------------------------------------
+
+
+def codes(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    r"""What encoders keep of features, :math:`\sigma(W_k F + b_k)`, in the encoders' precision.
+
+    Args:
+        features: F, ``(batch, features)``.
+        weight: W of one or more encoders, ``(encoders, code, features)``.
+        bias: b, ``(encoders, code)``.
+
+    Returns:
+        ``(batch, encoders * code)``.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        taken = features.to(weight.dtype)
+        return F.linear(taken, weight.flatten(0, 1), bias.flatten()).sigmoid()
+
+
+def code_loss(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    r"""How far codes have moved, :math:`\frac{\alpha}{2} \|c - c^*\|^2` for each sample.
+
+    Its gradient by the features is :math:`\alpha W^T [(c - c^*) \odot c \odot (1 - c)]`, exactly 0
+    where student and teacher agree and for moves in the null space of W.
+
+    Args:
+        student: c, ``(batch, codes)``.
+        teacher: c*, the same.
+        alpha: dimensionless.
+
+    Returns:
+        ``(batch,)``.
+
+    >>> code_loss(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.25]]), alpha=2.0)
+    tensor([0.0625])
+    """
+    return (student - teacher).square().sum(1) * (alpha / 2)
+
+
+class Autoencoder(nn.Module):
+    r"""An under-complete autoencoder of one hidden layer, :math:`r(F) = W_{dec}\,\sigma(W F + b) + b'`.
+
+    Args:
+        features: d.
+        code_size: c, below d.
+        generator: draws the weights, uniform within 1 / sqrt(inputs); the biases are 0. None draws
+            none, for weights that are loaded.
+        activation: the sigmoid; with the identity it can do what principal components do.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        code_size: int,
+        generator: torch.Generator | None = None,
+        activation: Callable[[Tensor], Tensor] = torch.sigmoid,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight, self.decoder_weight = (
+            nn.Parameter((2 * torch.rand(*shape, generator=generator) - 1) / shape[1] ** 0.5)
+            if generator is not None
+            else nn.Parameter(torch.empty(*shape))
+            for shape in ((code_size, features), (features, code_size))
+        )
+        self.bias = nn.Parameter(torch.zeros(code_size))
+        self.decoder_bias = nn.Parameter(torch.zeros(features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(batch, d)`` to their reconstruction, ``(batch, d)``, in the precision of the weights."""
+        with torch.autocast(features.device.type, enabled=False):
+            code = self.activation(F.linear(features.to(self.weight.dtype), self.weight, self.bias))
+            return F.linear(code, self.decoder_weight, self.decoder_bias)
+
+
+def reconstructed(
+    network: nn.Module, layer: str, autoencoder: Autoencoder, inputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""What a network says when a layer's features are replaced by their reconstruction.
+
+    Its parameters take part detached: only the autoencoder's get gradients.
+
+    Args:
+        network: maps ``(batch, ...)`` to logits, in evaluation mode.
+        layer: name of the layer.
+        autoencoder: r.
+        inputs: ``(batch, ...)``.
+
+    Returns:
+        The logits of the rest of the network for r(F), and :math:`\|r(F) - F\|^2` for each sample,
+        ``(batch,)``.
+    """
+    errors = []
+
+    def replace(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        features = output.flatten(1)
+        rebuilt: Tensor = autoencoder(features)
+        errors.append((rebuilt - features).square().sum(1))
+        return rebuilt.to(output.dtype).view_as(output)
+
+    detached = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    handle = network.get_submodule(layer).register_forward_hook(replace)
+    try:
+        logits: Tensor = functional_call(network, detached, (inputs,))
+    finally:
+        handle.remove()
+    return logits, errors[0]
+
+
+# --- the strategy --------------------------------------------------------------------------------
+
+
+class EncoderBasedLifelongLearning(LearningWithoutForgetting):
+    r"""EBLL: LwF, and features may move only where past tasks' autoencoders do not look.
+
+    .. math:: L_{\mathrm{LwF}} + \sum_{k<t} \frac{\alpha}{2}
+              \big\| \sigma(W_k F(x) + b_k) - \sigma(W_k F^*(x) + b_k) \big\|^2
+
+    Rannen Triki et al. (2017), https://arxiv.org/abs/1704.01920. F are the features of the network, F*
+    those of LwF's teacher, for the same sample. W_k, b_k is the encoder of an under-complete
+    autoencoder r that learned the features of task k when the task had been learned, with everything
+    else fixed, by
+
+    .. math:: \alpha_r \| r(F) - F \|^2 + \mathrm{CE}(T_k(r(F)), y)
+
+    where T_k is the rest of the network. Where the network has modes, F and F* are taken in the mode
+    of task k.
+
+    Differs from the paper: codes of the teacher are computed anew for every batch, not recorded once;
+    no autoencoder is trained after the stream's last task, as nobody would look at it; the warm-up and
+    the learning rate are as in LwF. Ports that take the mean over batch and codes (``nn.MSELoss``)
+    have an alpha of their own: ours is theirs times 2 / code_size.
+
+    Args:
+        strength: lambda of LwF, dimensionless.
+        alpha: of the codes, dimensionless; 0 is LwF.
+        code_size: c, units of the code, below the number of features; by default 100, or half of the
+            features where that is less.
+        layer: name of the layer whose output is F, flattened: ``"backbone"`` or a part of it.
+        autoencoder_epochs: epochs over a task's samples that its autoencoder learns.
+        autoencoder_lr: learning rate of its optimizer, Adadelta.
+        reconstruction: alpha_r, weight of the squared error, which is a sum over features.
+        temperature: T of LwF, dimensionless.
+        heads: as in LwF.
+        warm_up_epochs: as in LwF.
+
+    State:
+        LwF's teacher; for each past task an encoder, W ``(c, d)`` and b ``(c,)``, 4 (c d + c) bytes; while
+        one trains, its whole autoencoder. Nothing that has to be stored for use after training.
+
+    Raises:
+        ConfigurationError: a value is out of range or unknown, the layer does not exist or is not used
+            once in a forward, or the code is not smaller than the features.
+    """
+
+    null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "alpha": 0.0}
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        alpha: float = 0.02,
+        *,
+        code_size: int | None = None,
+        layer: str = "backbone",
+        autoencoder_epochs: int = 10,
+        autoencoder_lr: float = 1.0,
+        reconstruction: float = 0.01,
+        temperature: float = 2.0,
+        heads: Literal["per_task", "joint"] = "per_task",
+        warm_up_epochs: int = 0,
+    ) -> None:
+        super().__init__(
+            strength, temperature=temperature, heads=heads, warm_up_epochs=warm_up_epochs
+        )
+        for name, value, remedy in (
+            ("alpha", alpha, "0 is LwF."),
+            ("reconstruction", reconstruction, "0 leaves the cross-entropy alone."),
+        ):
+            if not 0 <= value < float("inf"):
+                raise ConfigurationError(
+                    f"Expected {name} to be 0 or a positive number, but got {value}. {remedy}"
+                )
+        if code_size is not None and (not isinstance(code_size, int) or code_size < 1):
+            raise ConfigurationError(
+                f"Expected code_size to be a whole number of at least 1, but got {code_size}. "
+                "Leave it out for 100 or half of the features."
+            )
+        if not isinstance(autoencoder_epochs, int) or autoencoder_epochs < 1:
+            raise ConfigurationError(
+                "Expected autoencoder_epochs to be a whole number of at least 1, but got "
+                f"{autoencoder_epochs}. Without autoencoders EBLL is LwF: set alpha to 0."
+            )
+        if not 0 < autoencoder_lr < float("inf"):
+            raise ConfigurationError(
+                f"Expected autoencoder_lr to be a positive number, but got {autoencoder_lr}. "
+                "It scales the steps of Adadelta, which chooses their size; 1 leaves them."
+            )
+        self.alpha = alpha
+        self.code_size = code_size
+        self.layer = layer
+        self.autoencoder_epochs = autoencoder_epochs
+        self.autoencoder_lr = autoencoder_lr
+        self.reconstruction = reconstruction
+        self.encoders: dict[str, Tensor] = {}  # weight (tasks, c, d) and bias (tasks, c)
+        self.autoencoder: Autoencoder | None = None
+        self._last_task = 0
+        self._handle: RemovableHandle | None = None
+        self._awaited = False  # the forward of a training step is about to come
+        self._features: Tensor | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything is asked of a teacher."""
+        return self.strength > 0 or self.alpha > 0
+
+    @property
+    def num_encoders(self) -> int:
+        """How many tasks' encoders are kept."""
+        return len(self.encoders["weight"]) if self.encoders else 0
+
+    # --- launch ----------------------------------------------------------------------------------
+
+    def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
+        """Find the layer, and listen to it."""
+        super().configure(host, stream)
+        self._last_task = len(stream.tasks) - 1
+        network = host.network()
+        known = dict(network.get_submodule("backbone").named_modules(prefix="backbone"))
+        if self.layer not in known:
+            raise ConfigurationError(
+                f"Expected layer to be 'backbone' or a part of it, but got {self.layer!r}."
+                f"{did_you_mean(self.layer, known)} It has {', '.join(known)}."
+            )
+        self._stop_listening()
+        if self.alpha > 0:
+            self._handle = known[self.layer].register_forward_hook(self._listen)
+
+    def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
+        """Refuse a code that is not smaller than the features, once all strategies are in place."""
+        features = self._num_features(host)
+        if self.code_size is not None and self.code_size >= features:
+            raise ConfigurationError(
+                f"Expected code_size to be below the {features} features of layer {self.layer!r}, but "
+                f"got {self.code_size}. Leave it out for 100 or half of the features."
+            )
+
+    def _num_features(self, host: ContinualHost) -> int:
+        """Width of the layer's flattened output, from one dry forward."""
+        network, outputs = host.network(), []
+        layer = network.get_submodule(self.layer)
+        handle = layer.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
+        sample = torch.zeros(1, *host.stream.input_shape, device=host.device)
+        try:
+            with torch.no_grad(), evaluation_mode(network):
+                network(sample)
+        finally:
+            handle.remove()
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].numel() < 2:
+            raise ConfigurationError(
+                f"Expected layer to put out one tensor of several features in a forward, but got "
+                f"{len(outputs)} outputs from {self.layer!r}. Choose a layer that is used once."
+            )
+        return outputs[0].numel()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the layer as it was."""
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._features, self._awaited = None, None, False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The next forward in training is the step's; others may follow before the next step."""
+        self._awaited = self.num_encoders > 0
+
+    def _listen(self, layer: nn.Module, arguments: Any, output: Tensor) -> None:
+        if self._awaited and layer.training:
+            self._features = output.flatten(1).clone()  # the next layer may write into it
+            self._awaited = False
+
+    # --- the autoencoder of a task ---------------------------------------------------------------
+
+    def phases(self, task: Task, phases: list[Phase]) -> list[Phase]:
+        """Append the autoencoder's."""
+        phases = super().phases(task, phases)
+        if self.alpha == 0 or task.id == self._last_task:
+            return phases
+        return [*phases, Phase(PHASE, self.autoencoder_epochs, trains="strategy")]
+
+    def phase_optimizer(self, host: ContinualHost, phase: Phase) -> Optimizer:
+        """Adadelta, over an autoencoder that is new, or restored where a run resumes."""
+        autoencoder = self.autoencoder or self._new_autoencoder(host)
+        if self.num_encoders == host.opened:
+            self.autoencoder = autoencoder
+        # else the task is learned, and a checkpoint of this moment wants an optimizer to restore
+        return Adadelta(autoencoder.to(host.device).parameters(), lr=self.autoencoder_lr)
+
+    def _new_autoencoder(self, host: ContinualHost) -> Autoencoder:
+        features = self._num_features(host)
+        generator = seeded_generator("autoencoder", host.stream.seed, host.opened)
+        return Autoencoder(features, self.code_size or min(100, features // 2), generator)
+
+    def phase_loss(self, host: ContinualHost, phase: Phase, batch: Batch) -> Tensor:
+        """The reconstruction error and the task's loss on what is reconstructed: ``(batch,)``."""
+        assert self.autoencoder is not None
+        logits, errors = reconstructed(host.network(), self.layer, self.autoencoder, batch.inputs)
+        first, stop = host.columns(host.opened)
+        losses = F.cross_entropy(
+            logits[:, first:stop].float(), batch.targets - first, reduction="none"
+        )
+        return self.reconstruction * errors + losses
+
+    def on_task_end(self, host: ContinualHost, task: Task) -> None:
+        """Keep the encoder; the decoder is spent."""
+        if self.autoencoder is None:
+            return
+        learned = {"weight": self.autoencoder.weight, "bias": self.autoencoder.bias}
+        for name, value in learned.items():
+            if not value.isfinite().all():
+                raise ConfigurationError(
+                    f"Expected the encoder of task {task.id} to be finite, but its {name} is not. "
+                    "Lower autoencoder_lr or reconstruction."
+                )
+        self.encoders = {
+            name: torch.cat(
+                [*([self.encoders[name]] if self.encoders else []), value.detach()[None]]
+            )
+            for name, value in learned.items()
+        }
+        self.autoencoder = None
+
+    # --- the loss of later tasks -----------------------------------------------------------------
+
+    def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """The distillation of all old heads, and the codes of all old tasks."""
+        features, self._features = self._features, None
+        if not self.asks(host):
+            return {}
+        layer = self.layer if self.encoders else None
+        answer = Answer(logits, features)
+        if layer and features is None:  # the layer is kept in evaluation mode, or was not run
+            answer = student_answer(host, batch.inputs, layer)
+        pairs = self.answers(host, batch, answer, layer)
+        terms = {"lwf": self.distilled(host, pairs)} if self.strength else {}
+        if self.encoders:
+            terms["ebll"] = self.held(pairs)
+        return terms
+
+    def held(self, pairs: Sequence[tuple[Answer, Answer]]) -> Tensor:
+        """The loss of these answers' codes, alpha included: ``(batch,)``."""
+        several = len(pairs) > 1  # one pair for each encoder, or one for all
+        losses = []
+        for index, pair in enumerate(pairs):
+            own = slice(index, index + 1) if several else slice(None)
+            weight, bias = self.encoders["weight"][own], self.encoders["bias"][own]
+            student, teacher = (
+                codes(answer.features, weight, bias)
+                for answer in pair
+                if answer.features is not None
+            )
+            losses.append(code_loss(student, teacher, self.alpha))
+        return torch.stack(losses).sum(0)
+
+    # --- bookkeeping -----------------------------------------------------------------------------
+
+    def declared_bytes(self, host: ContinualHost) -> Bytes:
+        """Training: LwF's, 4 (c d + c) for each encoder, and the autoencoder that trains, if any."""
+        training, number = super().declared_bytes(host).training, self.num_encoders
+        if number:
+            _, c, d = self.encoders["weight"].shape
+            training += 4 * number * (c * d + c)
+        if self.autoencoder is not None:
+            c, d = self.autoencoder.weight.shape
+            training += 4 * (2 * c * d + c + d)
+        return Bytes(training, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher, the encoders, and the autoencoder that trains, if any."""
+        live = {} if self.autoencoder is None else self.autoencoder.state_dict()
+        return {
+            **super().state_dict(),
+            "encoders": self.encoders,
+            "autoencoder": dict(live),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was saved."""
+        super().load_state_dict(state_dict)
+        self.encoders = dict(state_dict["encoders"])
+        live, self.autoencoder = state_dict["autoencoder"], None
+        if live:
+            code_size, features = live["weight"].shape
+            self.autoencoder = Autoencoder(features, code_size)
+            self.autoencoder.load_state_dict(live)
+
+    def move_state(self, host: ContinualHost) -> None:
+        """Move everything to the host's device; the optimizer keeps its hold of the autoencoder."""
+        super().move_state(host)
+        self.encoders = {name: value.to(host.device) for name, value in self.encoders.items()}
+        if self.autoencoder is not None:
+            self.autoencoder.to(host.device)

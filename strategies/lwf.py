@@ -1,0 +1,358 @@
+"""Learning without forgetting."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate, chain, pairwise
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bpn_lightning.costs import Bytes, tensor_bytes
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.layers import TaskModule, evaluation_mode
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
+
+__all__ = ["Answer", "LearningWithoutForgetting", "Teacher", "distillation", "student_answer"]
+
+HEADS = ("per_task", "joint")
+
+Columns = tuple[int, int]
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+    r"""Cross-entropy between softened outputs, :math:`-\sum_c q_c \log p_c`.
+
+    .. math:: q = \mathrm{softmax}(v / T), \quad p = \mathrm{softmax}(z / T)
+
+    Its gradient by z is :math:`(p - q) / T`, without a factor of :math:`T^2`, and exactly 0 where
+    student and teacher agree. In float32 at least.
+
+    Args:
+        student: z, logits ``(..., classes)``.
+        teacher: v, logits of the same shape.
+        temperature: T, dimensionless.
+
+    Returns:
+        ``(...)``; where they agree, the entropy of q.
+
+    >>> distillation(torch.tensor([[1.0, 1.0]]), torch.tensor([[5.0, 5.0]]))  # log 2
+    tensor([0.6931])
+    """
+    precision = torch.promote_types(student.dtype, torch.float32)
+    z, v = student.to(precision) / temperature, teacher.to(precision) / temperature
+    # Written so that autograd computes p as q is computed here: equal logits cancel bit for bit.
+    q = (v - v.logsumexp(-1, keepdim=True)).exp()
+    return z.logsumexp(-1) - (q * z).sum(-1)
+
+
+def distillation_of_heads(
+    student: Tensor, teacher: Tensor, widths: Sequence[int], temperature: float
+) -> Tensor:
+    """The sum of heads' :func:`distillation`, a softmax each.
+
+    Args:
+        student: logits of the heads side by side, ``(batch, sum of widths)``.
+        teacher: the same of the teacher.
+        widths: classes of each head.
+        temperature: T, dimensionless.
+
+    Returns:
+        ``(batch,)``.
+    """
+    if len(set(widths)) == 1:  # all heads at once
+        shape = (len(student), len(widths), widths[0])
+        return distillation(student.reshape(shape), teacher.reshape(shape), temperature).sum(1)
+    edges = [0, *accumulate(widths)]
+    heads = [slice(first, stop) for first, stop in pairwise(edges)]
+    terms = [distillation(student[:, head], teacher[:, head], temperature) for head in heads]
+    return torch.stack(terms).sum(0)
+
+
+def _side_by_side(logits: Sequence[Tensor], heads: Sequence[Columns]) -> Tensor:
+    """The columns of each head, all from the same logits or each from its own."""
+    if len(logits) == 1:
+        if all(left[1] == right[0] for left, right in pairwise(heads)):
+            return logits[0][:, heads[0][0] : heads[-1][1]]
+        logits = [logits[0]] * len(heads)
+    return torch.cat([z[:, first:stop] for z, (first, stop) in zip(logits, heads, strict=True)], 1)
+
+
+# --- what student and teacher say ----------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What a network says to a batch.
+
+    Attributes:
+        logits: ``(batch, all columns)``, whatever the mask.
+        features: ``(batch, features)`` of one of its layers, None unless asked for.
+    """
+
+    logits: Tensor
+    features: Tensor | None = None
+
+
+@contextmanager
+def _heard(network: nn.Module, *layers: str) -> Iterator[dict[str, Tensor]]:
+    """Notes what layers put out, by name, as copies: the next layer may write into it."""
+    outputs: dict[str, Tensor] = {}
+
+    def hear(name: str, *arguments: Any) -> None:
+        outputs[name] = arguments[-1].clone()
+
+    handles = [
+        network.get_submodule(name).register_forward_hook(partial(hear, name)) for name in layers
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _ask(
+    network: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor, layer: str | None
+) -> Answer:
+    """Call a network with some of its tensors replaced, in the mode that holds."""
+    with _heard(network, "head", *filter(None, [layer])) as outputs:  # what it returns is masked
+        functional_call(network, dict(tensors), (inputs,))
+    return Answer(outputs["head"], outputs[layer].flatten(1) if layer else None)
+
+
+def _shared(host: ContinualHost, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Of some tensors of the module by name, those of the network that belong to no one task."""
+    parts = [part for part in host.network().modules() if isinstance(part, TaskModule)]
+    own = {id(tensor) for part in parts for tensor in chain(part.parameters(), part.buffers())}
+    return {
+        name: tensor
+        for name, tensor in named
+        if name.startswith(("backbone.", "head.")) and id(tensor) not in own
+    }
+
+
+class Teacher:
+    """The network as it was when a task began, to be asked what it would have said.
+
+    State:
+        ``tensors``: shared weights and float buffers by name, 4 bytes per number; never a copy of the
+        module with its hooks. What belongs to one task, such as frozen biases and keys, does not
+        change any more and is the network's own.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors)
+
+    @staticmethod
+    def of(host: ContinualHost) -> dict[str, Tensor]:
+        """What a teacher keeps of a network; frozen weights too, as they may be set free later."""
+        network = host.network()
+        tensors = _shared(host, chain(network.named_parameters(), network.named_buffers()))
+        return {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
+
+    def learn(self, host: ContinualHost) -> None:
+        """Become what the network is now."""
+        self.tensors = {name: tensor.clone() for name, tensor in self.of(host).items()}
+
+    @torch.no_grad()
+    def answer(self, host: ContinualHost, inputs: Tensor, layer: str | None = None) -> Answer:
+        """Of the teacher in the mode that holds: no dropout, running statistics as they were.
+
+        Args:
+            host: the module that it is the past of.
+            inputs: ``(batch, ...)``, prepared.
+            layer: whose features to note, by name within the module.
+
+        Raises:
+            ConfigurationError: it has not learned anything yet.
+        """
+        if not self.tensors:
+            raise ConfigurationError(
+                "Expected a teacher to be asked after a first task, but no task is learned yet. The "
+                "first task has nothing to be distilled: ask from the second task's start on."
+            )
+        network = host.network()
+        with evaluation_mode(network):
+            return _ask(network, self.tensors, inputs, layer)
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device."""
+        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+
+
+def student_answer(host: ContinualHost, inputs: Tensor, layer: str | None = None) -> Answer:
+    """Of the network as it trains, once more: its running statistics stay those of its own task."""
+    network = host.network()
+    buffers = {n: buffer.clone() for n, buffer in _shared(host, network.named_buffers()).items()}
+    return _ask(network, buffers, inputs, layer)
+
+
+# --- the strategy --------------------------------------------------------------------------------
+
+
+class LearningWithoutForgetting(ContinualStrategy):
+    r"""LwF: on a new task's samples, keep saying of the old ones what was said before.
+
+    .. math:: \lambda \sum_{k<t} \Big(-\sum_c q_{k,c} \log p_{k,c}\Big), \quad
+              q_k = \mathrm{softmax}(v_k / T), \; p_k = \mathrm{softmax}(z_k / T)
+
+    The distillation loss of Li and Hoiem (2016), https://arxiv.org/abs/1606.09282: z_k and v_k are the
+    logits of old task k's head, of the network and of a teacher, which is the network as it was when
+    the task began. Both answer the same augmented samples; the teacher without dropout. Under
+    ``mask="shared"`` there is one head, and it is distilled once. Where the network has modes, both
+    answer in the mode of every old task: one more forward and backward for each.
+
+    Differs from the paper: the teacher's outputs are computed anew for every batch, not recorded once,
+    so that augmentation may vary them; there is no warm-up unless it is asked for, since its epochs
+    come on top of those that other methods have; under ``mask="task"`` the old rows of the head stay as
+    they were, as with every method, and only the features follow; the learning rate does not fall
+    after the first task, and weight decay is the optimizer's.
+
+    Args:
+        strength: lambda, dimensionless; 0 is fine-tuning.
+        temperature: T, dimensionless; the paper's is 2. There is no factor of its square, so a larger
+            one also weakens the gradient.
+        heads: ``per_task`` takes a softmax over each old task's classes, ``joint`` one over all old
+            classes, as other implementations do with a single head.
+        warm_up_epochs: epochs at a task's beginning in which only its own rows of the head learn, with
+            an optimizer of their own; none in the first task and under ``mask="shared"``.
+
+    State:
+        teacher: one tensor per shared parameter and float buffer, 4 bytes per number, from the second
+        task on; nothing that has to be stored for use after training.
+
+    Raises:
+        ConfigurationError: a value is out of range or unknown.
+    """
+
+    regulariser: ClassVar[bool] = True
+    null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0}
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        *,
+        temperature: float = 2.0,
+        heads: Literal["per_task", "joint"] = "per_task",
+        warm_up_epochs: int = 0,
+    ) -> None:
+        if not 0 <= strength < float("inf"):
+            raise ConfigurationError(
+                f"Expected strength to be 0 or a positive number, but got {strength}. "
+                "0 is fine-tuning; 1 weighs an old task as the new one."
+            )
+        if not 0 < temperature < float("inf"):
+            raise ConfigurationError(
+                f"Expected temperature to be a positive number, but got {temperature}. "
+                "The paper's is 2; 1 leaves the outputs as they are."
+            )
+        if heads not in HEADS:
+            raise ConfigurationError(
+                f"Expected heads to be one of {', '.join(HEADS)}, but got {heads!r}."
+                f"{did_you_mean(heads, HEADS)}"
+            )
+        if not isinstance(warm_up_epochs, int) or warm_up_epochs < 0:
+            raise ConfigurationError(
+                f"Expected warm_up_epochs to be a whole number of at least 0, but got {warm_up_epochs}. "
+                "0 is no warm-up."
+            )
+        self.strength = strength
+        self.temperature = temperature
+        self.heads = heads
+        self.warm_up_epochs = warm_up_epochs
+        self.teacher = Teacher()
+        self._shared_head = False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything is asked of a teacher."""
+        return self.strength > 0
+
+    def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
+        """Note whether tasks have rows of their own."""
+        self._shared_head = host.mask == "shared"
+
+    def phases(self, task: Task, phases: list[Phase]) -> list[Phase]:
+        """Prepend the warm-up."""
+        if task.id == 0 or self._shared_head or self.warm_up_epochs == 0:
+            return phases
+        return [Phase("warm_up", self.warm_up_epochs, trains="head"), *phases]
+
+    def on_task_start(self, host: ContinualHost, task: Task) -> None:
+        """Let the teacher be what was learned so far."""
+        if task.id > 0 and self.needs_teacher:
+            self.teacher.learn(host)
+
+    def asks(self, host: ContinualHost) -> bool:
+        """Whether there is something to ask; old rows and features stay in a warm-up by themselves."""
+        fixed = host.phase.trains == "head" and not self._shared_head
+        return bool(self.teacher) and not fixed
+
+    def answers(
+        self, host: ContinualHost, batch: Batch, answer: Answer, layer: str | None = None
+    ) -> list[tuple[Answer, Answer]]:
+        """What the network and the teacher say to a batch, as pairs.
+
+        Args:
+            host: the module.
+            batch: of the open task.
+            answer: what the network said to it in that task's mode.
+            layer: whose features to note.
+
+        Returns:
+            One pair for each old task where the network has modes, else a single one.
+        """
+        if not host.has_modes:
+            return [(answer, self.teacher.answer(host, batch.inputs, layer))]
+        pairs = []
+        for task_id in range(host.opened):
+            with host.task_mode(task_id):
+                student = student_answer(host, batch.inputs, layer)
+                pairs.append((student, self.teacher.answer(host, batch.inputs, layer)))
+        return pairs
+
+    def distilled(self, host: ContinualHost, pairs: Sequence[tuple[Answer, Answer]]) -> Tensor:
+        """The loss of these answers, strength included: ``(batch,)``."""
+        heads = [task.columns for task in host.tasks[: host.opened]]
+        if not host.has_modes:
+            heads = list(dict.fromkeys(heads))
+        student, teacher = (
+            _side_by_side([answer.logits for answer in answers], heads)
+            for answers in zip(*pairs, strict=True)
+        )
+        widths = [stop - first for first, stop in heads]
+        if self.heads == "joint" and not self._shared_head:
+            widths = [sum(widths)]
+        return self.strength * distillation_of_heads(student, teacher, widths, self.temperature)
+
+    def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """The distillation of all old heads."""
+        if not self.asks(host):
+            return {}
+        return {"lwf": self.distilled(host, self.answers(host, batch, Answer(logits)))}
+
+    def declared_bytes(self, host: ContinualHost) -> Bytes:
+        """Training: the shared weights and float buffers once more, from the second task on."""
+        kept = self.needs_teacher and host.opened > 0
+        return Bytes(tensor_bytes(Teacher.of(host).values()) if kept else 0, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher."""
+        return {"teacher": self.teacher.tensors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved teacher."""
+        self.teacher.tensors = dict(state_dict["teacher"])
+
+    def move_state(self, host: ContinualHost) -> None:
+        """Move the teacher to the host's device."""
+        self.teacher.to(host.device)
