@@ -167,7 +167,8 @@ def check_phases(schedule: Schedule, stream: ContinualStream) -> None:
             if phase.trains == "strategy" and stream.reset_optimizer == "never":
                 raise ConfigurationError(
                     "Expected reset_optimizer to be 'always' where a phase has an optimizer of its own, "
-                    f"as {phase.name!r} of task {task} has, but got 'never'."
+                    f"as {phase.name!r} of task {task} has, but got 'never'. "
+                    "Set it to 'always'."
                 )
 
 

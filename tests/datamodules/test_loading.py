@@ -1,6 +1,7 @@
 """The order of an epoch, the shares of processes, and the position after a resume."""
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -147,3 +148,75 @@ def test_generators_of_different_purposes_differ() -> None:
         for key in [("a", 1), ("b", 1), ("a", 2), ("a", 1, 0), ("a", "1")]
     }
     assert len(draws) == 5
+
+
+# --- batches of several tasks --------------------------------------------------------------------
+
+IDS = INDICES // 14  # 0, 1 or 2: not what the loader's own task is
+
+
+def mixed(share: Share = Share(), processed: int = 0) -> TrainLoader:  # noqa: B008
+    return TrainLoader(
+        STORE,
+        INDICES,
+        5,
+        2,
+        task_ids=IDS,
+        seed=3,
+        batch_size=5,
+        processed=lambda: processed,
+        share=share,
+    )
+
+
+def test_mixed_batches_carry_the_task_of_each_sample() -> None:
+    batches = list(mixed())
+    found = torch.cat([batch.inputs.flatten() for batch in batches]).long()
+    assert sorted(found.tolist()) == INDICES.tolist()
+    assert torch.equal(torch.cat([batch.task for batch in batches]), found // 14)
+    assert torch.equal(torch.cat([batch.targets for batch in batches]), found % 7)
+    assert all(len(set(batch.task.tolist())) > 1 for batch in batches[:3])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_mixed_batches(world_size: int) -> None:
+    ranks = [mixed(Share(rank, world_size)) for rank in range(world_size)]
+    for whole, *parts in zip(mixed(), *ranks, strict=True):
+        for field in ("inputs", "targets", "task"):
+            together = torch.cat([getattr(part, field) for part in parts])
+            assert torch.equal(together, getattr(whole, field))
+        assert {part.global_size for part in parts} == {len(whole.targets)}
+
+
+@pytest.mark.parametrize("done", range(5))
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_mixed_epochs_resume_with_the_right_tasks(done: int, world_size: int) -> None:
+    share = Share(world_size - 1, world_size)
+    whole, resumed = list(mixed(share)), mixed(share)
+    resumed.load_state_dict(mixed(share, processed=done).state_dict())
+    for batch, expected in zip(resumed, whole[done:], strict=True):
+        assert torch.equal(batch.inputs, expected.inputs)
+        assert torch.equal(batch.task, expected.task)
+
+
+@pytest.mark.parametrize("tasks", [[0, 1], [1, 2], [0, 1, 2]])
+def test_a_stream_makes_mixed_epochs(toy: Any, tasks: list[int]) -> None:
+    """The toy's pixels say which image of which class it is."""
+    stream = toy(batch_size=7, classes_per_task=2)
+    epoch = list(stream.train_loader(1, 0, tasks))
+    numbers_of = lambda batches: [image[0, 0, 0].item() for b in batches for image in b.inputs]
+    wanted = [numbers_of(stream.loader(task, "train")) for task in tasks]
+    assert sorted(numbers_of(epoch)) == sorted(chain.from_iterable(wanted))
+    for batch in epoch:
+        assert torch.equal(batch.inputs[:, 1, 0, 0].long() // 2, batch.task)
+        assert torch.equal(batch.targets // 2, batch.task)
+    assert [batch.global_size for batch in epoch[:-1]] == [7] * (len(epoch) - 1)
+    assert numbers_of(stream.train_loader(1, 1, tasks)) != numbers_of(epoch)
+
+
+def test_an_epoch_of_its_own_task_only_is_the_plain_one(toy: Any) -> None:
+    stream = toy(classes_per_task=2)
+    plain, alone = stream.train_loader(1, 0), stream.train_loader(1, 0, [1])
+    for one, other in zip(plain, alone, strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert one.task == other.task == 1
