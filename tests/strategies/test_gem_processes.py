@@ -1,0 +1,161 @@
+"""Episodic memories in several processes: the same everywhere, and the same as in one."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bpn_lightning.datamodules.loading import Share
+from bpn_lightning.strategies.gem import choose, gather, read_share
+from bpn_lightning.tasks import Batch
+
+# --- which samples, in threads that stand for processes ------------------------------------------
+
+
+class Ranks:
+    """Runs a function once per rank, with an ``all_reduce`` that waits for the others."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.barrier = threading.Barrier(number, timeout=30)
+        self.parts: list[Tensor] = [torch.empty(0)] * number
+
+    def reduce(self, rank: int, value: Tensor) -> Tensor:
+        self.parts[rank] = value.clone()
+        self.barrier.wait()
+        total = torch.stack(self.parts).sum(0, dtype=value.dtype)
+        self.barrier.wait()
+        return total
+
+    def run(self, function: Any) -> list[Any]:
+        results: list[Any] = [None] * self.number
+
+        def one(rank: int) -> None:
+            results[rank] = function(rank)
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+def kept(number: int, batch_size: int, dealt: bool) -> list[tuple[Tensor, Tensor]]:
+    """What each rank keeps of 50 samples, which tell their number; 19 are of class 3."""
+    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 1, 2, 2)
+    labels = torch.where(torch.arange(50) % 8 < 3, 3, 5)
+    ranks = Ranks(number)
+
+    def own(rank: int, start: int) -> slice:
+        stop = min(50, start + batch_size)
+        return slice(start + rank, stop, number) if dealt else Share(rank, number).of(start, stop)
+
+    def batches(rank: int) -> Any:
+        for start in range(0, 50, batch_size):
+            mine = own(rank, start)
+            yield Batch(images[mine], labels[mine], 0, min(50, start + batch_size) - start)
+
+    def keep(rank: int) -> tuple[Tensor, Tensor]:
+        host: Any = SimpleNamespace(
+            device=torch.device("cpu"),
+            global_rank=rank,
+            all_reduce=lambda value: ranks.reduce(rank, value),
+            stream=SimpleNamespace(loader=lambda task, split: batches(rank)),
+        )
+        share = read_share(host, 0)
+        chosen = choose(share.targets, 13, "task", ("memory", 0, 0))
+        return gather(host, 0, share, chosen), share.targets[chosen]
+
+    return ranks.run(keep)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [50, 20, 5])
+def test_memory_does_not_depend_on_processes(number: int, batch_size: int, same: Any) -> None:
+    ((inputs, targets),) = kept(1, 50, dealt=False)
+    for held in kept(number, batch_size, dealt=False):
+        same(held, (inputs, targets))
+
+
+@pytest.mark.parametrize("dealt", [False, True])
+def test_memory_is_one_wherever_samples_are_read(dealt: bool, same: Any) -> None:
+    """Shares that are dealt out like cards make another order, and still one for all."""
+    first, *others = kept(3, 20, dealt)
+    for held in others:
+        same(held, first)
+    inputs, targets = first
+    numbers = inputs[:, 0, 0, 0]
+    assert len(set(numbers.tolist())) == 13
+    assert targets.tolist() == [3 if number % 8 < 3 else 5 for number in numbers.tolist()]
+    assert sorted(Counter(targets.tolist()).values()) == [6, 7]
+
+
+# --- whole fits ----------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from bpn_lightning import ContinualModule
+from bpn_lightning.backbones import MLP
+from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
+
+devices, folder, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+METHODS = {
+    "gem": (GradientEpisodicMemory(7, memory_per="class"), "task"),
+    # The second process finds none of the one sample.
+    "agem": (AveragedGEM(20, sample_size=1), "all"),
+}
+for name in names:
+    seed_everything(0)
+    # 288 samples in batches of 33: uneven shares and a short last batch.
+    stream = SplitDigits(
+        num_tasks=3, epochs_per_task=1, batch_size=33, eval_batch_size=101, augment=True
+    )
+    gem, mask = METHODS[name]
+    module = ContinualModule(
+        MLP([16, 16]), mask=mask, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)
+    )
+    trainer = Trainer(
+        max_epochs=-1, accelerator="cpu", devices=devices,
+        strategy="ddp" if devices > 1 else "auto", callbacks=[BeneficialPerturbation(4), gem],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder,
+    )
+    trainer.fit(module, stream)
+    weights = {key: value.double().flatten().tolist() for key, value in module.state_dict().items()
+               if isinstance(value, torch.Tensor)}
+    memory = {key: torch.as_tensor(value).flatten().tolist() for key, value in gem.state_dict().items()}
+    with open(f"{folder}/{name}_{devices}_{trainer.global_rank}.json", "w") as file:
+        json.dump([weights, memory], file)
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    for arguments in (("1", "gem", "agem"), ("2", "gem"), ("2", "agem")):
+        devices, *names = arguments
+        command = [sys.executable, str(script), devices, str(tmp_path), *names]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == 0, run.stderr
+    for name in ("gem", "agem"):
+        one, two, other = (
+            json.loads((tmp_path / f"{name}_{ranks}.json").read_text())
+            for ranks in ("1_0", "2_0", "2_1")
+        )
+        as_text = [json.dumps(values, sort_keys=True) for values in (two, other)]
+        assert as_text[0] == as_text[1], "ranks must agree bit for bit"
+        assert two[1] == one[1], "the memory of two is that of one"
+        for key, values in one[0].items():
+            assert two[0][key] == pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True), key
