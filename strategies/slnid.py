@@ -1,0 +1,284 @@
+"""Selfless sequential learning: sparse codes through neural inhibition and discounting."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from bpn_lightning.costs import Bytes
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.importance import mean_over_task, squared_lengths
+from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.penalties import Update
+from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Task
+
+__all__ = ["SLNID", "Discount", "inhibition", "inhibition_weights"]
+
+Discount = Literal["product", "minimum"]
+DISCOUNTS = ("product", "minimum")
+
+
+def inhibition_weights(importance: Tensor, sigma: float, discount: Discount = "product") -> Tensor:
+    r"""How strongly each pair of units inhibits one another.
+
+    .. math:: K_{ij} = e^{-(i-j)^2 / 2\sigma^2} D_{ij}, \quad K_{ii} = 0
+
+    with :math:`D_{ij} = e^{-(\alpha_i + \alpha_j)}` (``product``) or
+    :math:`\min(e^{-\alpha_i}, e^{-\alpha_j})` (``minimum``).
+
+    Args:
+        importance: alpha, ``(units,)``.
+        sigma: width of the neighbourhood, in units' numbers.
+        discount: which of the two.
+
+    Returns:
+        ``(units, units)``, symmetric.
+    """
+    place = torch.arange(len(importance), dtype=importance.dtype, device=importance.device)
+    near = torch.exp(-((place[:, None] - place).square()) / (2 * sigma**2))
+    one, other = importance[:, None], importance[None]
+    joint = one + other if discount == "product" else torch.maximum(one, other)
+    return (near * torch.exp(-joint)).fill_diagonal_(0)
+
+
+def inhibition(activations: Tensor, weights: Tensor) -> Tensor:
+    r"""The cost of units that are active together, :math:`h K h^T` of every sample.
+
+    Every unordered pair counts twice, as in the paper's sum.
+
+    Args:
+        activations: h, ``(batch, units)``, not negative.
+        weights: K, ``(units, units)``.
+
+    Returns:
+        ``(batch,)``; its mean is the paper's R of one layer.
+    """
+    return ((activations @ weights) * activations).sum(1)
+
+
+class SLNID(MemoryAwareSynapses):
+    r"""Selfless sequential learning: MAS, and a cost on neighbouring units that are active together.
+
+    .. math:: \lambda_\Omega \sum_i \Omega_i (\theta_i - \theta^*_i)^2 + \lambda_S \sum_l \sum_{i \ne j}
+        e^{-(i-j)^2 / 2\sigma_l^2}\, e^{-(\alpha_i + \alpha_j)}\, \frac{1}{B} \sum_m h_{mi} h_{mj}
+
+    Aljundi, Rohrbach, Tuytelaars (2019), https://arxiv.org/abs/1806.05421. h are the activations of
+    hidden units after their ReLU; sparse codes leave room for tasks to come. alpha, how much a unit
+    matters to past tasks, is the mean over a task's samples of
+    :math:`|\partial \|f(x)\|^2 / \partial n_i|`, n the unit before its ReLU, summed over tasks: units
+    that matter are not inhibited.
+
+    Differs from the published code: its discount is the smaller of the two exponentials (``minimum``);
+    here it is the paper's product unless asked for.
+
+    Args:
+        strength: lambda of MAS, dimensionless.
+        sparsity: lambda of the inhibition, dimensionless; 0 is MAS.
+        scale: a layer's units over the width sigma of the neighbourhood.
+        discount: ``product`` or ``minimum``.
+        layers: names of the modules of the backbone whose outputs, ``(batch, units)``, are inhibited;
+            by default every ReLU with such an output.
+        update: as in MAS.
+        include_head: as in MAS.
+
+    State:
+        MAS's, and alpha, 4 bytes for each unit; nothing for use after training.
+
+    Raises:
+        ConfigurationError: a value is out of range or unknown, or there is no such layer.
+    """
+
+    plain_first_task: ClassVar[bool] = False
+    null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "sparsity": 0.0}
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        sparsity: float = 1e-3,
+        *,
+        scale: float = 6.0,
+        discount: Discount = "product",
+        layers: Sequence[str] | None = None,
+        update: Update = "clamped",
+        include_head: bool | None = None,
+    ) -> None:
+        super().__init__(strength, update=update, include_head=include_head)
+        if not 0 <= sparsity < float("inf"):
+            raise ConfigurationError(
+                f"Expected sparsity to be 0 or a positive number, but got {sparsity}. "
+                "0 is MAS; the authors use 0.001 for small networks."
+            )
+        if not 0 < scale < float("inf"):
+            raise ConfigurationError(
+                f"Expected scale to be a positive number, but got {scale}. The authors use 6."
+            )
+        if discount not in DISCOUNTS:
+            raise ConfigurationError(
+                f"Expected discount to be one of {', '.join(DISCOUNTS)}, but got {discount!r}."
+            )
+        if layers is not None and not layers:
+            raise ConfigurationError(
+                "Expected layers to name at least one module, but got none. "
+                "Leave it out to inhibit the units of every ReLU."
+            )
+        self.sparsity = sparsity
+        self.scale = scale
+        self.discount: Discount = discount
+        self.layers = None if layers is None else list(layers)
+        self.units: dict[str, int] = {}
+        self.alpha: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._activations: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    # --- the layers ------------------------------------------------------------------------------
+
+    def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
+        """Find the layers, and listen to them."""
+        super().configure(host, stream)
+        self._remove_hooks()
+        if self.sparsity == 0:
+            return
+        self.units = self._find_units(host, stream)
+        self._handles = [
+            host.network().get_submodule(name).register_forward_hook(partial(self._note, name))
+            for name in self.units
+        ]
+
+    def _find_units(self, host: ContinualHost, stream: ContinualStream) -> dict[str, int]:
+        """Names and widths, from one dry forward."""
+        parts = dict(host.network().named_modules())
+        known = [name for name, part in parts.items() if name.startswith("backbone.")]
+        names = [name for name in known if isinstance(parts[name], nn.ReLU)]
+        for name in self.layers or ():
+            if name not in known:
+                raise ConfigurationError(
+                    f"Expected layers to be modules of the backbone, but got {name!r}."
+                    f"{did_you_mean(name, known)} It has {', '.join(known)}."
+                )
+        names = self.layers or names
+        shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
+
+        def note(name: str, *call: Any) -> None:
+            shapes[name].append(call[-1].shape)
+
+        handles = [parts[name].register_forward_hook(partial(note, name)) for name in names]
+        inputs = torch.zeros(1, *stream.input_shape, device=host.device)
+        with torch.no_grad(), evaluation_mode(host.network()):
+            host.network()(inputs)
+        for handle in handles:
+            handle.remove()
+        fit = {name: found[0][1] for name, found in shapes.items() if [*map(len, found)] == [2]}
+        unfit = [name for name in self.layers or () if name not in fit]
+        if unfit or not fit:
+            got = f"{unfit[0]!r} does not" if unfit else "no ReLU does"
+            raise ConfigurationError(
+                "Expected layers to run once in a forward and to put out (batch, units), but "
+                f"{got}. Name modules of fully connected layers, or set sparsity to 0."
+            )
+        return fit
+
+    def _note(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        if layer.training:
+            self._activations[name] = output
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the layers as they were."""
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # --- the cost of a batch ---------------------------------------------------------------------
+
+    def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """The inhibition of every layer."""
+        heard, self._activations = self._activations, {}
+        if not heard:
+            return {}
+        with torch.autocast(host.device.type, enabled=False):
+            layers = [inhibition(h.float(), self._weights_of(n, h)) for n, h in heard.items()]
+        return {"inhibition": self.sparsity * torch.stack(layers).sum(0)}
+
+    def _weights_of(self, name: str, activations: Tensor) -> Tensor:
+        if name not in self._weights:
+            units, where = self.units[name], activations.device
+            alpha = self.alpha.get(name, torch.zeros(units, device=where))
+            self._weights[name] = inhibition_weights(alpha, units / self.scale, self.discount)
+        return self._weights[name]
+
+    # --- consolidation ---------------------------------------------------------------------------
+
+    def on_task_end(self, host: ContinualHost, task: Task) -> None:
+        """Add the task's importances, of the weights and of the units."""
+        added: dict[str, Tensor] = {}
+        if self.sparsity:
+            added = self._unit_importance(host, task)
+        super().on_task_end(host, task)
+        self.alpha = {name: self.alpha.get(name, 0) + value for name, value in added.items()}
+        self._weights = {}
+
+    def _unit_importance(self, host: ContinualHost, task: Task) -> dict[str, Tensor]:
+        network = host.network()
+        like = {name: torch.zeros(units, device=host.device) for name, units in self.units.items()}
+
+        def absolutes(batch: Batch, columns: slice) -> dict[str, Tensor]:
+            parts = {name: network.get_submodule(name) for name in self.units}
+            with torch.enable_grad(), _before(parts) as edges:
+                logits = network(batch.inputs)[:, columns]
+                lengths = squared_lengths(logits, logits).sum()
+                found = torch.autograd.grad(lengths, list(edges.values()))
+            return {name: g.abs().sum(0) for name, g in zip(edges, found, strict=True)}
+
+        return mean_over_task(host, task.id, like, absolutes)
+
+    # --- state and costs -------------------------------------------------------------------------
+
+    def declared_bytes(self, host: ContinualHost) -> Bytes:
+        """MAS's, and 4 bytes per unit once a task is learned."""
+        weights = super().declared_bytes(host)
+        units = 4 * sum(self.units.values()) if self.alpha else 0
+        return weights._replace(training=weights.training + units)
+
+    def state_dict(self) -> dict[str, Any]:
+        """MAS's, and the units' importances."""
+        return {**super().state_dict(), "alpha": self.alpha}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over saved importances."""
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "alpha"})
+        self.alpha = dict(state_dict["alpha"])
+        self._weights = {}
+
+    def move_state(self, host: ContinualHost) -> None:
+        """Move the importances to the host's device."""
+        super().move_state(host)
+        self.alpha = {name: value.to(host.device) for name, value in self.alpha.items()}
+        self._weights = {}
+
+
+@contextmanager
+def _before(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, GradientEdge]]:
+    """Note the gradient edge of what enters each layer: an in-place ReLU writes over the tensor."""
+    edges: dict[str, GradientEdge] = {}
+
+    def note(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        edges[name] = get_gradient_edge(args[0])
+
+    handles = [
+        layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()
+    ]
+    try:
+        yield edges
+    finally:
+        for handle in handles:
+            handle.remove()
