@@ -6,16 +6,54 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bpn_lightning.strategies.base import ContinualStrategy
     from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+    from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
     from bpn_lightning.strategies.ewc import EWC
     from bpn_lightning.strategies.finetuning import FineTuning
+    from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
+    from bpn_lightning.strategies.imm import IncrementalMomentMatching
+    from bpn_lightning.strategies.independent import IndependentNetworks
+    from bpn_lightning.strategies.joint import JointTraining
+    from bpn_lightning.strategies.lwf import LearningWithoutForgetting
+    from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+    from bpn_lightning.strategies.slnid import SLNID
+    from bpn_lightning.strategies.superposition import ParameterSuperposition
+    from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
 
-__all__ = ["EWC", "STRATEGIES", "BeneficialPerturbation", "ContinualStrategy", "FineTuning"]
+__all__ = [
+    "EWC",
+    "SLNID",
+    "STRATEGIES",
+    "AveragedGEM",
+    "BeneficialPerturbation",
+    "ContinualStrategy",
+    "EncoderBasedLifelongLearning",
+    "FineTuning",
+    "GradientEpisodicMemory",
+    "IncrementalMomentMatching",
+    "IndependentNetworks",
+    "JointTraining",
+    "LearningWithoutForgetting",
+    "MemoryAwareSynapses",
+    "ParameterSuperposition",
+    "SynapticIntelligence",
+]
 
 #: Names on the command line and in configs, and where the class is.
 STRATEGIES: dict[str, str] = {
+    "agem": "bpn_lightning.strategies.gem:AveragedGEM",
     "bd": "bpn_lightning.strategies.beneficial:BeneficialPerturbation",
+    "ebll": "bpn_lightning.strategies.ebll:EncoderBasedLifelongLearning",
     "ewc": "bpn_lightning.strategies.ewc:EWC",
     "finetune": "bpn_lightning.strategies.finetuning:FineTuning",
+    "gem": "bpn_lightning.strategies.gem:GradientEpisodicMemory",
+    "imm": "bpn_lightning.strategies.imm:IncrementalMomentMatching",
+    "joint": "bpn_lightning.strategies.joint:JointTraining",
+    "lwf": "bpn_lightning.strategies.lwf:LearningWithoutForgetting",
+    "mas": "bpn_lightning.strategies.memory_aware_synapses:MemoryAwareSynapses",
+    "psp": "bpn_lightning.strategies.superposition:ParameterSuperposition",
+    "si": "bpn_lightning.strategies.synaptic_intelligence:SynapticIntelligence",
+    "slnid": "bpn_lightning.strategies.slnid:SLNID",
+    "stl": "bpn_lightning.strategies.independent:IndependentNetworks",
 }
 
 _HOMES = {

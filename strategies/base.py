@@ -40,6 +40,8 @@ class ContinualStrategy(Callback):
     regulariser: ClassVar[bool] = False
     #: Arguments with which it is fine-tuning bit for bit; None where there are none.
     null_arguments: ClassVar[Mapping[str, Any] | None] = None
+    #: Its first task is plain training; False where it acts from the first update on.
+    plain_first_task: ClassVar[bool] = True
 
     @property
     def corrects_weights(self) -> bool:
