@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from bpn_lightning import registry
-from bpn_lightning.command import ALIASES, methods_of, packaged_configs, read_command
+from bpn_lightning.command import methods_of, packaged_configs, read_command
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
 
 __all__ = ["main"]
@@ -21,7 +21,8 @@ Train a method over a stream of tasks, in one Lightning fit.
   bpn-fit --config digits_inc.yaml --ckpt_path last      go on where a run was stopped
 
   --config NAME       a file, or a packaged experiment; later ones win over earlier ones
-  --method METHOD     strategies joined by +, or a method with tuned values of the experiment
+  --method METHOD     strategies joined by +, or a method with tuned values of the experiment;
+                      a class of your own by its path, such as bd+my_lab.replay.Replay
   --seed_everything N the run's seed; it names the folder of its results
   --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
   --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
@@ -29,7 +30,7 @@ Train a method over a stream of tasks, in one Lightning fit.
   --trainer.FLAG, --model.ARGUMENT, --data.init_args.ARGUMENT, --strategies.NAME.ARGUMENT
                       any flag of the Trainer, the module, the stream and the strategies
 
-  --list              configs, methods, strategies and streams, installed ones included
+  --list              configs, methods, strategies and streams, those of plugins included
   --print_config      the configuration that would run, and stop
   --data.help CLASS, --model.backbone.help CLASS, --model.optimizer.help CLASS
                       the arguments of a class
@@ -93,14 +94,15 @@ def _list() -> str:
         ("streams, for data.class_path", registry.streams()),
     ):
         lines += ["", title]
-        lines += [
-            f"  {entry.name:<20} {entry.target.replace(':', '.')}  ({entry.origin})"
-            for entry in registered.values()
-        ]
+        for entry in registered.values():
+            lines.append(f"  {entry.name:<20} {entry.class_path}  ({entry.origin})")
+            problem = entry.problem()
+            if problem is not None:
+                lines.append(f"    not usable: {problem}")
         if registered and next(iter(registered.values())).kind == "strategy":
             lines += [
                 f"  {alias:<20} {name} with {_arguments(arguments)}"
-                for alias, (name, arguments) in ALIASES.items()
+                for alias, (name, arguments) in registry.ALIASES.items()
             ]
     return "\n".join(lines)
 

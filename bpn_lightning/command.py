@@ -7,6 +7,9 @@ Config files and the command line are put into one order of precedence, the last
 wherever on the line a flag stands. A file with ``strategies:`` (such as a run's resolved
 ``config.yaml``) has spoken about the method and so comes after the method's file; ``--method`` that
 names another method than the files do leaves their ``strategies:`` out.
+
+A method's parts are names of the registry or class paths: ``bd+my_lab.replay.Replay`` has its values
+below ``strategies.Replay``.
 """
 
 import argparse
@@ -21,15 +24,9 @@ import yaml
 from bpn_lightning import registry
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 
-__all__ = ["ALIASES", "CONFIGS", "Command", "methods_of", "packaged_configs", "read_command"]
+__all__ = ["CONFIGS", "Command", "methods_of", "packaged_configs", "read_command"]
 
 CONFIGS = Path(str(files("bpn_lightning.configs")))
-
-#: Names of a method's part that are a strategy with other values than its defaults.
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gd": ("bd", {"direction": "gradient"}),
-    "frozen": ("bd", {"direction": "frozen"}),
-}
 
 #: Keys whose value is a mapping; anything else there would end in a traceback.
 GROUPS = ("trainer", "model", "strategies")
@@ -221,17 +218,19 @@ def _choose(
     known = registry.strategies()
     by_path = _with_class_path(layers, rest)
     given = [name for layer in layers for name in layer.strategies]
+    known |= _by_class_path(method)
     for folder in folders:
         path = folder / "methods" / experiment / f"{method}.yaml"
         if path.is_file():
             layer = _read(path)
             return _look_up(list(layer.strategies), method, known, by_path, known_methods), layer
     parts = method.split("+")
-    if not all(part in ALIASES or part in known or part in by_path for part in parts) and given:
+    names = {*registry.ALIASES, *known, *by_path}
+    if given and not all(part in names or registry.is_class_path(part) for part in parts):
         parts = list(dict.fromkeys(given))
-    values = {}
+    values: dict[str, dict[str, Any]] = {}
     for part in parts:
-        name, arguments = ALIASES.get(part, (part, {}))
+        name, arguments = _strategy_and_values(part, known)
         if name in values:
             raise ConfigurationError(
                 f"Expected --method to name each strategy once, but got {method!r}. "
@@ -244,6 +243,32 @@ def _choose(
     return chosen, _Layer(method, yaml.safe_dump(content), content) if arguments else None
 
 
+def _by_class_path(method: str) -> dict[str, registry.Registered]:
+    """The strategies that a method names by their class paths, by the names of the classes."""
+    paths = [part for part in method.split("+") if registry.is_class_path(part)]
+    found = {}
+    for one in map(registry.by_class_path, paths):
+        if one.name in found:
+            raise ConfigurationError(
+                f"Expected --method to name classes of different names, but got {method!r} with "
+                f"{one.name!r} twice. Leave one out, or give one a name of its own: "
+                f"`strategies: {{other: {{class_path: {one.class_path}}}}}`."
+            )
+        found[one.name] = one
+    return found
+
+
+def _strategy_and_values(
+    part: str, known: Mapping[str, registry.Registered]
+) -> tuple[str, dict[str, Any]]:
+    """What a part of a method stands for: the key of a strategy, and values of an alias."""
+    if registry.is_class_path(part):
+        return part.rpartition(".")[2], {}
+    if part in registry.ALIASES and part in known:
+        known[part].check_name()  # a plugin claims it too
+    return registry.ALIASES.get(part, (part, {}))
+
+
 def _look_up(
     names: Sequence[str],
     method: str,
@@ -253,11 +278,16 @@ def _look_up(
 ) -> dict[str, registry.Registered | None]:
     for name in names:
         if name not in known and name not in by_path:
-            near = did_you_mean(method, known_methods) or did_you_mean(name, [*known, *ALIASES])
+            near = did_you_mean(method, known_methods) or did_you_mean(
+                name, [*known, *registry.ALIASES]
+            )
             raise ConfigurationError(
                 f"Expected --method to be strategies joined by '+', but got {method!r} with the "
-                f"unknown {name!r}.{near} `bpn-fit --list` shows methods and strategies."
+                f"unknown {name!r}.{near} `bpn-fit --list` shows methods and strategies; "
+                "a class of your own is named by its whole path, package.module.Class."
             )
+        if name in known:
+            known[name].check_name()
     return {name: known.get(name) for name in names}
 
 
@@ -304,25 +334,26 @@ def _flags(rest: Sequence[str]) -> list[str]:
 
 
 def _named_plugins(layers: Sequence[_Layer], rest: Sequence[str]) -> list[registry.Registered]:
-    """Streams of other packages that are named; a short name that nobody has is an error."""
+    """Streams of other packages that are named; a name that nobody or several have is an error."""
     known = registry.streams()
-    names = []
+    stated: list[Any] = []
     for layer in layers:
         data = layer.content.get("data")
-        names.append(data.get("class_path") if isinstance(data, Mapping) else data)
+        stated.append(data.get("class_path") if isinstance(data, Mapping) else data)
     for token, value in zip(rest, [*rest, ""][1:], strict=True):
         key, equals, attached = token.partition("=")
         if key in ("--data", "--data.class_path", "--data.help"):
-            names.append(attached if equals else value)
+            stated.append(attached if equals else value)
+    names = [name for name in stated if isinstance(name, str)]
     for name in names:
-        if isinstance(name, str) and name.isidentifier() and name not in known:
+        if name.isidentifier() and name not in known:
             raise ConfigurationError(
                 f"Expected data.class_path to be a stream, but got {name!r}."
                 f"{did_you_mean(name, known)} `bpn-fit --list` shows them; "
                 "a class of your own is named by its whole path, package.module.Class."
             )
-    return [
-        known[name]
-        for name in dict.fromkeys(name for name in names if isinstance(name, str))
-        if name in known and known[name].origin != registry.BUILT_IN
-    ]
+    for name in names[-1:]:  # the one that wins
+        if name in known:
+            known[name].check_name()
+    named = [known[name] for name in dict.fromkeys(names) if name in known]
+    return [one for one in named if one.origin != registry.BUILT_IN]

@@ -9,6 +9,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from bpn_lightning import registry
 from bpn_lightning.command import Command
 from bpn_lightning.console import StreamProgress, final_table
 from bpn_lightning.costs import bytes_held, bytes_per_task
+from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
@@ -122,7 +123,8 @@ class ContinualCLI(LightningCLI):
             "--method",
             type=str,
             default=self.command.method,
-            help="Strategies joined by '+', or a method with tuned values of the experiment.",
+            help="Strategies joined by '+' (a class of your own by its path), or a method with tuned "
+            "values of the experiment.",
         )
         parser.add_argument(
             "--runs",
@@ -155,7 +157,7 @@ class ContinualCLI(LightningCLI):
             if registered is None:
                 parser.add_lightning_class_args(ContinualStrategy, key, subclass_mode=True)
             else:
-                parser.add_lightning_class_args(_strategy(registered), key)
+                parser.add_lightning_class_args(registered.load(), key)
         parser.add_argument("--help_all", action="help", help="Show this text.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -201,7 +203,7 @@ class ContinualCLI(LightningCLI):
                 f"{self.config.checkpoint_every_n_steps}. A large number leaves only the epochs' ends."
             )
         for key in ("experiment", "method"):
-            if Path(self.config[key]).name != self.config[key]:
+            if Path(self.config[key]).name != self.config[key] or self.config[key] == "..":
                 raise ConfigurationError(
                     f"Expected {key} to be a name for a folder, but got {self.config[key]!r}. "
                     "Leave slashes out; --runs says where the folders lie."
@@ -361,7 +363,13 @@ def _finish(cli: ContinualCLI, seconds: float) -> None:
     )
     title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
     final_table(
-        Console(), title, module.tasks, module.accuracy_matrix.summary(), stored, held, results.parent
+        Console(),
+        title,
+        module.tasks,
+        module.accuracy_matrix.summary(),
+        stored,
+        held,
+        results.parent,
     )
 
 
@@ -372,28 +380,10 @@ def _ended_early(folder: Path) -> bool:
 
 def _load_streams(command: Command) -> None:
     """Short names are found among the classes that are imported."""
-    for registered in registry.streams().values():
-        if registered.origin == registry.BUILT_IN:
-            registered.load()
+    for target in DATAMODULES.values():
+        import_module(target.partition(":")[0])
     for registered in command.plugins:
-        found = registered.load()
-        if not issubclass(found, ContinualDataModule) or found.__name__ != registered.name:
-            raise ConfigurationError(
-                f"Expected the stream {registered.name!r} of {registered.origin} to be a "
-                f"ContinualDataModule of that name, but got {found.__module__}.{found.__qualname__}. "
-                "Mend that package's entry point, or give the class by its whole path."
-            )
-
-
-def _strategy(registered: registry.Registered) -> type[ContinualStrategy]:
-    found = registered.load()
-    if not issubclass(found, ContinualStrategy):
-        raise ConfigurationError(
-            f"Expected the strategy {registered.name!r} of {registered.origin} to be a "
-            f"ContinualStrategy, but got {found.__module__}.{found.__qualname__}. "
-            "Mend that package's entry point."
-        )
-    return found
+        registered.load()
 
 
 def _first_process() -> bool:

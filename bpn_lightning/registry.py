@@ -8,21 +8,50 @@ Another package adds a strategy or a stream by an entry point of its own::
     bpn_lightning.datamodules =
         SplitBirds = my_package.birds:SplitBirds
 
-A stream's name is the name of its class. Nothing here imports torch: names are listed without
+A stream's name is the name of its class. A name stands for one class: one that several claim is
+refused when somebody uses it, and not before. Nothing here imports torch: names are listed without
 importing what they stand for.
 """
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from functools import reduce
 from importlib import import_module
 from importlib.metadata import entry_points
+from textwrap import shorten
+from typing import Any
 
 from bpn_lightning.datamodules import DATAMODULES
-from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.strategies import STRATEGIES
 
-__all__ = ["BUILT_IN", "Registered", "strategies", "streams"]
+__all__ = [
+    "ALIASES",
+    "BUILT_IN",
+    "CLASS_PATH",
+    "Registered",
+    "by_class_path",
+    "is_class_path",
+    "strategies",
+    "streams",
+]
 
 BUILT_IN = "built in"
+CLASS_PATH = "class path"
+
+#: Names of a method's part that are a strategy with other values than its defaults.
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gd": ("bd", {"direction": "gradient"}),
+    "frozen": ("bd", {"direction": "frozen"}),
+}
+
+IMPORTABLE = "be importable"
+
+#: What a class of each kind derives from.
+BASES = {
+    "strategy": "bpn_lightning.strategies.base:ContinualStrategy",
+    "stream": "bpn_lightning.datamodules.base:ContinualDataModule",
+}
 
 
 @dataclass(frozen=True)
@@ -31,38 +60,100 @@ class Registered:
 
     Args:
         kind: ``"strategy"`` or ``"stream"``.
-        name: what a user writes.
+        name: what a user writes, and gives its arguments below.
         target: ``"module:Class"``.
-        origin: ``"built in"``, or the distribution that brings it.
+        origin: ``"built in"``, ``"class path"``, or the distribution that brings it.
+        rivals: others that claim the same name.
     """
 
     kind: str
     name: str
     target: str
     origin: str
+    rivals: "tuple[Registered, ...]" = ()
+
+    @property
+    def class_path(self) -> str:
+        """``"module.Class"``, as configs have it."""
+        return self.target.replace(":", ".")
+
+    def check_name(self) -> None:
+        """Refuse a name that is not this class's alone, or that no key can have; imports nothing.
+
+        Raises:
+            ConfigurationError: says whose it is.
+        """
+        if self.rivals:
+            claims = (self, *self.rivals)
+            plugins = sorted({one.origin for one in claims} - {BUILT_IN})
+            raise ConfigurationError(
+                f"Expected the {self.kind} name {self.name!r} to stand for one class, but got "
+                f"{' and '.join(f'{one.class_path} ({one.origin})' for one in claims)}. Rename or "
+                f"remove that of {' or '.join(plugins)}, or name a class by its whole path, such as "
+                f"{claims[-1].class_path}."
+            )
+        if not self.name.isidentifier():
+            rule = "have a name of letters, digits and underscores"
+            raise self._refusal(rule, f"got {self.name!r}")
 
     def load(self) -> type:
         """Import the class.
 
         Raises:
-            ConfigurationError: it comes from another package, and that cannot be imported.
+            ConfigurationError: the name is refused, or stands for something from elsewhere that
+                cannot be imported or is no class of its kind.
         """
-        module, _, attribute = self.target.partition(":")
+        self.check_name()
         if self.origin == BUILT_IN:
-            return _class(module, attribute)
+            built_in: type = _import(self.target)
+            return built_in
+        found, base = self._import(), _import(BASES[self.kind])
+        if not isinstance(found, type):
+            raise self._refusal(f"be a {base.__name__}", f"got no class: {type(found).__name__}")
+        if not issubclass(found, base):
+            bases = ", ".join(one.__name__ for one in found.__bases__)
+            raise self._refusal(f"be a {base.__name__}", f"got a class of {bases}")
+        if self.kind == "stream" and found.__name__ != self.name:
+            raise self._refusal("have the name of its class", f"got the class {found.__name__}")
+        return found
+
+    def problem(self) -> str | None:
+        """Why it cannot be used, in one line; None if it can. What is built in is not imported."""
         try:
-            return _class(module, attribute)
-        except Exception as error:
-            raise ConfigurationError(
-                f"Expected the {self.kind} {self.name!r} to be importable as {self.target}, but "
-                f"importing it raised {type(error).__name__}: {error}. It comes from {self.origin}: "
-                "repair or remove that package, or leave the name out."
-            ) from error
+            if self.origin == BUILT_IN:
+                self.check_name()
+            else:
+                self.load()
+        except ConfigurationError as error:
+            return str(error)
+        return None
+
+    def _import(self) -> Any:
+        try:
+            return _import(self.target)
+        except (Exception, SystemExit) as error:  # a module may do anything while it is imported
+            said = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+            module, _, attribute = self.target.partition(":")
+            home = sys.modules.get(module) if isinstance(error, AttributeError) else None
+            near = did_you_mean(attribute, vars(home)) if home else ""
+            raise self._refusal(IMPORTABLE, f"importing it raised {said}", near) from error
+
+    def _refusal(self, rule: str, got: str, near: str = "") -> ConfigurationError:
+        subject = f"the {self.kind} {self.name!r} of {self.origin} ({self.class_path})"
+        remedy = "Repair or remove that package, or leave the name out."
+        if self.origin == CLASS_PATH:
+            subject = f"{self.class_path} in --method"
+            remedy = "Derive it from bpn_lightning.strategies.ContinualStrategy."
+            if rule == IMPORTABLE:
+                remedy = "Check its spelling; its package has to be installed or on PYTHONPATH."
+        return ConfigurationError(f"Expected {subject} to {rule}, but {got}.{near} {remedy}")
 
 
 def strategies() -> dict[str, Registered]:
     """Every strategy that has a name, built-in ones first."""
-    return _registered("strategy", STRATEGIES, "bpn_lightning.strategies")
+    aliases = {alias: STRATEGIES[name] for alias, (name, _) in ALIASES.items()}
+    found = _registered("strategy", STRATEGIES | aliases, "bpn_lightning.strategies")
+    return {name: one for name, one in found.items() if name not in aliases or one.rivals}
 
 
 def streams() -> dict[str, Registered]:
@@ -70,21 +161,44 @@ def streams() -> dict[str, Registered]:
     return _registered("stream", DATAMODULES, "bpn_lightning.datamodules")
 
 
+def is_class_path(name: str) -> bool:
+    """Whether a name is ``package.module.Class`` by its form.
+
+    >>> is_class_path("my_lab.replay.Replay"), is_class_path("ewc"), is_class_path("lr0.1")
+    (True, False, False)
+    """
+    return "." in name and all(part.isidentifier() for part in name.split("."))
+
+
+def by_class_path(path: str) -> Registered:
+    """The strategy that a class path stands for; its arguments are named by the class alone."""
+    module, _, name = path.rpartition(".")
+    return Registered("strategy", name, f"{module}:{name}", CLASS_PATH)
+
+
 def _registered(kind: str, table: dict[str, str], group: str) -> dict[str, Registered]:
-    """The table and then the entry points; where two claim a name, the first keeps it."""
-    found = {name: Registered(kind, name, target, BUILT_IN) for name, target in table.items()}
+    """The table and then the entry points; where several claim a name, the first has rivals."""
+    built_in = [Registered(kind, name, target, BUILT_IN) for name, target in table.items()]
     plugins = [
-        Registered(kind, point.name, point.value, f"{point.dist.name} {point.dist.version}")
+        Registered(
+            kind, point.name, _target(point.value), f"{point.dist.name} {point.dist.version}"
+        )
         for point in entry_points(group=group)
         if point.dist is not None
     ]
-    for plugin in sorted(plugins, key=lambda plugin: (plugin.name, plugin.origin)):
-        found.setdefault(plugin.name, plugin)
+    found: dict[str, Registered] = {}
+    for one in [*built_in, *sorted(plugins, key=lambda plugin: (plugin.name, plugin.origin))]:
+        first = found.setdefault(one.name, one)
+        if first is not one:
+            found[one.name] = replace(first, rivals=(*first.rivals, one))
     return found
 
 
-def _class(module: str, attribute: str) -> type:
-    found = getattr(import_module(module), attribute)
-    if not isinstance(found, type):
-        raise TypeError(f"{module}:{attribute} is not a class")
-    return found
+def _target(value: str) -> str:
+    """An entry point's value without the extras that it may ask for."""
+    return value.partition("[")[0].replace(" ", "")
+
+
+def _import(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return reduce(getattr, attribute.split("."), import_module(module))

@@ -109,6 +109,37 @@ def test_a_strategy_of_ones_own_comes_by_its_class_path() -> None:
     assert list(read_command(flags).strategies) == ["mine", "ewc"]
 
 
+def test_a_class_path_is_a_strategy_by_the_name_of_its_class() -> None:
+    command = read_command(["--method", "bd+a.b.Mine", "--strategies.Mine.size", "3"])
+    assert command.method == "bd+a.b.Mine"
+    assert list(command.strategies) == ["bd", "Mine"]
+    assert command.strategies["Mine"] == registry.Registered(
+        "strategy", "Mine", "a.b:Mine", registry.CLASS_PATH
+    )
+
+
+def test_a_class_path_in_a_config_needs_no_values_there() -> None:
+    mine = write("mine.yaml", "method: a.Mine+ewc+b.Other\nstrategies: {Mine: {size: 3}}")
+    assert list(read_command(["--config", mine]).strategies) == ["Mine", "ewc", "Other"]
+
+
+def test_a_method_with_class_paths_may_have_tuned_values() -> None:
+    write("x.yaml", "method: ewc+a.Mine")
+    tuned = write("methods/x/ewc+a.Mine.yaml", "strategies: {Mine: {size: 3}, ewc: {}}")
+    command = read_command(["--config", "x.yaml"])
+    assert configs(command) == ["x.yaml", tuned]
+    assert {name: one and one.target for name, one in command.strategies.items()} == {
+        "Mine": "a:Mine",
+        "ewc": "bpn_lightning.strategies.ewc:EWC",
+    }
+
+
+def test_a_class_path_may_have_the_name_of_a_built_in_strategy() -> None:
+    one = read_command(["--method", "a.ewc", "--strategies.ewc.size", "3"]).strategies["ewc"]
+    assert one is not None
+    assert one.target == "a:ewc"
+
+
 NOT_HERE = "Expected --config to be a file or a packaged config, but got "
 LIST = " `bpn-fit --list` shows"
 
@@ -125,12 +156,32 @@ LIST = " `bpn-fit --list` shows"
             "--config digits_inc --method bd+ewk",
             (
                 "Expected --method to be strategies joined by '+', but got 'bd+ewk' with the unknown "
-                f"'ewk'. Did you mean 'bd+ewc'?{LIST} methods and strategies."
+                f"'ewk'. Did you mean 'bd+ewc'?{LIST} methods and strategies; "
+                "a class of your own is named by its whole path, package.module.Class."
             ),
         ),
         (
             "--method bd+gd",
             "Expected --method to name each strategy once, but got 'bd+gd'. Leave one 'gd' out.",
+        ),
+        (
+            "--method a.Mine+b.Mine",
+            (
+                "Expected --method to name classes of different names, but got 'a.Mine+b.Mine' with "
+                "'Mine' twice. Leave one out, or give one a name of its own: "
+                "`strategies: {other: {class_path: b.Mine}}`."
+            ),
+        ),
+        (
+            "--method ewc+a.ewc",
+            "Expected --method to name each strategy once, but got 'ewc+a.ewc'. Leave one 'a.ewc' out.",
+        ),
+        (
+            "--method bd+a.Mine --strategies.a.Mine.size 3",
+            (
+                "Expected --strategies.a.Mine.size to be about a strategy of the method 'bd+a.Mine' "
+                f"(bd, Mine), but got 'a'.{LIST} all strategies."
+            ),
         ),
         (
             "--method bd --strategies.ewc.strength 5",
