@@ -1,0 +1,172 @@
+"""The suite's options, and which promise is examined for which strategy."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bpn_lightning.errors import ConfigurationError
+
+pytest.register_assert_rewrite("bpn_lightning.conformance.promises")
+
+PROMISES = "promises.py"
+
+_STATE = pytest.StashKey["_State"]()
+
+
+class _State:
+    """What lives as long as the run of pytest."""
+
+    def __init__(self, names: list[str], arguments: Mapping[str, Any]) -> None:
+        from bpn_lightning.conformance.subjects import read_subjects
+
+        self.arguments = arguments
+        self.subjects = read_subjects(names, arguments)
+        self.folder = tempfile.TemporaryDirectory(prefix="conformance_")
+        self.trials: dict[str, Any] = {}
+        self.two_processes: Any = None
+        self.not_applicable: dict[str, dict[str, str]] = {}  # reasons by promise and strategy
+
+    def trial(self, subject: Any) -> Any:
+        from bpn_lightning.conformance.trials import Trial
+
+        if subject.name not in self.trials:
+            folder = Path(tempfile.mkdtemp(dir=self.folder.name))
+            self.trials[subject.name] = Trial(subject, folder)
+        return self.trials[subject.name]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Name the strategies, and their arguments."""
+    group = parser.getgroup("bpn_lightning", "conformance of continual-learning strategies")
+    group.addoption(
+        "--strategy",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a class path (my_lab.MyStrategy), a registered name (ewc), or several that run "
+        "together (bd+ewc); may be repeated",
+    )
+    group.addoption(
+        "--strategy-arguments",
+        action="append",
+        default=[],
+        metavar="MAPPING",
+        help="arguments of constructors as YAML or JSON, by the strategy's name as it is written in "
+        "--strategy: '{my_lab.MyStrategy: {strength: 3}}'; may be repeated",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the options; collect the promises whatever files and functions the user's tests are in."""
+    arguments: dict[str, Any] = {}
+    try:
+        for text in config.getoption("--strategy-arguments"):
+            arguments.update(_read_mapping(text))
+        config.stash[_STATE] = _State(config.getoption("--strategy"), arguments)
+    except ConfigurationError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.addinivalue_line("python_files", PROMISES)
+    config.addinivalue_line("python_functions", "test_")
+
+
+def _read_mapping(text: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigurationError(
+            f"Expected --strategy-arguments to be a mapping in YAML or JSON, but got {text!r}. "
+            "Write '{my_lab.MyStrategy: {strength: 3}}'."
+        )
+    return found
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say what is examined."""
+    names = ", ".join(subject.name for subject in config.stash[_STATE].subjects)
+    return f"conformance of strategies: {names}"
+
+
+def pytest_pycollect_makeitem(collector: Any, name: str, obj: object) -> list[Any] | None:
+    """Leave out a promise that no strategy of this run has made."""
+    if not hasattr(obj, "not_applicable"):
+        return None
+    state = collector.config.stash[_STATE]
+    reasons = {subject.name: obj.not_applicable(subject) for subject in state.subjects}
+    state.not_applicable[name] = {subject: reason for subject, reason in reasons.items() if reason}
+    return None if len(state.not_applicable[name]) < len(reasons) else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Examine a promise for every strategy that makes it."""
+    if not hasattr(metafunc.function, "not_applicable"):
+        return
+    state = metafunc.config.stash[_STATE]
+    without = state.not_applicable[metafunc.function.__name__]
+    subjects = [subject for subject in state.subjects if subject.name not in without]
+    names = [subject.name for subject in subjects]
+    metafunc.parametrize("trial", subjects, ids=names, indirect=True, scope="session")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What two processes learn comes last: they work while the other promises are examined."""
+    items.sort(key=_asks_two_processes)
+
+
+def _asks_two_processes(item: pytest.Item) -> bool:
+    return item.path.name == PROMISES and "two_processes" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the two processes if somebody will ask what they have learned."""
+    state = session.config.stash[_STATE]
+    asked: list[Any] = [
+        item.callspec.params["trial"]
+        for item in session.items
+        if isinstance(item, pytest.Function) and _asks_two_processes(item)
+    ]
+    if asked and not session.config.option.collectonly:
+        from bpn_lightning.conformance.ranks import TwoProcesses
+
+        folder = Path(tempfile.mkdtemp(dir=state.folder.name))
+        state.two_processes = TwoProcesses(asked, state.arguments, folder)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say which promises were not examined, and which declaration says so."""
+    lines = [
+        f"{name}[{subject}]: {reason}"
+        for name, reasons in config.stash[_STATE].not_applicable.items()
+        for subject, reason in reasons.items()
+    ]
+    if lines:
+        terminalreporter.section("not applicable, by declaration")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what was started."""
+    state = config.stash.get(_STATE, None)
+    if state is not None:
+        if state.two_processes is not None:
+            state.two_processes.stop()
+        state.folder.cleanup()
+
+
+@pytest.fixture(scope="session")
+def trial(request: pytest.FixtureRequest) -> Any:
+    """One subject and what it did."""
+    return request.config.stash[_STATE].trial(request.param)
+
+
+@pytest.fixture(scope="session")
+def two_processes(request: pytest.FixtureRequest) -> Any:
+    """What two processes have learned together."""
+    return request.config.stash[_STATE].two_processes

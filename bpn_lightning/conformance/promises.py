@@ -1,0 +1,509 @@
+"""What a strategy promises, one test each; the first line of a docstring is the promise.
+
+A promise that a strategy does not make, by its own declarations, is not examined, and the summary says
+which declaration it was.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from bpn_lightning.conformance.ranks import TwoProcesses, setting
+from bpn_lightning.conformance.runs import MESSY, PLAIN, Run, differences, fit
+from bpn_lightning.conformance.subjects import Subject
+from bpn_lightning.conformance.trials import Consolidation, Diary, Trial, answers, fine_tuning
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.tasks import Position
+
+# What is promised is not silence: Lightning warns of much, and regularisers of what they forget.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+#: Relative; a tenth of it absolute. For runs that add up the same numbers in another order.
+TOLERANCE = 1e-5
+
+_Test = TypeVar("_Test", bound=Callable[..., None])
+
+
+def promise(unless: Callable[[Subject], str] = lambda subject: "") -> Callable[[_Test], _Test]:
+    """Mark a test as a promise.
+
+    Args:
+        unless: the declaration of a subject by which it does not make this promise; empty if it does.
+    """
+
+    def mark(test: _Test) -> _Test:
+        test.not_applicable = unless  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+def expect_nothing(found: Sequence[str], what: str, remedy: str) -> None:
+    """Fail, in words, where something was found that a promise rules out."""
+    __tracebackhide__ = True
+    if found:
+        shown = [f"  {line}" for line in found[:8]]
+        if len(found) > len(shown):
+            shown.append(f"  and {len(found) - len(shown)} more")
+        pytest.fail("\n".join([f"{what}:", *shown, remedy]), pytrace=False)
+
+
+# --- what it is when it does nothing -------------------------------------------------------------
+
+
+def _has_no_null(subject: Subject) -> str:
+    without = subject.which(lambda part: part.strategy.null_arguments is None)
+    return without and f"null_arguments of {without} is None"
+
+
+@promise(unless=_has_no_null)
+def test_null_arguments_are_fine_tuning_bit_for_bit(trial: Trial) -> None:
+    """With its null_arguments it leaves weights, optimizer and random states as fine-tuning does."""
+    mine, theirs = trial.null
+    expect_nothing(
+        differences(mine.end, theirs.end),
+        "With its null_arguments it differs from fine-tuning",
+        "Look at hooks that act whatever the strength, at draws from global generators, and at forward "
+        "passes in training mode.",
+    )
+
+
+def _acts_at_once(subject: Subject) -> str:
+    acting = subject.which(lambda part: not part.strategy.plain_first_task)
+    return acting and f"plain_first_task of {acting} is False"
+
+
+@promise(unless=_acts_at_once)
+def test_the_first_task_is_plain_training(trial: Trial) -> None:
+    """Nothing is to be remembered yet, so the first task is trained as in fine-tuning, bit for bit."""
+    expect_nothing(
+        differences(trial.diary.first_task, fine_tuning("messy").first_task),
+        "The first task was not trained as in fine-tuning",
+        "Look at what it does before any task has ended. If it is meant to act from the first update "
+        "on, declare plain_first_task = False.",
+    )
+
+
+# --- looking changes nothing ---------------------------------------------------------------------
+
+
+def _visits(run: Run) -> list[str]:
+    """What differs after evaluating tasks in several orders, and between the answers."""
+    before = run.learned() | run.plain() | run.surroundings()
+    found: list[str] = []
+    first: dict[int, Tensor] = {}
+    for task in [0, 1, 2, 2, 1, 0, 1, 1, 2, 0]:
+        logits = answers(run, task)
+        if not torch.equal(logits, first.setdefault(task, logits)):
+            found.append(f"the answers of task {task} differ from visit to visit")
+    run.module.evaluate()
+    after = run.learned() | run.plain() | run.surroundings()
+    return found + differences(after, before)
+
+
+@promise()
+def test_evaluating_changes_nothing(trial: Trial) -> None:
+    """Tasks may be evaluated in any order, any number of times, in the midst of training too."""
+    found: list[str] = []
+
+    def look(run: Run, at: Position, batch: int, last: bool) -> None:
+        if at.task == 1 and batch == 2:
+            found.extend(_visits(run))
+
+    visited = Diary(fit(trial.subject.make(), MESSY, at_batch=look)).finish()
+    found += differences(visited.learned | visited.end, _whole(trial.undisturbed))
+    found += _visits(visited.run)
+    expect_nothing(
+        found,
+        "Evaluating tasks changed something",
+        "Look at on_task_switch: it may select what is there, and neither count, draw nor train.",
+    )
+
+
+def _whole(diary: Diary) -> dict[str, Any]:
+    return diary.learned | diary.end
+
+
+@promise(unless=lambda subject: _overridden(subject, "logs"))
+def test_logging_changes_nothing(trial: Trial) -> None:
+    """What it logs are scalars, and taking them changes nothing."""
+    often = replace(MESSY, trainer={"log_every_n_steps": 1})
+    run = fit(trial.subject.make(), often)
+    expect_nothing(
+        differences(_whole(Diary(run).finish()), _whole(trial.undisturbed)),
+        "A run that logs every step differs from one that does not",
+        "Look at logs: it may read state and not move it.",
+    )
+
+
+def _overridden(subject: Subject, *hooks: str) -> str:
+    """Why a promise about some hooks is not made: nobody has them."""
+    has = subject.which(lambda part: any(part.overrides(hook) for hook in hooks))
+    return "" if has else f"it has no {' and no '.join(hooks)}"
+
+
+@promise()
+def test_samples_may_each_have_a_task(trial: Trial) -> None:
+    """A batch that mixes tasks is answered as each of its tasks alone."""
+    run = trial.diary.run
+    batches = [next(iter(run.module.batches(task, "test"))) for task in range(3)]
+    inputs = torch.cat([batch.inputs for batch in batches])
+    tasks = torch.cat([torch.full_like(b.targets, task) for task, b in enumerate(batches)])
+    order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), evaluation_mode(run.module):
+        mixed = run.module(inputs[order], task=tasks[order])
+        alone = torch.cat([run.module(b.inputs, task=t) for t, b in enumerate(batches)])[order]
+    expect_nothing(
+        differences({"logits": mixed}, {"logits": alone}, tolerance=TOLERANCE),
+        f"With one task id per sample the answers differ by more than {TOLERANCE}",
+        "Look at on_task_switch and at your TaskModule's forward: task may be a tensor (batch,). Where "
+        "that cannot be, declare per_sample = False in the TaskModule.",
+    )
+
+
+# --- what it says of itself ----------------------------------------------------------------------
+
+
+def _needs_task_id(subject: Subject) -> str:
+    needing = subject.which(lambda part: part.strategy.needs_task_id)
+    return needing and f"needs_task_id of {needing} is True"
+
+
+@promise(unless=_needs_task_id)
+def test_answers_without_the_task_id(trial: Trial) -> None:
+    """A strategy that does not declare needs_task_id answers alike in every task's mode."""
+    run, found = trial.diary.run, []
+    batch = next(iter(run.module.batches(0, "test")))
+    with torch.no_grad(), evaluation_mode(run.module):
+        modes = [run.module(batch.inputs, task=task) for task in range(3)]
+    found = [f"task {k}" for k, logits in enumerate(modes) if not torch.equal(logits, modes[0])]
+    expect_nothing(
+        found,
+        "Its answers differ from those in task 0's mode in the mode of",
+        "Declare needs_task_id = True: it cannot run where nobody tells the task at test.",
+    )
+
+
+def _projects(subject: Subject) -> str:
+    projecting = subject.which(lambda part: part.strategy.projects)
+    return projecting and f"projects of {projecting} is True"
+
+
+@promise(unless=_projects)
+def test_projects_only_if_it_says_so(trial: Trial) -> None:
+    """A strategy that replaces gradients declares it: two projections in one run are refused."""
+    expect_nothing(
+        [part.name for part in trial.subject.parts if part.overrides("project_grad")],
+        "project_grad is overridden without projects = True by",
+        "Declare projects = True, or use penalty_grad if it adds to gradients only.",
+    )
+
+
+def _corrects(subject: Subject) -> str:
+    correcting = [type(s).__name__ for s in subject.make() if s.corrects_weights]
+    return f"corrects_weights of {' and '.join(correcting)} is True" if correcting else ""
+
+
+@promise(unless=_corrects)
+def test_corrects_weights_only_if_it_says_so(trial: Trial) -> None:
+    """A strategy that moves shared weights after the optimizer declares it: no projection is beside it."""
+    expect_nothing(
+        sorted(trial.diary.corrected),
+        "on_optimizer_stepped moved shared weights without corrects_weights, in",
+        "Let the property corrects_weights be True, or add a gradient in penalty_grad instead.",
+    )
+
+
+@promise()
+def test_twice_is_refused(trial: Trial) -> None:
+    """The same strategy twice in one run is refused when the run is built."""
+    try:
+        fit([*trial.subject.make(), *trial.subject.make()], MESSY)
+    except ConfigurationError:
+        return
+    except RuntimeError as error:  # Lightning finds it first where both have state
+        if "state_key" in str(error):
+            return
+        raise
+    expect_nothing(
+        [trial.subject.name],
+        "A run took the same strategy twice",
+        "Look at state_key: two of one class must have the same. By default it is the class's name.",
+    )
+
+
+@promise()
+def test_unknown_arguments_are_refused(trial: Trial) -> None:
+    """A misspelt argument is an error and not ignored."""
+    taken = []
+    for part in trial.subject.parts:
+        try:
+            replace(part, arguments={**part.arguments, "no_such_argument": 1}).make()
+        except (TypeError, ConfigurationError):
+            continue
+        taken.append(part.name)
+    expect_nothing(
+        taken,
+        "An argument that does not exist was taken by",
+        "Name the constructor's arguments instead of taking **kwargs.",
+    )
+
+
+# --- stopping and going on -----------------------------------------------------------------------
+
+
+@promise()
+def test_state_loads_without_trust(trial: Trial) -> None:
+    """Its state is plain data: a checkpoint loads with torch.load(weights_only=True)."""
+    found = []
+    for moment, path in trial.checkpoints.items():
+        try:
+            torch.load(path, weights_only=True)
+        except (UnpicklingError, RuntimeError) as error:
+            found.append(f"{moment}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    expect_nothing(
+        found,
+        "Checkpoints do not load with weights_only=True",
+        "Look at state_dict: tensors, numbers, strings, lists and dictionaries of them only.",
+    )
+
+
+@promise()
+def test_resuming_is_bit_identical(trial: Trial) -> None:
+    """A run that goes on from a checkpoint, inside any phase or at a task's end, ends the same."""
+    found: list[str] = []
+    for moment, path in trial.checkpoints.items():
+        again = Diary(fit(trial.subject.make(), MESSY, seed=9, checkpoint=path)).finish()
+        found += [f"{moment}: {d}" for d in differences(_whole(again), _whole(trial.undisturbed))]
+    expect_nothing(
+        found,
+        "Runs that were resumed ended differently. Saved in",
+        "Look at state_dict and load_state_dict: everything that outlives a hook belongs there, or in "
+        "the module; move_state moves its tensors to the device.",
+    )
+
+
+# --- between tasks -------------------------------------------------------------------------------
+
+BETWEEN = ("on_task_end", "merged_weights")
+
+
+def _noted(trial: Trial, *hooks: str) -> list[Consolidation]:
+    return [note for note in trial.diary.consolidations if note.hook in hooks]
+
+
+@promise(unless=lambda subject: _overridden(subject, *BETWEEN))
+def test_consolidation_leaves_the_network_as_it_was(trial: Trial) -> None:
+    """Weights, running statistics, gradients and training flags are the same after consolidating."""
+    found = [
+        f"{note.name}: {said}"
+        for note in _noted(trial, *BETWEEN)
+        for said in differences(note.after, note.before)
+        if not said.startswith("random/")
+    ]
+    expect_nothing(
+        found,
+        "Consolidating changed the network",
+        "Measure inside `with evaluation_mode(host.network()):`, use torch.autograd.grad instead of "
+        "backward(), and give weights to evaluate with by merged_weights.",
+    )
+
+
+@promise(unless=lambda subject: _overridden(subject, *BETWEEN))
+def test_consolidation_draws_no_global_random_numbers(trial: Trial) -> None:
+    """Consolidating does not move dropout's random numbers, nor anybody else's."""
+    found = [
+        f"{note.name}: {said}"
+        for note in _noted(trial, *BETWEEN)
+        for said in differences(note.after, note.before)
+        if said.startswith("random/")
+    ]
+    expect_nothing(
+        found,
+        "Global random states moved while consolidating",
+        "Draw from random_state.seeded_generator(purpose, host.stream.seed, task.id), and measure in "
+        "evaluation mode, where dropout draws nothing.",
+    )
+
+
+@promise(unless=lambda subject: _overridden(subject, "on_task_end"))
+def test_consolidation_measures_the_network_that_answers(trial: Trial) -> None:
+    """A task is consolidated without dropout, without batch statistics and on unaugmented images."""
+    notes = _noted(trial, "on_task_end")
+    expect_nothing(
+        [f"{note.name}: {said}" for note in notes for said in sorted(set(note.seen))],
+        "While consolidating",
+        "Measure inside `with evaluation_mode(host.network()):` on host.batches(task.id, 'train').",
+    )
+
+
+@promise(unless=lambda subject: _overridden_data(subject))
+def test_other_heads_stay_bit_identical(trial: Trial) -> None:
+    """Where each task has its own rows of the head, learning one leaves those of the others alone."""
+    found: list[str] = []
+    known: dict[str, Any] = {}
+
+    def rows(run: Run, task: int) -> dict[str, Any]:
+        first, stop = run.module.tasks[task].columns
+        with run.module.task_mode(task):
+            head = run.module.linear_layers()["head"]
+            return {
+                f"{name} of task {task}": parameter.detach()[first:stop].clone()
+                for name, parameter in head.named_parameters(recurse=False)
+            }
+
+    def begin(run: Run, at: Position, batch: int, last: bool) -> None:
+        if not known:
+            for task in range(1, 3):
+                known.update(rows(run, task))
+
+    def look(run: Run, just: int) -> None:
+        known.update(rows(run, just))
+        now = {name: value for task in range(3) for name, value in rows(run, task).items()}
+        found.extend(f"after task {just}, {said}" for said in differences(now, known))
+
+    def watch(run: Run) -> None:
+        run.module.after_close = lambda just: look(run, just)
+
+    apart = replace(MESSY, module={"mask": "task"})
+    fit(trial.subject.make(), apart, watch=watch, at_batch=begin)
+    expect_nothing(
+        found,
+        "With mask='task', rows of the head moved while another task was learned",
+        "Look at what it writes into host.linear_layers()['head'] at a task's start or end, and at "
+        "merged_weights: under this mask the head is not merged.",
+    )
+
+
+def _overridden_data(subject: Subject) -> str:
+    mixing = subject.which(lambda part: part.overrides("training_tasks"))
+    return mixing and f"training_tasks of {mixing} adds data of other tasks"
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+@promise()
+def test_measured_bytes_are_declared_bytes(trial: Trial) -> None:
+    """After each task the bytes of its tensors are those that its formula gives; growth is declared."""
+    found = [
+        f"after task {task}, {name}: measured {tuple(measured)}, declared {tuple(declared)}"
+        for task, name, measured, declared in trial.diary.bytes_held
+        if measured != declared
+    ]
+    expect_nothing(
+        found,
+        "Bytes (training, inference) are not what declared_bytes says",
+        "Look at declared_bytes, and at the tensors that training_tensors (by default those of "
+        "state_dict) and inference_tensors list.",
+    )
+
+
+# --- the ways to train ---------------------------------------------------------------------------
+
+
+@promise()
+def test_two_processes_learn_what_one_does(trial: Trial, two_processes: TwoProcesses) -> None:
+    """Two processes agree with each other bit for bit, and with one process to 1e-5."""
+    alone = fit(trial.subject.make(), setting()).learned()
+    try:
+        mine, theirs = two_processes.result(trial.subject.name)
+    except RuntimeError as error:
+        pytest.fail(f"Two processes could not learn it:\n{error}", pytrace=False)
+    expect_nothing(
+        differences(mine, theirs),
+        "Two processes hold different things (the first's, not the second's)",
+        "host.batches gives each process a share of the samples: sum over it, then host.all_reduce the "
+        "sum and the count.",
+    )
+    expect_nothing(
+        differences(mine, alone, tolerance=TOLERANCE),
+        f"Two processes differ by more than {TOLERANCE} from one process, on uneven shares",
+        "A loss term is per sample (batch,) or the sum over the slice, never its mean: the module "
+        "divides. Divide what you measure by the all-reduced count.",
+    )
+
+
+@promise()
+def test_two_half_batches_are_a_batch(trial: Trial) -> None:
+    """With gradients accumulated over two batches it learns as from one batch of both, to 1e-5."""
+    halves = replace(
+        PLAIN,
+        stream={"batch_size": 32},
+        trainer={"accumulate_grad_batches": 2, "limit_train_batches": 4},
+    )
+    wholes = replace(PLAIN, stream={"batch_size": 64}, trainer={"limit_train_batches": 2})
+    mine, theirs = (fit(trial.subject.make(), way).learned() for way in (halves, wholes))
+    expect_nothing(
+        differences(mine, theirs, tolerance=TOLERANCE),
+        "Accumulating two batches differs from one batch of both",
+        "Look at what is counted or kept per batch in loss_terms: an update may have several batches. "
+        "Loss terms are sums over the slice, never means.",
+    )
+
+
+@promise()
+def test_runs_with_clipped_gradients(trial: Trial) -> None:
+    """Clipping by norm works beside it, and a limit that is never reached changes nothing."""
+    wide = replace(MESSY, trainer={"gradient_clip_val": 1e9})
+    close = replace(MESSY, trainer={"gradient_clip_val": 0.1})
+    expect_nothing(
+        differences(
+            _whole(Diary(fit(trial.subject.make(), wide)).finish()), _whole(trial.undisturbed)
+        ),
+        "A limit of 1e9 on the gradients' norm changed the run",
+        "Gradients may be left on parameters of your own: take them in consume_grad and set them to None.",
+    )
+    expect_nothing(
+        _unfinished(fit(trial.subject.make(), close)),
+        "With gradients clipped to a norm of 0.1",
+        "Hooks see gradients before they are clipped, and weights after the update.",
+    )
+
+
+def _unfinished(run: Run) -> list[str]:
+    found = [] if run.module.closed == 2 else [f"only {run.module.closed + 1} tasks were learned"]
+    weights = run.module.named_parameters()
+    return found + [f"{name} is not finite" for name, p in weights if not p.isfinite().all()]
+
+
+def _alone(subject: Subject) -> str:
+    exclusive = subject.which(lambda part: part.strategy.exclusive)
+    has_bd = subject.which(lambda part: issubclass(part.strategy, BeneficialPerturbation))
+    if exclusive:
+        return f"exclusive of {exclusive} is True"
+    return has_bd and f"{has_bd} is bd already"
+
+
+@promise(unless=_alone)
+def test_composes_with_bias_units(trial: Trial) -> None:
+    """Beside bd it runs, and beside a bd that does not move (epsilon 0) it learns as alone, to 1e-5."""
+    # Two tasks: with more, a method that treats every old mode for itself rightly differs.
+    short = replace(PLAIN, stream={"num_tasks": 2})
+    alone = fit(trial.subject.make(), short)
+    beside = fit([BeneficialPerturbation(8, 0.0), *trial.subject.make()], short)
+    own = tuple(f"state_dict of/{strategy.state_key}/" for strategy in alone.strategies)
+    remedy = (
+        "Ask host.shared_parameters for what it works on, and measure in the task's mode. If it can "
+        "compose with nothing, declare exclusive = True."
+    )
+    expect_nothing(
+        differences(_shared(beside, own), _shared(alone, own), tolerance=TOLERANCE),
+        "Beside a bd with epsilon 0 it differs from what it is alone",
+        remedy,
+    )
+    moving = fit([BeneficialPerturbation(8), *trial.subject.make()], MESSY)
+    expect_nothing(_unfinished(moving), "Beside bd", remedy)
+
+
+def _shared(run: Run, places: tuple[str, ...]) -> dict[str, Any]:
+    """What a run has in common with one that has bias units as well."""
+    states = {path: leaf for path, leaf in run.learned().items() if path.startswith(places)}
+    return run.plain() | states
