@@ -61,15 +61,17 @@ class IncrementalMomentMatching(ContinualStrategy):
     of batch normalisation are averaged with the alphas, in both modes.
 
     Differs from the paper: the averages are running ones, so memory does not grow with tasks; F is
-    from per-sample gradients of all the task's samples, not of a batch's mean; drop-transfer acts on
-    hidden linear layers.
+    from per-sample gradients of all the task's samples, not of a batch's mean, by default with their
+    true labels (the authors' code draws labels: ``sampled``); drop-transfer acts on hidden linear
+    layers.
 
     Args:
         mode: ``mean`` or ``mode``.
         strength: lambda of the L2-transfer, dimensionless, on all shared parameters; 0 is none.
         drop: rate of the drop-transfer, fraction of the differences that is dropped, in [0, 1).
         weights: alpha of every task up to a common factor, positive; equal by default.
-        fisher: the labels that the Fisher of ``mode`` is taken over, as in EWC.
+        fisher: the labels that the Fisher of ``mode`` is taken over, as in EWC; ``sampled`` draws others
+            on another number of processes.
 
     State:
         mean: one tensor per shared parameter and float buffer, 4 bytes per number; with ``mode`` the
@@ -91,7 +93,7 @@ class IncrementalMomentMatching(ContinualStrategy):
         *,
         drop: float = 0.0,
         weights: Sequence[float] | None = None,
-        fisher: FisherLabels = "sampled",
+        fisher: FisherLabels = "empirical",
     ) -> None:
         for argument, value, known in (("mode", mode, MODES), ("fisher", fisher, LABELS)):
             if value not in known:

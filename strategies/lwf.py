@@ -1,10 +1,8 @@
 """Learning without forgetting."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, pairwise
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,31 +97,39 @@ class Answer(NamedTuple):
     features: Tensor | None = None
 
 
-@contextmanager
-def _heard(network: nn.Module, *layers: str) -> Iterator[dict[str, Tensor]]:
-    """Notes what layers put out, by name, as copies: the next layer may write into it."""
-    outputs: dict[str, Tensor] = {}
+class _Unmasked(nn.Module):
+    """A module's backbone and head, by their names in it, without its mask."""
 
-    def hear(name: str, *arguments: Any) -> None:
-        outputs[name] = arguments[-1].clone()
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.backbone = module.get_submodule("backbone")
+        self.head = module.get_submodule("head")
 
-    handles = [
-        network.get_submodule(name).register_forward_hook(partial(hear, name)) for name in layers
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(batch, ...)`` to ``(batch, all columns)``."""
+        head = cast(nn.Linear, self.head)
+        if inputs.is_floating_point():  # as the module does, whose weights may be in low precision
+            inputs = inputs.to(head.weight.dtype)
+        logits: Tensor = head(self.backbone(inputs))
+        return logits
 
 
 def _ask(
-    network: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor, layer: str | None
+    network: _Unmasked, tensors: Mapping[str, Tensor], inputs: Tensor, layer: str | None
 ) -> Answer:
     """Call a network with some of its tensors replaced, in the mode that holds."""
-    with _heard(network, "head", *filter(None, [layer])) as outputs:  # what it returns is masked
-        functional_call(network, dict(tensors), (inputs,))
-    return Answer(outputs["head"], outputs[layer].flatten(1) if layer else None)
+    features: list[Tensor] = []
+
+    def hear(_: nn.Module, __: Any, output: Tensor) -> None:
+        features.append(output.flatten(1).clone())  # the next layer may write into it
+
+    handle = network.get_submodule(layer).register_forward_hook(hear) if layer else None
+    try:
+        logits: Tensor = functional_call(network, dict(tensors), (inputs,))
+    finally:
+        if handle is not None:
+            handle.remove()
+    return Answer(logits, *features)
 
 
 def _shared(host: ContinualHost, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -180,7 +186,7 @@ class Teacher:
                 "Expected a teacher to be asked after a first task, but no task is learned yet. The "
                 "first task has nothing to be distilled: ask from the second task's start on."
             )
-        network = host.network()
+        network = _Unmasked(host.network())
         with evaluation_mode(network):
             return _ask(network, self.tensors, inputs, layer)
 
@@ -191,7 +197,7 @@ class Teacher:
 
 def student_answer(host: ContinualHost, inputs: Tensor, layer: str | None = None) -> Answer:
     """Of the network as it trains, once more: its running statistics stay those of its own task."""
-    network = host.network()
+    network = _Unmasked(host.network())
     buffers = {n: buffer.clone() for n, buffer in _shared(host, network.named_buffers()).items()}
     return _ask(network, buffers, inputs, layer)
 

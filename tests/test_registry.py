@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bpn_lightning import registry
 from bpn_lightning.cli import main
+from bpn_lightning.command import read_command
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -253,8 +254,11 @@ def rivals(plugins: None, install: Install) -> None:
 def test_a_run_that_uses_a_name_of_two_classes_is_refused(
     flags: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = OWN if name != "SplitDigits" else "--config digits_inc.yaml"
-    assert main([*line.split(), *flags.split(), "--print_config"]) == 2
+    first = OWN if name != "SplitDigits" else "--config digits_inc.yaml"
+    line = [*first.split(), *flags.split(), "--print_config"]
+    with pytest.raises(ConfigurationError):  # before torch is imported
+        read_command(line)
+    assert main(line) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"bpn-fit: error: {CLASHES[name]}"
 
 

@@ -384,6 +384,20 @@ def test_features_are_those_of_the_step_whoever_else_runs_the_network(
     same(disturbed.weights(), alone.weights())
 
 
+@pytest.mark.parametrize("modes", [False, True])
+def test_features_are_those_before_the_next_layer_writes_into_them(
+    learn: Any, same: Any, modes: bool
+) -> None:
+    def after(inplace: bool) -> dict[str, Tensor]:
+        relu = partial(nn.ReLU, inplace=inplace)
+        backbone = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 12), relu(), nn.Linear(12, 8))
+        more = [BeneficialPerturbation(4)] if modes else []
+        strategies = [*more, EBLL(alpha=3.0, layer="backbone.1")]
+        return learn(*strategies, backbone=backbone, optimizer=partial(SGD, lr=0.1)).weights()
+
+    same(after(inplace=True), after(inplace=False))
+
+
 def test_a_layer_that_is_kept_in_evaluation_mode_is_asked_again(learn: Any, watch: Any) -> None:
     ebll, terms = EBLL(), []
 
@@ -520,8 +534,9 @@ def test_composes(learn: Any, others: Callable[[], list[Any]], after: bool) -> N
     assert ebll.num_encoders == 2
 
 
-def test_half_precision_runs(learn: Any) -> None:
-    run = learn(ebll := EBLL(), trainer={"precision": "bf16-mixed"})
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_runs(learn: Any, precision: str) -> None:
+    run = learn(ebll := EBLL(), trainer={"precision": precision})
     assert run.module.closed == 1
     assert ebll.encoders["weight"].dtype == torch.float32
 

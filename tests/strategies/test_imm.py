@@ -288,7 +288,7 @@ def test_draws_nothing_from_global_generators(learn: Any, fisher: Any) -> None:
 
 
 def test_the_drawn_labels_follow_from_the_stream_alone(learn: Any, watch: Any, same: Any) -> None:
-    one, other = IMM(strength=0.0), IMM(strength=0.0)
+    one, other = (IMM(strength=0.0, fisher="sampled") for _ in range(2))
     learn(one)
     learn(watch(end=lambda *_: torch.rand(7)), other)
     same(one.state_dict(), other.state_dict())
@@ -646,9 +646,11 @@ def test_a_checkpoint_serves_the_average_and_keeps_the_weights_of_training(
     assert torch.equal(loaded.evaluate(), module.accuracy_matrix.accuracy[-1])
 
 
+@pytest.mark.parametrize("task", [0, 1])
 def test_a_failure_while_a_task_closes_merges_nothing_twice(
-    fit_imm: Any, same: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    fit_imm: Any, same: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, task: int
 ) -> None:
+    """The average is served by then, and must not be taken for the weights of training."""
     from bpn_lightning import module as home
 
     class Saves(Callback):
@@ -660,7 +662,7 @@ def test_a_failure_while_a_task_closes_merges_nothing_twice(
 
     def fails_once(*arguments: Any) -> Tensor:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == task + 2:
             raise RuntimeError("power cut")
         return real(*arguments)
 
@@ -669,6 +671,7 @@ def test_a_failure_while_a_task_closes_merges_nothing_twice(
         fit_imm(Saves())
     rest, _, rest_imm = fit_imm(seed=3, ckpt_path=tmp_path / "broken.ckpt")
     same(parts_of(rest), parts_of(whole))
+    same(rest.training_weights, whole.training_weights)
     same(rest_imm.state_dict(), whole_imm.state_dict())
 
 

@@ -327,7 +327,8 @@ def test_a_layer_that_was_frozen_is_taught_too(learn: Any, watch: Any) -> None:
     def freeze(host: Any, task: Any) -> None:
         host.backbone[1].requires_grad_(task.id > 1)
 
-    run = learn(watch(start=freeze), lwf, stream={"num_tasks": 3})
+    # The teacher of the third task learns while the layer is frozen, and is asked when it is not.
+    run = learn(lwf, watch(start=freeze), stream={"num_tasks": 3})
     weight = run.module.backbone[1].weight
     assert (lwf.teacher.tensors["backbone.1.weight"] != weight).any()
 
@@ -445,8 +446,9 @@ def test_adds_to_other_penalties(learn: Any) -> None:
     learn(EWC(10.0), BeneficialPerturbation(4), LearningWithoutForgetting(warm_up_epochs=1))
 
 
-def test_half_precision_runs(learn: Any) -> None:
-    run = learn(LearningWithoutForgetting(), trainer={"precision": "bf16-mixed"})
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_runs(learn: Any, precision: str) -> None:
+    run = learn(LearningWithoutForgetting(), trainer={"precision": precision})
     assert run.module.closed == 1
 
 
