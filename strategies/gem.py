@@ -118,7 +118,7 @@ def multipliers(
     # The solver compares with fixed tolerances, and its problem is homogeneous.
     scale = np.abs(target).max(initial=0) or 1.0
     solution, _ = nnls(factor.T, target / scale, maxiter=100 * len(norms))
-    v = np.full(len(live), floor)
+    v = np.full(len(live), floor, dtype=np.float64)
     v[live] += solution * scale / norms
     if margin_mode == "additive":
         v += margin
@@ -138,8 +138,10 @@ def inner_products(rows: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     total = torch.zeros(len(rows[0]), len(others[0]), dtype=torch.float64, device=rows[0].device)
     for left, right in zip(rows, others, strict=True):
         step = max(1, CHUNK // (len(left) + len(right)))
-        for one, other in zip(torch.split(left, step, 1), torch.split(right, step, 1), strict=True):
-            total += one.double() @ other.double().T
+        parts = zip(torch.split(left, step, 1), torch.split(right, step, 1), strict=True)
+        for one, other in parts:
+            exact = one.double()
+            total += exact @ (exact if left is right else other.double()).T
     return total
 
 

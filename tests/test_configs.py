@@ -49,7 +49,7 @@ def test_an_experiment_names_its_method_and_no_strategies(experiment: str) -> No
     content = load(CONFIGS / f"{experiment}.yaml")
     assert content["method"] in methods_of(experiment)
     assert "strategies" not in content
-    assert set(methods_of(experiment)) == METHODS
+    assert set(methods_of(experiment)) >= METHODS
 
 
 @pytest.mark.parametrize(("experiment", "method"), RUNS)

@@ -298,7 +298,7 @@ def test_the_drawn_labels_follow_from_the_stream_alone(learn: Any, watch: Any, s
 def test_remembers_what_fine_tuning_forgets(learn: Any, mode: Any) -> None:
     """What the method is for; with one head, where fine-tuning ends at 1/5."""
     run = learn(
-        IMM(mode, 0.1, drop=0.5),
+        IMM(mode, 0.01),
         stream={"num_tasks": 5, "epochs_per_task": 5, "batch_size": 32},
         optimizer=partial(SGD, lr=0.1),
         backbone=lambda: MLP([32, 32]),
