@@ -21,8 +21,7 @@ from bpn_lightning.conformance.subjects import read_subjects
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies import STRATEGIES
 
-#: Arguments for a stream of 287 images per task, where the defaults are for larger ones.
-ARGUMENTS = "{}"
+ARGUMENTS = "{planted.NeedsAnArgument: {strength: 0.02}}"
 
 COMPOSITIONS = [
     name
@@ -98,6 +97,11 @@ class WithoutNull(Pull):
 
     def __init__(self, strength=0.01):
         super().__init__(strength + 0.01)
+
+
+class NeedsAnArgument(Pull):
+    def __init__(self, strength):
+        super().__init__(strength)
 
 
 class ActsAtStrengthZero(Pull):
@@ -297,6 +301,15 @@ class RanksOnTheirOwn(Pull):
         return sums
 
 
+class DiesInCompany(Pull):
+    """Ends one of two processes; those that come after it are still examined."""
+
+    def on_task_end(self, host, task):
+        super().on_task_end(host, task)
+        if host.global_rank == 1:
+            raise ValueError("I would rather be alone.")
+
+
 class MeansOfSlices(Pull):
     def loss_terms(self, host, batch, logits):
         return {"size": self.strength * logits.square().mean()} if self.anchor else {}
@@ -349,6 +362,7 @@ HALVES = "two_half_batches_are_a_batch"
 FAULTS = {
     "Pull": set(),
     "WithoutNull": set(),
+    "NeedsAnArgument": set(),
     "ActsAtStrengthZero": {NULL},
     "ActsAtOnce": {FIRST},
     "CountsVisits": {EVALUATING},
@@ -372,6 +386,7 @@ FAULTS = {
     "CountsBytesWrong": {BYTES},
     "Grows": {BYTES},
     "RanksOnTheirOwn": {RANKS},
+    "DiesInCompany": {RANKS},
     "MeansOfSlices": {RANKS, HALVES},
     "CountsBatches": {HALVES},
     "ClipsBadly": {"runs_with_clipped_gradients"},
@@ -458,6 +473,10 @@ def test_a_failure_says_what_to_look_at(outcome):
     said = outcome.failed["planted.CountsBytesWrong"][BYTES]
     assert "after task 2, CountsBytesWrong: measured (" in said
     assert "Look at declared_bytes" in said
+
+
+def test_a_process_that_fails_is_quoted(outcome):
+    assert "I would rather be alone." in outcome.failed["planted.DiesInCompany"][RANKS]
 
 
 @pytest.mark.parametrize(

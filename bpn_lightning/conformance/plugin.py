@@ -1,13 +1,13 @@
 """The suite's options, and which promise is examined for which strategy."""
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from bpn_lightning.conformance.pair import TwoProcesses
 from bpn_lightning.errors import ConfigurationError
 
 pytest.register_assert_rewrite("bpn_lightning.conformance.promises")
@@ -20,22 +20,22 @@ _STATE = pytest.StashKey["_State"]()
 class _State:
     """What lives as long as the run of pytest."""
 
-    def __init__(self, names: list[str], arguments: Mapping[str, Any]) -> None:
-        from bpn_lightning.conformance.subjects import read_subjects
-
-        self.arguments = arguments
-        self.subjects = read_subjects(names, arguments)
+    def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="conformance_")
+        self.arguments: dict[str, Any] = {}
+        self.subjects: list[Any] = []
         self.trials: dict[str, Any] = {}
-        self.two_processes: Any = None
+        self.two_processes: TwoProcesses | None = None
         self.not_applicable: dict[str, dict[str, str]] = {}  # reasons by promise and strategy
+
+    def subfolder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder.name))
 
     def trial(self, subject: Any) -> Any:
         from bpn_lightning.conformance.trials import Trial
 
         if subject.name not in self.trials:
-            folder = Path(tempfile.mkdtemp(dir=self.folder.name))
-            self.trials[subject.name] = Trial(subject, folder)
+            self.trials[subject.name] = Trial(subject, self.subfolder())
         return self.trials[subject.name]
 
 
@@ -61,16 +61,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Read the options; collect the promises whatever files and functions the user's tests are in."""
-    arguments: dict[str, Any] = {}
-    try:
-        for text in config.getoption("--strategy-arguments"):
-            arguments.update(_read_mapping(text))
-        config.stash[_STATE] = _State(config.getoption("--strategy"), arguments)
-    except ConfigurationError as error:
-        raise pytest.UsageError(str(error)) from error
+    """Collect the promises, whatever files and functions the author's own tests are in."""
+    config.stash[_STATE] = _State()
     config.addinivalue_line("python_files", PROMISES)
     config.addinivalue_line("python_functions", "test_")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Read the options and import the strategies, while two more processes get ready."""
+    config, state = session.config, session.config.stash[_STATE]
+    names = config.getoption("--strategy")
+    try:
+        for text in config.getoption("--strategy-arguments"):
+            state.arguments.update(_read_mapping(text))
+        if names and not config.option.collectonly:
+            state.two_processes = TwoProcesses(state.subfolder())
+        from bpn_lightning.conformance.subjects import read_subjects
+
+        state.subjects = read_subjects(names, state.arguments)
+    except ConfigurationError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def _read_mapping(text: str) -> dict[str, Any]:
@@ -88,8 +98,7 @@ def _read_mapping(text: str) -> dict[str, Any]:
 
 def pytest_report_header(config: pytest.Config) -> str:
     """Say what is examined."""
-    names = ", ".join(subject.name for subject in config.stash[_STATE].subjects)
-    return f"conformance of strategies: {names}"
+    return f"conformance of strategies: {', '.join(config.getoption('--strategy'))}"
 
 
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: object) -> list[Any] | None:
@@ -124,18 +133,17 @@ def _asks_two_processes(item: pytest.Item) -> bool:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the two processes if somebody will ask what they have learned."""
+    """Let the two processes begin, if somebody will ask what they have learned."""
     state = session.config.stash[_STATE]
     asked: list[Any] = [
         item.callspec.params["trial"]
         for item in session.items
         if isinstance(item, pytest.Function) and _asks_two_processes(item)
     ]
-    if asked and not session.config.option.collectonly:
-        from bpn_lightning.conformance.ranks import TwoProcesses
-
-        folder = Path(tempfile.mkdtemp(dir=state.folder.name))
-        state.two_processes = TwoProcesses(asked, state.arguments, folder)
+    if state.two_processes is not None and asked:
+        state.two_processes.begin([subject.name for subject in asked], state.arguments)
+    elif state.two_processes is not None:
+        state.two_processes.stop()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -167,6 +175,6 @@ def trial(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="session")
-def two_processes(request: pytest.FixtureRequest) -> Any:
+def two_processes(request: pytest.FixtureRequest) -> TwoProcesses | None:
     """What two processes have learned together."""
     return request.config.stash[_STATE].two_processes

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpn_lightning.conformance.ranks import TwoProcesses, setting
+from bpn_lightning.conformance.pair import TwoProcesses
+from bpn_lightning.conformance.ranks import setting
 from bpn_lightning.conformance.runs import MESSY, PLAIN, Run, differences, fit
 from bpn_lightning.conformance.subjects import Subject
 from bpn_lightning.conformance.trials import Consolidation, Diary, Trial, answers, fine_tuning
