@@ -192,7 +192,9 @@ class ContinualSteps(ContinualNetwork):
             }
         self._other_rows = []
         if self._mask == "task" or self._phase.trains == "head":
-            learning = [range(*self._tasks[task].columns) for task in self.training_tasks(self.opened)]
+            learning = [
+                range(*self._tasks[task].columns) for task in self.training_tasks(self.opened)
+            ]
             inside = {row for rows in learning for row in rows}
             outside = [row for row in range(self._head.out_features) if row not in inside]
             rows = torch.tensor(outside, device=self.device, dtype=torch.long)
