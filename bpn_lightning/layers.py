@@ -244,8 +244,7 @@ class WeightBank(TaskModule):
         with torch.no_grad():
             for name, tensor in self._tensors().items():
                 tensor.copy_(values[name])
-        if torch.is_autocast_enabled():
-            torch.clear_autocast_cache()  # it holds the weights of before in low precision
+        torch.clear_autocast_cache()  # it holds the weights of before in low precision
 
     def get_extra_state(self) -> dict[str, Any]:
         """All sets of weights, and which one the network has."""

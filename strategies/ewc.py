@@ -26,7 +26,7 @@ class EWC(PenaltyStrategy, ContinualStrategy):
     .. math:: \lambda \gamma \sum_i \tilde F_{t-1,i} (\theta_i - \theta^*_{t-1,i})^2, \quad
         \tilde F_t = \gamma \tilde F_{t-1} + F_t
 
-    of Schwarz et al. (2018), https://arxiv.org/abs/1805.06370, section 3.2.
+    of Schwarz et al. (2018), https://arxiv.org/abs/1805.06370.
 
     Differs from the papers: the sum over tasks is kept as two running sums (exact, and the same cost
     at any number of tasks), and by default the pull is an implicit step after the optimizer's,

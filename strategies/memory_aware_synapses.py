@@ -23,8 +23,8 @@ class MemoryAwareSynapses(PenaltyStrategy, ContinualStrategy):
 
     Differs from the published code, which takes the absolute value of a batch's summed gradient
     unless its batches have one sample: here every sample's own gradient counts, and every sample once.
-    The pull has an upper limit by default, at which it is no longer the paper's: the explicit gradient
-    diverges once the learning rate times 2 lambda Omega exceeds 2.
+    The pull has an upper limit by default: below it the two are the same, and beyond twice of it the
+    explicit gradient diverges.
 
     Args:
         strength: lambda, dimensionless; 0 is fine-tuning.

@@ -20,7 +20,7 @@ CLAMPS = ("cumulative", "per_task", "none")
 def add_importance(
     importance: Tensor, path: Tensor, change: Tensor, damping: float, clamp: Clamp
 ) -> Tensor:
-    r"""Importances after one more task (Eq. 5 of Zenke et al.).
+    r"""Importances after one more task.
 
     .. math:: \Omega_t = \Omega_{t-1} + \frac{\omega}{\Delta^2 + \xi}
 
@@ -50,17 +50,16 @@ class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
         \Omega_i = \sum_k \frac{\omega_{k,i}}{\Delta_{k,i}^2 + \xi}, \quad
         \omega_{k,i} = -\sum_s g_{s,i} (\theta_{s+1,i} - \theta_{s,i})
 
-    Eq. 4 and 5 of Zenke et al. (2017), https://arxiv.org/abs/1703.04200. The sum over s runs over the
-    updates of task k, and Delta is how far they moved the parameter. g is the gradient of the task's
-    loss alone, over all processes and accumulated batches, before any penalty, projection or clipping;
-    the change is the one that really happened, with momentum, weight decay, clipping and this
-    strategy's own pull, also where that is an implicit step. What strategies later in the list do to
-    weights after the update is not in it: put SI behind them. An update that a scaler skips adds
-    nothing.
+    Zenke et al. (2017), https://arxiv.org/abs/1703.04200. The sum over s runs over the updates of task
+    k, and Delta is how far they moved the parameter. g is the gradient of the task's loss alone, over
+    all processes and accumulated batches, before any penalty, projection or clipping; the change is
+    the one that really happened, with momentum, weight decay, clipping and this strategy's own pull,
+    also where that is an implicit step. What strategies later in the list do to weights after the
+    update is not in it: put SI behind them. An update that a scaler skips adds nothing.
 
-    Differs from the paper: nothing in the formulas; negative sums are set to 0, as in the authors' code
-    (``clamp``). The pull has an upper limit by default, at which it is no longer the paper's: below it
-    the two are the same, and the explicit gradient diverges beyond twice of it.
+    Differs from the paper: negative sums are set to 0, as in the authors' code (``clamp``). The pull
+    has an upper limit by default: below it the two are the same, and beyond twice of it the explicit
+    gradient diverges.
 
     Args:
         strength: c, dimensionless; 0 is fine-tuning.
@@ -94,11 +93,11 @@ class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
         update: Update = "clamped",
         include_head: bool | None = None,
     ) -> None:
-        super().__init__(strength, update, include_head, usual="the paper uses 0.1 and 1")
+        super().__init__(strength, update, include_head, usual="the authors use 0.1 and 1")
         if not 0 < damping < float("inf"):
             raise ConfigurationError(
                 f"Expected damping to be a positive number, but got {damping}. "
-                "The paper uses 0.1 and 0.001."
+                "The authors use 0.1 and 0.001."
             )
         if clamp not in CLAMPS:
             raise ConfigurationError(

@@ -252,8 +252,9 @@ def test_samples_of_several_tasks_are_answered_by_their_own_networks(learned: An
 # --- the Trainer's other doors -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_trainers_answer_for_every_task(learn: Any, precision: Any) -> None:
+def test_trainers_answer_for_every_task(learn: Any, precision: Any, inference_mode: bool) -> None:
     """Autocast keeps the weights of a block in low precision: those of one network for the next."""
     run = learn(
         STL(),
@@ -264,6 +265,7 @@ def test_trainers_answer_for_every_task(learn: Any, precision: Any) -> None:
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, precision=precision,
         enable_checkpointing=False, enable_model_summary=False, callbacks=[STL()],
+        inference_mode=inference_mode,
     )  # fmt: skip
     (tested,) = trainer.test(module, stream, verbose=False)
     found = [tested[f"test/accuracy/task_{task + 1}"] for task in range(TASKS)]

@@ -437,7 +437,7 @@ def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
 
 # --- refusals ------------------------------------------------------------------------------------
 
-STRENGTH = " 0 is fine-tuning; the paper uses 0.1 and 1."
+STRENGTH = " 0 is fine-tuning; the authors use 0.1 and 1."
 NEGATIVE = "an implicit step needs importances of at least 0. Set update to 'clamped'."
 
 
@@ -465,11 +465,11 @@ def test_any_optimizer_by_default(learn: Any) -> None:
         ),
         (
             {"damping": 0},
-            "Expected damping to be a positive number, but got 0. The paper uses 0.1 and 0.001.",
+            "Expected damping to be a positive number, but got 0. The authors use 0.1 and 0.001.",
         ),
         (
             {"damping": float("nan")},
-            "Expected damping to be a positive number, but got nan. The paper uses 0.1 and 0.001.",
+            "Expected damping to be a positive number, but got nan. The authors use 0.1 and 0.001.",
         ),
         (
             {"clamp": "relu"},
