@@ -7,6 +7,7 @@ fifth task, each task counting the same. DIR is torchvision's root with MNIST in
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +33,12 @@ class Row(NamedTuple):
 
 
 FISHER = ("--strategies.ewc.fisher", "predicted", "--strategies.ewc.update", "gradient")
-HEAD = "true"
-SGD = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.01")
+GEM = (
+    *("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.01"),
+    *("--strategies.gem.margin", "0.5"),
+    "--strategies.gem.memory_size",
+)
+GEM_PUBLISHED = ((98.42, 0.10), (96.16, 0.35), (92.20, 0.12))
 
 ROWS = {
     "fine-tuning (Adam)": Row("finetune", None, (), ((93.46, 2.01), (55.16, 1.38), (19.71, 0.08))),
@@ -47,7 +52,10 @@ ROWS = {
     "SI": Row(
         "si",
         (300, 3000, 600),
-        ("--strategies.si.damping", "0.1", "--strategies.si.update", "gradient"),
+        (
+            *("--strategies.si.damping", "0.1", "--strategies.si.clamp", "none"),
+            *("--strategies.si.update", "gradient"),
+        ),
         ((98.56, 0.49), (64.76, 3.09), (19.67, 0.09)),
     ),
     "MAS": Row(
@@ -56,13 +64,14 @@ ROWS = {
         ("--strategies.mas.update", "gradient"),
         ((99.22, 0.21), (68.57, 6.85), (19.52, 0.29)),
     ),
-    "LwF": Row("lwf", None, (), ((99.60, 0.03), (71.02, 1.26), (24.17, 0.33))),
-    "GEM": Row(
-        "gem",
-        None,
-        (*SGD, "--strategies.gem.margin", "0.5"),
-        ((98.42, 0.10), (96.16, 0.35), (92.20, 0.12)),
+    "LwF": Row(
+        "lwf",
+        (10, 10, 10),
+        ("--strategies.lwf.heads", "joint"),
+        ((99.60, 0.03), (71.02, 1.26), (24.17, 0.33)),
     ),
+    "GEM, 220 per task": Row("gem", None, (*GEM, "220"), GEM_PUBLISHED),
+    "GEM, 880 per task": Row("gem", None, (*GEM, "880"), GEM_PUBLISHED),
     "joint": Row("joint", None, (), ((99.52, 0.16), (98.59, 0.15), (97.53, 0.30))),
 }
 
@@ -111,7 +120,7 @@ def _cell(name: str, scenario: str, seed: int, root: str) -> Cell:
     if row.strengths is not None:
         strength = row.strengths[list(SCENARIOS).index(scenario)]
         flags += [f"--strategies.{row.method}.strength", str(strength)]
-    experiment = f"split_mnist_{scenario}_{name.split()[0]}"
+    experiment = re.sub(r"\W+", "_", f"split_mnist_{scenario}_{name}").strip("_")
     return Cell(experiment, row.method, seed, tuple(flags))
 
 
