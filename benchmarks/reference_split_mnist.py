@@ -121,7 +121,9 @@ Where ours differs, and why:
   thing. Both spread widely over seeds, theirs too.
 - LwF: the table names no strength, and their weights 1/t and 1 - 1/t with a factor of the temperature's
   square vary with the task t; ours is a constant 10, about their mean ratio. In class-incremental form ours
-  forgets all but the last task.
+  forgets all but the last task, at strengths of 16 and 40 as well: code of the same scenarios (van de Ven's)
+  gives the new task's classes probability 0 in what the teacher says, which holds them down; the method's
+  own paper does not.
 - GEM: theirs shares one memory of 1,100 or 4,400 images among the tasks so far, so that early tasks have
   more; the table does not say which of the two it shows. Ours is a fixed number per task that makes the
   same sum after the fifth.
