@@ -46,6 +46,9 @@ class ContinualModule(ContinualSteps):
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
         evaluate_every: test accuracies are taken after every ``task``, or also after every ``epoch``.
+        evaluate_on: the tasks that are tested after every task: ``all`` of the stream, or those
+            ``seen_and_next``, which halves the work on long streams; before training it is all. Of the
+            metrics only forgetting looks at more: at a task's best accuracy of all that are known.
         patience: epochs without a lower validation loss after which a phase of a task ends; None
             trains each to its full length.
         without_oracle: whether every task is also scored, at the stream's end, without the task id.
@@ -72,6 +75,7 @@ class ContinualModule(ContinualSteps):
         scheduler_interval: Literal["step", "epoch"] = "step",
         mask: Mask = "all",
         evaluate_every: Literal["task", "epoch"] = "task",
+        evaluate_on: Literal["all", "seen_and_next"] = "all",
         patience: int | None = None,
         without_oracle: bool = True,
     ) -> None:
@@ -86,11 +90,16 @@ class ContinualModule(ContinualSteps):
             raise ConfigurationError(
                 f"Expected evaluate_every to be 'task' or 'epoch', but got {evaluate_every!r}."
             )
+        if evaluate_on not in ("all", "seen_and_next"):
+            raise ConfigurationError(
+                f"Expected evaluate_on to be 'all' or 'seen_and_next', but got {evaluate_on!r}."
+            )
         if patience is not None and patience < 1:
             raise ConfigurationError(
                 f"Expected patience to be at least 1 epoch or null, but got {patience}."
             )
         self.evaluate_every = evaluate_every
+        self.evaluate_on = evaluate_on
         self.patience = patience
         self.without_oracle = without_oracle
 
@@ -233,7 +242,7 @@ class ContinualModule(ContinualSteps):
                 self._done.append(strategy.state_key)
         self._switch(task_id)
         self._serve_merged_weights()
-        row = evaluate(self)
+        row = self._test(len(self._tasks) if self.evaluate_on == "all" else task_id + 2)
         last = task_id + 1 == len(self._tasks)
         if last and self.without_oracle and self._mask != "task":
             alone = evaluate_without_oracle(self, range(len(self._tasks)))
@@ -288,12 +297,16 @@ class ContinualModule(ContinualSteps):
             if epochs_done == self.schedule.phase_epochs(epochs_done - 1).stop:
                 self._best_loss, self._bad_epochs = float("inf"), 0
         if self.evaluate_every == "epoch" and epochs_done <= self.schedule.last_epoch(self.opened):
-            row = torch.full((len(self._tasks),), float("nan"), dtype=torch.float64)
-            row[: self.opened + 1] = evaluate(self, range(self.opened + 1))
-            self._add_to_curve(row, self.opened, epochs_done)
+            self._add_to_curve(self._test(self.opened + 1), self.opened, epochs_done)
         self._judged = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
         self.trainer.fit_loop.max_epochs = self.schedule.total
+
+    def _test(self, count: int) -> Tensor:
+        """A row of the matrix: accuracies of the first tasks, NaN for the others."""
+        row = torch.full((len(self._tasks),), float("nan"), dtype=torch.float64)
+        row[:count] = evaluate(self, range(min(count, len(self._tasks))))
+        return row
 
     def _add_to_curve(self, accuracy: Tensor, task: int, epoch: int) -> None:
         if not self.curve or self.curve[-1]["epoch"] < epoch:

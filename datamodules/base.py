@@ -60,8 +60,9 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     """A stream of tasks as an ordinary LightningDataModule.
 
     Images stay in memory as uint8, once; batches are taken by index and become normalised floats
-    on the device. A stream says how its data are read (``read``) and how they make tasks
-    (``divide``).
+    on the device. A stream says how its data are read (``read``), how they make tasks (``divide``)
+    and, where tasks differ in more than their classes, what a task does to its inputs
+    (``transform``).
 
     Args:
         epochs_per_task: epochs of a task's training, one number for all tasks or a list with one
@@ -81,7 +82,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     Attributes:
         tasks: the tasks in order, once set up.
         num_classes: the width of the head.
-        input_shape: ``(channels, height, width)``.
+        input_shape: ``(channels, height, width)``, or what else a sample's shape is.
         has_validation: whether a part of the training data is held out.
         normalisation: what ``prepare`` subtracts and divides by.
     """
@@ -144,6 +145,15 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             The tasks, and for each the data set's numbers of its classes, in the order of its columns.
         """
 
+    def transform(self, images: Tensor, task: int | Tensor) -> Tensor:
+        """What a task does to its inputs, in training and evaluation: by default nothing.
+
+        Args:
+            images: ``(batch, *input_shape)`` float32, normalised, on the device; not to be changed.
+            task: the task that all of them share, or ``(batch,)`` int64, one per image.
+        """
+        return images
+
     # ---------------------------------------------------------------------- setting up
 
     def epochs_of(self, num_tasks: int) -> list[int]:
@@ -183,13 +193,18 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         }
         self._refuse_empty_classes(parts, data.source)
         self.normalisation = self.constants or Normalisation.of(train, parts["train"].members[0])
-        self._augmentation = CropAndFlip(min(self.input_shape[1:]) // 8, self.mirrored)
+        if self.augment:
+            self._augmentation = CropAndFlip(min(self.input_shape[1:]) // 8, self.mirrored)
         self._parts = parts
 
     def _refuse_empty_classes(self, parts: dict[Split, _Part], source: str) -> None:
         for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
             samples, members = parts[split]
+            checked = set()
             for task, indices in zip(self.tasks, members, strict=True):
+                if (key := (id(indices), task.columns)) in checked:  # the same samples once more
+                    continue
+                checked.add(key)
                 found = torch.unique(samples.labels[indices]).tolist()
                 empty = [
                     name
@@ -203,6 +218,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
                         "with class_order."
                     )
 
+    def members(self, task_id: int, split: Split) -> Tensor:
+        """Which samples of the store belong to a task: ``(n,)`` int64, in the order of the store."""
+        return self._parts[split].members[task_id]
+
     # ---------------------------------------------------------------------- loaders
 
     def loader(self, task_id: int, split: Split, batch_size: int | None = None) -> EvaluationLoader:
@@ -213,9 +232,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             split: "train" (without the held-out part), "val" or "test".
             batch_size: over all processes; None: ``eval_batch_size``.
         """
-        samples, members = self._parts[split]
+        samples = self._parts[split].samples
         size = batch_size or self.eval_batch_size
-        return EvaluationLoader(samples, members[task_id], task_id, size, self._share())
+        indices = self.members(task_id, split)
+        return EvaluationLoader(samples, indices, task_id, size, self._share())
 
     def train_loader(
         self, task_id: int, epoch: int, tasks: Sequence[int] | None = None
@@ -228,15 +248,15 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             tasks: the tasks whose data it is trained on, where they are not its own only; batches
                 then have one task id per sample.
         """
-        samples, members = self._parts["train"]
-        several = [task_id] if tasks is None else list(tasks)
-        ids = [torch.full_like(members[task], task) for task in several]
+        indices, ids = self.members(task_id, "train"), None
+        if tasks is not None and list(tasks) != [task_id]:
+            indices, ids = self._joined("train", tasks)
         return TrainLoader(
-            samples,
-            torch.cat([members[task] for task in several]),
+            self._parts["train"].samples,
+            indices,
             task_id,
             epoch,
-            task_ids=None if several == [task_id] else torch.cat(ids),
+            task_ids=ids,
             seed=self.seed,
             batch_size=self.batch_size,
             processed=self._processed,
@@ -266,10 +286,15 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         return self.test_dataloader()
 
     def _joint_loader(self, split: Split, task_ids: range) -> EvaluationLoader:
-        samples, members = self._parts[split]
-        indices = torch.cat([members[task] for task in task_ids])
-        ids = torch.cat([torch.full_like(members[task], task) for task in task_ids])
+        indices, ids = self._joined(split, task_ids)
+        samples = self._parts[split].samples
         return EvaluationLoader(samples, indices, ids, self.eval_batch_size, self._share())
+
+    def _joined(self, split: Split, task_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Samples of several tasks, and the task of each."""
+        members = [self.members(task, split) for task in task_ids]
+        counts = torch.tensor([len(indices) for indices in members])
+        return torch.cat(members), torch.tensor(task_ids).repeat_interleave(counts)
 
     def _share(self) -> Share:
         trainer = self.trainer
@@ -302,7 +327,9 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         return self.prepare(batch, augment=self.trainer is not None and self.trainer.training)
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
-        """Raw images to normalised floats, on the device that they lie on.
+        """Raw inputs to what the network sees, on the device that they lie on.
+
+        Augmented if they are to be, then normalised, then transformed as their task does.
 
         Args:
             batch: as a loader gave it.
@@ -311,9 +338,13 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         images = batch.inputs
         if augment and batch.augmentation is not None:
             images = self._augmentation.apply(images, batch.augmentation)
+        inputs = self.transform(self.normalise(images), batch.task)
+        return batch._replace(inputs=inputs, augmentation=None)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """``(batch, channels, height, width)`` uint8 to float32 of mean 0 and deviation 1."""
         scale, shift = self._scale_and_shift(images.device)
-        # (x / 255 - mean) / std, as one product and one sum
-        return batch._replace(inputs=(images * scale).add_(shift), augmentation=None)
+        return (images * scale).add_(shift)  # (x / 255 - mean) / std
 
     def _scale_and_shift(self, where: device) -> tuple[Tensor, Tensor]:
         if where not in self._affine:  # a copy to the GPU at every step would stall it
@@ -326,9 +357,16 @@ class ContinualDataModule(L.LightningDataModule, ABC):
 
 
 def _members(classes: list[list[int]], labels: Tensor, taking_part: Tensor) -> list[Tensor]:
-    """Of the samples that take part, those of each task, in the order of the store."""
-    wanted = (torch.isin(labels, torch.tensor(of_task)) for of_task in classes)
-    return [(taking_part & own).nonzero().flatten() for own in wanted]
+    """Of the samples that take part, those of each task, in the order of the store.
+
+    Tasks of the same classes share one tensor.
+    """
+    known: dict[tuple[int, ...], Tensor] = {}
+    for of_task in map(tuple, classes):
+        if of_task not in known:
+            own = torch.isin(labels, torch.tensor(of_task))
+            known[of_task] = (taking_part & own).nonzero().flatten()
+    return [known[tuple(of_task)] for of_task in classes]
 
 
 _PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}

@@ -22,7 +22,7 @@ class Samples(NamedTuple):
     """Images and their labels, the store that loaders index into.
 
     Attributes:
-        images: ``(samples, channels, height, width)`` uint8.
+        images: ``(samples, channels, height, width)`` uint8, or what the stream's ``prepare`` takes.
         labels: ``(samples,)`` int64.
     """
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.linalg import solve_triangular  # type: ignore[import-untyped]
-from scipy.optimize import nnls  # type: ignore[import-untyped]
+from scipy.linalg import solve_triangular
+from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 

@@ -1,0 +1,92 @@
+"""Clusters in the plane: the smallest stream, and one whose decisions can be drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, at_least_one
+from bpn_lightning.datamodules.loading import Samples
+from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.tasks import Task
+
+__all__ = ["Gaussians"]
+
+CENTRES = ((0.0, 0.0), (-2.5, 0.0), (2.5, 0.0))
+NAMES = ("black", "red", "light blue")
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Gaussians(ContinualDataModule):
+    """One cluster against another one per task, as in Fig. 5 of Wen et al.
+
+    The first cluster, black, is in every task and has the head's column 0; task k sets it against
+    cluster k + 1, which has column 1. Inputs are points of the plane, as they are: nothing is
+    normalised, so that a decision can be drawn where the network takes it.
+
+    The paper says that the three clusters of its figure are normal and drawn at random, and no more;
+    centres, deviation and numbers are ours, laid out as in the figure, black in the middle.
+
+    Args:
+        centres: of the clusters, two coordinates each, the common one first; one task fewer than
+            clusters.
+        deviation: of each cluster, in both directions.
+        train_samples: points of each cluster to learn from.
+        test_samples: points of each cluster to test on.
+    """
+
+    centres: Sequence[Sequence[float]] = CENTRES
+    deviation: float = 0.5
+    train_samples: int = 500
+    test_samples: int = 500
+
+    title = "the clusters"
+    constants = Normalisation(mean=(0.0,), std=(1.0,))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train_samples", "test_samples"):
+            at_least_one(name, getattr(self, name))
+        if len(self.centres) < 2 or any(len(centre) != 2 for centre in self.centres):
+            raise ConfigurationError(
+                "Expected centres to be two or more pairs of coordinates, but got "
+                f"{self.centres!r}. The default is {[*map(list, CENTRES)]}."
+            )
+        if not self.deviation > 0:
+            raise ConfigurationError(
+                f"Expected deviation to be more than 0, but got {self.deviation}."
+            )
+        if self.augment:
+            raise ConfigurationError(
+                "Expected augment to be off, but it is on: points are no images. Leave it out."
+            )
+        self.epochs_of(len(self.centres) - 1)
+
+    def read(self) -> ImageData:
+        """Draw the points, by the stream's seed."""
+        names = [*NAMES, *(f"cluster {k + 1}" for k in range(len(NAMES), len(self.centres)))]
+        train = self._draw("train", self.train_samples)
+        test = self._draw("test", self.test_samples)
+        return ImageData(train, test, names[: len(self.centres)], self.title)
+
+    def _draw(self, part: str, count: int) -> Samples:
+        """``(clusters * count, 2)`` float32, cluster by cluster."""
+        centres = torch.tensor([*map(list, self.centres)], dtype=torch.float32)
+        generator = seeded_generator("clusters", part, self.seed)
+        points = torch.randn(len(centres), count, 2, generator=generator) * self.deviation
+        labels = torch.arange(len(centres)).repeat_interleave(count)
+        return Samples((points + centres[:, None]).flatten(0, 1), labels)
+
+    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
+        """The first cluster against each of the others."""
+        first, *others = data.class_names
+        epochs = self.epochs_of(len(others))
+        tasks = [Task(k, (0, 2), (first, other), epochs[k]) for k, other in enumerate(others)]
+        return tasks, [[0, k + 1] for k in range(len(others))]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Leave the points as they are: ``(batch, 2)`` float32."""
+        return images

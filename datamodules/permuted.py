@@ -1,0 +1,190 @@
+"""MNIST in which a task is something done to the pixels: permuted, or rotated."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, at_least_one
+from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.datamodules.torchvision_sets import SplitMNIST
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.tasks import Split, Task
+
+__all__ = ["PermutedMNIST", "RotatedMNIST"]
+
+
+@dataclass(eq=False, repr=False)
+class _TransformedMNIST(ContinualDataModule):
+    """All ten digits in every task, each task with a transform of its own.
+
+    Args:
+        root: the folder of data sets, as of SplitMNIST; by default the environment variable
+            BPN_DATA, else ``data``.
+        download: fetch torchvision's files where there are none.
+        padding: black pixels on every side of an image; 2 makes 32 x 32 of 28 x 28.
+        num_tasks: how many tasks; the images are stored once for all of them.
+        train_samples: training images of each task, a draw of its own from all of them; by default
+            all.
+        test_samples: test images of each task, likewise; by default all 10,000.
+    """
+
+    root: str | None = None
+    download: bool = True
+    padding: int = 0
+    num_tasks: int = 10
+    train_samples: int | None = None
+    test_samples: int | None = None
+
+    title = "MNIST"
+    mirrored = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one("num_tasks", self.num_tasks)
+        self.epochs_of(self.num_tasks)
+        for name in ("train_samples", "test_samples"):
+            if getattr(self, name) is not None:
+                at_least_one(name, getattr(self, name))
+        self._mnist = SplitMNIST(root=self.root, download=self.download, padding=self.padding)
+
+    @property
+    def constants(self) -> Normalisation:  # type: ignore[override]
+        """Those of MNIST, before the transform."""
+        return self._mnist.constants
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls this in one process only."""
+        self._mnist.prepare_data()
+
+    def read(self) -> ImageData:
+        """Read MNIST, once for all tasks."""
+        return self._mnist.read()
+
+    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
+        """Every task has all classes, and the head's columns are the same for all."""
+        count, names = len(data.class_names), tuple(data.class_names)
+        epochs = self.epochs_of(self.num_tasks)
+        tasks = [Task(k, (0, count), names, epochs[k]) for k in range(self.num_tasks)]
+        return tasks, [[*range(count)]] * self.num_tasks
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data; the second call finds it done."""
+        super().setup(stage)
+        for name, split in _DRAWN.items():
+            wanted, found = getattr(self, name), len(super().members(0, split))
+            if wanted is not None and wanted > found:
+                raise ConfigurationError(
+                    f"Expected {name} to be at most the {found:,} images that there are, but got "
+                    f"{wanted:,}. Lower it, or leave it out for all."
+                )
+
+    def members(self, task_id: int, split: Split) -> Tensor:
+        """All of them, or the task's own draw, made anew at every call rather than kept."""
+        everything = super().members(task_id, split)
+        count = {"train": self.train_samples, "test": self.test_samples}.get(split)
+        if count is None:
+            return everything
+        generator = seeded_generator("samples", split, self.seed, task_id)
+        drawn = torch.randperm(len(everything), generator=generator)[:count]
+        return everything[drawn.sort().values]
+
+    def transform(self, images: Tensor, task: int | Tensor) -> Tensor:
+        """Each image as its own task has it."""
+        if isinstance(task, int):
+            return self.transform_of(task, images)
+        result = torch.empty_like(images)
+        for one in sorted(set(task.tolist())):
+            own = task.to(images.device) == one
+            result[own] = self.transform_of(one, images[own])
+        return result
+
+    @abstractmethod
+    def transform_of(self, task_id: int, images: Tensor) -> Tensor:
+        """What a task makes of normalised images, ``(batch, 1, height, width)``."""
+
+
+_DRAWN: dict[str, Split] = {"train_samples": "train", "test_samples": "test"}
+
+
+class _Used(NamedTuple):
+    """The permutation that was used last."""
+
+    task_id: int
+    pixels: Tensor
+
+
+@dataclass(eq=False, repr=False)
+class PermutedMNIST(_TransformedMNIST):
+    """MNIST with the pixels of every image in one random order per task (Goodfellow et al., 2013).
+
+    A permutation follows from the stream's seed and the task alone, so the first tasks of a long
+    stream are those of a short one. It is a gather on the device, from images that are stored once;
+    only the permutation in use is kept. https://arxiv.org/abs/1312.6211
+
+    Args:
+        permute_first_task: whether the first task's pixels are in a random order too, as in
+            Wen et al., who permute all of their hundred; if not, it is MNIST as it is.
+    """
+
+    permute_first_task: bool = True
+
+    def permutation(self, task_id: int) -> Tensor:
+        """``(height * width,)`` int64: which pixel of the original image comes where.
+
+        Args:
+            task_id: of the task, from 0.
+        """
+        pixels = self.input_shape[1] * self.input_shape[2]
+        if task_id == 0 and not self.permute_first_task:
+            return torch.arange(pixels)
+        return torch.randperm(pixels, generator=seeded_generator("permutation", self.seed, task_id))
+
+    def transform_of(self, task_id: int, images: Tensor) -> Tensor:
+        """Gather the pixels in the task's order."""
+        if task_id == 0 and not self.permute_first_task:
+            return images
+        used = getattr(self, "_used", None)
+        if used is None or used.task_id != task_id or used.pixels.device != images.device:
+            self._used = used = _Used(task_id, self.permutation(task_id).to(images.device))
+        return images.flatten(2).index_select(2, used.pixels).view_as(images)
+
+
+@dataclass(eq=False, repr=False)
+class RotatedMNIST(_TransformedMNIST):
+    """MNIST with the images of every task turned by an angle of its own (Lopez-Paz & Ranzato, 2017).
+
+    Task k is turned counterclockwise by ``k * max_angle / num_tasks`` degrees, by bilinear
+    interpolation on the device, from images that are stored once; what turns in from outside is
+    black. https://arxiv.org/abs/1706.08840
+
+    Differs from the paper: the angles are evenly spaced rather than drawn.
+
+    Args:
+        max_angle: degrees that the task after the last would be turned by.
+    """
+
+    max_angle: float = 180.0
+
+    def angle(self, task_id: int) -> float:
+        """In degrees, counterclockwise."""
+        return task_id * self.max_angle / self.num_tasks
+
+    def transform_of(self, task_id: int, images: Tensor) -> Tensor:
+        """Turn around the middle of the image."""
+        if task_id == 0:
+            return images
+        angle = torch.deg2rad(torch.tensor(self.angle(task_id), dtype=torch.float64))
+        cos, sin = float(angle.cos()), float(angle.sin())
+        # From places in the turned image to places in the original, both from -1 to 1.
+        turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], device=images.device)
+        grid = F.affine_grid(
+            turn.expand(len(images), 2, 3), list(images.shape), align_corners=False
+        )
+        black = self.normalise(torch.zeros_like(images[:1, :, :1, :1]))
+        turned = F.grid_sample(images - black, grid, align_corners=False)
+        return turned + black

@@ -1,0 +1,312 @@
+"""Several streams, one after another, as one."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.datamodules.loading import EvaluationLoader, TrainLoader
+from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.tasks import Batch, Split, Task
+
+__all__ = ["StreamOf"]
+
+
+class _Place(NamedTuple):
+    """Where one of the streams stands in the whole."""
+
+    stream: ContinualDataModule
+    first_task: int
+    first_column: int
+
+    def renumber(self, batch: Batch) -> Batch:
+        """From the stream's own tasks and columns to those of the whole."""
+        return batch._replace(
+            task=batch.task + self.first_task, targets=batch.targets + self.first_column
+        )
+
+
+class ChainedLoader:
+    """The batches of several streams' loaders, all of the first, then all of the second and so on.
+
+    Args:
+        parts: the loaders, and where their streams stand.
+    """
+
+    def __init__(self, parts: Sequence[tuple[_Place, EvaluationLoader]]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        """How many global batches."""
+        return sum(len(loader) for _, loader in self.parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return chain.from_iterable(map(place.renumber, loader) for place, loader in self.parts)
+
+
+class ShuffledLoader:
+    """One epoch of a task of the whole, with a position that can be saved as TrainLoader's.
+
+    Where a method trains on tasks of several streams at once, whose images may be of different sizes
+    before they are prepared, each batch is from one stream, and the batches are in random order.
+
+    Args:
+        parts: the loaders, and where their streams stand.
+        task: of the whole.
+        epoch: the epoch within the task.
+        seed: of the order of the batches.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[_Place, TrainLoader]], task: int, epoch: int, seed: int
+    ) -> None:
+        self.parts = parts
+        self.task = task
+        self.epoch = epoch
+        self.seed = seed
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        """How many global batches the whole epoch has."""
+        return sum(len(loader) for _, loader in self.parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from the start, or from where the loaded state stood."""
+        sizes = torch.tensor([len(loader) for _, loader in self.parts])
+        order = torch.arange(len(self.parts)).repeat_interleave(sizes)
+        if len(self.parts) > 1:
+            generator = seeded_generator("batches", self.seed, self.task, self.epoch)
+            order = order[torch.randperm(len(order), generator=generator)]
+        done = order[: self.first_batch].bincount(minlength=len(self.parts)).tolist()
+        for (_, loader), first_batch in zip(self.parts, done, strict=True):
+            loader.load_state_dict({"processed": first_batch})
+        batches = [map(place.renumber, loader) for place, loader in self.parts]
+        if len(self.parts) > 1:  # a batch of another task than the epoch's says so for each sample
+            batches = [map(_one_id_per_sample, of_part) for of_part in batches]
+        return (next(batches[part]) for part in order[self.first_batch :].tolist())
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the epoch, in batches."""
+        return self.parts[0][1].state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin where the saved epoch stood."""
+        self.first_batch = state["processed"]
+
+
+@dataclass(eq=False, repr=False)
+class StreamOf(ContinualDataModule):
+    """Any streams, one after another, as one stream.
+
+    Tasks are numbered through. Each stream keeps what is its own: images, normalisation,
+    augmentation, transform, batch sizes, epochs and held-out part, as its arguments say.
+
+    Args:
+        streams: the streams in order; in a YAML, a list of ``class_path`` and ``init_args``. All must
+            give the same ``input_shape``.
+        shared_columns: whether all streams use the head's columns from 0 on, instead of each its own
+            after those of the streams before it; the module's mask is ``shared`` then, if all tasks
+            have the same number of classes.
+
+    Raises:
+        ConfigurationError: there is no stream, or they differ in input shape or in whether a part is
+            held out, or streams of different numbers of classes are to share columns.
+    """
+
+    streams: list[ContinualDataModule]
+    shared_columns: bool = False
+
+    # What each stream has for itself.
+    epochs_per_task: int | list[int] = field(init=False, default=1)
+    batch_size: int = field(init=False, default=1)
+    eval_batch_size: int = field(init=False, default=1)
+    validation_fraction: float = field(init=False, default=0.0)
+    augment: bool = field(init=False, default=False)
+
+    title = "the streams"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.streams:
+            raise ConfigurationError(
+                "Expected streams to list at least one stream, but got none. Name some."
+            )
+        held = [stream.validation_fraction > 0 for stream in map(_checked, self.streams)]
+        if any(held) != all(held):
+            raise ConfigurationError(
+                "Expected validation_fraction to be more than 0 in all streams or in none, but got "
+                f"{[stream.validation_fraction for stream in self.streams]}. Set it in all."
+            )
+        self.has_validation = all(held)
+        self._places: list[_Place] = []
+
+    def prepare_data(self) -> None:
+        """Let every stream fetch what it misses."""
+        for stream in self.streams:
+            stream.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Set every stream up; the second call finds it done."""
+        if self._places:
+            return
+        for stream in self.streams:
+            if stream.seed is None:
+                stream.seed = self.seed
+            stream.setup(stage)
+        if self.seed is None:
+            self.seed = self.streams[0].seed
+        self._refuse_differences()
+        places, tasks = [], list[Task]()
+        column = 0
+        for stream in self.streams:
+            places.append(_Place(stream, len(tasks), column))
+            for task in stream.tasks:
+                columns = (task.columns[0] + column, task.columns[1] + column)
+                tasks.append(Task(len(tasks), columns, task.class_names, task.epochs))
+            column += 0 if self.shared_columns else stream.num_classes
+        self.tasks = tasks
+        self.num_classes = max(task.columns[1] for task in tasks)
+        self.input_shape = self.streams[0].input_shape
+        self._places = places
+
+    def _refuse_differences(self) -> None:
+        shapes = [stream.input_shape for stream in self.streams]
+        if len(set(shapes)) > 1:
+            raise ConfigurationError(
+                f"Expected all streams to give inputs of one shape, but got {shapes}. Use the "
+                "streams' own arguments, such as padding or image_size, to make them equal."
+            )
+        widths = [stream.num_classes for stream in self.streams]
+        if self.shared_columns and len(set(widths)) > 1:
+            raise ConfigurationError(
+                f"Expected streams that share columns to have as many each, but got {widths}. Leave "
+                "classes out, or set shared_columns to false."
+            )
+
+    def _refuse(self) -> ConfigurationError:
+        return ConfigurationError(
+            "Expected one of the streams to be asked for its data, but got a StreamOf, which has "
+            "none of its own. Take its streams."
+        )
+
+    def read(self) -> ImageData:
+        """Refuse: each stream reads its own data."""
+        raise self._refuse()
+
+    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
+        """Refuse: each stream divides its own data."""
+        raise self._refuse()
+
+    # ---------------------------------------------------------------------- loaders
+
+    def _place(self, task_id: int) -> _Place:
+        """The stream of a task, told which trainer it works for."""
+        place = next(p for p in reversed(self._places) if p.first_task <= task_id)
+        place.stream.trainer = self.trainer
+        return place
+
+    def _by_stream(self, task_ids: Iterable[int]) -> dict[int, list[int]]:
+        """Tasks by the first task of their stream, numbered within it."""
+        found: dict[int, list[int]] = {}
+        for task_id in task_ids:
+            first = self._place(task_id).first_task
+            found.setdefault(first, []).append(task_id - first)
+        return found
+
+    def members(self, task_id: int, split: Split) -> Tensor:
+        """Which samples of its stream's store belong to a task: ``(n,)`` int64."""
+        place = self._place(task_id)
+        return place.stream.members(task_id - place.first_task, split)
+
+    def loader(  # type: ignore[override]
+        self, task_id: int, split: Split, batch_size: int | None = None
+    ) -> ChainedLoader:
+        """Every sample of this process's share of a task once, in order and not augmented.
+
+        Args:
+            task_id: the task.
+            split: "train" (without the held-out part), "val" or "test".
+            batch_size: over all processes; None: the ``eval_batch_size`` of the task's stream.
+        """
+        place = self._place(task_id)
+        of_task = place.stream.loader(task_id - place.first_task, split, batch_size)
+        return ChainedLoader([(place, of_task)])
+
+    def train_loader(  # type: ignore[override]
+        self, task_id: int, epoch: int, tasks: Sequence[int] | None = None
+    ) -> ShuffledLoader:
+        """One epoch of a task, in the order of (seed, task, epoch).
+
+        Args:
+            task_id: the task.
+            epoch: of the task, over all its phases.
+            tasks: the tasks whose data it is trained on, where they are not its own only.
+        """
+        parts = []
+        for first, own in self._by_stream([task_id] if tasks is None else tasks).items():
+            place = self._place(first)
+            lead = task_id - first if task_id - first in own else own[-1]
+            parts.append((place, place.stream.train_loader(lead, epoch, own)))
+        return ShuffledLoader(parts, task_id, epoch, self.seed)
+
+    def _joint_loader(  # type: ignore[override]
+        self, split: Split, task_ids: range
+    ) -> ChainedLoader:
+        parts = []
+        for first, own in self._by_stream(task_ids).items():
+            place = self._place(first)
+            parts.append((place, place.stream._joint_loader(split, range(own[0], own[-1] + 1))))
+        return ChainedLoader(parts)
+
+    # ---------------------------------------------------------------------- on the device
+
+    def prepare(self, batch: Batch, augment: bool = False) -> Batch:
+        """Each sample as its own stream prepares it.
+
+        Args:
+            batch: as a loader gave it, or of several streams if their raw images are of one shape.
+            augment: apply the batch's random numbers, if it carries any.
+        """
+        if isinstance(batch.task, int):
+            return self._prepare_of(self._place(batch.task), batch, augment)
+        tasks = batch.task
+        firsts = torch.tensor([place.first_task for place in self._places])
+        owners = torch.bucketize(tasks.cpu().contiguous(), firsts, right=True) - 1
+        several = sorted(set(owners.tolist()))
+        if len(several) == 1:
+            return self._prepare_of(self._places[several[0]], batch, augment)
+        inputs = torch.empty(0)
+        for owner in several:
+            own = owners == owner
+            draws = None if batch.augmentation is None else batch.augmentation[own]
+            part = Batch(
+                batch.inputs[own], batch.targets[own], tasks[own], batch.global_size, draws
+            )
+            prepared = self._prepare_of(self._places[owner], part, augment).inputs
+            if not len(inputs):
+                inputs = prepared.new_empty(len(owners), *prepared.shape[1:])
+            inputs[own] = prepared
+        return batch._replace(inputs=inputs, augmentation=None)
+
+    def _prepare_of(self, place: _Place, batch: Batch, augment: bool) -> Batch:
+        own = place.stream.prepare(batch._replace(task=batch.task - place.first_task), augment)
+        return own._replace(task=batch.task)
+
+
+def _one_id_per_sample(batch: Batch) -> Batch:
+    return batch._replace(task=torch.as_tensor(batch.task).expand(len(batch.targets)))
+
+
+def _checked(stream: ContinualDataModule) -> ContinualDataModule:
+    if not isinstance(stream, ContinualDataModule):
+        raise ConfigurationError(
+            f"Expected streams to list streams, but got {type(stream).__name__}. Those of this "
+            "package are in bpn_lightning.datamodules."
+        )
+    return stream
