@@ -1,12 +1,19 @@
 """Networks that map inputs to features; the head on top belongs to the module."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
 
 __all__ = ["MLP", "torchvision_backbone"]
+
+
+#: Classifiers halfway up, for training from scratch only.
+_HALFWAY = ("aux1", "aux2", "AuxLogits")
 
 
 class HeLinear(nn.LazyLinear):
@@ -54,16 +61,23 @@ class MLP(nn.Sequential):
         return output
 
 
-def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
+def torchvision_backbone(
+    name: str, weights: str | None = None, weights_file: str | None = None
+) -> nn.Module:
     """A classification network of torchvision without its last linear layer.
+
+    The other fully connected layers stay: AlexNet keeps two, of 4096 units each.
 
     Args:
         name: as in ``torchvision.models.list_models()``, for example ``"resnet18"``.
         weights: a name of torchvision's weights, ``"DEFAULT"`` or None for random weights.
+        weights_file: a file with the network's ``state_dict``, such as the one that torchvision
+            downloads; nothing but tensors is loaded from it, and its last layer may have any size.
 
     Raises:
-        ConfigurationError: torchvision has no such network or weights, or its classifier is no linear
-            layer.
+        ConfigurationError: torchvision has no such network or weights, its classifier is no linear
+            layer, or both kinds of weights are given.
+        DataError: the file is missing, damaged, or of another network, or a download failed.
     """
     from torchvision import models
 
@@ -73,6 +87,11 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
             f"{did_you_mean(name, models.list_models(module=models))} "
             "torchvision.models.list_models() has them all."
         )
+    if weights is not None and weights_file is not None:
+        raise ConfigurationError(
+            f"Expected weights or weights_file, but got both ({weights!r} and {weights_file!r}). Set "
+            "one of them to null."
+        )
     try:
         network: nn.Module = models.get_model(name, weights=weights)
     except (KeyError, ValueError) as error:
@@ -81,8 +100,15 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
             f"Expected weights of {name} to be null, 'DEFAULT' or one of {', '.join(known)}, but got "
             f"{weights!r}.{did_you_mean(str(weights), known)}"
         ) from error
-    for part in ("aux1", "aux2", "AuxLogits"):
-        if hasattr(network, part):  # classifiers halfway up, for training from scratch only
+    except OSError as error:  # among them URLError
+        address = getattr(models.get_model_weights(name), str(weights)).url
+        raise DataError(
+            f"Expected to fetch the weights of {name} from {address}, but got "
+            f"{type(error).__name__}: {error}. Fetch them by other means and name the file with "
+            "weights_file, or set weights to null for random ones."
+        ) from error
+    for part in _HALFWAY:
+        if hasattr(network, part):
             setattr(network, part, None)
             network.aux_logits = False  # type: ignore[assignment]
     linears = [key for key, part in network.named_modules() if type(part) is nn.Linear]
@@ -93,4 +119,33 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
         )
     parent, _, leaf = linears[-1].rpartition(".")
     setattr(network.get_submodule(parent), leaf, nn.Identity())
+    if weights_file is not None:
+        _load_weights(network, name, Path(weights_file).expanduser(), linears[-1])
     return network
+
+
+def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> None:
+    """Load a whole network's weights into what is left of it."""
+    advice = f"Name a file that torch.save(torchvision.models.{name}().state_dict(), ...) wrote."
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    # Missing, not readable, damaged, or with code in it: OSError, RuntimeError, UnpicklingError ...
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"Expected weights_file to be a file of weights, but reading {path} ended with "
+            f"{type(error).__name__}: {said}. {advice}"
+        ) from error
+    kept = network.state_dict()
+    found = dict(state) if isinstance(state, dict) else {}
+    for left_out in [key for key in found if key not in kept]:
+        if left_out.startswith(f"{cut_off}.") or left_out.partition(".")[0] in _HALFWAY:
+            del found[left_out]
+    wrong = sorted(kept.keys() ^ found.keys())
+    wrong += [key for key in kept if key in found and kept[key].shape != found[key].shape]
+    if wrong:
+        raise DataError(
+            f"Expected {path} to hold the weights of {name}, but got another network's: "
+            f"{wrong[0]!r} is missing, unknown or of another shape. {advice}"
+        )
+    network.load_state_dict(found)

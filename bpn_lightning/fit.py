@@ -29,7 +29,12 @@ from bpn_lightning.console import StreamProgress, final_table
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.datamodules.base import ContinualDataModule
-from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
+from bpn_lightning.errors import (
+    BPNLightningError,
+    CheckpointError,
+    ConfigurationError,
+    ResultsError,
+)
 from bpn_lightning.files import write_atomically
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
@@ -55,7 +60,15 @@ class _Parser(LightningArgumentParser):
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
         """What Lightning 2.6 calls by a name that jsonargparse has deprecated."""
-        return self.instantiate(*args, **kwargs)
+        try:
+            return self.instantiate(*args, **kwargs)
+        except ValueError as error:
+            # A class's own ConfigurationError is a ValueError, which jsonargparse takes for a value of
+            # another type and buries in a message about the types that were tried.
+            said: BaseException | None = error
+            while said is not None and not isinstance(said, BPNLightningError):
+                said = said.__cause__ or said.__context__
+            raise said or error from None
 
 
 class ContinualCLI(LightningCLI):
@@ -360,6 +373,7 @@ def _finish(cli: ContinualCLI, seconds: float) -> None:
         bytes_per_task=stored,
         bytes_held=held,
         provenance=collect_provenance(seconds),
+        extra={"curve": module.curve} if module.evaluate_every == "epoch" else {},
     )
     title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
     final_table(

@@ -7,7 +7,11 @@ if TYPE_CHECKING:
     from bpn_lightning.datamodules.base import ContinualDataModule
     from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
     from bpn_lightning.datamodules.digits import SplitDigits
+    from bpn_lightning.datamodules.eight_datasets import EightDatasets
+    from bpn_lightning.datamodules.gaussians import Gaussians
     from bpn_lightning.datamodules.own_data import SplitArrays, SplitImageFolder
+    from bpn_lightning.datamodules.permuted import PermutedMNIST, RotatedMNIST
+    from bpn_lightning.datamodules.stream_of import StreamOf
     from bpn_lightning.datamodules.torchvision_sets import (
         SplitCIFAR10,
         SplitCIFAR100,
@@ -19,6 +23,10 @@ __all__ = [
     "DATAMODULES",
     "ClassIncrementalDataModule",
     "ContinualDataModule",
+    "EightDatasets",
+    "Gaussians",
+    "PermutedMNIST",
+    "RotatedMNIST",
     "SplitArrays",
     "SplitCIFAR10",
     "SplitCIFAR100",
@@ -26,6 +34,7 @@ __all__ = [
     "SplitFashionMNIST",
     "SplitImageFolder",
     "SplitMNIST",
+    "StreamOf",
 ]
 
 DATAMODULES: dict[str, str] = {
@@ -34,6 +43,11 @@ DATAMODULES: dict[str, str] = {
     "SplitFashionMNIST": "bpn_lightning.datamodules.torchvision_sets:SplitFashionMNIST",
     "SplitCIFAR10": "bpn_lightning.datamodules.torchvision_sets:SplitCIFAR10",
     "SplitCIFAR100": "bpn_lightning.datamodules.torchvision_sets:SplitCIFAR100",
+    "PermutedMNIST": "bpn_lightning.datamodules.permuted:PermutedMNIST",
+    "RotatedMNIST": "bpn_lightning.datamodules.permuted:RotatedMNIST",
+    "Gaussians": "bpn_lightning.datamodules.gaussians:Gaussians",
+    "EightDatasets": "bpn_lightning.datamodules.eight_datasets:EightDatasets",
+    "StreamOf": "bpn_lightning.datamodules.stream_of:StreamOf",
     "SplitImageFolder": "bpn_lightning.datamodules.own_data:SplitImageFolder",
     "SplitArrays": "bpn_lightning.datamodules.own_data:SplitArrays",
 }

@@ -1,6 +1,8 @@
 """Backbones against their published sizes, and what a module says of those that do not fit."""
 
+from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from bpn_lightning.backbones import MLP, torchvision_backbone
 from bpn_lightning.datamodules.digits import SplitDigits
-from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.module import ContinualModule
 
 # --- the paper's networks ------------------------------------------------------------------------
@@ -125,6 +127,71 @@ def test_refuses_what_torchvision_does_not_classify_with(name: str, hint: str | 
 def test_refuses_unknown_weights() -> None:
     with pytest.raises(ConfigurationError):
         torchvision_backbone("resnet18", weights="IMAGENET")
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18"])
+def test_a_local_file_gives_the_weights(name: str, tmp_path: Path) -> None:
+    """Of any number of classes, as the last layer is cut off."""
+    from torchvision import models
+
+    whole = models.get_model(name, num_classes=7)
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    network = torchvision_backbone(name, weights_file=str(tmp_path / "weights.pth"))
+    left = network.state_dict()
+    assert len(whole.state_dict()) - len(left) == 2
+    for key, value in left.items():
+        assert torch.equal(value, whole.state_dict()[key])
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return exit, ()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "FileNotFoundError"),
+        (Code(), "UnpicklingError"),
+        ({"a": torch.ones(1)}, "another network's: 'a' is missing"),
+        ([1], "another network's"),
+    ],
+    ids=["missing", "code", "keys", "list"],
+)
+def test_a_file_without_its_weights_is_refused(content: Any, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    if content is not None:
+        torch.save(content, path)
+    with pytest.raises(DataError) as error:
+        torchvision_backbone("resnet18", weights_file=str(path))
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+    assert "torch.save(torchvision.models.resnet18().state_dict(), ...)" in str(error.value)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    state = torchvision_backbone("resnet18").state_dict()
+    state["conv1.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(DataError, match=r"'conv1\.weight' is missing, unknown or of another shape"):
+        torchvision_backbone("resnet18", weights_file=str(tmp_path / "weights.pth"))
+
+
+def test_weights_that_cannot_be_downloaded_have_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", refuse)
+    with pytest.raises(DataError) as error:
+        torchvision_backbone("alexnet", weights="IMAGENET1K_V1")
+    assert "https://download.pytorch.org/models/alexnet-" in str(error.value)
+    assert "no network" in str(error.value)
+    assert "weights_file" in str(error.value)
+
+
+def test_two_kinds_of_weights_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="weights or weights_file, but got both"):
+        torchvision_backbone("resnet18", weights="DEFAULT", weights_file="weights.pth")
 
 
 # --- inside a module -----------------------------------------------------------------------------

@@ -1,0 +1,165 @@
+"""The command ``bpn-data``: which image sets are there, whether they are whole, and where to get them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpn_lightning.datamodules.image_sets import IMAGE_SETS, ImageSet, make_image_set
+from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
+
+__all__ = ["SetReport", "check_set", "main"]
+
+NOT_COMPLETE = 1
+USAGE_ERROR = 2  # as argparse exits
+
+_MOST_NAMED = 5  # damaged images
+
+
+@dataclass
+class SetReport:
+    """What is to say about one image set.
+
+    Args:
+        image_set: the set.
+        state: ``absent``, ``incomplete`` or ``complete``.
+        numbers: of classes, training images and test images, as far as they could be read.
+        faults: what is wrong, a sentence each.
+    """
+
+    image_set: ImageSet
+    state: str
+    numbers: tuple[int, int, int] | None = None
+    faults: list[str] = field(default_factory=list)
+
+
+def check_set(image_set: ImageSet, open_images: bool = False) -> SetReport:
+    """Look at one set: its folder, its lists, its files and its numbers.
+
+    Args:
+        image_set: where it is looked for, and with which options.
+        open_images: decode every image, too, which takes minutes.
+    """
+    if not image_set.is_present:
+        place = image_set.root / image_set.folders[0]
+        faults = [f"{place} has to hold {image_set.needs}.", image_set.origin]
+        return SetReport(image_set, "absent", faults=faults)
+    try:
+        listing = image_set.checked(expect_counts=False)
+    except DataError as error:
+        return SetReport(image_set, "incomplete", faults=[str(error)])
+    numbers = (len(listing.class_names), len(listing.train), len(listing.test))
+    faults = [f"Expected {fault}." for fault in image_set.count_faults(listing)]
+    if open_images:
+        faults += _damaged(image_set, [*listing.train, *listing.test])
+    if faults:
+        faults.append(image_set.origin)
+    return SetReport(image_set, "incomplete" if faults else "complete", numbers, faults)
+
+
+def _damaged(image_set: ImageSet, entries: Sequence[Any]) -> list[str]:
+    faults = []
+    for entry in entries:
+        try:
+            image_set.open(entry)
+        # Damaged files make Pillow's decoders raise nearly anything.
+        except Exception as error:  # noqa: BLE001
+            faults.append(f"{entry.path} is damaged: {type(error).__name__}: {error}.")
+    if len(faults) > _MOST_NAMED:
+        faults[_MOST_NAMED:] = [f"{len(faults) - _MOST_NAMED:,} more images are damaged."]
+    return faults
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0 where every set is complete, 1 where one is not, 2 where the command line is wrong.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        root = Path(arguments.root).expanduser().absolute()
+        if not root.is_dir():
+            raise ConfigurationError(
+                f"Expected ROOT to be the folder of data sets, but there is no folder {root}. "
+                "Make it, or name another one."
+            )
+        options = _options(arguments.option)
+        names = arguments.sets.split(",") if arguments.sets else list(IMAGE_SETS)
+        sets = [make_image_set(name.strip(), root, options.pop(name, None)) for name in names]
+        if options:
+            raise ConfigurationError(
+                f"Expected options of {', '.join(names)}, but got one of {next(iter(options))!r}."
+            )
+    except BPNLightningError as error:
+        print(f"bpn-data: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    print(f"{'set':<10}{'state':<12}{'classes':>8}{'train':>9}{'test':>9}   in the paper")
+    reports = []
+    for image_set in sets:
+        reports.append(check_set(image_set, arguments.images))
+        print(_line(reports[-1]), flush=True)
+    for report in reports:
+        if report.faults:
+            print(f"\n{report.image_set.title} ({report.state})")
+            print("\n".join(f"  {fault}" for fault in report.faults))
+    missing = sum(report.state != "complete" for report in reports)
+    print(f"\n{len(reports) - missing} of {len(reports)} sets are complete in {root}.")
+    return NOT_COMPLETE if missing else 0
+
+
+def _line(report: SetReport) -> str:
+    classes, train, test = report.numbers or ("-", "-", "-")
+    numbers = [f"{n:,}" if isinstance(n, int) else n for n in (classes, train, test)]
+    line = f"{report.image_set.name:<10}{report.state:<12}{numbers[0]:>8}{numbers[1]:>9}"
+    line += f"{numbers[2]:>9}   {report.image_set.paper}"
+    published = report.image_set.counts
+    if report.state == "complete" and published == (None, None, None):
+        line += " (no published number to compare with)"
+    return line
+
+
+def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``set.option=value`` by set; values as in YAML."""
+    options: dict[str, dict[str, Any]] = {}
+    for text in given:
+        place, equals, value = text.partition("=")
+        name, dot, option = place.partition(".")
+        if not equals or not dot:
+            raise ConfigurationError(
+                f"Expected --option to be SET.OPTION=VALUE, but got {text!r}. For example "
+                "--option aircraft.level=variant."
+            )
+        options.setdefault(name, {})[option] = yaml.safe_load(value)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bpn-data", description="The image sets of the eight-data-set sequence."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check",
+        help="say which sets are there and complete, and where to get the rest",
+        description="Say which sets are there and complete, and where to get the rest. Exits with 0 "
+        "if all are complete, with 1 if not.",
+    )
+    check.add_argument("root", metavar="ROOT", help="the folder of data sets")
+    check.add_argument("--sets", metavar="A,B", help=f"only these; all are {','.join(IMAGE_SETS)}")
+    check.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="SET.OPTION=VALUE",
+        help="how a set is to be read, such as aircraft.level=variant",
+    )
+    check.add_argument("--images", action="store_true", help="decode every image, too (minutes)")
+    return parser

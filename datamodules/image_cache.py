@@ -1,0 +1,220 @@
+"""Images decoded and resized once, into files that are mapped into memory ever after."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bpn_lightning.datamodules.image_sets.listing import Entry
+from bpn_lightning.errors import ConfigurationError, DataError
+
+__all__ = ["CachedImages", "Damage", "cached_images"]
+
+Fit = Literal["short_side", "squeeze"]
+
+_FORMAT = 1  # raised when the pixels of a cache come about differently
+_AT_ONCE = 256  # images that are decoded before they are written
+
+
+class Damage(NamedTuple):
+    """An image that could not be decoded: its file, and what was wrong."""
+
+    path: str
+    reason: str
+
+
+class CachedImages(NamedTuple):
+    """What a cache holds.
+
+    Attributes:
+        images: ``(n, 3, size, size)`` uint8, mapped from the disk.
+        kept: ``(n,)`` int64, the places of these images among the entries that were asked for.
+        damaged: what was left out.
+    """
+
+    images: Tensor
+    kept: Tensor
+    damaged: list[Damage]
+
+
+def cached_images(
+    entries: Sequence[Entry],
+    decode: Callable[[Entry], Image.Image],
+    folder: Path,
+    *,
+    name: str,
+    size: int,
+    fit: Fit = "short_side",
+    on_corrupt: Literal["error", "skip"] = "error",
+) -> CachedImages:
+    """The images of ``entries``, from a cache that is built where there is none.
+
+    A cache belongs to its settings and to its content: the path, length, time of change, box and place
+    of every entry. Where any of these changes, another cache is built. It is built under a lock and
+    takes its name when it is complete: of several processes one builds and the others wait.
+
+    Args:
+        entries: what to read; labels play no part.
+        decode: an entry to an RGB image.
+        folder: where caches are kept; made where there is none.
+        name: what the cache's own folder begins with.
+        size: height and width in pixels.
+        fit: ``short_side`` scales the shorter side to ``size`` and keeps the middle square, ``squeeze``
+            scales both sides.
+        on_corrupt: ``error``, or ``skip``: leave images out that cannot be decoded.
+
+    Raises:
+        DataError: an image is damaged, the folder cannot be written, or the disk is full.
+    """
+    if on_corrupt not in ("error", "skip") or fit not in ("short_side", "squeeze"):
+        raise ConfigurationError(
+            "Expected on_corrupt to be error or skip and fit to be short_side or squeeze, but got "
+            f"{on_corrupt!r} and {fit!r}."
+        )
+    key = _key(entries, size, fit)
+    cache = folder / f"{name}-{size}-{key}"
+    if not _is_complete(cache):
+        with _writable(folder, len(entries) * 3 * size * size):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / f".{cache.name}.lock"):
+                if not _is_complete(cache):
+                    _build(cache, entries, decode, size, fit, on_corrupt)
+    return _open(cache, len(entries), size, on_corrupt)
+
+
+def _key(entries: Sequence[Entry], size: int, fit: str) -> str:
+    """A name for settings and content; a file that holds several entries is looked at once."""
+    digest = blake2b(repr((_FORMAT, size, fit)).encode(), digest_size=10)
+    seen: dict[Path, tuple[int, int]] = {}
+    for entry in entries:
+        if entry.path not in seen:
+            status = entry.path.stat()
+            seen[entry.path] = (status.st_size, status.st_mtime_ns)
+        digest.update(repr((str(entry.path), seen[entry.path], entry.box, entry.place)).encode())
+    return digest.hexdigest()
+
+
+def _is_complete(cache: Path) -> bool:
+    return (cache / "index.json").is_file()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among processes; the system lets go of the lock when its holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _writable(folder: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"Expected {folder} to be writable and to have room for {size / 1e9:.2f} GB of decoded "
+            f"images, but got {type(error).__name__}: {error}. Free space there, or name another "
+            "folder with cache_dir."
+        ) from error
+
+
+def _build(
+    cache: Path,
+    entries: Sequence[Entry],
+    decode: Callable[[Entry], Image.Image],
+    size: int,
+    fit: Fit,
+    on_corrupt: str,
+) -> None:
+    """Write to a temporary folder, then give it its name; damage that is an error leaves nothing."""
+    temporary = cache.with_name(f".{cache.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died: we have the lock
+    shutil.rmtree(cache, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        needed, free = len(entries) * 3 * size * size, shutil.disk_usage(temporary).free
+        if needed > free:
+            raise OSError(f"no more than {free / 1e9:.2f} GB are free")
+        damaged: dict[int, Damage] = {}
+        with (temporary / "images.uint8").open("wb") as file:
+            for place, pixels in enumerate(_decoded(entries, decode, size, fit)):
+                if isinstance(pixels, Damage):
+                    damaged[place] = pixels
+                else:
+                    file.write(pixels.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        _refuse(damaged, on_corrupt)
+        (temporary / "index.json").write_text(json.dumps(damaged), encoding="utf-8")
+        temporary.rename(cache)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _decoded(
+    entries: Sequence[Entry], decode: Callable[[Entry], Image.Image], size: int, fit: Fit
+) -> Iterator[Any]:
+    """Pixels ``(3, size, size)`` or the damage of each entry, in order, a few at a time."""
+
+    def pixels(entry: Entry) -> Any:
+        try:
+            return _resized(decode(entry), size, fit)
+        except MemoryError:
+            raise
+        # Damaged files make Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
+        except Exception as error:  # noqa: BLE001
+            return Damage(str(entry.path), f"{type(error).__name__}: {error}")
+
+    # Pillow lets go of the interpreter while it decodes, and reading waits for the disk.
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        for start in range(0, len(entries), _AT_ONCE):
+            yield from pool.map(pixels, entries[start : start + _AT_ONCE])
+
+
+def _resized(image: Image.Image, size: int, fit: Fit) -> Any:
+    width, height = image.size
+    if fit == "short_side":
+        short = min(width, height)
+        width, height = size * width // short, size * height // short
+    else:
+        width, height = size, size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _refuse(damaged: dict[int, Damage], on_corrupt: str) -> None:
+    if damaged and on_corrupt == "error":
+        first = damaged[min(damaged)]
+        more = f" ({len(damaged) - 1:,} more are damaged)" if len(damaged) > 1 else ""
+        raise DataError(
+            f"Expected {first.path} to be a whole image, but got {first.reason}{more}. Replace the "
+            "file, or set on_corrupt to skip to leave damaged images out."
+        )
+
+
+def _open(cache: Path, count: int, size: int, on_corrupt: str) -> CachedImages:
+    index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
+    damaged = {int(place): Damage(*values) for place, values in index.items()}
+    _refuse(damaged, on_corrupt)
+    kept = [place for place in range(count) if place not in damaged]
+    shape = (len(kept), 3, size, size)
+    # Copy on write, as torch wants arrays that may be written to; nothing ever writes.
+    images = np.empty(shape, np.uint8)
+    if kept:
+        images = np.memmap(cache / "images.uint8", np.uint8, "c", shape=shape)
+    return CachedImages(torch.from_numpy(images), torch.tensor(kept), [*damaged.values()])

@@ -1,0 +1,270 @@
+"""What every reader of an image set gives: which files, which labels, which part; nothing decoded."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from PIL import Image
+from scipy.io import loadmat
+
+from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
+
+__all__ = ["Counts", "Entry", "ImageSet", "Listing", "one_of"]
+
+
+class Counts(NamedTuple):
+    """How many images a set has: of a part, None where the authors publish no number."""
+
+    train: int | None
+    test: int | None
+    total: int | None = None
+
+
+class Entry(NamedTuple):
+    """One sample.
+
+    Attributes:
+        path: the file that holds it.
+        label: its place in the listing's ``class_names``.
+        box: ``(left, top, right, bottom)`` in pixels that is cut out, right and bottom exclusive; None
+            takes the whole image. What lies outside the image is left out.
+        place: its number in a file that holds several.
+    """
+
+    path: Path
+    label: int
+    box: tuple[int, int, int, int] | None = None
+    place: int = 0
+
+
+class Listing(NamedTuple):
+    """What a reader returns.
+
+    Attributes:
+        class_names: in the data set's own order.
+        train: samples to learn from.
+        test: samples to measure with.
+    """
+
+    class_names: list[str]
+    train: list[Entry]
+    test: list[Entry]
+
+
+@dataclass(frozen=True)
+class ImageSet(ABC):
+    """A published set of labelled images in its official layout on disk.
+
+    Args:
+        root: the folder of data sets; the set lies in the first of ``folders`` that is there.
+    """
+
+    root: Path
+
+    name: ClassVar[str]
+    """How settings and commands call it."""
+    title: ClassVar[str]
+    """How messages call it."""
+    folders: ClassVar[tuple[str, ...]]
+    """Where it may lie below the root; the first is where it is asked for."""
+    needs: ClassVar[str]
+    """What has to be in that folder, in words."""
+    origin: ClassVar[str]
+    """Where to get it, and how."""
+    paper: ClassVar[str]
+    """Images and classes as Wen et al. count them."""
+    small: ClassVar[int | None] = None
+    """Height and width in pixels, where all images are small squares of one size."""
+
+    mirrored: ClassVar[bool] = True
+    """Whether an image's mirror image is of the same class."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Counts:
+        """The published numbers of images, for these options."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """The published number of classes, for these options."""
+
+    @abstractmethod
+    def read_lists(self) -> Listing:
+        """Read the lists and labels; images need not be there."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the set lies."""
+        for name in self.folders:
+            if (self.root / name).is_dir():
+                return self.root / name
+        raise DataError(
+            f"Expected {self.title} in {self.root / self.folders[0]}, but there is no such folder. "
+            f"It has to hold {self.needs}. {self.origin}"
+        )
+
+    @property
+    def is_present(self) -> bool:
+        """Whether its folder is there, whatever is in it."""
+        return any((self.root / name).is_dir() for name in self.folders)
+
+    def checked(self, expect_counts: bool = True) -> Listing:
+        """The listing, having seen that every file of it is there.
+
+        Args:
+            expect_counts: refuse numbers of classes and images other than the published ones.
+
+        Raises:
+            DataError: a list is missing or broken, an image is missing, or a number is wrong.
+        """
+        listing = self.read_lists()
+        self._refuse_missing_files(listing)
+        wrong = self.count_faults(listing)
+        if wrong and expect_counts:
+            raise DataError(
+                f"Expected {self.title} in {self.folder} to have {wrong[0]}. Fetch the set again, or "
+                "set expect_counts to false to use what is there."
+            )
+        return listing
+
+    def count_faults(self, listing: Listing) -> list[str]:
+        """Where the listing's numbers differ from the published ones, in words."""
+        found = {"training images": len(listing.train), "test images": len(listing.test)}
+        found["images in all"] = sum(found.values())
+        wanted = {"classes": self.num_classes, **dict(zip(found, self.counts, strict=True))}
+        found = {"classes": len(listing.class_names), **found}
+        return [
+            f"{number:,} {what}, but got {found[what]:,}"
+            for what, number in wanted.items()
+            if number is not None and number != found[what]
+        ]
+
+    def _refuse_missing_files(self, listing: Listing) -> None:
+        paths = dict.fromkeys(entry.path for entry in [*listing.train, *listing.test])
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+            raise DataError(
+                f"Expected every image that the lists of {self.title} name, but {missing[0]} is "
+                f"missing{more}. {self.origin}"
+            )
+
+    def open(self, entry: Entry) -> Image.Image:
+        """Decode one sample to RGB.
+
+        Raises:
+            Exception: whatever Pillow raises on a damaged file.
+        """
+        with Image.open(entry.path) as file:
+            image: Image.Image = file
+            if image.mode.startswith(("I", "F")):  # Pillow would cut deeper pixels off at 255
+                raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+            if image.mode == "P":
+                image = image.convert("RGBA")
+            image = image.convert("RGB")
+        if entry.box is None:
+            return image
+        left, top, right, bottom = entry.box
+        box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise ValueError(f"box {entry.box} outside of {image.width} x {image.height} pixels")
+        return image.crop(box)
+
+    # ---------------------------------------------------------------------- files of lists
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[None]:
+        """One error for whatever is wrong with a file of lists or labels."""
+        try:
+            yield
+        except DataError:
+            raise
+        # Damaged .mat and .xml files make their readers raise nearly anything.
+        except Exception as error:
+            if not path.exists():
+                raise DataError(
+                    f"Expected {path}, a file of {self.title}, but there is none. The folder has to "
+                    f"hold {self.needs}. {self.origin}"
+                ) from error
+            raise DataError(
+                f"Expected {path} to be a whole file of {self.title}, but got "
+                f"{type(error).__name__}: {error}. Fetch it again. {self.origin}"
+            ) from error
+
+    def lines(self, path: Path) -> list[str]:
+        """Lines without ends and blanks around; empty ones are left out."""
+        with self.reading(path):
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return [line.strip() for line in lines if line.strip()]
+
+    def fields(self, path: Path, form: str) -> Iterator[list[str]]:
+        """Lines cut at blanks into as many fields as ``form`` has; the last keeps its blanks."""
+        count = len(form.split())
+        for line in self.lines(path):
+            fields = line.split(maxsplit=count - 1)
+            if len(fields) != count:
+                raise self.fault(path, f"lines of the form '{form}'", repr(line))
+            yield fields
+
+    def table(self, path: Path, form: str) -> dict[str, str]:
+        """Lines of two fields, by the first, which stands there once.
+
+        Raises:
+            DataError: the file is missing or broken.
+        """
+        rows: dict[str, str] = {}
+        for key, value in self.fields(path, form):
+            if key in rows:
+                raise self.fault(path, "each id once", f"{key} twice")
+            rows[key] = value
+        return rows
+
+    def join(self, path: Path, table: dict[str, Any], other: Path, ids: Iterable[str]) -> None:
+        """Refuse an id of one file that another does not have, either way."""
+        ids = set(ids)
+        for lacking, odd in ((other, table.keys() - ids), (path, ids - table.keys())):
+            if odd:
+                having = path if lacking is other else other
+                raise DataError(
+                    f"Expected {path} and {other} to have the same ids, but {min(odd)} is in "
+                    f"{having.name} and not in {lacking.name}. Fetch {self.title} again."
+                )
+
+    def number(self, path: Path, text: Any, low: int, high: int, what: str) -> int:
+        """A whole number in a range, from a field."""
+        try:
+            value = int(text)
+        except (TypeError, ValueError):
+            value = low - 1
+        if not low <= value <= high:
+            raise self.fault(path, f"{what} from {low} to {high}", repr(text))
+        return value
+
+    def fault(self, path: Path, wanted: str, got: str) -> DataError:
+        """The error of a file that holds something else."""
+        return DataError(
+            f"Expected {path} to hold {wanted}, but got {got}. Fetch {self.title} again."
+        )
+
+    def read_mat(self, path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+        """What ``read`` takes out of a Matlab file, broken ones and missing fields made one error."""
+        with self.reading(path):
+            return read(loadmat(path, squeeze_me=True))
+
+
+def one_of(argument: str, value: object, known: tuple[object, ...]) -> None:
+    """Refuse an option that is none of the known ones.
+
+    Raises:
+        ConfigurationError: names the option and what it may be.
+    """
+    if value not in known:
+        choices = [str(choice) for choice in known]
+        raise ConfigurationError(
+            f"Expected {argument} to be one of {', '.join(choices)}, but got {value!r}."
+            f"{did_you_mean(str(value), choices)}"
+        )

@@ -1,0 +1,171 @@
+"""One image set as a stream of a single task, over a cache of decoded images."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import interpolate
+
+from bpn_lightning.datamodules.augmentation import CropAndFlip
+from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, at_least_one
+from bpn_lightning.datamodules.image_cache import cached_images
+from bpn_lightning.datamodules.image_sets import Entry, ImageSet
+from bpn_lightning.datamodules.loading import Samples
+from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.tasks import Batch, Task
+
+__all__ = ["ImageSetStream", "WindowAndFlip"]
+
+
+@dataclass(frozen=True)
+class WindowAndFlip(CropAndFlip):
+    """A random window of the image, then, if asked for, a mirror image half of the time.
+
+    Args:
+        padding: 0, as nothing is added around the image.
+        flip: whether windows may be mirrored left to right.
+        slack: pixels by which the image is higher and wider than the window.
+    """
+
+    slack: int
+
+    def draw(self, count: int, generator: Generator) -> Tensor:
+        """Draw the numbers for ``count`` images: ``(count, 3)`` int64, top, left, mirrored or not."""
+        corners = torch.randint(self.slack + 1, (count, 2), generator=generator)
+        mirrored = torch.randint(1 + self.flip, (count, 1), generator=generator)
+        return torch.cat([corners, mirrored], dim=1)
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Cut and mirror each image by its own row of numbers.
+
+        Args:
+            images: ``(batch, channels, height, width)``, any dtype.
+            draws: ``(batch, 3)`` int64.
+
+        Returns:
+            ``(batch, channels, height - slack, width - slack)``.
+        """
+        batch, channels, height, width = images.shape
+        rows, columns = height - self.slack, width - self.slack
+        top, left, mirrored = draws[:, :, None].unbind(1)
+        down = top + torch.arange(rows, device=images.device)
+        across = torch.arange(columns, device=images.device)
+        across = left + torch.where(mirrored.bool(), columns - 1 - across, across)
+        pixels = (down[:, :, None] * width + across[:, None, :]).flatten(1)
+        chosen = pixels[:, None].expand(-1, channels, -1)
+        return images.flatten(2).gather(2, chosen).view(batch, channels, rows, columns)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class ImageSetStream(ContinualDataModule):
+    """A published image set as one task, for networks that were trained on ImageNet.
+
+    Every image is scaled to ``resize`` pixels and cached; from there a random window of ``image_size``
+    pixels is cut in training with ``augment``, the middle one otherwise. Sets of small images are
+    cached as they are and scaled on the device. Normalised by ImageNet's mean and standard deviation.
+
+    Args:
+        image_set: the reader.
+        cache: the folder of caches.
+        image_size: height and width in pixels of what the network sees.
+        resize: height and width in pixels of what it is cut out of.
+        fit: ``short_side`` scales the shorter side and keeps the middle square, ``squeeze`` scales
+            both sides.
+        flip: whether augmentation also mirrors.
+        on_corrupt: ``error``, or ``skip``: leave images out that cannot be decoded, with a warning
+            that counts them.
+        expect_counts: refuse numbers of classes and images other than the published ones.
+    """
+
+    image_set: ImageSet
+    cache: Path
+    image_size: int = 224
+    resize: int = 256
+    fit: Literal["short_side", "squeeze"] = "short_side"
+    flip: bool = True
+    on_corrupt: Literal["error", "skip"] = "error"
+    expect_counts: bool = True
+
+    constants = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self.image_size, self.resize)
+
+    def read(self) -> ImageData:
+        """List the samples and open their caches, built where there are none."""
+        listing = self.image_set.checked(self.expect_counts)
+        train, test = (
+            self._samples(part, entries)
+            for part, entries in (("train", listing.train), ("test", listing.test))
+        )
+        return ImageData(train, test, listing.class_names, str(self.image_set.folder))
+
+    def _samples(self, part: str, entries: list[Entry]) -> Samples:
+        cached = cached_images(
+            entries,
+            self.image_set.open,
+            self.cache,
+            name=f"{self.image_set.name}-{part}",
+            size=min(self.image_set.small or self.resize, self.resize),
+            fit=self.fit,
+            on_corrupt=self.on_corrupt,
+        )
+        if cached.damaged:
+            first = cached.damaged[0]
+            warnings.warn(
+                f"{len(cached.damaged):,} of the {len(entries):,} {part} images of "
+                f"{self.image_set.title} are damaged and left out, such as {first.path} "
+                f"({first.reason}).",
+                stacklevel=2,
+            )
+        labels = torch.tensor([entry.label for entry in entries], dtype=torch.int64)
+        return Samples(cached.images, labels[cached.kept])
+
+    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
+        """All classes are one task."""
+        count = len(data.class_names)
+        (epochs,) = self.epochs_of(1)
+        return [Task(0, (0, count), tuple(data.class_names), epochs)], [[*range(count)]]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the set; the second call finds it done."""
+        super().setup(stage)
+        self.input_shape = (3, self.image_size, self.image_size)
+        self._augmentation = WindowAndFlip(0, self.flip, self.resize - self.image_size)
+
+    def prepare(self, batch: Batch, augment: bool = False) -> Batch:
+        """Raw images to normalised windows, on the device that they lie on.
+
+        Args:
+            batch: as a loader gave it.
+            augment: take the windows that the batch's random numbers say, if it carries any.
+        """
+        images = batch.inputs
+        if images.shape[-1] != self.resize:
+            size = (self.resize, self.resize)
+            images = interpolate(images.float(), size, mode="bilinear", align_corners=False)
+        if not augment or batch.augmentation is None:
+            start = (self.resize - self.image_size) // 2
+            window = slice(start, start + self.image_size)
+            images = images[:, :, window, window]
+        return super().prepare(batch._replace(inputs=images), augment)
+
+
+def check_sizes(image_size: int, resize: int) -> None:
+    """Refuse a window that is larger than the image.
+
+    Raises:
+        ConfigurationError: names both sizes.
+    """
+    at_least_one("image_size", image_size)
+    at_least_one("resize", resize)
+    if image_size > resize:
+        raise ConfigurationError(
+            f"Expected image_size to be at most resize, but got {image_size} and {resize} pixels. "
+            "AlexNet is used with 224 of 256."
+        )
