@@ -26,7 +26,16 @@ from torch import Tensor
 from bpn_lightning.files import write_atomically
 from bpn_lightning.metrics import tasks_learned
 
-__all__ = ["FORMATS", "accuracy_curves", "accuracy_heatmap", "render", "save_figure"]
+__all__ = [
+    "COLOURS",
+    "DASHES",
+    "FORMATS",
+    "MARKERS",
+    "accuracy_curves",
+    "accuracy_heatmap",
+    "render",
+    "save_figure",
+]
 
 Format = Literal["png", "svg"]
 Floats = NDArray[np.float64]
@@ -39,9 +48,9 @@ _FEW = 10
 _NUMBERED = 20
 
 # Okabe & Ito's colours for the colour-blind, without their yellow, which is too pale for a line.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", "--", "-.", (0, (1, 1.2)))
-_MARKERS = "osD^vP*X<>"
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", (0, (1, 1.2)))
+MARKERS = "osD^vP*X<>"
 
 _VIRIDIS = colormaps["viridis"]
 # Its lightness runs one way, so it keeps its order in grey; its pale end is no colour for a line.
@@ -230,9 +239,9 @@ def _own_look(task: int, points: int) -> dict[str, Any]:
     """Colour, dashes and marker by which one of few lines is known."""
     every = max(1, points // 10)
     return {
-        "color": _COLOURS[task % len(_COLOURS)],
-        "linestyle": _DASHES[task % len(_DASHES)],
-        "marker": _MARKERS[task % len(_MARKERS)],
+        "color": COLOURS[task % len(COLOURS)],
+        "linestyle": DASHES[task % len(DASHES)],
+        "marker": MARKERS[task % len(MARKERS)],
         "markersize": 5,
         "markevery": (task % every, every),  # lines that lie on each other show both markers
         "linewidth": 1.5,

@@ -22,9 +22,9 @@ LAYERS = [
     {"network", "random_state"},
     set(ROOMS),
     {"evaluation", "module", "registry", "steps", "trainer_rules"},
-    {"command", "console", "export", "figures", "recording", "report", "results"},
+    {"command", "console", "data_command", "export", "figures", "recording", "report", "results"},
     {"conformance", "fit"},
-    {"cli"},
+    {"bench", "cli"},
     {""},  # the root: `import bpn_lightning` is for users, not for files in here
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -94,7 +94,7 @@ def test_imports_are_absolute_and_under_the_roof(path: Path) -> None:
     assert not bad
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli"])
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli", f"{PACKAGE}.bench.cli"])
 def test_import_leaves_the_heavy_ones_alone(module: str, tmp_path: Path) -> None:
     heavy = "{'torch', 'lightning', 'numpy', 'matplotlib', 'sklearn'}"
     code = f"import {module}, sys; print(sorted({heavy} & set(sys.modules)))"

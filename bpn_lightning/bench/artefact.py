@@ -1,0 +1,50 @@
+"""One thing that a report shows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bpn_lightning.bench.tables import Table
+from bpn_lightning.figures import save_figure
+from bpn_lightning.files import write_atomically
+
+__all__ = ["Artefact"]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A table and its picture.
+
+    Args:
+        name: of its files.
+        title: one line.
+        caption: what is seen, in plain words.
+        table: the numbers.
+        figure: the picture; None where there is nothing to draw yet.
+        data: what the CSV has; None where it has the table.
+    """
+
+    name: str
+    title: str
+    caption: str
+    table: Table
+    figure: Figure | None = None
+    data: Table | None = None
+
+    def markdown(self, picture: str = "") -> str:
+        """Title, picture, table and caption.
+
+        Args:
+            picture: path of the PNG from where the text stands; none is shown without it.
+        """
+        image = [f"![{self.title}]({picture})"] if picture and self.figure else []
+        return "\n\n".join([f"### {self.title}", *image, self.table.markdown(), self.caption])
+
+    def write(self, folder: Path) -> None:
+        """Write the ``.md``, ``.csv``, ``.png`` and ``.svg``, each in one step."""
+        text = self.markdown(f"{self.name}.png") + "\n"
+        write_atomically(folder / f"{self.name}.md", text.encode())
+        write_atomically(folder / f"{self.name}.csv", (self.data or self.table).csv().encode())
+        if self.figure is not None:
+            save_figure(self.figure, folder / self.name)

@@ -1,0 +1,151 @@
+"""The command ``bpn-bench``; what needs no torch is answered before it is imported."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bpn_lightning.bench.grid import Grid, check_key, only, packaged_grids, read_grid
+from bpn_lightning.bench.runner import INTERRUPTED, Runner
+from bpn_lightning.errors import BPNLightningError, ConfigurationError
+
+__all__ = ["main"]
+
+HELP = """\
+usage: bpn-bench GRID [--jobs N] [--retry] [--only WORD ...] [--runs DIR] [--out DIR] [--KEY VALUE ...]
+       bpn-bench collect GRID [--runs DIR] [--out DIR]
+       bpn-bench report DIR
+
+Run a grid of experiments, methods and seeds, and make its tables and pictures.
+
+  bpn-bench digits.yaml                   every method on the digits; no download
+  bpn-bench incremental.yaml --data.init_args.root DIR --jobs 8
+  bpn-bench permuted.yaml --only bd+psp psp seed_0
+  bpn-bench report docs/results           all tables and pictures again, without training
+
+  GRID            a YAML, or a packaged grid
+  --jobs N        runs at a time, one thread each (default: 2)
+  --retry         run again what failed; without it, failed runs are reported and left alone
+  --only WORD     experiments, methods, seeds (seed_0) and varied values (rank=10)
+  --runs DIR      where the runs go; those finished there are not repeated (default: runs/bench/<grid>)
+  --out DIR       where cells.json, tables and pictures go (default: <runs>/report)
+  --KEY VALUE     goes to every `bpn-fit`
+
+  --list          the packaged grids
+  --help
+"""
+
+USAGE_ERROR = 2
+FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0, 1 where runs failed, 2 where the user can mend it, 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv in ([], ["--help"], ["-h"]):
+            print(HELP, end="")
+            return 0
+        if argv == ["--list"]:
+            print("\n".join(packaged_grids()))
+            return 0
+        if argv[0] == "report":
+            return _report(argv[1:])
+        if argv[0] == "collect":
+            return _collect(argv[1:])
+        return _run(argv)
+    except BPNLightningError as error:
+        print(f"bpn-bench: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("bpn-bench: Interrupted. The same command goes on from there.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
+    options, passed_on = _parse(argv, known_only=False)
+    grid = read_grid(options.grid, passed_on)
+    cells = only(grid.cells, options.only) if options.only else list(grid.cells)
+    root = Path(options.runs or Path("runs", "bench", grid.name))
+    # Ends the runs as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failures = Runner(root, options.jobs, options.retry, passed_on).run(cells)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _finish(grid, root, options.out)
+    for failure in failures:
+        print(f"\nbpn-bench: {failure}", file=sys.stderr)
+    return FAILED if failures else 0
+
+
+def _collect(argv: Sequence[str]) -> int:
+    options, _ = _parse(argv, known_only=True)
+    grid = read_grid(options.grid)
+    _finish(grid, Path(options.runs or Path("runs", "bench", grid.name)), options.out)
+    return 0
+
+
+def _finish(grid: Grid, root: Path, out: str | None) -> None:
+    """Keep what is finished, make the report, and print its tables."""
+    from bpn_lightning.bench.collection import collect, write_collection  # torch comes with them
+    from bpn_lightning.bench.report import REPORT, write_report
+
+    folder = Path(out) if out else root / "report"
+    collection = collect(grid, root)
+    write_collection(collection, folder)
+    for artefact in write_report(collection, folder):
+        print(f"{artefact.markdown()}\n")
+    print(f"bpn-bench: {folder / REPORT}", file=sys.stderr)
+
+
+def _report(argv: Sequence[str]) -> int:
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise ConfigurationError(
+            f"Expected report to be followed by one folder, but got {' '.join(argv) or 'nothing'}. "
+            "Name one that has a cells.json, or folders with one."
+        )
+    from bpn_lightning.bench.report import report_all
+
+    for path in report_all(Path(argv[0])):
+        print(path)
+    return 0
+
+
+def _parse(argv: Sequence[str], known_only: bool) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="bpn-bench", add_help=False, allow_abbrev=False)
+    parser.exit_on_error = False
+    parser.add_argument("grid")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--retry", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--runs")
+    parser.add_argument("--out")
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(f"{error}. `bpn-bench --help` shows how it is called.") from error
+    if options.jobs < 1:
+        raise ConfigurationError(
+            f"Expected --jobs to be at least 1, but got {options.jobs}. Leave it out for 2."
+        )
+    if rest and (known_only or not rest[0].startswith("--")):
+        raise ConfigurationError(
+            f"Expected the options of `bpn-bench --help`, but got {rest[0]!r}."
+        )
+    for word in rest:
+        if word.startswith("--"):
+            check_key(word[2:].partition("=")[0], "the options")
+    return options, rest
+
+
+if __name__ == "__main__":
+    sys.exit(main())

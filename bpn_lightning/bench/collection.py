@@ -1,0 +1,277 @@
+"""What is kept of a grid's runs: one small ``cells.json``, from which every report is made.
+
+It has the grid's words, what was not run or is missing, and for each finished run what its
+``results.json`` says and the lower triangle of its accuracy matrix, one run a line. No checkpoint,
+no picture and no name of a machine is in it, so it can be committed.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from bpn_lightning.bench.grid import Cell, Grid, NotRun
+from bpn_lightning.bench.runner import state
+from bpn_lightning.errors import ResultsError
+from bpn_lightning.files import write_atomically
+from bpn_lightning.results import read_matrix_csv, read_results
+
+__all__ = ["CELLS", "Collection", "Record", "collect", "read_collection", "write_collection"]
+
+CELLS = "cells.json"
+
+SCHEMA_VERSION = 1
+"""Goes up when a key of cells.json is renamed, removed or changes its meaning."""
+
+_DECIMALS = 5  # of an accuracy: a hundredth of what one image of a test set makes
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a finished run.
+
+    Args:
+        experiment: its name.
+        method: its name.
+        seed: its seed.
+        label: of the grid's entry, or "".
+        variant: varied keys and their values.
+        results: of results.json, but for what only the run's folder has a use for.
+        matrix: row k has the accuracies on tasks 1 to k after task k; None where not measured.
+        curve: accuracies at the ends of epochs, ``{epoch, task, accuracy}``; may be empty.
+        probes: what they saw after each task, by their names.
+    """
+
+    experiment: str
+    method: str
+    seed: int
+    label: str
+    variant: dict[str, Any]
+    results: dict[str, Any]
+    matrix: list[list[float | None]]
+    curve: list[dict[str, Any]]
+    probes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """The experiment, with its label: what has a table of its own."""
+        return f"{self.experiment}, {self.label}" if self.label else self.experiment
+
+    def at(self, *keys: str) -> Any:
+        """A value of the results by its keys, or None where a part of the way is null."""
+        value: Any = self.results
+        for key in keys:
+            value = None if value is None else value[key]
+        return value
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A grid and what its finished runs gave.
+
+    Args:
+        name: of the grid.
+        title: of the grid.
+        text: what it shows.
+        compare: pairs of methods.
+        report: the artefacts.
+        not_run: entries without runs, by intention.
+        missing: names of runs that are not finished.
+        records: the finished runs, in the order of the grid.
+    """
+
+    name: str
+    title: str
+    text: str
+    compare: tuple[tuple[str, str], ...]
+    report: tuple[str, ...]
+    not_run: tuple[NotRun, ...]
+    missing: tuple[str, ...]
+    records: tuple[Record, ...]
+
+    def places(self) -> list[str]:
+        """Experiments, with their labels, in order."""
+        return list(dict.fromkeys(record.place for record in self.records))
+
+    def of(self, place: str | None = None, method: str | None = None) -> list[Record]:
+        """The records of an experiment, of a method, or of both."""
+        return [
+            record
+            for record in self.records
+            if (place is None or record.place == place)
+            and (method is None or record.method == method)
+        ]
+
+    def methods(self, place: str) -> list[str]:
+        """The methods that were run there, in order."""
+        return list(dict.fromkeys(record.method for record in self.of(place)))
+
+
+def collect(grid: Grid, root: Path) -> Collection:
+    """Read what is finished.
+
+    Args:
+        grid: whose runs.
+        root: where they are.
+
+    Raises:
+        ResultsError: a folder holds another run than the grid's.
+    """
+    records = {}
+    for cell in grid.cells:
+        if state(cell, root) == "finished":
+            try:
+                # Maps are large, and one seed's are drawn.
+                maps_too = cell.seed == grid.cells[0].seed
+                probes = [name for name in cell.probes if name != "regions" or maps_too]
+                records[cell.name] = _record(cell, cell.folder(root), probes)
+            except ResultsError as error:  # of an earlier release, perhaps; the others still count
+                print(f"bpn-bench: {cell.name} is left out. {error}", file=sys.stderr)
+    return Collection(
+        name=grid.name,
+        title=grid.title,
+        text=grid.text,
+        compare=grid.compare,
+        report=grid.report,
+        not_run=grid.not_run,
+        missing=tuple(cell.name for cell in grid.cells if cell.name not in records),
+        records=tuple(records.values()),
+    )
+
+
+def write_collection(collection: Collection, folder: Path) -> Path:
+    """Write cells.json, in one step.
+
+    Raises:
+        ResultsError: it cannot be written; an earlier one is whole.
+    """
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "grid": {
+            "name": collection.name,
+            "title": collection.title,
+            "text": collection.text,
+            "compare": collection.compare,
+            "report": collection.report,
+        },
+        "not_run": [vars(one) for one in collection.not_run],
+        "missing": collection.missing,
+    }
+    lines = [f"  {json.dumps(key)}: {_json(value)}," for key, value in head.items()]
+    cells = ",\n".join(f"    {_json(vars(record))}" for record in collection.records)
+    text = "\n".join(["{", *lines, '  "cells": [', *([cells] if cells else []), "  ]", "}", ""])
+    path = folder / CELLS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise ResultsError(
+            f"Expected to write {path}, but got: {error}. Make room or give write access; "
+            "`bpn-bench collect` makes it without running anything."
+        ) from error
+    return path
+
+
+def read_collection(path: Path) -> Collection:
+    """Read a cells.json, or the one of a folder.
+
+    Raises:
+        ResultsError: it is missing, no JSON, of another version, or lacks a key.
+    """
+    path = path / CELLS if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(
+            f"Expected {path} to be what bpn-bench keeps of a grid, but got: {error}. "
+            "Run the grid, or `bpn-bench collect`."
+        ) from error
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ResultsError(
+            f"Expected schema_version of {path} to be {SCHEMA_VERSION}, but got {version!r}. "
+            "Collect the runs again with this release."
+        )
+    try:
+        grid = found["grid"]
+        return Collection(
+            name=grid["name"],
+            title=grid["title"],
+            text=grid["text"],
+            compare=tuple((first, second) for first, second in grid["compare"]),
+            report=tuple(grid["report"]),
+            not_run=tuple(
+                NotRun(one["experiment"], tuple(one["methods"]), one["reason"])
+                for one in found["not_run"]
+            ),
+            missing=tuple(found["missing"]),
+            records=tuple(Record(**cell) for cell in found["cells"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsError(
+            f"Expected {path} to have all the keys of its version, but got an error at {error}. "
+            "Collect the runs again."
+        ) from error
+
+
+def _record(cell: Cell, folder: Path, probes: Sequence[str]) -> Record:
+    results = cast(dict[str, Any], read_results(folder))
+    matrix = read_matrix_csv(folder).tolist()
+    curve = results["extra"].get("curve") or []
+    provenance = results["provenance"]
+    host = {key: value for key, value in provenance["host"].items() if key != "name"}
+    kept = {key: results[key] for key in _KEPT}
+    kept["classes"] = [len(task["classes"]) for task in results["tasks"]]
+    kept["epochs"] = [task["epochs"] for task in results["tasks"]]
+    kept["provenance"] = {**provenance, "host": host}
+    return Record(
+        experiment=cell.experiment,
+        method=cell.method,
+        seed=cell.seed,
+        label=cell.label,
+        variant=dict(cell.variant),
+        results=kept,
+        matrix=[row[:moment] for moment, row in enumerate(matrix) if moment],
+        curve=list(curve),
+        probes={name: _probe(folder / f"{name}.json") for name in probes},
+    )
+
+
+def _probe(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(
+            f"Expected {path} to be what a probe of the grid saw, but got: {error}. "
+            "Remove the run's folder, so that it runs again with its probes."
+        ) from error
+
+
+_KEPT = (
+    "accuracy",
+    "accuracy_without_oracle",
+    "accuracy_after_learning",
+    "bytes_per_task",
+    "bytes_held",
+)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_rounded(value), ensure_ascii=False, allow_nan=False)
+
+
+def _rounded(value: Any) -> Any:
+    """Accuracies without digits that say nothing, and null for NaN."""
+    if isinstance(value, float):
+        return round(value, _DECIMALS) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {
+            key: item if key == "variant" else _rounded(item)  # settings are no accuracies
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,462 @@
+"""A grid: experiments x methods x seeds, read from a YAML and checked before anything runs.
+
+::
+
+    title: Every method on the digits
+    text: What it shows, in plain words.
+    seeds: [0, 1, 2]
+    experiments:
+      - config: digits_inc.yaml           a file, one beside the grid, or a packaged one
+        methods: all                      those with tuned values, or a list
+        set: {data.init_args.epochs_per_task: 5}              flags of every run
+        vary: {strategies.bd.rank: [1, 10, 100]}              one run per value
+        label: short                      tells apart entries with the same config
+        seeds: [0]                        instead of the grid's
+        probes: [drift]                   looks into the network after each task
+      - config: cifar10_inc.yaml
+        methods: all
+        not_run: CIFAR-10's images were not at hand.          a row, and no run
+    compare: [[bd+ewc, ewc]]              pairs of methods for the paired tests
+    report: [accuracy, paired_tests]      what is made of the results
+
+No torch here: a grid is refused in a second, not after an import.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpn_lightning.command import CONFIGS, methods_of, read_command
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+
+__all__ = [
+    "ARTEFACTS",
+    "OPTIONS",
+    "PROBES",
+    "Cell",
+    "Grid",
+    "NotRun",
+    "check_key",
+    "find_grid",
+    "only",
+    "packaged_grids",
+    "read_grid",
+    "short",
+]
+
+ARTEFACTS = (
+    "accuracy",
+    "table_1",
+    "table_2",
+    "figure_5",
+    "figure_6",
+    "figure_7",
+    "sweeps",
+    "gains",
+    "drift",
+    "parameters",
+    "paired_tests",
+)
+"""What ``report:`` may name, in the order of :mod:`bpn_lightning.bench.report`."""
+
+GROUPS = ("trainer", "model", "data", "strategies")
+"""What the keys of a run begin with."""
+
+SINGLE_KEYS = ("checkpoint_every_n_steps",)
+
+OPTIONS = ("--jobs", "--retry", "--only", "--runs", "--out")
+"""Of ``bpn-bench`` itself."""
+
+_KEYS = ("title", "text", "seeds", "experiments", "compare", "report")
+_ENTRY_KEYS = ("config", "methods", "seeds", "set", "vary", "label", "probes", "not_run")
+
+PROBES = {"regions": "Regions", "drift": "Drift"}
+"""What ``probes:`` may name, and the classes of :mod:`bpn_lightning.bench.probes`."""
+
+_PROBE_FLAG = "--trainer.callbacks+=bpn_lightning.bench.probes"
+
+Variant = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Args:
+        config: for ``bpn-fit --config``.
+        experiment: its name.
+        method: as ``bpn-fit --method`` takes it.
+        seed: of the run.
+        label: what tells entries with the same config apart, or "".
+        variant: the varied keys and their values.
+        settings: the keys that the entry sets, and their values.
+        probes: names of :data:`PROBES`.
+    """
+
+    config: str
+    experiment: str
+    method: str
+    seed: int
+    label: str = ""
+    variant: Variant = ()
+    settings: Variant = ()
+    probes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``digits_inc, bd+ewc, seed 0, rank 10``, for people."""
+        parts = (f"{short(key)} {value}" for key, value in self.variant)
+        label = [self.label] if self.label else []
+        return ", ".join([self.experiment, *label, self.method, f"seed {self.seed}", *parts])
+
+    def runs(self, root: Path) -> Path:
+        """What ``bpn-fit --runs`` gets: variants lie beside each other, each with runs of its own."""
+        words = [f"{short(key)}={value}" for key, value in self.variant]
+        return root.joinpath(*filter(None, (self.label, ",".join(words).replace("/", "_"))))
+
+    def folder(self, root: Path) -> Path:
+        """Where its results are."""
+        return self.runs(root) / self.experiment / self.method / f"seed_{self.seed}"
+
+    @property
+    def flags(self) -> list[str]:
+        """For ``bpn-fit``, but for where the results go."""
+        head = ["--config", self.config, "--method", self.method]
+        values = _flags(self.settings + self.variant)
+        looks = [f"{_PROBE_FLAG}.{PROBES[name]}" for name in self.probes]
+        return [*head, "--seed_everything", str(self.seed), *values, *looks]
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """An entry that stands in the tables without results, and why."""
+
+    experiment: str
+    methods: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A checked grid.
+
+    Args:
+        name: of its file.
+        title: of its report.
+        text: what it shows.
+        cells: the runs, in the order of the file.
+        not_run: entries without runs.
+        compare: pairs of methods for the paired tests.
+        report: names of :data:`ARTEFACTS`.
+    """
+
+    name: str
+    title: str
+    text: str
+    cells: tuple[Cell, ...]
+    not_run: tuple[NotRun, ...]
+    compare: tuple[tuple[str, str], ...]
+    report: tuple[str, ...]
+
+
+def short(key: str) -> str:
+    """``rank`` of ``strategies.bd.rank``."""
+    return key.rpartition(".")[2]
+
+
+def check_key(key: str, where: str) -> None:
+    """Refuse at once what ``bpn-fit`` would refuse in every run.
+
+    Raises:
+        ConfigurationError: the key belongs to no part of a run.
+    """
+    group, dot, _ = key.partition(".")
+    if not (dot and group in GROUPS) and key not in SINGLE_KEYS:
+        known = [*(f"{name}." for name in GROUPS), *SINGLE_KEYS]
+        raise ConfigurationError(
+            f"Expected a key in {where} to begin with {', '.join(known)}, but got {key!r}."
+            f"{did_you_mean(key, [*known, *OPTIONS])} `bpn-fit --help_all` shows all keys."
+        )
+
+
+def packaged_grids() -> list[str]:
+    """File names of the grids that come with this package."""
+    return sorted(path.name for path in (CONFIGS / "bench").glob("*.yaml"))
+
+
+def find_grid(name: str) -> Path:
+    """A path first, then a packaged grid, with or without its suffix.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    for path in (Path(name), CONFIGS / "bench" / name, CONFIGS / "bench" / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    near = did_you_mean(f"{Path(name).stem}.yaml", packaged_grids())
+    raise ConfigurationError(
+        f"Expected a grid to be a file or one of {', '.join(packaged_grids())}, but got {name!r}.{near}"
+    )
+
+
+def read_grid(name: str, passed_on: Sequence[str] = ()) -> Grid:
+    """Read a grid and check everything that can be known without torch.
+
+    Args:
+        name: a file, or a packaged grid.
+        passed_on: flags that every run gets besides.
+
+    Raises:
+        ConfigurationError: a key, a config, a method, a seed or a strategy is wrong; names it.
+    """
+    path = find_grid(name)
+    content = _load(path)
+    where = path.name
+    _check_keys(content, _KEYS, where)
+    seeds = _seeds(content.get("seeds", [0]), f"seeds of {where}")
+    cells: list[Cell] = []
+    not_run: list[NotRun] = []
+    for number, entry in enumerate(_list(content, "experiments", where), start=1):
+        here = f"experiment {number} of {where}"
+        if not isinstance(entry, Mapping):
+            raise ConfigurationError(
+                f"Expected {here} to hold keys and values, but got {entry!r}. "
+                "Write `- config: digits_inc.yaml` and `methods: all` below it."
+            )
+        _check_keys(entry, _ENTRY_KEYS, here)
+        found = _cells(entry, seeds, path, here, passed_on)
+        if "not_run" in entry:
+            methods = tuple(dict.fromkeys(cell.method for cell in found))
+            not_run.append(NotRun(found[0].experiment, methods, str(entry["not_run"])))
+        else:
+            cells += found
+    _check_twice(cells, where)
+    known = {cell.method for cell in cells} | {m for one in not_run for m in one.methods}
+    return Grid(
+        name=path.stem,
+        title=str(content.get("title", path.stem)),
+        text=str(content.get("text", "")).strip(),
+        cells=tuple(cells),
+        not_run=tuple(not_run),
+        compare=_pairs(content.get("compare") or [], known, where),
+        report=_report(content.get("report", ["accuracy"]), where),
+    )
+
+
+def only(cells: Iterable[Cell], words: Sequence[str]) -> list[Cell]:
+    """The cells that some words name: experiments, labels, methods, ``seed_0``, ``rank=10``.
+
+    Words of one kind are alternatives, words of different kinds have to hold together.
+
+    Raises:
+        ConfigurationError: no cell has such a word.
+    """
+    cells = list(cells)
+    kinds: dict[str, set[str]] = {}
+    for word in words:
+        kind = next((kind for cell in cells for kind, has in _words(cell) if has == word), None)
+        if kind is None:
+            known = list(dict.fromkeys(has for cell in cells for _, has in _words(cell)))
+            raise ConfigurationError(
+                f"Expected --only to name an experiment, a method or a seed of the grid, but got {word!r}."
+                f"{did_you_mean(word, known)} It has {', '.join(known)}."
+            )
+        kinds.setdefault(kind, set()).add(word)
+    return [
+        cell
+        for cell in cells
+        if all(any((kind, word) in _words(cell) for word in kinds[kind]) for kind in kinds)
+    ]
+
+
+def _words(cell: Cell) -> list[tuple[str, str]]:
+    varied = [(key, f"{short(key)}={value}") for key, value in cell.variant]
+    named = [("experiment", cell.experiment), ("method", cell.method), ("label", cell.label)]
+    return [pair for pair in (*named, ("seed", f"seed_{cell.seed}"), *varied) if pair[1]]
+
+
+def _cells(
+    entry: Mapping[str, Any],
+    seeds: tuple[int, ...],
+    grid: Path,
+    here: str,
+    passed_on: Sequence[str],
+) -> list[Cell]:
+    if not isinstance(entry.get("config"), str):
+        raise ConfigurationError(
+            f"Expected config of {here} to name an experiment, but got {entry.get('config')!r}. "
+            "`bpn-fit --list` shows the packaged ones."
+        )
+    config = entry["config"]
+    beside = grid.parent / config
+    if not Path(config).is_file() and beside.is_file() and beside != grid:
+        config = str(beside)
+    experiment = _command(["--config", config], here).experiment
+    if "seeds" in entry:
+        seeds = _seeds(entry["seeds"], f"seeds of {here}")
+    settings = tuple(_mapping(entry, "set", here).items())
+    varied = _mapping(entry, "vary", here)
+    for key, values in varied.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigurationError(
+                f"Expected vary of {here} to give {key} a list of values, but got {values!r}. "
+                f"Write {key}: [{values}]; `set:` takes single values."
+            )
+    variants = [tuple(zip(varied, values, strict=True)) for values in product(*varied.values())]
+    methods = _methods(entry, config, experiment, here)
+    label = str(entry.get("label", ""))
+    if Path(label).name != label:
+        raise ConfigurationError(
+            f"Expected label of {here} to be a name for a folder, but got {label!r}. "
+            "Leave slashes out."
+        )
+    for key in (*dict(settings), *varied):
+        check_key(str(key), here)
+    for method, variant in product(methods, variants):
+        flags = _flags(settings + variant)
+        _command(["--config", config, "--method", method, *flags, *passed_on], here)
+    probes = tuple(entry.get("probes") or ())
+    for name in probes:
+        if name not in PROBES:
+            raise ConfigurationError(
+                f"Expected probes of {here} to name some of {', '.join(PROBES)}, but got {name!r}."
+                f"{did_you_mean(str(name), PROBES)}"
+            )
+    return [
+        Cell(config, experiment, method, seed, label, variant, settings, probes)
+        for variant, method, seed in product(variants, methods, seeds)
+    ]
+
+
+def _methods(entry: Mapping[str, Any], config: str, experiment: str, here: str) -> list[str]:
+    wanted = entry.get("methods")
+    if wanted == "all":
+        folders = [Path(config).parent, CONFIGS]
+        found = {method for folder in folders for method in methods_of(experiment, folder)}
+        wanted = sorted(found)
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(m, str) for m in wanted):
+        raise ConfigurationError(
+            f"Expected methods of {here} to be a list of names, or `all` with tuned values, but got "
+            f"{wanted!r}. `bpn-fit --list` shows them."
+        )
+    return wanted
+
+
+def _command(argv: Sequence[str], here: str) -> Any:
+    """What ``bpn-fit`` would make of these flags, so that its own words say what is wrong."""
+    try:
+        return read_command(argv)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"In {here}: {error}") from error
+
+
+def _flags(settings: Variant) -> list[str]:
+    """``--key=value``; what is no text is written as JSON, which YAML reads."""
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings
+    ]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigurationError(
+            f"Expected {path} to be a grid in YAML, but got an error: {said}. Correct it."
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(
+            f"Expected {path} to hold keys and values, but got {content!r:.80}. "
+            "Start from one of the packaged grids."
+        )
+    return content
+
+
+def _check_keys(content: Mapping[str, Any], known: Sequence[str], here: str) -> None:
+    for key in content:
+        if key not in known:
+            raise ConfigurationError(
+                f"Expected the keys of {here} to be among {', '.join(known)}, but got {key!r}."
+                f"{did_you_mean(str(key), known)}"
+            )
+
+
+def _list(content: Mapping[str, Any], key: str, here: str) -> list[Any]:
+    value = content.get(key)
+    if not isinstance(value, list) or not value:
+        raise ConfigurationError(
+            f"Expected {key} of {here} to be a list, but got {value!r:.80}. "
+            "Give it at least one entry, `- config: digits_inc.yaml`."
+        )
+    return value
+
+
+def _mapping(entry: Mapping[str, Any], key: str, here: str) -> dict[str, Any]:
+    value = entry.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigurationError(
+            f"Expected {key} of {here} to hold keys and values, but got {value!r:.80}. "
+            "Write {model.optimizer.init_args.lr: 0.1}."
+        )
+    return value
+
+
+def _seeds(value: Any, here: str) -> tuple[int, ...]:
+    numbers = value if isinstance(value, list) else [value]
+    for seed in numbers:
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise ConfigurationError(
+                f"Expected {here} to be whole numbers from 0, but got {seed!r}. Write [0, 1, 2]."
+            )
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise ConfigurationError(
+            f"Expected {here} to be different numbers, but got {numbers}. Name each seed once."
+        )
+    return tuple(numbers)
+
+
+def _pairs(value: Any, methods: Iterable[str], where: str) -> tuple[tuple[str, str], ...]:
+    known = sorted(methods)
+    for pair in value if isinstance(value, list) else [value]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ConfigurationError(
+                f"Expected compare of {where} to be pairs of methods, but got {pair!r}. "
+                "Write [[bd+ewc, ewc]]."
+            )
+        for method in pair:
+            if method not in known:
+                raise ConfigurationError(
+                    f"Expected compare of {where} to name methods of the grid, but got {method!r}."
+                    f"{did_you_mean(str(method), known)} It has {', '.join(known)}."
+                )
+    return tuple((str(first), str(second)) for first, second in value)
+
+
+def _report(value: Any, where: str) -> tuple[str, ...]:
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if name not in ARTEFACTS:
+            raise ConfigurationError(
+                f"Expected report of {where} to name some of {', '.join(ARTEFACTS)}, but got {name!r}."
+                f"{did_you_mean(str(name), ARTEFACTS)}"
+            )
+    return tuple(names)
+
+
+def _check_twice(cells: Sequence[Cell], where: str) -> None:
+    """Two cells in one folder would be one run."""
+    folders = Counter(cell.folder(Path()) for cell in cells)
+    for cell in cells:
+        if folders[cell.folder(Path())] > 1:
+            raise ConfigurationError(
+                f"Expected the entries of {where} to differ, but got {cell.name} twice. "
+                "Give one of them a `label:`, or leave it out."
+            )

@@ -1,0 +1,184 @@
+"""The kinds of pictures that the report is made of, in the style of :mod:`bpn_lightning.figures`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bpn_lightning.bench.statistics import Interval
+from bpn_lightning.figures import COLOURS, DASHES, MARKERS
+
+__all__ = ["Dots", "Line", "dot_chart", "line_chart"]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A mark in every row that has a value.
+
+    Args:
+        name: for the legend.
+        values: one for each row.
+        hollow: the paper's numbers are hollow, ours are filled.
+    """
+
+    name: str
+    values: Sequence[Interval | None]
+    hollow: bool = False
+
+
+def dot_chart(
+    rows: Sequence[str],
+    dots: Sequence[Dots],
+    *,
+    title: str,
+    xlabel: str = "accuracy",
+    limits: tuple[float, float] | None = (0.0, 1.0),
+) -> Figure:
+    """Rows of marks with their intervals; within a row they lie a little below each other.
+
+    Args:
+        rows: names, from top to bottom.
+        dots: series of marks.
+        title: stands above.
+        xlabel: of the horizontal axis.
+        limits: of the values; None to follow them.
+    """
+    dots = [series for series in dots if any(value is not None for value in series.values)]
+    with style.context("default"):
+        height = 1.5 + 0.30 * len(rows) * max(1.0, 0.42 * len(dots))
+        figure = Figure(figsize=(7.5, height), layout="constrained")
+        figure.suptitle(title, parse_math=False)
+        axes = figure.add_subplot()
+        for index, series in enumerate(dots):
+            shift = 0.0 if len(dots) == 1 else 0.44 * (index / (len(dots) - 1) - 0.5)
+            shown = [(y + shift, v) for y, v in enumerate(series.values) if v is not None]
+            axes.errorbar(
+                [value.mean for _, value in shown],
+                [y for y, _ in shown],
+                xerr=[value.half or 0.0 for _, value in shown],
+                fmt="D" if series.hollow else MARKERS[index],
+                color=COLOURS[2 if series.hollow else index],
+                markerfacecolor="white" if series.hollow else COLOURS[index],
+                markersize=5,
+                capsize=2,
+                elinewidth=1,
+                label=series.name,
+                zorder=3,
+            )
+        axes.set_yticks(range(len(rows)), list(rows), parse_math=False)
+        axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)
+        axes.set_xlabel(xlabel)
+        if limits is not None:
+            low, high = limits
+            axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+        axes.grid(axis="x", color="0.92")
+        for y in range(len(rows) - 1):
+            axes.axhline(y + 0.5, color="0.92", linewidth=0.6, zorder=0)
+        if limits is None:  # differences
+            axes.axvline(0.0, color="0.4", linewidth=0.8, zorder=0)
+        if len(dots) > 1:
+            figure.legend(loc="outside lower center", ncols=min(3, len(dots)), frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve over something.
+
+    Args:
+        name: for the legend.
+        x: where.
+        y: means and intervals there; None where nothing was measured.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[Interval | None]
+
+
+def line_chart(
+    panels: Sequence[tuple[str, Sequence[Line]]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str = "accuracy",
+    log: bool = False,
+    limits: tuple[float, float] | None = (0.0, 1.0),
+    starts: Sequence[Sequence[float]] = (),
+) -> Figure:
+    """Panels with the same lines and one legend; up to four lines have the bands of their intervals.
+
+    Args:
+        panels: a title and lines for each.
+        title: stands above.
+        xlabel: of every panel.
+        ylabel: of the first.
+        log: whether x is drawn in logarithms.
+        limits: of the values; None to follow them.
+        starts: for each panel, where dashed vertical lines stand.
+    """
+    names = list(dict.fromkeys(line.name for _, lines in panels for line in lines))
+    with style.context("default"):
+        columns = len(panels) if len(panels) < 4 else (2 if len(panels) == 4 else 3)
+        lines_down = -(-len(panels) // columns)
+        width = 7.5 if len(panels) == 1 else 3.9 * columns
+        legend = 0.25 * (1 + (len(names) - 1) // 4)
+        height = 3.9 if len(panels) == 1 else 3.1 * lines_down
+        figure = Figure(figsize=(width, height + legend), layout="constrained")
+        figure.suptitle(title, parse_math=False)
+        frames = figure.subplots(lines_down, columns, sharey=True, squeeze=False).flatten()
+        for unused in frames[len(panels) :]:
+            unused.remove()
+        every = frames[: len(panels)]
+        for index, (axes, (name, lines)) in enumerate(zip(every, panels, strict=True)):
+            axes.set_title(name, fontsize="medium", parse_math=False)
+            axes.set(xlabel=xlabel, ylabel="" if index % columns else ylabel)
+            if log:
+                axes.set_xscale("log")
+            for start in starts[index] if starts else ():
+                axes.axvline(start, color="0.6", linestyle=(0, (4, 3)), linewidth=0.8, zorder=0)
+            for line in lines:
+                _draw(axes, line, names.index(line.name), band=len(names) <= 4)
+            if limits is not None:
+                low, high = limits
+                axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+            axes.grid(axis="y", color="0.92")
+        handles = {
+            label: handle
+            for axes in every
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            [handles[name] for name in names if name in handles],
+            [name for name in names if name in handles],
+            loc="outside lower center",
+            ncols=min(4, len(names)),
+            frameon=False,
+            handlelength=3.5,
+        )
+    return figure
+
+
+def _draw(axes: Axes, line: Line, number: int, band: bool) -> None:
+    shown = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
+    x, means = [x for x, _ in shown], [y.mean for _, y in shown]
+    colour = COLOURS[number % len(COLOURS)]
+    every = max(1, len(x) // 12)
+    axes.plot(
+        x,
+        means,
+        label=line.name,
+        color=colour,
+        linestyle=DASHES[number % len(DASHES)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=5,
+        markevery=(number % every, every),
+        linewidth=1.5,
+        zorder=3,
+    )
+    if band and any(y.half for _, y in shown):
+        low = [y.mean - (y.half or 0.0) for _, y in shown]
+        high = [y.mean + (y.half or 0.0) for _, y in shown]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,123 @@
+"""The report of a grid, made of its cells.json alone, and docs/results.md, made of several."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bpn_lightning.bench.accuracy import accuracy, paired_tests, parameters, table_1, table_2
+from bpn_lightning.bench.artefact import Artefact
+from bpn_lightning.bench.collection import CELLS, Collection, read_collection
+from bpn_lightning.bench.curves import figure_6
+from bpn_lightning.bench.many_tasks import figure_7
+from bpn_lightning.bench.mechanism import drift, figure_5
+from bpn_lightning.bench.sweeps import gains, sweeps
+from bpn_lightning.errors import ResultsError
+from bpn_lightning.files import write_atomically
+
+__all__ = ["MAKERS", "make", "report_all", "write_report"]
+
+MAKERS: dict[str, Callable[[Collection], list[Artefact]]] = {
+    "accuracy": accuracy,
+    "table_1": table_1,
+    "table_2": table_2,
+    "figure_6": figure_6,
+    "figure_7": figure_7,
+    "figure_5": figure_5,
+    "drift": drift,
+    "parameters": parameters,
+    "sweeps": sweeps,
+    "gains": gains,
+    "paired_tests": paired_tests,
+}
+"""How each name of ``report:`` is made."""
+
+REPORT = "report.md"
+
+
+def make(collection: Collection) -> list[Artefact]:
+    """All artefacts that the grid asks for; those that have nothing to show yet are left out."""
+    found = [one for name in collection.report for one in MAKERS[name](collection)]
+    return [one for one in found if one.table.rows]
+
+
+def write_report(collection: Collection, folder: Path) -> list[Artefact]:
+    """Write every artefact, and report.md with all of them.
+
+    Raises:
+        ResultsError: a file cannot be written; those written before are whole.
+    """
+    artefacts = make(collection)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for artefact in artefacts:
+            artefact.write(folder)
+        text = f"# {_section(collection, artefacts, '')}\n"
+        write_atomically(folder / REPORT, text.encode())
+    except OSError as error:
+        raise ResultsError(
+            f"Expected to write the report into {folder}, but got: {error}. Make room or give write "
+            "access; `bpn-bench report` makes it again from cells.json."
+        ) from error
+    return artefacts
+
+
+def report_all(folder: Path) -> list[Path]:
+    """Make the report of a folder with a cells.json, or of all those below a folder.
+
+    Below a folder, ``<folder>.md`` beside it gets all of them, in the order of the packaged grids.
+
+    Returns:
+        The files to be read.
+
+    Raises:
+        ResultsError: there is no cells.json, or one cannot be read.
+    """
+    if (folder / CELLS).is_file():
+        write_report(read_collection(folder), folder)
+        return [folder / REPORT]
+    found = sorted(path.parent for path in folder.glob(f"*/{CELLS}"))
+    if not found:
+        raise ResultsError(
+            f"Expected {folder} to hold {CELLS}, or folders with one, but found none. "
+            "`bpn-bench GRID --out DIR` and `bpn-bench collect` write it."
+        )
+    sections = []
+    for one in sorted(found, key=_order):
+        collection = read_collection(one)
+        artefacts = write_report(collection, one)
+        sections.append("## " + _section(collection, artefacts, f"{folder.name}/{one.name}/"))
+    page = folder.with_suffix(".md")
+    write_atomically(page, ("\n\n".join([HEAD.format(folder.name), *sections]) + "\n").encode())
+    return [page]
+
+
+HEAD = """\
+# Results
+
+<!-- Made by `bpn-bench report docs/{0}` from the cells.json in its folders. Do not edit. -->
+
+What the experiments of Wen et al. give here, beside the paper's own numbers. Every number is of a run
+of `bpn-fit`; each grid is trained, and its section made, by the command under its title. Intervals
+are 95 % intervals of Student's t over seeds. The task oracle tells a network which task an image is
+from; the paper's single-head scores have it, and the scores without it stand beside them."""
+
+# The paper's order; what the project adds comes after.
+_ORDER = ("digits", "incremental", "toy", "permuted", "eight_datasets")
+
+
+def _order(folder: Path) -> tuple[int, str]:
+    name = folder.name
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)
+
+
+def _section(collection: Collection, artefacts: Sequence[Artefact], folder: str) -> str:
+    """A heading without its marks, the words, and all artefacts."""
+    parts = [collection.title, f"    bpn-bench {collection.name}.yaml", collection.text]
+    if collection.missing:
+        total = len(collection.missing) + len(collection.records)
+        names = "; ".join(collection.missing[:6])
+        more = "; ..." if len(collection.missing) > 6 else ""
+        parts.append(f"{len(collection.missing)} of {total} runs are missing: {names}{more}.")
+    for one in collection.not_run:
+        parts.append(f"Not run: {one.experiment}. {one.reason}")
+    parts += [artefact.markdown(f"{folder}{artefact.name}.png") for artefact in artefacts]
+    return "\n\n".join(part for part in parts if part)

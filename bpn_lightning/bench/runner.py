@@ -1,0 +1,236 @@
+"""Runs the cells of a grid as separate ``bpn-fit`` processes, several at a time.
+
+A cell's folder says how far it is: ``results.json`` of all tasks, and it is finished and not run
+again; ``failed.json``, and it is reported and run again only on request; a checkpoint, and the next
+call goes on from it. ``log.txt`` beside them has what the process said.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import yaml
+
+from bpn_lightning.bench.grid import Cell
+from bpn_lightning.errors import ResultsError
+from bpn_lightning.files import write_atomically
+
+__all__ = ["Failure", "Runner", "State", "state"]
+
+State = Literal["finished", "failed", "open"]
+
+INTERRUPTED = 130
+
+# What changes when and where a result is looked at, and not the result.
+_OBSERVATION = ("model.evaluate_every", "model.without_oracle", "trainer.")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that did not come to its end.
+
+    Args:
+        cell: which one.
+        log: the file with what its process said.
+        last: the last lines of it.
+        earlier: it failed in an earlier call, and was not tried again.
+    """
+
+    cell: Cell
+    log: Path
+    last: str
+    earlier: bool = False
+
+    def __str__(self) -> str:
+        when = "failed before (--retry tries it again)" if self.earlier else "failed"
+        return f"{self.cell.name}: {when}; the whole log is {self.log}\n{_indented(self.last)}"
+
+
+def state(cell: Cell, root: Path) -> State:
+    """How far a cell is, by its folder.
+
+    Raises:
+        ResultsError: what lies there is another run, with other settings than the grid's.
+    """
+    folder = cell.folder(root)
+    if _learned_all(folder / "results.json"):
+        _check_same(cell, folder)
+        return "finished"
+    return "failed" if (folder / "failed.json").is_file() else "open"
+
+
+@dataclass
+class Runner:
+    """Runs cells, each in a process of its own.
+
+    Args:
+        root: folder of the grid's runs.
+        jobs: processes at a time, of one thread each unless $OMP_NUM_THREADS says otherwise.
+        retry: run again what failed in an earlier call.
+        passed_on: more flags for every ``bpn-fit``.
+        command: the program, by default the ``bpn-fit`` of this environment.
+    """
+
+    root: Path
+    jobs: int = 1
+    retry: bool = False
+    passed_on: Sequence[str] = ()
+    command: Sequence[str] = ()
+    _running: list[subprocess.Popen[bytes]] = field(default_factory=list, init=False)
+    _stopped: bool = field(default=False, init=False)
+    _lock: Lock = field(default_factory=Lock, init=False)
+    _done: int = field(default=0, init=False)
+
+    def run(self, cells: Sequence[Cell]) -> list[Failure]:
+        """Run what is open, and what failed if a retry is wished for.
+
+        Returns:
+            What failed, now or before; the other cells are finished all the same.
+
+        Raises:
+            ResultsError: a folder holds another run than the grid asks for, before anything runs.
+            KeyboardInterrupt: after Ctrl-C, when all processes have ended; what they did is kept.
+        """
+        states = [state(cell, self.root) for cell in cells]
+        again = {"open", "failed"} if self.retry else {"open"}
+        todo = [cell for cell, far in zip(cells, states, strict=True) if far in again]
+        todo.sort(key=lambda cell: cell.seed)  # a whole table soon, and then its intervals
+        _say(_count(states, len(todo)))
+        self._done, started = 0, time.monotonic()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(self._run, cell, len(todo), started) for cell in todo]
+            try:
+                found = [future.result() for future in futures]
+            except BaseException:
+                self._stop()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        earlier = [
+            self._failure(cell, earlier=True)
+            for cell, far in zip(cells, states, strict=True)
+            if far == "failed" and not self.retry
+        ]
+        return [*earlier, *(failure for failure in found if failure is not None)]
+
+    def _run(self, cell: Cell, total: int, started: float) -> Failure | None:
+        folder = cell.folder(self.root)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failed.json").unlink(missing_ok=True)
+        line = [*(self.command or _bpn_fit()), *cell.flags, *self.passed_on]
+        line += ["--runs", str(cell.runs(self.root)), "--ckpt_path", "last"]
+        line += ["--trainer.enable_progress_bar", "false"]
+        begun = time.monotonic()
+        code = self._wait(line, folder / "log.txt")
+        if code is None or (self._stopped and code):
+            return None
+        failure = None
+        if code or not _learned_all(folder / "results.json"):
+            record = {"command": line, "status": code}
+            write_atomically(folder / "failed.json", json.dumps(record, indent=2).encode())
+            failure = self._failure(cell)
+        with self._lock:
+            self._done += 1
+            left = (time.monotonic() - started) / self._done * (total - self._done)
+            outcome = "failed" if failure else "done"
+            seconds = time.monotonic() - begun
+            _say(
+                f"[{self._done}/{total}] {cell.name}: {outcome} in {seconds:.0f} s"
+                + (f", about {left / 60:.0f} min left" if left >= 60 else "")
+            )
+        return failure
+
+    def _wait(self, line: Sequence[str], log: Path) -> int | None:
+        """The exit status of a process; None where it was not begun any more."""
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        with log.open("wb") as file:
+            with self._lock:
+                if self._stopped:
+                    return None
+                process = subprocess.Popen(
+                    line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment
+                )
+                self._running.append(process)
+            code = process.wait()
+        with self._lock:
+            self._running.remove(process)
+        return code
+
+    def _stop(self) -> None:
+        """Ask all processes to end as Ctrl-C does; the terminal's reached them already, or not."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.send_signal(signal.SIGINT)
+
+    def _failure(self, cell: Cell, earlier: bool = False) -> Failure:
+        log = cell.folder(self.root) / "log.txt"
+        try:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return Failure(cell, log, "\n".join(lines[-8:]) or "(it said nothing)", earlier)
+
+
+def _learned_all(path: Path) -> bool:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return not results["tasks_not_learned"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_same(cell: Cell, folder: Path) -> None:
+    """Results of an earlier wording of the grid must not pass for this one's."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return  # only the results were kept
+    for key, wanted in cell.settings + cell.variant:
+        found = _at(config, key.split("."))
+        if key.startswith(_OBSERVATION) or found is _MISSING or found == wanted:
+            continue
+        raise ResultsError(
+            f"Expected {folder} to hold a run with {key} {wanted!r}, but got one with {found!r}. "
+            "Remove that folder, or give another with --runs."
+        )
+
+
+_MISSING = object()
+
+
+def _at(config: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        if not isinstance(config, Mapping) or key not in config:
+            return _MISSING
+        config = config[key]
+    return config
+
+
+def _bpn_fit() -> list[str]:
+    """The command of the environment that this one runs in."""
+    beside = Path(sys.executable).with_name("bpn-fit")
+    found = str(beside) if beside.exists() else shutil.which("bpn-fit")
+    return [found] if found else [sys.executable, "-m", "bpn_lightning.cli"]
+
+
+def _count(states: Sequence[State], todo: int) -> str:
+    finished, failed = states.count("finished"), states.count("failed")
+    return f"{len(states)} runs: {finished} finished, {failed} failed before, {todo} to do"
+
+
+def _say(line: str) -> None:
+    print(f"bpn-bench: {line}", file=sys.stderr, flush=True)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

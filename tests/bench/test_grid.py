@@ -1,0 +1,144 @@
+"""What a grid means, and that a wrong one is refused before anything runs."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bpn_lightning.bench.grid import ARTEFACTS, find_grid, only, packaged_grids, read_grid
+from bpn_lightning.bench.report import MAKERS
+from bpn_lightning.command import methods_of
+from bpn_lightning.errors import ConfigurationError
+
+Write = Callable[..., str]
+
+
+def test_a_grid_is_experiments_times_methods_times_seeds(write_grid: Write) -> None:
+    grid = read_grid(write_grid())
+    assert [cell.name for cell in grid.cells] == [
+        "digits_inc, ewc, seed 0",
+        "digits_inc, ewc, seed 1",
+        "digits_inc, bd+ewc, seed 0",
+        "digits_inc, bd+ewc, seed 1",
+    ]
+    assert (grid.name, grid.title, grid.compare) == ("two", "Two methods", (("bd+ewc", "ewc"),))
+    assert grid.cells[3].folder(Path("r")) == Path("r/digits_inc/bd+ewc/seed_1")
+    assert grid.cells[3].flags == [
+        *("--config", "digits_inc.yaml", "--method", "bd+ewc", "--seed_everything", "1"),
+    ]
+
+
+def test_all_methods_are_those_with_tuned_values(write_grid: Write) -> None:
+    grid = read_grid(write_grid("experiments: [{config: digits_inc, methods: all}]"))
+    assert [cell.method for cell in grid.cells] == methods_of("digits_inc")
+
+
+def test_settings_are_flags_and_variants_have_folders_of_their_own(write_grid: Write) -> None:
+    text = """
+    experiments:
+      - config: digits_inc.yaml
+        methods: [bd+ewc]
+        label: short
+        set: {model.backbone.init_args.hidden: [8], trainer.logger: null}
+        vary: {strategies.bd.rank: [1, 10], strategies.bd.direction: [sign, gradient]}
+        probes: [drift]
+    """
+    cells = read_grid(write_grid(text)).cells
+    assert len(cells) == 4
+    folder = "r/short/rank=1,direction=gradient/digits_inc/bd+ewc/seed_0"
+    assert cells[1].folder(Path("r")) == Path(folder)
+    assert cells[1].flags[6:] == [
+        "--model.backbone.init_args.hidden=[8]",
+        "--trainer.logger=null",
+        "--strategies.bd.rank=1",
+        "--strategies.bd.direction=gradient",
+        "--trainer.callbacks+=bpn_lightning.bench.probes.Drift",
+    ]
+
+
+def test_what_is_not_run_keeps_its_reason_and_has_no_cells(write_grid: Write) -> None:
+    entry = "- {config: cifar10_inc.yaml, methods: [ewc, stl], not_run: No images.}"
+    grid = read_grid(write_grid(f"experiments:\n  {entry}\ncompare: [[ewc, stl]]"))
+    assert grid.cells == ()
+    (one,) = grid.not_run
+    assert (one.experiment, one.methods, one.reason) == (
+        "cifar10_inc",
+        ("ewc", "stl"),
+        "No images.",
+    )
+
+
+def test_only_takes_alternatives_of_a_kind_and_all_kinds_together(write_grid: Write) -> None:
+    cells = read_grid(write_grid()).cells
+    assert [cell.name for cell in only(cells, ["ewc", "seed_1"])] == ["digits_inc, ewc, seed 1"]
+    assert len(only(cells, ["ewc", "bd+ewc", "seed_1"])) == 2
+    with pytest.raises(ConfigurationError, match=r"but got 'bd\+ewk'\. Did you mean 'bd\+ewc'\?"):
+        only(cells, ["bd+ewk"])
+
+
+ONE = "experiments: [{config: digits_inc, methods: [ewc]}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("experiments: [{config: digts_inc, methods: all}]", "Did you mean 'digits_inc.yaml'?"),
+        ("experiments: [{config: digits_inc, methods: [bd+ewk]}]", "Did you mean 'bd+ewc'?"),
+        ("experiments: [{config: digits_inc, methods: al}]", "or `all` with tuned values, but got"),
+        ("experiments: [{methods: all}]", "Expected config of experiment 1 of two.yaml"),
+        ("experiments: []", "Expected experiments of two.yaml to be a list"),
+        (f"{ONE}\nseeds: [0, 0]", "to be different numbers, but got [0, 0]"),
+        (f"{ONE}\nseeds: [0, one]", "to be whole numbers from 0, but got 'one'"),
+        (f"{ONE}\nseeds: [true]", "to be whole numbers from 0, but got True"),
+        (f"{ONE}\nreports: [accuracy]", "but got 'reports'. Did you mean 'report'?"),
+        (f"{ONE}\nreport: [figure_8]", "but got 'figure_8'. Did you mean 'figure_"),
+        (f"{ONE}\ncompare: [[ewc, stl]]", "to name methods of the grid, but got 'stl'"),
+        (f"{ONE}\ncompare: [ewc]", "to be pairs of methods, but got 'ewc'"),
+        (
+            "experiments: [{config: digits_inc, methods: [ewc], set: {modell.mask: task}}]",
+            "but got 'modell.mask'. Did you mean 'model.'?",
+        ),
+        (
+            "experiments: [{config: digits_inc, methods: [ewc], vary: {strategies.bd.rank: [1]}}]",
+            "Expected --strategies.bd.rank to be about a strategy of the method 'ewc'",
+        ),
+        (
+            "experiments: [{config: digits_inc, methods: [ewc], vary: {strategies.ewc.gamma: 1}}]",
+            "a list of values, but got 1",
+        ),
+        (
+            "experiments: [{config: digits_inc, methods: [ewc], probes: [drifts]}]",
+            "Did you mean 'drift'?",
+        ),
+        (
+            (
+                "experiments: [{config: digits_inc, methods: [ewc]},"
+                " {config: digits_inc, methods: [ewc]}]"
+            ),
+            "but got digits_inc, ewc, seed 0 twice",
+        ),
+        ("experiments: [a]", "to hold keys and values, but got 'a'"),
+        ("[a", "to be a grid in YAML, but got an error"),
+    ],
+)
+def test_what_is_wrong_is_named(write_grid: Write, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        read_grid(write_grid(text))
+
+
+def test_an_unknown_grid_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"Did you mean 'digits\.yaml'\?"):
+        read_grid("digts")
+
+
+@pytest.mark.parametrize("name", packaged_grids())
+def test_every_packaged_grid_says_its_command_and_is_valid(name: str) -> None:
+    assert find_grid(name).read_text(encoding="utf-8").startswith(f"# bpn-bench {name}")
+    grid = read_grid(name)
+    assert grid.cells or grid.not_run
+    assert grid.text
+
+
+def test_every_artefact_can_be_made() -> None:
+    assert sorted(MAKERS) == sorted(ARTEFACTS)

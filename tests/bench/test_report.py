@@ -1,0 +1,299 @@
+"""From finished runs to cells.json, and from it to tables and pictures, without training."""
+
+import csv
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+
+from bpn_lightning.bench import accuracy, curves, many_tasks, mechanism, sweeps
+from bpn_lightning.bench.cli import main
+from bpn_lightning.bench.collection import (
+    Collection,
+    Record,
+    collect,
+    read_collection,
+    write_collection,
+)
+from bpn_lightning.bench.grid import NotRun, read_grid
+from bpn_lightning.bench.report import write_report
+from bpn_lightning.bench.runner import Runner
+from bpn_lightning.bench.statistics import Interval
+from bpn_lightning.bench.tables import Table
+from bpn_lightning.errors import ResultsError
+
+Make = Callable[..., Record]
+
+
+def collection(records: Sequence[Record], **more: Any) -> Collection:
+    return replace(Collection("g", "G", "", (), ("accuracy",), (), (), tuple(records)), **more)
+
+
+@pytest.fixture
+def two(record: Make) -> list[Record]:
+    """EWC, which forgets task 1, and BD+EWC, which does not; two seeds."""
+    return [
+        record(method, seed, [[0.9], [first + 0.1 * seed, 0.8]])
+        for method, first in (("ewc", 0.0), ("bd+ewc", 0.8))
+        for seed in (0, 1)
+    ]
+
+
+def legend(figure: Figure | None) -> list[str]:
+    assert figure is not None
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_run_is_kept_small_and_without_the_machines_name(
+    tmp_path: Path, write_grid: Callable[..., str], stand_in: list[str]
+) -> None:
+    grid = read_grid(write_grid())
+    Runner(tmp_path / "runs", command=stand_in).run(grid.cells[:3])
+    found = collect(grid, tmp_path / "runs")
+    assert found.missing == ("digits_inc, bd+ewc, seed 1",)
+    assert found.records[0].matrix == [[0.9], [0.4, 0.8]]
+    path = write_collection(found, tmp_path / "out")
+    assert "secret" not in path.read_text()
+    assert read_collection(tmp_path / "out") == found
+    assert path.read_text().count("\n") < 20  # one run a line
+
+
+def test_a_report_needs_cells_json_only_and_is_the_same_again(
+    tmp_path: Path, write_grid: Callable[..., str], stand_in: list[str]
+) -> None:
+    grid = read_grid(write_grid())
+    Runner(tmp_path / "runs", command=stand_in).run(grid.cells)
+    out = tmp_path / "results" / "two"
+    assert main(["collect", write_grid(), "--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in ("accuracy_digits_inc", "paired_tests"):
+        assert {f"{name}.{form}" for form in ("png", "svg", "csv", "md")} <= set(made)
+    for path in out.iterdir():
+        if path.name != "cells.json":
+            path.unlink()
+    assert main(["report", str(tmp_path / "results")]) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
+    page = (tmp_path / "results.md").read_text()
+    assert "## Two methods" in page
+    assert "](results/two/accuracy_digits_inc.png)" in page
+
+
+def test_runs_that_are_missing_and_not_run_are_said(tmp_path: Path, two: list[Record]) -> None:
+    one = NotRun("cifar10_inc", ("ewc",), "No images.")
+    write_report(collection(two, missing=("a, b, seed 0",), not_run=(one,)), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "1 of 5 runs are missing: a, b, seed 0." in text
+    assert "Not run: cifar10_inc. No images." in text
+
+
+def test_a_full_disk_leaves_the_earlier_results(
+    tmp_path: Path, two: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_collection(collection(two), tmp_path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ResultsError, match="No space left"):
+        write_collection(collection(two[:1]), tmp_path)
+    with pytest.raises(ResultsError, match="No space left"):
+        write_report(collection(two), tmp_path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "to be what bpn-bench keeps of a grid"),
+        ('{"schema_version": 7}', "schema_version of .* to be 1, but got 7"),
+        ('{"schema_version": 1, "grid": {}}', "got an error at 'name'"),
+    ],
+)
+def test_a_broken_cells_json_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "cells.json").write_text(text)
+    with pytest.raises(ResultsError, match=message):
+        read_collection(tmp_path)
+
+
+def test_the_accuracy_table_has_means_over_seeds(two: list[Record]) -> None:
+    (artefact,) = accuracy.accuracy(collection(two))
+    ewc, bd = artefact.table.rows
+    assert ewc[0] == "ewc"
+    first, average = bd[1], bd[2]
+    assert isinstance(first, Interval)
+    assert isinstance(average, Interval)
+    assert (first.mean, average.mean) == pytest.approx((0.85, 0.825))
+    assert first.half == pytest.approx(stats.t.ppf(0.975, 1) * stats.sem([0.8, 0.9]))
+    assert legend(artefact.figure) == ["ACC, the task is given", "ACC without the oracle"]
+
+
+def test_table_1_has_ours_beside_the_papers(record: Make) -> None:
+    run = record("bd+ewc", 0, [[0.9], [0.85, 0.8]], experiment="cifar100_inc")
+    reason = NotRun("cifar10_inc", ("bd+ewc",), "No images.")
+    (artefact,) = accuracy.table_1(collection([run], not_run=(reason,)))
+    rows = {(str(row[0]), str(row[1])): row for row in artefact.table.rows}
+    ours = rows["cifar100_inc", "bd+ewc"]
+    assert ours[2:4] == [Interval(0.85, None, 1), 0.845]
+    assert ours[6:] == [552, 520, 4808]
+    assert rows["cifar10_inc", "bd+ewc"][2:4] == ["No images.", 0.795]
+    assert rows["cifar100_inc", "gem_10"][2:4] == ["not run", "about 0.69"]
+    assert not [place for place, _ in rows if place == "mnist_inc"]
+
+
+def test_table_2_without_runs_is_the_papers() -> None:
+    (artefact,) = accuracy.table_2(collection([]))
+    assert len(artefact.table.rows) == 10
+    assert artefact.table.rows[-1] == ["bd+psp", "paper", *artefact.table.rows[-1][2:10], 58.87]
+
+
+def test_paired_tests_are_scipys(record: Make) -> None:
+    ours, theirs = [0.9, 0.8, 0.7], [0.6, 0.7, 0.3]
+    runs = [record("bd", seed, [[value]]) for seed, value in enumerate(ours)]
+    runs += [record("ewc", seed, [[value]]) for seed, value in enumerate(theirs)]
+    (artefact,) = accuracy.paired_tests(collection(runs, compare=(("bd", "ewc"),)))
+    row = artefact.table.rows[0]
+    expected = stats.ttest_rel(ours, theirs).pvalue
+    assert row[1:3] == ["bd - ewc", "ACC"]
+    assert row[5:] == [f"{expected:.3f}", f"{2 * expected:.3f}"]  # two tests: ACC and task 1
+
+
+def test_figure_6_follows_each_task_from_where_it_begins(record: Make) -> None:
+    curve = [
+        {"epoch": epoch, "task": task, "accuracy": values}
+        for epoch, task, values in (
+            (0, 0, [0.1, 0.2]),
+            (1, 0, [0.5, None]),
+            (2, 0, [0.9, None]),
+            (3, 1, [0.7, 0.6]),
+            (4, 1, [0.4, 0.8]),
+        )
+    ]
+    run = record("ewc", 0, [[0.9], [0.4, 0.8]], curve=curve)
+    assert curves.over_epochs(run, 0) == [(1, 0.5), (2, 0.9), (3, 0.7), (4, 0.4)]
+    assert curves.over_epochs(run, 1) == [(3, 0.6), (4, 0.8)]
+    plain = record("ewc", 0, [[0.9], [0.4, 0.8]])  # measured after tasks of two epochs only
+    assert curves.over_epochs(plain, 0) == [(2, 0.9), (4, 0.4)]
+    over_epochs, first_task = curves.figure_6(collection([run]))
+    assert [axes.get_title() for axes in over_epochs.figure.axes] == ["task 1", "task 2"]  # type: ignore[union-attr]
+    assert first_task.table.rows == [["ewc", Interval(0.9, None, 1), Interval(0.4, None, 1)]]
+
+
+def test_figure_7_averages_groups_and_tests(record: Make) -> None:
+    tasks = 20
+
+    def matrix(shift: float) -> list[list[float]]:
+        return [
+            [shift + 0.01 * (j % 10) + 0.001 * (tasks - 1 - k) for j in range(k + 1)]
+            for k in range(tasks)
+        ]
+
+    steep = [  # worse on the later tasks, and before the last task
+        [value - 0.2 * (j >= 10) - 0.01 * (tasks - len(row)) for j, value in enumerate(row)]
+        for row in matrix(0.5)
+    ]
+    runs = [record("bd+psp", 0, matrix(0.6)), record("psp", 0, steep)]
+    pair = (("bd+psp", "psp"),)
+    so_far, grouped, tests = many_tasks.figure_7(collection(runs, compare=pair))
+    assert "+44.94 % relative, +20.00 points (the paper: 30.14 %" in so_far.caption
+    assert [row[0] for row in grouped.table.rows] == ["bd+psp", "psp"]
+    assert grouped.table.rows[0][1].mean == pytest.approx(0.645)  # type: ignore[union-attr]
+    ours, theirs = (matrix(shift)[-1][:10] for shift in (0.6, 0.5))
+    first = tests.table.rows[0]
+    assert first[:2] == ["bd+psp - psp", "1-10"]
+    assert first[2] == pytest.approx(0.1)
+    p = stats.ttest_ind(ours, theirs).pvalue
+    assert first[3] == ("< 0.001" if p < 0.001 else f"{p:.3f}")
+
+
+def test_sweeps_and_gains_over_a_varied_key(record: Make) -> None:
+    key = "model.optimizer.init_args.lr"
+    runs = [
+        record(method, seed, [[value + 0.01 * seed]], variant={key: lr})
+        for method, values in (("bd+psp", (0.6, 0.8)), ("psp", (0.3, 0.75)))
+        for lr, value in zip((0.001, 0.01), values, strict=True)
+        for seed in (0, 1)
+    ]
+    (sweep,) = sweeps.sweeps(collection(runs))
+    assert [row[:2] for row in sweep.table.rows] == [
+        ["bd+psp", "0.001"], ["bd+psp", "0.01"], ["psp", "0.001"], ["psp", "0.01"],
+    ]  # fmt: skip
+    (gain,) = sweeps.gains(collection(runs, compare=(("bd+psp", "psp"),)))
+    assert [row[0] for row in gain.table.rows] == ["0.001", "0.01", "each at its own best"]
+    difference = gain.table.rows[0][3]
+    assert isinstance(difference, Interval)
+    assert difference.mean == pytest.approx(0.3)
+    assert gain.table.rows[0][4] == pytest.approx(100 * (0.605 / 0.305 - 1))
+    assert gain.table.rows[2][4] == pytest.approx(100 * (0.805 / 0.755 - 1))
+    assert legend(gain.figure) == ["bd+psp", "psp", "psp, at its own best"]
+
+
+def test_words_in_place_of_numbers_are_rows(record: Make) -> None:
+    key = "strategies.psp.keys"
+    runs = [record("psp", 0, [[0.5]], variant={key: kind}) for kind in ("binary", "complex")]
+    (sweep,) = sweeps.sweeps(collection(runs))
+    assert [row[1] for row in sweep.table.rows] == ["binary", "complex"]
+
+
+def test_parameters_are_those_of_a_real_network() -> None:
+    (artefact,) = accuracy.parameters(collection([]))
+    sizes = [784, *[300] * 5, 2]
+    layers = [torch.nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
+    count = sum(p.numel() for layer in layers for p in layer.parameters())
+    assert artefact.table.rows[0][1:3] == [count, 1502]  # 5 x 300 + 2
+    assert artefact.table.rows[0][3] == pytest.approx(100 * 1502 / count)
+
+
+def test_drift_and_regions_are_drawn_from_what_probes_saw(record: Make) -> None:
+    seen = [
+        {
+            "layer": {"with": 0.0, "without": 0.4},
+            "outputs of task 1": {"with": 0.0, "without": 0.5},
+        },
+        {
+            "layer": {"with": 0.1, "without": 0.8},
+            "outputs of task 1": {"with": 0.5, "without": 0.5},
+        },
+    ]
+    run = record("bd+ewc", 0, [[0.9], [0.8, 0.7]], probes={"drift": seen})
+    (artefact,) = mechanism.drift(collection([run]))
+    assert artefact.table.rows[0][0] == "layer 1"
+    assert artefact.table.rows[0][3] == pytest.approx(87.5)
+    assert artefact.table.rows[1][3] == pytest.approx(0.0)
+
+    half = [[0.0, 1.0], [0.0, 1.0]]
+    points = [[[0, 0, 0], [-1, 0, 1]], [[0, 0, 0], [1, 0, 1]]]
+    sides = [-2.0, 2.0, -1.0, 1.0]
+    regions = [
+        {"sides": sides, "points": points, "maps": [half] * (moment + 1)} for moment in range(2)
+    ]
+    run = record("bd+ewc", 0, [[0.9], [0.8, 0.7]], probes={"regions": regions})
+    (artefact,) = mechanism.figure_5(collection([run]))
+    assert artefact.table.rows[0][0] == "BD + EWC"
+    assert legend(artefact.figure) == ["black", "red", "light blue"]
+
+
+def test_csv_has_numbers_and_half_widths() -> None:
+    table = Table(("m", "a|b"), [["x", Interval(0.5, 0.25, 3)], ["y", None], ["z", "fails"]])
+    rows = list(csv.reader(StringIO(table.csv())))
+    assert rows == [["m", "a|b", "a|b, ±"], ["x", "0.5", "0.25"], ["y", "", ""], ["z", "fails", ""]]
+    assert table.markdown().splitlines()[0] == r"| m | a\|b |"
+    assert table.markdown().splitlines()[2] == "| x | 0.500 ± 0.250 |"
+
+
+def test_pictures_can_be_read(tmp_path: Path, two: list[Record]) -> None:
+    (artefact,) = accuracy.accuracy(collection(two))
+    artefact.write(tmp_path)
+    with Image.open(tmp_path / "accuracy_digits_inc.png") as picture:
+        assert picture.size[0] > 900
+    assert json.dumps(str(artefact.caption))

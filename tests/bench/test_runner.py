@@ -1,0 +1,117 @@
+"""Cells as processes: what is finished stays, what failed is kept and retried, nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bpn_lightning.bench.grid import read_grid
+from bpn_lightning.bench.runner import Runner, state
+from bpn_lightning.errors import ResultsError
+
+Write = Callable[..., str]
+
+
+def calls(tmp_path: Path) -> list[str]:
+    path = tmp_path / "calls"
+    return sorted(path.read_text().splitlines()) if path.exists() else []
+
+
+def test_every_cell_runs_once_and_is_not_repeated(
+    tmp_path: Path, write_grid: Write, stand_in: list[str]
+) -> None:
+    cells = read_grid(write_grid()).cells
+    runner = Runner(tmp_path / "runs", jobs=3, command=stand_in)
+    assert runner.run(cells) == []
+    assert calls(tmp_path) == ["bd+ewc 0", "bd+ewc 1", "ewc 0", "ewc 1"]
+    assert {state(cell, runner.root) for cell in cells} == {"finished"}
+    assert runner.run(cells) == []
+    assert len(calls(tmp_path)) == 4
+
+
+def test_a_failed_cell_is_reported_with_its_log_and_run_again_only_on_request(
+    tmp_path: Path, write_grid: Write, stand_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = read_grid(write_grid()).cells
+    monkeypatch.setenv("FAILS", "ewc")
+    runner = Runner(tmp_path / "runs", command=stand_in)
+    first, second = runner.run(cells)
+    assert (first.cell, second.cell) == (cells[0], cells[1])
+    assert "no such data" in str(first)
+    assert first.log.read_text() == "no such data\n"
+    assert json.loads(first.log.with_name("failed.json").read_text())["status"] == 1
+    assert [state(cell, runner.root) for cell in cells] == ["failed"] * 2 + ["finished"] * 2
+
+    monkeypatch.delenv("FAILS")
+    again = runner.run(cells)
+    assert [failure.earlier for failure in again] == [True, True]
+    assert "--retry" in str(again[0])
+    assert len(calls(tmp_path)) == 4
+    assert Runner(tmp_path / "runs", retry=True, command=stand_in).run(cells) == []
+    assert len(calls(tmp_path)) == 6
+    assert {state(cell, runner.root) for cell in cells} == {"finished"}
+
+
+def test_a_run_resumes_and_goes_where_its_variant_lies(tmp_path: Path, write_grid: Write) -> None:
+    entry = "{config: digits_inc.yaml, methods: [bd], vary: {strategies.bd.rank: [3]}}"
+    (cell,) = read_grid(write_grid(f"experiments: [{entry}]")).cells
+    show = [sys.executable, "-c", "import sys; print(*sys.argv[1:])"]
+    (failure,) = Runner(tmp_path, command=show, passed_on=["--data.x", "1"]).run([cell])
+    words = failure.log.read_text().split()
+    assert words[words.index("--runs") + 1] == str(tmp_path / "rank=3")
+    assert words[words.index("--ckpt_path") + 1] == "last"
+    assert "--strategies.bd.rank=3" in words
+    assert words[words.index("--data.x") + 1] == "1"
+
+
+def test_results_of_another_setting_are_not_taken_for_this_ones(
+    tmp_path: Path, write_grid: Write, stand_in: list[str]
+) -> None:
+    entry = "{config: digits_inc.yaml, methods: [ewc], set: {strategies.ewc.strength: %s}}"
+    (cell,) = read_grid(write_grid(f"experiments: [{entry % 5}]")).cells
+    Runner(tmp_path, command=stand_in).run([cell])
+    config = cell.folder(tmp_path) / "config.yaml"
+    config.write_text("strategies: {ewc: {strength: 5.0}}")
+    assert state(cell, tmp_path) == "finished"
+    config.write_text("strategies: {ewc: {strength: 7}}")
+    with pytest.raises(ResultsError, match=r"strategies\.ewc\.strength 5, but got one with 7"):
+        state(cell, tmp_path)
+
+
+def test_half_a_stream_is_no_finished_cell(
+    tmp_path: Path, write_grid: Write, stand_in: list[str]
+) -> None:
+    cell = read_grid(write_grid()).cells[0]
+    cell.folder(tmp_path).mkdir(parents=True)
+    path = cell.folder(tmp_path) / "results.json"
+    for text in ('{"tasks_not_learned": [1]}', "{", "[]"):
+        path.write_text(text)
+        assert state(cell, tmp_path) == "open"
+
+
+def test_ctrl_c_ends_the_processes_and_marks_nothing_as_failed(
+    tmp_path: Path, write_grid: Write, stand_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HANGS", "ewc")
+    code = (
+        "import sys; from bpn_lightning.bench.grid import read_grid;"
+        "from bpn_lightning.bench.runner import Runner; from pathlib import Path;"
+        "Runner(Path(sys.argv[2]), jobs=2, command=sys.argv[3:]).run(read_grid(sys.argv[1]).cells)"
+    )
+    runs = tmp_path / "runs"
+    line = [sys.executable, "-c", code, write_grid(), str(runs), *stand_in]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, start_new_session=True) as process:
+        deadline = time.monotonic() + 20
+        while "ewc 0" not in calls(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)  # not to the group: they have to be told
+        process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert not list(runs.rglob("failed.json"))
+    assert "ewc 1" not in calls(tmp_path) or len(calls(tmp_path)) < 4
