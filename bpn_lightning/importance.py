@@ -90,7 +90,8 @@ def fisher_diagonal(
         parameters: by name within the host.
         labels: w is 1 for the ``empirical`` (true), the ``predicted`` or one ``sampled`` label and
             p_k for all of them in ``exact``.
-        generator: for ``sampled``, on the host's device.
+        generator: for ``sampled``, on the host's device; the same on every process, which draws for
+            whole batches and uses its share.
 
     Returns:
         One tensor per parameter, same shape.
@@ -101,16 +102,23 @@ def fisher_diagonal(
     module = host.network()
 
     def squares(batch: Batch, columns: slice) -> dict[str, Tensor]:
-        choose = _label_choice(labels, batch.targets - columns.start, generator)
+        draws = batch.inputs.new_empty(0)
+        if labels == "sampled":
+            whole = torch.rand(batch.global_size, generator=generator, device=host.device)
+            draws = whole[batch.start : batch.start + len(batch.targets)]
+        choose = _label_choice(labels, batch.targets - columns.start, draws)
         return sample_gradient_sums(module, parameters, batch.inputs, choose, columns)
 
     return mean_over_task(host, task_id, parameters, squares)
 
 
 def _label_choice(
-    labels: FisherLabels, targets: Tensor, generator: torch.Generator | None
+    labels: FisherLabels, targets: Tensor, draws: Tensor
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Map logits ``(n, classes)`` to labels and their weights, both ``(n, labels per sample)``."""
+    """Map logits ``(n, classes)`` to labels and their weights, both ``(n, labels per sample)``.
+
+    ``draws`` are ``(n,)`` uniform numbers, for ``sampled`` only.
+    """
 
     def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = logits.softmax(1)
@@ -122,7 +130,8 @@ def _label_choice(
         elif labels == "predicted":
             chosen = logits.argmax(1, keepdim=True)
         else:
-            chosen = torch.multinomial(probabilities, 1, generator=generator)
+            passed = probabilities.cumsum(1) <= draws[:, None]
+            chosen = passed.sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)  # rounding
         return chosen, torch.ones_like(chosen, dtype=logits.dtype)
 
     return choose

@@ -86,6 +86,7 @@ class Batch(NamedTuple):
         global_size: samples in the whole batch over all processes; losses are divided by it.
         augmentation: ``(batch, draws)`` int64, the random numbers that the stream's ``prepare`` may
             augment these samples with; None from loaders that do not augment, and once prepared.
+        start: the place in the whole batch of the first of these samples.
     """
 
     inputs: Tensor
@@ -93,6 +94,7 @@ class Batch(NamedTuple):
     task: "int | Tensor"
     global_size: int
     augmentation: "Tensor | None" = None
+    start: int = 0
 
 
 class Position(NamedTuple):

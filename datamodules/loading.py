@@ -71,6 +71,7 @@ def _batches(
             task=task if isinstance(task, int) else task[own],
             global_size=stop - start,
             augmentation=None if augmentation is None else augmentation[own],
+            start=own.start - start,
         )
 
 

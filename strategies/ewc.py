@@ -91,7 +91,7 @@ class EWC(PenaltyStrategy, ContinualStrategy):
             return
         generator = None
         if self.fisher == "sampled":
-            key = ("fisher", host.stream.seed, task.id, host.global_rank)
+            key = ("fisher", host.stream.seed, task.id)
             generator = seeded_generator(*key, device=host.device)
         fisher = fisher_diagonal(host, task.id, parameters, self.fisher, generator)
         if self.gamma is None:

@@ -70,8 +70,7 @@ class IncrementalMomentMatching(ContinualStrategy):
         strength: lambda of the L2-transfer, dimensionless, on all shared parameters; 0 is none.
         drop: rate of the drop-transfer, fraction of the differences that is dropped, in [0, 1).
         weights: alpha of every task up to a common factor, positive; equal by default.
-        fisher: the labels that the Fisher of ``mode`` is taken over, as in EWC; ``sampled`` draws others
-            on another number of processes.
+        fisher: the labels that the Fisher of ``mode`` is taken over, as in EWC.
 
     State:
         mean: one tensor per shared parameter and float buffer, 4 bytes per number; with ``mode`` the
@@ -200,7 +199,7 @@ class IncrementalMomentMatching(ContinualStrategy):
         parameters = host.shared_parameters(include_head=host.mask != "task")
         fisher: dict[str, Tensor] = {}
         if self.mode == "mode" and parameters:
-            key = ("imm fisher", host.stream.seed, task.id, host.global_rank)
+            key = ("imm fisher", host.stream.seed, task.id)
             generator = seeded_generator(*key, device=host.device)
             fisher = fisher_diagonal(host, task.id, parameters, self.fisher, generator)
         mean, mass, masses = dict(self.mean), dict(self.mass), dict(self.masses)

@@ -48,11 +48,12 @@ def run(name, strategy, mask="all"):
     torch.save([weights, strategy.state_dict()], f"{folder}/{name}_{devices}_{trainer.global_rank}.pt")
 
 run("online", EWC(20.0, gamma=0.7, fisher="exact"))
+run("sampled", EWC(20.0, fisher="sampled"))
 run("si", SynapticIntelligence(2.0))
 run("si_task", SynapticIntelligence(2.0, update="proximal", include_head=True), mask="task")
 run("mas", MemoryAwareSynapses(0.1), mask="task")
 """
-RUNS = ("online", "si", "si_task", "mas")
+RUNS = ("online", "sampled", "si", "si_task", "mas")
 
 
 @pytest.fixture(scope="module")
