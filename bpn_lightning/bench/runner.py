@@ -8,7 +8,6 @@ call goes on from it. ``log.txt`` beside them has what the process said.
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -131,7 +130,7 @@ class Runner:
         line += ["--trainer.enable_progress_bar", "false"]
         begun = time.monotonic()
         code = self._wait(line, folder / "log.txt")
-        if code is None or (self._stopped and code):
+        if self._stopped and (code or not _learned_all(folder / "results.json")):
             return None
         failure = None
         if code or not _learned_all(folder / "results.json"):
@@ -166,11 +165,11 @@ class Runner:
         return code
 
     def _stop(self) -> None:
-        """Ask all processes to end as Ctrl-C does; the terminal's reached them already, or not."""
+        """Ask all processes to end; not as Ctrl-C does, which those of a script in the background ignore."""
         with self._lock:
             self._stopped = True
             for process in self._running:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
 
     def _failure(self, cell: Cell, earlier: bool = False) -> Failure:
         log = cell.folder(self.root) / "log.txt"

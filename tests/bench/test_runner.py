@@ -100,6 +100,7 @@ def test_ctrl_c_ends_the_processes_and_marks_nothing_as_failed(
 ) -> None:
     monkeypatch.setenv("HANGS", "ewc")
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys; from bpn_lightning.bench.grid import read_grid;"
         "from bpn_lightning.bench.runner import Runner; from pathlib import Path;"
         "Runner(Path(sys.argv[2]), jobs=2, command=sys.argv[3:]).run(read_grid(sys.argv[1]).cells)"
