@@ -154,6 +154,11 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         """
         return images
 
+    @property
+    def augmentation(self) -> CropAndFlip:
+        """What ``augment`` does: an eighth of the shorter side is padded, and cropped away again."""
+        return CropAndFlip(min(self.input_shape[1:]) // 8, self.mirrored)
+
     # ---------------------------------------------------------------------- setting up
 
     def epochs_of(self, num_tasks: int) -> list[int]:
@@ -193,8 +198,6 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         }
         self._refuse_empty_classes(parts, data.source)
         self.normalisation = self.constants or Normalisation.of(train, parts["train"].members[0])
-        if self.augment:
-            self._augmentation = CropAndFlip(min(self.input_shape[1:]) // 8, self.mirrored)
         self._parts = parts
 
     def _refuse_empty_classes(self, parts: dict[Split, _Part], source: str) -> None:
@@ -261,7 +264,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             batch_size=self.batch_size,
             processed=self._processed,
             share=self._share(),
-            augmentation=self._augmentation if self.augment else None,
+            augmentation=self.augmentation if self.augment else None,
         )
 
     def train_dataloader(self) -> TrainLoader:
@@ -337,7 +340,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         """
         images = batch.inputs
         if augment and batch.augmentation is not None:
-            images = self._augmentation.apply(images, batch.augmentation)
+            images = self.augmentation.apply(images, batch.augmentation)
         inputs = self.transform(self.normalise(images), batch.task)
         return batch._replace(inputs=inputs, augmentation=None)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from bpn_lightning.datamodules.augmentation import CropAndFlip
@@ -18,46 +17,7 @@ from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.tasks import Batch, Task
 
-__all__ = ["ImageSetStream", "WindowAndFlip"]
-
-
-@dataclass(frozen=True)
-class WindowAndFlip(CropAndFlip):
-    """A random window of the image, then, if asked for, a mirror image half of the time.
-
-    Args:
-        padding: 0, as nothing is added around the image.
-        flip: whether windows may be mirrored left to right.
-        slack: pixels by which the image is higher and wider than the window.
-    """
-
-    slack: int
-
-    def draw(self, count: int, generator: Generator) -> Tensor:
-        """Draw the numbers for ``count`` images: ``(count, 3)`` int64, top, left, mirrored or not."""
-        corners = torch.randint(self.slack + 1, (count, 2), generator=generator)
-        mirrored = torch.randint(1 + self.flip, (count, 1), generator=generator)
-        return torch.cat([corners, mirrored], dim=1)
-
-    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Cut and mirror each image by its own row of numbers.
-
-        Args:
-            images: ``(batch, channels, height, width)``, any dtype.
-            draws: ``(batch, 3)`` int64.
-
-        Returns:
-            ``(batch, channels, height - slack, width - slack)``.
-        """
-        batch, channels, height, width = images.shape
-        rows, columns = height - self.slack, width - self.slack
-        top, left, mirrored = draws[:, :, None].unbind(1)
-        down = top + torch.arange(rows, device=images.device)
-        across = torch.arange(columns, device=images.device)
-        across = left + torch.where(mirrored.bool(), columns - 1 - across, across)
-        pixels = (down[:, :, None] * width + across[:, None, :]).flatten(1)
-        chosen = pixels[:, None].expand(-1, channels, -1)
-        return images.flatten(2).gather(2, chosen).view(batch, channels, rows, columns)
+__all__ = ["ImageSetStream"]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -136,7 +96,11 @@ class ImageSetStream(ContinualDataModule):
         """Read the set; the second call finds it done."""
         super().setup(stage)
         self.input_shape = (3, self.image_size, self.image_size)
-        self._augmentation = WindowAndFlip(0, self.flip, self.resize - self.image_size)
+
+    @property
+    def augmentation(self) -> CropAndFlip:
+        """A random window, without padding."""
+        return CropAndFlip(0, self.flip, margin=self.resize - self.image_size)
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """Raw images to normalised windows, on the device that they lie on.

@@ -5,6 +5,7 @@ one JSON into the run's folder when the stream has been learned.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from bpn_lightning.layers import BiasUnits, evaluation_mode
 __all__ = ["Drift", "Probe", "Regions"]
 
 
-class Probe(Callback):
+class Probe(Callback, ABC):
     """Calls :meth:`look` once after each task, also where a run was stopped and resumed."""
 
     file: str
@@ -31,6 +32,7 @@ class Probe(Callback):
         self.seen: list[Any] = []
         """What was found after each task: numbers, texts, lists and dictionaries."""
 
+    @abstractmethod
     def look(self, module: Any, moment: int) -> Any:
         """What is to be kept.
 
@@ -38,7 +40,6 @@ class Probe(Callback):
             module: the ContinualModule.
             moment: id of the task that was just learned.
         """
-        raise NotImplementedError
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look, if the epoch before was a task's last."""

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.image_sets import SVHN, Flowers102
-from bpn_lightning.datamodules.image_stream import ImageSetStream, WindowAndFlip
+from bpn_lightning.datamodules.image_stream import ImageSetStream
 from bpn_lightning.errors import ConfigurationError, DataError
 
 Trees = Callable[..., Any]
@@ -65,18 +66,18 @@ def test_small_images_are_kept_small_and_grow_on_the_device(trees: Trees) -> Non
 
 def test_windows_are_those_that_the_numbers_say() -> None:
     images = torch.arange(2 * 3 * 5 * 6).view(2, 3, 5, 6)
-    window = WindowAndFlip(0, True, slack=2)
+    window = CropAndFlip(0, True, margin=2)
     out = window.apply(images, torch.tensor([[0, 2, 0], [1, 0, 1]]))
     assert torch.equal(out[0], images[0, :, 0:3, 2:6])
     assert torch.equal(out[1], images[1, :, 1:4, 0:4].flip(-1))
 
 
 def test_windows_are_drawn_evenly_from_all_places() -> None:
-    draws = WindowAndFlip(0, True, slack=3).draw(4000, torch.Generator().manual_seed(0))
+    draws = CropAndFlip(0, True, margin=3).draw(4000, torch.Generator().manual_seed(0))
     counts = [draws[:, i].bincount(minlength=4) for i in range(2)]
     assert all(900 < n < 1100 for count in counts for n in count.tolist())
     assert 1900 < draws[:, 2].sum() < 2100
-    assert WindowAndFlip(0, False, slack=3).draw(99, torch.Generator())[:, 2].sum() == 0
+    assert CropAndFlip(0, False, margin=3).draw(99, torch.Generator())[:, 2].sum() == 0
 
 
 def test_training_cuts_random_windows_and_testing_does_not(trees: Trees) -> None:
