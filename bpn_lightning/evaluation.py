@@ -43,7 +43,10 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_without_oracle(
-    module: ContinualHost, tasks: Sequence[int], split: Split = "test"
+    module: ContinualHost,
+    tasks: Sequence[int],
+    split: Split = "test",
+    at_most: int | None = None,
 ) -> Tensor:
     """Accuracy on some tasks when nobody tells which task a sample is from.
 
@@ -55,6 +58,7 @@ def evaluate_without_oracle(
         module: a module with a stream and one head for all tasks.
         tasks: ids of the learned tasks; no other mode competes.
         split: which part of their data.
+        at_most: samples of each task, drawn alike for every method; None: all.
 
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
@@ -72,7 +76,7 @@ def evaluate_without_oracle(
     modes = tasks if module.has_modes else tasks[-1:]
     with evaluation_mode(network):
         for index, task in enumerate(tasks):
-            for batch in module.batches(task, split):
+            for batch in module.batches(task, split, at_most):
                 confidences, answers = [], []
                 for mode in modes:
                     with module.task_mode(mode):

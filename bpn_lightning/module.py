@@ -51,7 +51,9 @@ class ContinualModule(ContinualSteps):
             metrics only forgetting looks at more: at a task's best accuracy of all that are known.
         patience: epochs without a lower validation loss after which a phase of a task ends; None
             trains each to its full length.
-        without_oracle: whether every task is also scored, at the stream's end, without the task id.
+        without_oracle: whether every task is also scored, at the stream's end, without the task id,
+            which takes a forward for every mode; a number: on so many test samples of each task,
+            drawn alike for every method.
 
     Attributes:
         accuracy_matrix: accuracies of every task before training and after each task.
@@ -77,7 +79,7 @@ class ContinualModule(ContinualSteps):
         evaluate_every: Literal["task", "epoch"] = "task",
         evaluate_on: Literal["all", "seen_and_next"] = "all",
         patience: int | None = None,
-        without_oracle: bool = True,
+        without_oracle: bool | int = True,
     ) -> None:
         super().__init__(
             backbone,
@@ -97,6 +99,11 @@ class ContinualModule(ContinualSteps):
         if patience is not None and patience < 1:
             raise ConfigurationError(
                 f"Expected patience to be at least 1 epoch or null, but got {patience}."
+            )
+        if without_oracle is not True and without_oracle is not False and without_oracle < 1:
+            raise ConfigurationError(
+                f"Expected without_oracle to be true, false or at least 1 sample of each task, but got "
+                f"{without_oracle}. Use false for no score without the task id."
             )
         self.evaluate_every = evaluate_every
         self.evaluate_on = evaluate_on
@@ -245,7 +252,8 @@ class ContinualModule(ContinualSteps):
         row = self._test(len(self._tasks) if self.evaluate_on == "all" else task_id + 2)
         last = task_id + 1 == len(self._tasks)
         if last and self.without_oracle and self._mask != "task":
-            alone = evaluate_without_oracle(self, range(len(self._tasks)))
+            at_most = None if self.without_oracle is True else self.without_oracle
+            alone = evaluate_without_oracle(self, range(len(self._tasks)), at_most=at_most)
             self.accuracy_matrix.update_without_oracle(alone)
         self.accuracy_matrix.update(task_id + 1, row)
         self._add_to_curve(row, task_id, self.schedule.last_epoch(task_id) + 1)

@@ -85,9 +85,9 @@ class ContinualNetwork(L.LightningModule):
         """Whether the network answers differently in different tasks' modes."""
         return bool(self._task_modules()) or bool(self._switch_hooks)
 
-    def batches(self, task_id: int, split: Split) -> Iterator[Batch]:
+    def batches(self, task_id: int, split: Split, at_most: int | None = None) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
-        for batch in self.stream.loader(task_id, split):
+        for batch in self.stream.loader(task_id, split, at_most=at_most):
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
             yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
 

@@ -198,8 +198,14 @@ class ContinualStream(Protocol):
     has_validation: bool
     task_id_at_test: bool
 
-    def loader(self, task_id: int, split: Split, batch_size: int | None = None) -> Iterable[Batch]:
-        """Every sample of this process's share once, in order and not augmented."""
+    def loader(
+        self,
+        task_id: int,
+        split: Split,
+        batch_size: int | None = None,
+        at_most: int | None = None,
+    ) -> Iterable[Batch]:
+        """Every sample of this process's share once, or of a draw of so many, in order and as it is."""
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """Raw images to normalised floats, on the device that they lie on."""
@@ -275,7 +281,7 @@ class ContinualHost(Protocol):
     def task_mode(self, task: "int | Tensor") -> AbstractContextManager[None]:
         """Whatever runs inside uses this task's mode; the one before returns afterwards."""
 
-    def batches(self, task_id: int, split: Split) -> Iterable[Batch]:
+    def batches(self, task_id: int, split: Split, at_most: int | None = None) -> Iterable[Batch]:
         """The stream's loader, moved to the device and prepared."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from bpn_lightning.datamodules.loading import EvaluationLoader, Samples, Share, 
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.splitting import hold_out
 from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Batch, Position, Split, Task
 
 __all__ = ["ContinualDataModule", "Normalisation"]
@@ -227,17 +228,29 @@ class ContinualDataModule(L.LightningDataModule, ABC):
 
     # ---------------------------------------------------------------------- loaders
 
-    def loader(self, task_id: int, split: Split, batch_size: int | None = None) -> EvaluationLoader:
+    def loader(
+        self,
+        task_id: int,
+        split: Split,
+        batch_size: int | None = None,
+        at_most: int | None = None,
+    ) -> EvaluationLoader:
         """Every sample of this process's share of a task once, in order and not augmented.
 
         Args:
             task_id: the task.
             split: "train" (without the held-out part), "val" or "test".
             batch_size: over all processes; None: ``eval_batch_size``.
+            at_most: samples, over all processes; where the task has more, a draw of so many that
+                follows from the stream's seed, the task and the split.
         """
         samples = self._parts[split].samples
         size = batch_size or self.eval_batch_size
         indices = self.members(task_id, split)
+        if at_most is not None and at_most < len(indices):
+            generator = seeded_generator("at most", split, self.seed, task_id)
+            drawn = torch.randperm(len(indices), generator=generator)[:at_most]
+            indices = indices[drawn.sort().values]
         return EvaluationLoader(samples, indices, task_id, size, self._share())
 
     def train_loader(

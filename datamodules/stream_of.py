@@ -225,7 +225,11 @@ class StreamOf(ContinualDataModule):
         return place.stream.members(task_id - place.first_task, split)
 
     def loader(  # type: ignore[override]
-        self, task_id: int, split: Split, batch_size: int | None = None
+        self,
+        task_id: int,
+        split: Split,
+        batch_size: int | None = None,
+        at_most: int | None = None,
     ) -> ChainedLoader:
         """Every sample of this process's share of a task once, in order and not augmented.
 
@@ -233,9 +237,10 @@ class StreamOf(ContinualDataModule):
             task_id: the task.
             split: "train" (without the held-out part), "val" or "test".
             batch_size: over all processes; None: the ``eval_batch_size`` of the task's stream.
+            at_most: samples, over all processes; where the task has more, a draw of so many.
         """
         place = self._place(task_id)
-        of_task = place.stream.loader(task_id - place.first_task, split, batch_size)
+        of_task = place.stream.loader(task_id - place.first_task, split, batch_size, at_most)
         return ChainedLoader([(place, of_task)])
 
     def train_loader(  # type: ignore[override]

@@ -105,6 +105,25 @@ def test_without_the_oracle_the_most_confident_mode_answers(
     assert module.accuracy_matrix.without_oracle.tolist() == wanted([0, 1, 2])
 
 
+def test_without_the_oracle_a_draw_of_the_samples_may_do(learned: Any) -> None:
+    module = learned()
+    drawn = [b.inputs for b in module.stream.loader(1, "test", at_most=20)]
+    whole = [b.inputs for b in module.stream.loader(1, "test")]
+    kept = [(torch.cat(whole) == image).flatten(1).all(1).nonzero() for image in torch.cat(drawn)]
+    places = torch.cat(kept).flatten()
+    assert len(places) == 20
+    assert (places.diff() > 0).all()  # each once, and in their order
+
+    inputs, targets = samples(module, 1, "test")
+    alone = np.stack([by_hand(module, inputs, mode)[places] for mode in range(TASKS)])
+    chosen = torch.from_numpy(alone).softmax(-1).amax(-1).argmax(0)
+    answers = alone.argmax(-1)[chosen, np.arange(20)]
+    found = evaluate_without_oracle(module, range(TASKS), at_most=20)
+    assert found[1].item() == np.mean(answers == targets[places])
+    everything = evaluate_without_oracle(module, range(TASKS), at_most=10_000)
+    assert torch.equal(everything, evaluate_without_oracle(module, range(TASKS)))
+
+
 def test_the_oracle_is_worth_something(learned: Any) -> None:
     module = learned()
     assert evaluate(module).mean() > evaluate_without_oracle(module, range(TASKS)).mean() + 0.1

@@ -141,7 +141,7 @@ def test_patience_ends_a_task_on_the_validation_split_alone(fit):
     touched = []
     stream = digits(epochs_per_task=6, validation_fraction=0.2)
     original = stream.loader
-    stream.loader = lambda task, split, *a: touched.append(split) or original(task, split, *a)
+    stream.loader = lambda task, split, **k: touched.append(split) or original(task, split, **k)
     # A learning rate of 0 never improves: one bad epoch after the first, then the next task.
     module, trainer = fit([FineTuning()], stream=stream, lr=0.0, patience=1)
     assert module.schedule.lengths == [2, 2]
