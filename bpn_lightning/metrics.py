@@ -13,13 +13,14 @@ The functions take a tensor and return a tensor; :class:`AccuracyMatrix` holds t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.scores import AfterLearning, Summary, WithoutOracle
 
 __all__ = [
     "AccuracyMatrix",
@@ -207,34 +208,6 @@ def intransigence(matrix: Tensor, reference: Tensor) -> Tensor:
         )
     learned = accuracy_after_learning(matrix)
     return (reference[: len(learned)].to(learned) - learned).mean()
-
-
-class AfterLearning(TypedDict):
-    """Accuracies on each task right after it was learned."""
-
-    average: float | None
-    per_task: list[float | None]
-
-
-class WithoutOracle(TypedDict):
-    """Accuracies at the stream's end where no task id is given (class-incremental)."""
-
-    average: float | None
-    first_task: float | None
-    per_task: list[float | None]
-
-
-class Summary(TypedDict):
-    """What :meth:`AccuracyMatrix.summary` returns; fractions of 1, None where not measured."""
-
-    average: float | None
-    first_task: float | None
-    per_task: list[float | None]
-    bwt: float | None
-    fwt: float | None
-    forgetting: float | None
-    after_learning: AfterLearning
-    without_oracle: WithoutOracle | None
 
 
 class AccuracyMatrix(Metric):

@@ -29,6 +29,7 @@ from io import StringIO
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
+    TYPE_CHECKING,
     Any,
     TypedDict,
     Union,
@@ -39,15 +40,16 @@ from typing import (
     is_typeddict,
 )
 
-import torch
-from torch import Tensor
-
-from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.figures import accuracy_curves, accuracy_heatmap, save_figure
 from bpn_lightning.files import write_atomically
-from bpn_lightning.metrics import AccuracyMatrix, AfterLearning, WithoutOracle
-from bpn_lightning.tasks import Task
+from bpn_lightning.scores import AfterLearning, WithoutOracle
+
+if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it below
+    from torch import Tensor
+
+    from bpn_lightning.costs import Bytes
+    from bpn_lightning.metrics import AccuracyMatrix
+    from bpn_lightning.tasks import Task
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -61,6 +63,7 @@ __all__ = [
     "clear_folder",
     "collect_provenance",
     "read_matrix_csv",
+    "read_matrix_rows",
     "read_results",
     "write_results",
 ]
@@ -193,11 +196,11 @@ def write_results(
     experiment: str,
     method: str,
     seed: int,
-    matrix: AccuracyMatrix,
+    matrix: "AccuracyMatrix",
     curve: Sequence[Mapping[str, Any]],
-    tasks: Sequence[Task],
+    tasks: Sequence["Task"],
     bytes_per_task: Mapping[str, int | None],
-    bytes_held: Bytes,
+    bytes_held: "Bytes",
     provenance: Provenance,
     config: str | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -225,6 +228,8 @@ def write_results(
         ConfigurationError: there is not one task per column of the matrix.
         ResultsError: a file cannot be written.
     """
+    from bpn_lightning.figures import accuracy_curves, accuracy_heatmap, save_figure
+
     if len(tasks) != matrix.num_tasks:
         raise ConfigurationError(
             f"Expected tasks to be as many as the {matrix.num_tasks} columns of the matrix, "
@@ -314,11 +319,22 @@ def read_results(path: Path) -> Results:
     return cast(Results, found)
 
 
-def read_matrix_csv(path: Path) -> Tensor:
+def read_matrix_csv(path: Path) -> "Tensor":
     """Read an accuracy_matrix.csv, or the one of a run's folder.
 
     Returns:
         ``(tasks + 1, tasks)`` float64, NaN where not measured.
+
+    Raises:
+        ResultsError: it is missing or is no such table; names the file and the line.
+    """
+    import torch
+
+    return torch.tensor(read_matrix_rows(path), dtype=torch.float64)
+
+
+def read_matrix_rows(path: Path) -> list[list[float]]:
+    """The same as plain numbers: a row for each moment, an entry for each task.
 
     Raises:
         ResultsError: it is missing or is no such table; names the file and the line.
@@ -337,7 +353,7 @@ def read_matrix_csv(path: Path) -> Tensor:
             f"Expected {path} to begin with after_task,task_1,task_2,..., but got "
             f"{','.join(header)!r}."
         )
-    matrix = torch.full((tasks + 1, tasks), math.nan, dtype=torch.float64)
+    matrix = [[math.nan] * tasks for _ in range(tasks + 1)]
     for line, row in enumerate(table[1:], start=2):
         try:
             moment, *accuracies = (float(cell) if cell else math.nan for cell in row)
@@ -348,7 +364,7 @@ def read_matrix_csv(path: Path) -> Tensor:
                 f"Expected line {line} of {path} to hold a moment from 0 to {tasks} and {tasks} "
                 f"accuracies, but got: {error}."
             ) from error
-        matrix[int(moment)] = torch.tensor(accuracies, dtype=torch.float64)
+        matrix[int(moment)] = accuracies
     return matrix
 
 
@@ -398,6 +414,8 @@ def collect_provenance(seconds: float) -> Provenance:
     Args:
         seconds: wall time of the run.
     """
+    import torch
+
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -423,7 +441,7 @@ def _header(tasks: int) -> list[str]:
     return ["after_task", *(f"task_{task + 1}" for task in range(tasks))]
 
 
-def _matrix_csv(accuracy: Tensor) -> str:
+def _matrix_csv(accuracy: "Tensor") -> str:
     """The measured rows, each number by its repr, so that reading gives the very same one."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")

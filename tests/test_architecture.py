@@ -16,7 +16,7 @@ ROOMS = ("strategies", "datamodules", "configs")
 LAYERS = [
     {"errors"},
     {"tasks"},
-    {"backbones", "costs", "files", "layers", "messages", "metrics"},
+    {"backbones", "costs", "files", "layers", "messages", "metrics", "scores"},
     {"gradients"},
     {"importance", "penalties"},
     {"network", "random_state"},
