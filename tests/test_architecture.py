@@ -25,6 +25,7 @@ LAYERS = [
     {"command", "console", "data_command", "export", "figures", "recording", "report", "results"},
     {"conformance", "fit"},
     {"bench", "cli"},
+    {"html_report"},
     {""},  # the root: `import bpn_lightning` is for users, not for files in here
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -94,7 +95,9 @@ def test_imports_are_absolute_and_under_the_roof(path: Path) -> None:
     assert not bad
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli", f"{PACKAGE}.bench.cli"])
+@pytest.mark.parametrize(
+    "module", [PACKAGE, f"{PACKAGE}.cli", f"{PACKAGE}.bench.cli", f"{PACKAGE}.html_report.cli"]
+)
 def test_import_leaves_the_heavy_ones_alone(module: str, tmp_path: Path) -> None:
     heavy = "{'torch', 'lightning', 'numpy', 'matplotlib', 'sklearn'}"
     code = f"import {module}, sys; print(sorted({heavy} & set(sys.modules)))"

@@ -1,0 +1,379 @@
+"""Find the runs in a folder, and say of everything else that looks like one why it is not shown."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from bpn_lightning.bench.collection import CELLS, Collection, Record, read_collection
+from bpn_lightning.bench.grid import Cell, short
+from bpn_lightning.errors import ResultsError
+from bpn_lightning.results import read_matrix_rows, read_results
+
+__all__ = ["Curve", "Found", "Problem", "Run", "find_runs"]
+
+Row = list[float | None]
+
+# What a run leaves in its folder before results.json, which comes last.
+_BEGUN = ("config.yaml", "metrics.csv", "checkpoints", "failed.json")
+
+# Folders without runs: a run's own, and those of version control and editors.
+_SKIPPED = ("checkpoints", "figures", "__pycache__")
+
+# ten times faster where PyYAML was built with libyaml
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracies at moments of the stream, each task's since it began to be learned.
+
+    Args:
+        unit: what ``at`` counts: "epochs", or "tasks learned".
+        at: ``(moments,)``, how far the stream had come.
+        accuracy: ``(moments, tasks)``; None before a task began, and where not measured.
+        starts: how far the stream had come when each task began.
+    """
+
+    unit: str
+    at: list[float]
+    accuracy: list[Row]
+    starts: list[float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has results.
+
+    Args:
+        source: where it was read, from the folder that was asked for.
+        place: the experiment, and what sets its runs apart from others of that name.
+        method: its name, with the values that a grid varied; runs of one place and method differ by
+            their seed.
+        seed: its seed.
+        results: as :class:`bpn_lightning.results.Results`, as far as a cells.json keeps them.
+        task_names: a text for each task of the stream.
+        matrix: ``(tasks + 1, tasks)``; row 0 before training, None where not measured.
+        curve: accuracies over the stream.
+        settings: of config.yaml, by dotted keys; None where they were not kept, as in a cells.json.
+    """
+
+    source: str
+    place: str
+    method: str
+    seed: int
+    results: Mapping[str, Any]
+    task_names: list[str]
+    matrix: list[Row]
+    curve: Curve
+    settings: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.place}, {self.method}, seed {self.seed}"
+
+    @property
+    def tasks(self) -> int:
+        """Of the stream."""
+        return len(self.task_names)
+
+    @property
+    def learned(self) -> int:
+        """How many of them were learned."""
+        rows = (n for n, row in enumerate(self.matrix) if any(v is not None for v in row))
+        return max(rows, default=0)
+
+    def at(self, *keys: str) -> Any:
+        """A value of the results by its keys; None where a part of the way is null or not kept."""
+        value: Any = self.results
+        for key in keys:
+            value = None if value is None else value.get(key)
+        return value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not shown, or not whole.
+
+    Args:
+        where: a path from the folder that was asked for, or a run's name.
+        state: "not finished", "failed", "unreadable", "incomplete", "not run" or "not shown".
+        why: a sentence.
+    """
+
+    where: str
+    state: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder.
+
+    Args:
+        title: of a grid, or the folder's name.
+        text: of a grid, or "".
+        runs: by place, method and seed.
+        compare: pairs of methods that grids name for their tests.
+        problems: what is not shown, or not whole.
+    """
+
+    title: str
+    text: str
+    runs: list[Run]
+    compare: list[tuple[str, str]]
+    problems: list[Problem]
+
+
+def find_runs(folder: Path) -> Found:
+    """Read a run, or all runs and collections (cells.json) at and below a folder.
+
+    Runs that a collection repeats, because it was made of them, are taken once, from their folders.
+
+    Raises:
+        ResultsError: there is no such folder, or nothing in it that looks like a run.
+    """
+    if folder.is_file() and folder.name == CELLS:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ResultsError(
+            f"Expected {folder} to be the folder of a run, or of several, but there is no such "
+            "folder. `bpn-fit` makes runs/<experiment>/<method>/seed_<n>/."
+        )
+    runs: list[Run] = []
+    problems: list[Problem] = []
+    seen: set[Path] = set()
+    collections: list[tuple[Path, Collection]] = []
+    for path in _candidates(folder):
+        where = path.relative_to(folder).as_posix()
+        if path.name == CELLS:
+            try:
+                collections.append((path.parent, read_collection(path)))
+            except ResultsError as error:
+                problems.append(Problem(where, "unreadable", str(error)))
+            continue
+        seen.add(path)
+        if (path / "results.json").exists():
+            try:
+                runs.append(_of_folder(path, folder, problems))
+            except ResultsError as error:
+                problems.append(Problem(where, "unreadable", str(error)))
+        else:
+            problems.append(_not_finished(path, where))
+    names = {run.name for run in runs}
+    for home, collection in collections:
+        root = home.parent if home.name == "report" and home != folder else home
+        for record in collection.records:
+            variant = tuple(record.variant.items())
+            cell = Cell("", record.experiment, record.method, record.seed, record.label, variant)
+            if cell.folder(root) in seen:
+                continue
+            try:
+                runs.append(_of_record(record, home, folder))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                where = (home / CELLS).relative_to(folder).as_posix()
+                why = f"{cell.name} lacks something or is damaged: {error!r}."
+                problems.append(Problem(where, "unreadable", why))
+        problems += _not_run(collection, names)
+    if not runs and not problems:
+        raise ResultsError(
+            f"Expected {folder} to hold runs, but found no results.json and no {CELLS} at or below "
+            "it. Name the folder of a run, one above runs, or one of docs/results."
+        )
+    runs.sort(key=lambda run: (run.place, run.method, run.seed))
+    first = collections[0][1] if len(collections) == 1 else None
+    return Found(
+        title=first.title if first else runs[0].name if len(runs) == 1 else folder.resolve().name,
+        text=first.text if first else "",
+        runs=_once(runs, problems),
+        compare=list(dict.fromkeys(pair for _, one in collections for pair in one.compare)),
+        problems=problems,
+    )
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Folders of runs and files of collections, in order."""
+    for here, folders, files in os.walk(folder):
+        path = Path(here)
+        if "results.json" in files or any(name in _BEGUN for name in [*folders, *files]):
+            yield path
+            folders.clear()
+        if CELLS in files:
+            yield path / CELLS
+        folders[:] = sorted(f for f in folders if f not in _SKIPPED and not f.startswith("."))
+
+
+def _of_folder(folder: Path, root: Path, problems: list[Problem]) -> Run:
+    results = cast(dict[str, Any], read_results(folder))
+    where = folder.relative_to(root).as_posix()
+    tasks = results["tasks"]
+    try:
+        matrix = [[_known(value) for value in row] for row in read_matrix_rows(folder)]
+        if len(matrix) != len(tasks) + 1:
+            raise ResultsError(
+                f"Expected {folder}/accuracy_matrix.csv to have a column for each of the "
+                f"{len(tasks)} tasks of results.json, but got {len(matrix) - 1}."
+            )
+    except ResultsError as error:
+        problems.append(Problem(where, "incomplete", str(error)))
+        matrix = _last_row_only(results)
+    epochs = [task["epochs"] for task in tasks]
+    settings = None
+    try:
+        settings = _flat(yaml.load((folder / "config.yaml").read_text("utf-8"), _LOADER))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        problems.append(Problem(where, "incomplete", f"Its settings are not known: {said}."))
+    curve = _curve(None, matrix, epochs)
+    try:
+        curve = _curve(results["extra"].get("curve"), matrix, epochs)
+    except (KeyError, TypeError, ValueError) as error:  # `extra` has no schema
+        problems.append(Problem(where, "incomplete", f"extra.curve cannot be read: {error!r}."))
+    place, method = _names(results, folder.relative_to(root))
+    return Run(
+        source=where if where != "." else folder.resolve().name,
+        place=place,
+        method=method,
+        seed=results["seed"],
+        results=results,
+        task_names=[_task_name(task["id"], task["classes"]) for task in tasks],
+        matrix=matrix,
+        curve=curve,
+        settings=settings,
+    )
+
+
+def _of_record(record: Record, home: Path, root: Path) -> Run:
+    tasks = len(record.matrix)
+    epochs = record.results.get("epochs") or [1] * tasks
+    matrix: list[Row] = [[None] * tasks]
+    matrix += [[*row, *[None] * (tasks - len(row))] for row in record.matrix]
+    inside = [part for part in home.relative_to(root).parts if part != "report"]
+    variant = [f"{short(key)} {value}" for key, value in record.variant.items()]
+    return Run(
+        source=(home / CELLS).relative_to(root).as_posix(),
+        place=", ".join(filter(None, [record.experiment, "/".join(inside), record.label])),
+        method=", ".join([record.method, *variant]),
+        seed=record.seed,
+        results=record.results,
+        task_names=[f"task {task + 1}" for task in range(tasks)],
+        matrix=matrix,
+        curve=_curve(record.curve, matrix, epochs),
+        settings=None,
+    )
+
+
+def _names(results: Mapping[str, Any], path: Path) -> tuple[str, str]:
+    """Place and method, with what the path says beyond <experiment>/<method>/seed_<n>.
+
+    A grid lays runs of varied values into folders such as ``rank=10,epsilon=0.1``.
+    """
+    parts = list(path.parts)
+    for own in (f"seed_{results['seed']}", results["method"], results["experiment"]):
+        if parts and parts[-1] == own:
+            parts.pop()
+    varied = [word.replace("=", " ", 1) for p in parts if "=" in p for word in p.split(",")]
+    label = "/".join(part for part in parts if "=" not in part)
+    place = ", ".join(filter(None, [results["experiment"], label]))
+    return place, ", ".join([results["method"], *varied])
+
+
+def _not_finished(folder: Path, where: str) -> Problem:
+    where = where if where != "." else folder.resolve().name
+    if (folder / "failed.json").exists():
+        log = " Its log.txt says why." if (folder / "log.txt").exists() else ""
+        return Problem(where, "failed", f"It has a failed.json and no results.json.{log}")
+    kept = any((folder / "checkpoints").glob("*.ckpt"))
+    return Problem(
+        where,
+        "not finished",
+        "It has no results.json: it is running, or was stopped."
+        + (" It has a checkpoint to go on from." if kept else ""),
+    )
+
+
+def _not_run(collection: Collection, finished: Iterable[str]) -> Iterator[Problem]:
+    words = {frozenset(name.split(", ")) for name in finished}
+    for name in collection.missing:
+        if frozenset(name.split(", ")) not in words:  # finished since the collection was made
+            yield Problem(name, "not finished", f"The grid {collection.name} asks for it.")
+    for one in collection.not_run:
+        yield Problem(f"{one.experiment}: {', '.join(one.methods)}", "not run", one.reason)
+
+
+def _once(runs: Sequence[Run], problems: list[Problem]) -> list[Run]:
+    """Two runs that nothing tells apart would count twice in a mean."""
+    kept: dict[str, Run] = {}
+    for run in runs:
+        if run.name in kept:
+            other = kept[run.name].source
+            problems.append(
+                Problem(run.source, "not shown", f"{run.name} was read from {other} already.")
+            )
+        else:
+            kept[run.name] = run
+    return list(kept.values())
+
+
+def _task_name(task: int, classes: Sequence[str]) -> str:
+    shown = ", ".join(classes)
+    if len(shown) > 60:
+        shown = f"{shown[:57]}... ({len(classes)} classes)"
+    return f"task {task + 1}" + (f": {shown}" if shown else "")
+
+
+def _last_row_only(results: Mapping[str, Any]) -> list[Row]:
+    tasks, learned = len(results["tasks"]), len(results["tasks_learned"])
+    matrix: list[Row] = [[None] * tasks for _ in range(tasks + 1)]
+    last = results["accuracy"]["per_task"]
+    if learned and len(last) == tasks:
+        matrix[learned] = list(last)
+    return matrix
+
+
+def _curve(points: Any, matrix: Sequence[Row], epochs: Sequence[int]) -> Curve:
+    """The finer moments where a run kept them, else those of the matrix."""
+    tasks = len(matrix) - 1
+    if points:
+        at = [float(point["epoch"]) for point in points]
+        rows = [
+            [v if k <= point["task"] and x > 0 else None for k, v in enumerate(point["accuracy"])]
+            for x, point in zip(at, points, strict=True)
+        ]
+        if any(len(row) != tasks for row in rows):
+            raise ValueError(f"an entry has no accuracy for each of the {tasks} tasks")
+        begun = range(1 + max(point["task"] for point in points))
+        starts = [
+            max((x for x, p in zip(at, points, strict=True) if p["task"] < task), default=0.0)
+            for task in begun
+        ]
+        return Curve("epochs", at, rows, starts)
+    learned = max((n for n, row in enumerate(matrix) if any(v is not None for v in row)), default=0)
+    known = len(epochs) == tasks and all(epochs)
+    ends = [float(x) for x in accumulate(epochs if known else [1] * tasks)][:learned]
+    return Curve(
+        "epochs" if known else "tasks learned",
+        ends,
+        [[*matrix[n][:n], *[None] * (tasks - n)] for n in range(1, learned + 1)],
+        [0.0, *ends[:-1]] if ends else [],
+    )
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys; lists stay whole."""
+    if isinstance(value, Mapping) and (value or not key):
+        parts = (_flat(item, f"{key}.{name}" if key else str(name)) for name, item in value.items())
+        return {name: item for part in parts for name, item in part.items()}
+    if not key:
+        raise ValueError(f"config.yaml holds {value!r:.40} where keys and values should be")
+    return {key: value}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
