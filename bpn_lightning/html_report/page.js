@@ -112,17 +112,24 @@
   const after = (row) => (row === 0 ? "before training" : `after task ${row}`);
   const average = (row) => mean(run.matrix[row].slice(0, row));
 
-  function drawRun() {
+  // What moves with the slider; the rest of the pictures stays.
+  function showMoment() {
     const text = moment === 0
-      ? "Before training."
-      : `After ${run.names[moment - 1]} (${moment} of ${run.tasks} tasks). Mean over the tasks learned: ` +
+      ? `${run.label}, before training.`
+      : `${run.label}, after ${run.names[moment - 1]} (${moment} of ${run.tasks} tasks). Mean over the tasks learned: ` +
         `${number(average(moment))}; task 1: ${number(run.matrix[moment][0])}.`;
     $("state").textContent = text;
     $("moment").setAttribute("aria-valuetext", text);
     $("moment-text").textContent = `${moment} of ${run.tasks}`;
-    drawHeat();
+    $("heat").mark();
+    $("curves").mark();
     drawBars();
+  }
+
+  function drawRun() {
+    drawHeat();
     drawCurves();
+    showMoment();
     fillTable();
   }
 
@@ -178,8 +185,6 @@
         n === 0 ? "before" : `${n}`));
     }
     svg.append(s("text", { x: 2, y: top - 6, class: "name" }, "after"));
-    frame(svg, x(0), y(moment), size * tasks, high, "picked");
-    if (cell) frame(svg, x(cell[1]), y(cell[0]), size, high, "cursor");
     // the scale of colours
     const wide = Math.min(180, width - left - 110);
     for (let i = 0; i < wide; i += 2) {
@@ -191,6 +196,13 @@
     }
     svg.append(s("rect", { x: left + wide + 18, y: bottom + 12, width: 12, height: 10, fill: "url(#hatch)" }),
       s("text", { x: left + wide + 35, y: bottom + 21, class: "tick" }, "not measured"));
+    const marks = s("g");
+    svg.append(marks);
+    host.mark = () => {
+      marks.replaceChildren(...frame(x(0), y(moment), size * tasks, high, "picked"));
+      if (cell) marks.append(...frame(x(cell[1]), y(cell[0]), size, high, "cursor"));
+    };
+    host.mark();
     host.at = (event) => {
       const box = svg.getBoundingClientRect();
       const scale = box.width / width;
@@ -200,10 +212,8 @@
     };
   }
 
-  function frame(svg, x, y, width, height, kind) {
-    svg.append(s("rect", { x, y, width, height, class: `halo ${kind}` }),
-      s("rect", { x, y, width, height, class: `frame ${kind}` }));
-  }
+  const frame = (x, y, width, height, kind) =>
+    ["halo", "frame"].map((part) => s("rect", { x, y, width, height, class: `${part} ${kind}` }));
 
   function read(found) {
     if (found && cell && found[0] === cell[0] && found[1] === cell[1]) return;
@@ -212,7 +222,7 @@
       ? `${after(cell[0])}, accuracy on ${run.names[cell[1]]}: ` +
         number(run.matrix[cell[0]][cell[1]], 4)
       : "Point at a cell, or use the arrow keys in the matrix.";
-    drawHeat();
+    $("heat").mark();
   }
 
   function drawBars() {
@@ -231,15 +241,16 @@
         x: left + task * size + gap, y: y(value), width: size - 2 * gap,
         height: Math.max(0, y(0) - y(value)), class: task < moment ? "bar" : "bar ahead",
       }));
-      if (size >= 30) {
-        svg.append(s("text", { x: left + (task + 0.5) * size, y: y(value) - 4, class: "tick middle" },
-          number(value, 2)));
-      }
     }
-    const height_of_mean = moment ? average(moment) : null;
-    if (known(height_of_mean)) {
-      svg.append(s("line", { x1: left, x2: left + moment * size, y1: y(height_of_mean),
-        y2: y(height_of_mean), class: "mean" }));
+    const level = moment ? average(moment) : null;
+    if (known(level)) {
+      svg.append(s("line", { x1: left, x2: left + moment * size, y1: y(level),
+        y2: y(level), class: "mean" }));
+    }
+    for (const [task, value] of row.entries()) {
+      if (!known(value) || size < 30) continue;
+      svg.append(s("text", { x: left + (task + 0.5) * size, y: y(value) - 6, class: "label middle" },
+        number(value, 2)));
     }
     for (const n of labels(1, run.tasks, size, 20)) {
       svg.append(s("text", { x: left + (n - 0.5) * size, y: height - 20, class: "tick middle" }, `${n}`));
@@ -270,10 +281,14 @@
     const y = (value) => top + 5 + (1 - value) * (height - top - bottom - 10);
     axis(svg, left, right, y);
     let shown = -Infinity;
+    const crowded = x(last / Math.max(1, starts.length)) - x(0) < 7;
     starts.forEach((start, task) => {
-      svg.append(s("line", { x1: x(start), x2: x(start), y1: top, y2: y(0), class: "border" }));
       const place = x(start) + 3;
-      if (place - shown > 22) {
+      const apart = place - shown > 22;
+      if (apart || !crowded) {
+        svg.append(s("line", { x1: x(start), x2: x(start), y1: top, y2: y(0), class: "border" }));
+      }
+      if (apart) {
         svg.append(s("text", { x: place, y: top - 6, class: "tick" }, `${task + 1}`));
         shown = place;
       }
@@ -313,11 +328,16 @@
       });
       if (path) svg.append(s("path", { d: path, class: "mean-line" }));
     }
-    const here = moment === 0 ? 0 : moment < starts.length ? starts[moment] : last;
-    svg.append(s("line", { x1: x(here), x2: x(here), y1: top, y2: y(0), class: "now" }));
-    if (point !== null) {
-      svg.append(s("line", { x1: x(at[point]), x2: x(at[point]), y1: top, y2: y(0), class: "cross" }));
-    }
+    const marks = s("g");
+    svg.append(marks);
+    const upright = (value, kind) =>
+      s("line", { x1: x(value), x2: x(value), y1: top, y2: y(0), class: kind });
+    host.mark = () => {
+      const here = moment === 0 ? 0 : moment < starts.length ? starts[moment] : last;
+      marks.replaceChildren(upright(here, "now"));
+      if (point !== null) marks.append(upright(at[point], "cross"));
+    };
+    host.mark();
     host.at = (event) => {
       const box = svg.getBoundingClientRect();
       const value = (((event.clientX - box.left) * width) / box.width - left) / (right - left) * last;
@@ -381,7 +401,7 @@
       text = `${run.curve.at[point]} ${run.curve.unit}: ${listed || "nothing measured"}`;
     }
     $("curve-reading").textContent = text;
-    drawCurves();
+    $("curves").mark();
   }
 
   function fillTable() {
@@ -458,7 +478,7 @@
         const value = row.told || row.alone;
         if (!value) continue;
         const [px, py] = [x(row.bytes), y(clamp(value.mean, 0, 1))];
-        const wide = row.method.length * 6.6 + 4;
+        const wide = row.method.length * 7.4 + 4;
         const onRight = px + 10 + wide < width;
         for (let step = 0; step < 14; step += 1) {
           const shift = (step % 2 ? 1 : -1) * Math.ceil(step / 2) * 13;
@@ -513,7 +533,7 @@
     $("run").addEventListener("change", (event) => select(Number(event.target.value)));
     $("moment").addEventListener("input", (event) => {
       moment = Number(event.target.value);
-      drawRun();
+      showMoment();
     });
     const heat = $("heat");
     heat.addEventListener("pointermove", (event) => read(heat.at(event)));
@@ -522,7 +542,7 @@
       read(found);
       if (found && found[0] <= run.learned) {
         $("moment").value = moment = found[0];
-        drawRun();
+        showMoment();
       }
     });
     heat.addEventListener("pointerleave", () => read(null));
@@ -560,16 +580,19 @@
   });
   addEventListener("beforeprint", () => {
     printing = true;
-    for (const details of document.querySelectorAll("details[data-print]")) {
-      details.dataset.was = details.open ? "open" : "";
+    for (const details of document.querySelectorAll("details:not([open])")) {
+      // thousands of accuracies are no reading; their picture is printed
+      if (details.id === "values" && run.tasks > 12) continue;
       details.open = true;
+      details.dataset.opened = "";
     }
     drawAll();
   });
   addEventListener("afterprint", () => {
     printing = false;
-    for (const details of document.querySelectorAll("details[data-print]")) {
-      details.open = details.dataset.was === "open";
+    for (const details of document.querySelectorAll("details[data-opened]")) {
+      details.open = false;
+      delete details.dataset.opened;
     }
     drawAll();
   });

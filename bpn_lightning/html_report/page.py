@@ -49,7 +49,11 @@ def render(found: Found, comparison: Comparison, version: str) -> bytes:
     drawn = _drawn(comparison.rows)
     sections = [
         ("words", "In words", _words(found, comparison)),
-        ("methods", "Methods", _methods(comparison, places)),
+        (
+            "methods",
+            "Methods" if len(comparison.rows) > 1 else "Scores",
+            _methods(comparison, places),
+        ),
         ("tests", "Differences between methods", _tests(comparison)),
         ("bytes", "Bytes against accuracy", _bytes(comparison.rows, places)),
         ("stream", "Over the stream", _stream(found.runs, drawn)),
@@ -78,7 +82,11 @@ def render(found: Found, comparison: Comparison, version: str) -> bytes:
             _e("a", "To the content", href="#words", class_="skip"),
             _e(
                 "header",
-                _e("div", _e("h1", found.title), _e("p", found.text) if found.text else None),
+                _e(
+                    "div",
+                    _e("h1", found.title),
+                    _e("p", *_with_code(found.text)) if found.text else None,
+                ),
                 _e("button", "Dark page", type="button", id="theme", hidden=""),
             ),
             _e(
@@ -124,6 +132,11 @@ def _json(value: Any) -> str:
     """JSON that cannot end the script element that it stands in."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _with_code(text: str) -> list[Child]:
+    """What stands between backticks, as grids write names, becomes code."""
+    return [_e("code", part) if n % 2 else part for n, part in enumerate(text.split("`"))]
 
 
 def _section(key: str, title: str, children: Iterable[Child]) -> ET.Element:
@@ -512,7 +525,7 @@ def _provenance(runs: Sequence[Run]) -> list[Child]:
     return [
         _e("h3", title) if pairs else None,
         _e("dl", *pairs) if pairs else None,
-        _folded(table, len(rows), "Each run") if len(runs) > 1 else None,
+        *([_e("h3", "Each run"), _folded(table, len(rows), "All runs")] if len(runs) > 1 else []),
     ]
 
 
