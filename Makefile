@@ -10,7 +10,7 @@ SOURCE  = -e .
 ARGS    =
 BIN    := $(VENV)/bin
 
-.PHONY: help fit test check format roof wheel clean
+.PHONY: help fit test check format roof wheel browser clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,10 @@ wheel: $(BIN)/pip  ## build dist/*.whl
 	@rm -rf dist build/lib build/bdist.*  # setuptools packs what an earlier build left there
 	@$(BIN)/pip wheel -q --no-deps -w dist .
 	@ls dist/*.whl
+
+browser:  ## install Chromium for the tests of bpn-report's page (Debian, as root); without it they are skipped
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+	    apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:  ## remove what builds and tests left; .venv, data and runs stay
 	@rm -rf build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache

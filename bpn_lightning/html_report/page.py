@@ -364,7 +364,8 @@ def _p(value: float | None) -> str:
 
 
 def _bytes(rows: Sequence[Row], places: Sequence[str]) -> list[Child]:
-    with_bytes = {row.place for row in rows if row.bytes_per_task is not None}
+    known = [row.place for row in rows if row.bytes_per_task is not None]
+    with_bytes = {place for place in known if known.count(place) > 1}
     if not with_bytes:
         return []
     children: list[Child] = [
@@ -476,8 +477,10 @@ def _picture(key: str, label: str, reading: str) -> ET.Element:
 
 
 def _settings(rows: Sequence[Row]) -> list[Child]:
+    if sum(len(row.runs) for row in rows) < 2:
+        return []
     if all(run.settings is None for row in rows for run in row.runs):
-        return [_e("p", "No config.yaml was kept with these runs.")] if rows else []
+        return [_e("p", "No config.yaml was kept with these runs.")]
     found = differing_settings(rows)
     if not found:
         return [_e("p", "None: the runs have one configuration, but for their seed.")]

@@ -25,6 +25,8 @@ _BEGUN = ("config.yaml", "metrics.csv", "checkpoints", "failed.json")
 # Folders without runs: a run's own, and those of version control and editors.
 _SKIPPED = ("checkpoints", "figures", "__pycache__")
 
+_JOINT = " · "  # between an experiment and what sets its runs apart from others of that name
+
 # ten times faster where PyYAML was built with libyaml
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -258,7 +260,7 @@ def _of_record(record: Record, home: Path, root: Path) -> Run:
     variant = [f"{short(key)} {value}" for key, value in record.variant.items()]
     return Run(
         source=(home / CELLS).relative_to(root).as_posix(),
-        place=", ".join(filter(None, [record.experiment, "/".join(inside), record.label])),
+        place=_JOINT.join(filter(None, [record.experiment, "/".join(inside), record.label])),
         method=", ".join([record.method, *variant]),
         seed=record.seed,
         results=record.results,
@@ -280,7 +282,7 @@ def _names(results: Mapping[str, Any], path: Path) -> tuple[str, str]:
             parts.pop()
     varied = [word.replace("=", " ", 1) for p in parts if "=" in p for word in p.split(",")]
     label = "/".join(part for part in parts if "=" not in part)
-    place = ", ".join(filter(None, [results["experiment"], label]))
+    place = _JOINT.join(filter(None, [results["experiment"], label]))
     return place, ", ".join([results["method"], *varied])
 
 
@@ -299,7 +301,7 @@ def _not_finished(folder: Path, where: str) -> Problem:
 
 
 def _not_run(collection: Collection, finished: Iterable[str]) -> Iterator[Problem]:
-    words = {frozenset(name.split(", ")) for name in finished}
+    words = {frozenset(name.replace(_JOINT, ", ").split(", ")) for name in finished}
     for name in collection.missing:
         if frozenset(name.split(", ")) not in words:  # finished since the collection was made
             yield Problem(name, "not finished", f"The grid {collection.name} asks for it.")

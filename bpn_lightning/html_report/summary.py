@@ -59,7 +59,7 @@ def _shown(runs: Sequence[Run], comparison: Comparison) -> Iterator[str]:
         if alone:
             parts.append(f"without the task oracle it is {alone}")
         yield prefix + ("; ".join(parts) or "no method has an ACC over all of its seeds") + "."
-        yield from _tests(place, comparison)
+    yield from _tests(comparison)
 
 
 def _one(row: Row) -> str:
@@ -72,16 +72,22 @@ def _one(row: Row) -> str:
     return f"{text}."
 
 
-def _tests(place: str, comparison: Comparison) -> Iterator[str]:
-    tests = [test for test in comparison.tests if test.place == place]
-    tested = [test for test in tests if test.corrected is not None]
-    if tested:
-        apart = sum(test.corrected is not None and test.corrected < 0.05 for test in tested)
-        yield (
-            f"{place}: {apart} of {_count(len(tested), 'tested difference')} between methods "
-            f"{'is' if apart == 1 else 'are'} significant at 5 % after Holm's correction; of the "
-            "others, no difference is shown, which does not show that there is none."
-        )
+def _tests(comparison: Comparison) -> Iterator[str]:
+    tested: dict[str, list[float]] = {}
+    for test in comparison.tests:
+        if test.corrected is not None:
+            tested.setdefault(test.place, []).append(test.corrected)
+    if not tested:
+        return
+    one = len(tested) == 1
+    found = (
+        f"{sum(p < 0.05 for p in values)} of {len(values)}" + ("" if one else f" on {place}")
+        for place, values in tested.items()
+    )
+    yield (
+        f"Of the tested differences between methods, {', '.join(found)} are significant at 5 % after "
+        "Holm's correction. Of the others none is shown, which does not show that there is none."
+    )
 
 
 def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:

@@ -1,0 +1,107 @@
+"""Folders of runs as `bpn-fit` leaves them, made of nothing but numbers; and a browser to look at pages."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Matrix = list[list[float | None]]
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+# Two tasks; the second was learned well, and the first forgotten.
+MATRIX: Matrix = [[0.1, 0.2], [0.9, 0.3], [0.4, 0.8]]
+
+
+def mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def results(method: str, seed: int, matrix: Matrix, **more: Any) -> dict[str, Any]:
+    """A results.json that says what the matrix says."""
+    tasks = len(matrix) - 1
+    learned = max((n for n, row in enumerate(matrix) if any(v is not None for v in row)), default=0)
+    last = [*matrix[learned][:learned], *[None] * (tasks - learned)]
+    right_after = [matrix[k + 1][k] for k in range(learned)] + [None] * (tasks - learned)
+    found = {
+        "schema_version": 2,
+        "experiment": "digits_inc",
+        "method": method,
+        "seed": seed,
+        "tasks": [{"id": k, "classes": [f"c{k}"], "epochs": 2} for k in range(tasks)],
+        "tasks_learned": list(range(learned)),
+        "tasks_not_learned": list(range(learned, tasks)),
+        "accuracy": {
+            "average": mean(last),
+            "first_task": last[0],
+            "per_task": last,
+            "bwt": -0.5,
+            "fwt": None,
+            "forgetting": 0.5,
+        },
+        "accuracy_without_oracle": {"average": 0.3, "first_task": 0.1, "per_task": last},
+        "accuracy_after_learning": {"average": mean(right_after), "per_task": right_after},
+        "bytes_per_task": {"measured": 552, "paper": 520},
+        "bytes_held": {"training": 1000, "inference": 1104},
+        "extra": {},
+        "provenance": {
+            "seconds": 12.5,
+            "date": "2020-01-01T00:00:00+00:00",
+            "versions": {"python": "3.11.7", "torch": "2.14.1"},
+            "commit": "0123456789abcdef0123456789abcdef01234567",
+            "host": {"name": "h", "platform": "p", "cpu": "c", "gpu": None, "threads": 1},
+        },
+    }
+    return found | more
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the folder of a run and gives its path.
+
+    ``make_run("ewc", 0, matrix, root="runs", config={...}, **keys of results.json)``
+    """
+
+    def make(
+        method: str = "ewc",
+        seed: int = 0,
+        matrix: Matrix = MATRIX,
+        root: str = "runs",
+        config: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> Path:
+        found = results(method, seed, matrix, **more)
+        folder = tmp_path / root / found["experiment"] / method.replace("/", "_") / f"seed_{seed}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(found))
+        header = ",".join(["after_task", *(f"task_{k + 1}" for k in range(len(matrix) - 1))])
+        lines = [
+            ",".join([str(n), *("" if v is None else repr(v) for v in row)])
+            for n, row in enumerate(matrix)
+        ]
+        (folder / "accuracy_matrix.csv").write_text("\n".join([header, *lines, ""]))
+        settings = {"seed_everything": seed, "method": method, "model": {"mask": "all"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings | (config or {})))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, without a window and without any way out."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here: `make browser` installs Debian's")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield running
+        running.close()

@@ -1,0 +1,200 @@
+"""What is found in a folder, and that nothing disappears without a word."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bpn_lightning.bench.collection import CELLS, Collection, Record, write_collection
+from bpn_lightning.errors import ResultsError
+from bpn_lightning.html_report.reading import Curve, Problem, find_runs
+
+Make = Callable[..., Path]
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+def only_problem(folder: Path) -> Problem:
+    (problem,) = find_runs(folder).problems
+    return problem
+
+
+@pytest.mark.parametrize("up", range(4))
+def test_a_run_has_one_name_from_whatever_folder_it_is_read(make_run: Make, up: int) -> None:
+    folder = make_run("bd+ewc", 3)
+    (run,) = find_runs([folder, *folder.parents][up]).runs
+    assert run.name == "digits_inc, bd+ewc, seed 3"
+    assert run.matrix == [[0.1, 0.2], [0.9, 0.3], [0.4, 0.8]]
+    assert (run.learned, run.tasks) == (2, 2)
+    assert run.task_names == ["task 1: c0", "task 2: c1"]
+    assert run.settings == {"seed_everything": 3, "method": "bd+ewc", "model.mask": "all"}
+
+
+def test_folders_above_an_experiment_set_runs_apart(make_run: Make, tmp_path: Path) -> None:
+    make_run(root="runs")
+    make_run(root="runs/short/rank=10,epsilon=0.1")
+    make_run(root="runs/bench/digits")
+    assert [(run.place, run.method) for run in find_runs(tmp_path / "runs").runs] == [
+        ("digits_inc", "ewc"),
+        ("digits_inc · bench/digits", "ewc"),
+        ("digits_inc · short", "ewc, rank 10, epsilon 0.1"),
+    ]
+
+
+def test_curves_begin_where_a_task_does(make_run: Make) -> None:
+    points = [
+        {"epoch": 0, "task": 0, "accuracy": [0.1, 0.2]},
+        {"epoch": 1, "task": 0, "accuracy": [0.8, 0.2]},
+        {"epoch": 2, "task": 0, "accuracy": [0.9, 0.3]},
+        {"epoch": 3, "task": 1, "accuracy": [0.5, 0.7]},
+    ]
+    fine = make_run(seed=0, extra={"curve": points})
+    (run,) = find_runs(fine).runs
+    nothing = [None, None]
+    expected = [nothing, [0.8, None], [0.9, None], [0.5, 0.7]]
+    assert run.curve == Curve("epochs", [0, 1, 2, 3], expected, [0, 2])
+    (run,) = find_runs(make_run(seed=1)).runs
+    assert run.curve == Curve("epochs", [2, 4], [[0.9, None], [0.4, 0.8]], [0, 2])
+
+
+def test_a_stream_that_ended_early(make_run: Make) -> None:
+    (run,) = find_runs(make_run(matrix=[[0.1, 0.2], [0.9, 0.3], [None, None]])).runs
+    assert (run.learned, run.tasks) == (1, 2)
+    assert run.curve.at == [2]
+
+
+@pytest.mark.parametrize(
+    ("files", "state", "why"),
+    [
+        ({"config.yaml": ""}, "not finished", "It is running, or was stopped."),
+        ({"checkpoints/last.ckpt": ""}, "not finished", "It has a checkpoint to go on from."),
+        ({"failed.json": "{}", "log.txt": "x"}, "failed", "Its log.txt says why."),
+        ({"results.json": "{"}, "unreadable", "to be JSON in UTF-8"),
+        ({"results.json": '{"schema_version": 1}'}, "unreadable", "to be 2, but got 1"),
+        ({"results.json": '{"schema_version": 2}'}, "unreadable", "Expected experiment of"),
+    ],
+)
+def test_a_run_without_results_is_named(
+    files: dict[str, str], state: str, why: str, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / "digits_inc" / "ewc" / "seed_0" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    problem = only_problem(tmp_path)
+    assert (problem.where, problem.state) == ("digits_inc/ewc/seed_0", state)
+    assert why.lower() in problem.why.lower()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "why"),
+    [
+        ("accuracy_matrix.csv", None, "to be the accuracy matrix of a run"),
+        ("accuracy_matrix.csv", "after_task,task_1\n1,0.5\n", "a column for each of the 2 tasks"),
+        ("config.yaml", None, "settings are not known"),
+        ("config.yaml", "{", "settings are not known"),
+        ("config.yaml", "words", "holds 'words'"),
+    ],
+)
+def test_a_run_that_lacks_a_part_is_shown_and_named(
+    make_run: Make, file: str, text: str | None, why: str
+) -> None:
+    folder = make_run()
+    (folder / file).unlink()
+    if text is not None:
+        (folder / file).write_text(text)
+    found = find_runs(folder)
+    assert found.runs[0].matrix[-1] == [0.4, 0.8]  # without the matrix, from results.json
+    assert found.problems[0].state == "incomplete"
+    assert why in found.problems[0].why
+
+
+@pytest.mark.parametrize("curve", [[1], [{"epoch": 1}], [{"epoch": 1, "task": 0, "accuracy": [1]}]])
+def test_a_curve_that_cannot_be_read_is_not_the_end(make_run: Make, curve: object) -> None:
+    folder = make_run(extra={"curve": curve})
+    assert "extra.curve" in only_problem(folder).why
+    assert find_runs(folder).runs[0].curve.at == [2, 4]
+
+
+def grid(folder: Path, *seeds: int, missing: tuple[str, ...] = ()) -> None:
+    """A cells.json of `ewc` on the digits, with a varied rank."""
+    records = [
+        Record(
+            experiment="digits_inc",
+            method="ewc",
+            seed=seed,
+            label="short",
+            variant={"strategies.bd.rank": 10},
+            results={"accuracy": {"average": 0.6}, "epochs": [2, 2]},
+            matrix=[[0.9], [0.4, 0.8]],
+            curve=[],
+        )
+        for seed in seeds
+    ]
+    write_collection(
+        Collection("g", "A grid", "Text", (("a", "b"),), (), (), missing, tuple(records)), folder
+    )
+
+
+def test_a_collection_repeats_no_run_that_has_a_folder(make_run: Make, tmp_path: Path) -> None:
+    make_run(seed=0, root="runs/short/rank=10")
+    missing = [f"digits_inc, short, ewc, seed {seed}, rank 10" for seed in (0, 7)]
+    grid(tmp_path / "runs" / "report", 0, 1, missing=tuple(missing))
+    found = find_runs(tmp_path / "runs")
+    assert [run.source for run in found.runs] == [
+        "short/rank=10/digits_inc/ewc/seed_0",
+        "report/cells.json",
+    ]
+    assert {(run.place, run.method) for run in found.runs} == {
+        ("digits_inc · short", "ewc, rank 10")
+    }
+    assert (found.title, found.compare) == ("A grid", [("a", "b")])
+    # seed 0 was finished since
+    assert [problem.where for problem in found.problems] == [missing[1]]
+
+
+def test_a_collection_alone(tmp_path: Path) -> None:
+    grid(tmp_path, 0)
+    for path in (tmp_path, tmp_path / CELLS):
+        (run,) = find_runs(path).runs
+        assert run.matrix == [[None, None], [0.9, None], [0.4, 0.8]]
+        assert run.curve == Curve("epochs", [2, 4], [[0.9, None], [0.4, 0.8]], [0, 2])
+        assert run.at("accuracy", "average") == 0.6
+        assert run.at("accuracy_without_oracle", "average") is None
+        assert run.settings is None
+
+
+def test_a_damaged_collection_is_named(tmp_path: Path) -> None:
+    grid(tmp_path, 0)
+    found = json.loads((tmp_path / CELLS).read_text())
+    found["cells"][0]["matrix"] = 5
+    (tmp_path / CELLS).write_text(json.dumps(found))
+    assert only_problem(tmp_path).state == "unreadable"
+    (tmp_path / CELLS).write_text("{}")
+    assert only_problem(tmp_path).state == "unreadable"
+
+
+def test_one_run_in_two_places_counts_once(tmp_path: Path) -> None:
+    grid(tmp_path, 0, 0)
+    found = find_runs(tmp_path)
+    assert len(found.runs) == 1
+    assert found.problems[0].state == "not shown"
+
+
+def test_the_committed_results_are_all_there() -> None:
+    lines = sum(
+        line.startswith('    {"experiment"')
+        for path in RESULTS.glob("*/cells.json")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    )
+    found = find_runs(RESULTS)
+    assert len(found.runs) == lines > 100
+    assert {problem.state for problem in found.problems} <= {"not finished", "not run"}
+
+
+def test_where_there_are_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="there is no such folder"):
+        find_runs(tmp_path / "nowhere")
+    with pytest.raises(ResultsError, match=r"found no results\.json and no cells\.json"):
+        find_runs(tmp_path)
