@@ -145,7 +145,7 @@
     const tasks = run.tasks;
     const left = 50;
     const width = Math.max(260, Math.floor(host.clientWidth));
-    const size = Math.min(60, (width - left - 4) / tasks);
+    const size = Math.min(60, (width - left - 12) / tasks);
     const high = clamp(size, 2, 32);
     const top = 34;
     const bottom = top + high * (tasks + 1);
@@ -472,27 +472,29 @@
         `${row.bytes} bytes per task`)));
       taken.push([px - 7, py - 7, px + 7, py + 7]);
     }
-    // names beside the points of the better-known score, moved until they are free
-    if (rows.length <= 16) {
-      for (const row of rows) {
-        const value = row.told || row.alone;
-        if (!value) continue;
-        const [px, py] = [x(row.bytes), y(clamp(value.mean, 0, 1))];
-        const wide = row.method.length * 7.4 + 4;
-        const onRight = px + 10 + wide < width;
-        for (let step = 0; step < 14; step += 1) {
-          const shift = (step % 2 ? 1 : -1) * Math.ceil(step / 2) * 13;
-          const tx = onRight ? px + 10 : px - 10 - wide;
-          const ty = clamp(py + shift, top - 4, y(0) - 4);
-          const box = [tx, ty - 6, tx + wide, ty + 6];
-          if (taken.some((b) => b[0] < box[2] && box[0] < b[2] && b[1] < box[3] && box[1] < b[3])) continue;
-          taken.push(box);
-          if (Math.abs(shift) > 13) {
-            svg.append(s("line", { x1: px, y1: py, x2: onRight ? tx - 2 : tx + wide, y2: ty, class: "leader" }));
-          }
-          svg.append(s("text", { x: tx, y: ty + 4, class: "label" }, row.method));
-          break;
+    // names beside the points, moved until they are free; of many, those that none beats in both
+    const beaten = (row) => !row.told || rows.some((other) => other.told &&
+      other.bytes <= row.bytes && other.told.mean >= row.told.mean &&
+      (other.bytes < row.bytes || other.told.mean > row.told.mean));
+    const named = rows.filter((row) => (row.told || row.alone) && (rows.length <= 16 || !beaten(row)));
+    for (const row of named) {
+      const value = row.told || row.alone;
+      const [px, py] = [x(row.bytes), y(clamp(value.mean, 0, 1))];
+      const name = row.method.length > 28 ? `${row.method.slice(0, 27)}…` : row.method;
+      const wide = name.length * 7.4 + 4;
+      const onRight = px + 10 + wide < width;
+      for (let step = 0; step < 14; step += 1) {
+        const shift = (step % 2 ? 1 : -1) * Math.ceil(step / 2) * 13;
+        const tx = onRight ? px + 10 : px - 10 - wide;
+        const ty = clamp(py + shift, top - 4, y(0) - 4);
+        const box = [tx, ty - 6, tx + wide, ty + 6];
+        if (taken.some((b) => b[0] < box[2] && box[0] < b[2] && b[1] < box[3] && box[1] < b[3])) continue;
+        taken.push(box);
+        if (Math.abs(shift) > 13) {
+          svg.append(s("line", { x1: px, y1: py, x2: onRight ? tx - 2 : tx + wide, y2: ty, class: "leader" }));
         }
+        svg.append(s("text", { x: tx, y: ty + 4, class: "label" }, name));
+        break;
       }
     }
   }

@@ -372,8 +372,9 @@ def _bytes(rows: Sequence[Row], places: Sequence[str]) -> list[Child]:
         _e(
             "p",
             "What one more task adds to what is stored for use, and what it buys: upper left is "
-            "better. Filled circles: the task is given; hollow diamonds: no oracle. The numbers are "
-            "in the tables of methods.",
+            "better. Filled circles: the task is given; hollow diamonds: no oracle. Of more than 16 "
+            "methods, those are named that none beats in both. The numbers are in the tables of "
+            "methods.",
         )
     ]
     for index, place in enumerate(places):

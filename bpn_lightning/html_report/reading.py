@@ -20,10 +20,20 @@ __all__ = ["Curve", "Found", "Problem", "Run", "find_runs"]
 Row = list[float | None]
 
 # What a run leaves in its folder before results.json, which comes last.
-_BEGUN = ("config.yaml", "metrics.csv", "checkpoints", "failed.json")
+_BEGUN = ("config.yaml", "checkpoints", "failed.json")
 
-# Folders without runs: a run's own, and those of version control and editors.
-_SKIPPED = ("checkpoints", "figures", "__pycache__")
+# Folders without runs, some of which have a config.yaml of their own.
+_SKIPPED = ("checkpoints", "figures", "lightning_logs", "mlruns", "wandb")
+
+# What a comparison counts with; the schema of results.json holds for it, cells.json has none.
+_NUMBERS = (
+    *(("accuracy", key) for key in ("average", "first_task", "forgetting", "bwt")),
+    *(("accuracy_without_oracle", key) for key in ("average", "first_task")),
+    ("accuracy_after_learning", "average"),
+    ("bytes_per_task", "measured"),
+    ("bytes_held", "inference"),
+    ("provenance", "seconds"),
+)
 
 _JOINT = " · "  # between an experiment and what sets its runs apart from others of that name
 
@@ -152,7 +162,8 @@ def find_runs(folder: Path) -> Found:
     problems: list[Problem] = []
     seen: set[Path] = set()
     collections: list[tuple[Path, Collection]] = []
-    for path in _candidates(folder):
+    candidates = list(_candidates(folder, problems))
+    for path in candidates:
         where = path.relative_to(folder).as_posix()
         if path.name == CELLS:
             try:
@@ -166,8 +177,10 @@ def find_runs(folder: Path) -> Found:
                 runs.append(_of_folder(path, folder, problems))
             except ResultsError as error:
                 problems.append(Problem(where, "unreadable", str(error)))
-        else:
-            problems.append(_not_finished(path, where))
+        elif not any(path in other.parents for other in candidates if other.name != CELLS):
+            problems.append(
+                _not_finished(path, where)
+            )  # and no folder with a config.yaml above runs
     names = {run.name for run in runs}
     for home, collection in collections:
         root = home.parent if home.name == "report" and home != folder else home
@@ -199,15 +212,28 @@ def find_runs(folder: Path) -> Found:
     )
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    """Folders of runs and files of collections, in order."""
-    for here, folders, files in os.walk(folder):
+def _candidates(folder: Path, problems: list[Problem]) -> Iterator[Path]:
+    """Folders of runs and files of collections, in order; links are followed, each folder once."""
+
+    def unreadable(error: OSError) -> None:
+        where = Path(error.filename).relative_to(folder).as_posix()
+        problems.append(Problem(where, "unreadable", f"Its files cannot be listed: {error}."))
+
+    visited = set()
+    for here, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         path = Path(here)
-        if "results.json" in files or any(name in _BEGUN for name in [*folders, *files]):
-            yield path
+        place = path.resolve()
+        if place in visited:
             folders.clear()
+            continue
+        visited.add(place)
         if CELLS in files:
             yield path / CELLS
+        if "results.json" in files:
+            yield path
+            folders.clear()
+        elif any(name in _BEGUN for name in [*folders, *files]):
+            yield path
         folders[:] = sorted(f for f in folders if f not in _SKIPPED and not f.startswith("."))
 
 
@@ -238,7 +264,7 @@ def _of_folder(folder: Path, root: Path, problems: list[Problem]) -> Run:
     except (KeyError, TypeError, ValueError) as error:  # `extra` has no schema
         problems.append(Problem(where, "incomplete", f"extra.curve cannot be read: {error!r}."))
     place, method = _names(results, folder.relative_to(root))
-    return Run(
+    run = Run(
         source=where if where != "." else folder.resolve().name,
         place=place,
         method=method,
@@ -249,6 +275,24 @@ def _of_folder(folder: Path, root: Path, problems: list[Problem]) -> Run:
         curve=curve,
         settings=settings,
     )
+    try:
+        _check_numbers(run)
+    except ValueError as error:  # NaN, which Python's JSON knows and the schema does not exclude
+        raise ResultsError(
+            f"Expected {folder}/results.json to hold numbers, but {error}."
+        ) from error
+    return run
+
+
+def _check_numbers(run: Run) -> None:
+    """Raise ValueError where something else stands."""
+    for keys in _NUMBERS:
+        value = run.at(*keys)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{'.'.join(keys)} is {value!r:.80}")
+    for value in (value for row in [*run.matrix, *run.curve.accuracy] for value in row):
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"an accuracy is {value!r:.80}")
 
 
 def _of_record(record: Record, home: Path, root: Path) -> Run:
@@ -258,7 +302,7 @@ def _of_record(record: Record, home: Path, root: Path) -> Run:
     matrix += [[*row, *[None] * (tasks - len(row))] for row in record.matrix]
     inside = [part for part in home.relative_to(root).parts if part != "report"]
     variant = [f"{short(key)} {value}" for key, value in record.variant.items()]
-    return Run(
+    run = Run(
         source=(home / CELLS).relative_to(root).as_posix(),
         place=_JOINT.join(filter(None, [record.experiment, "/".join(inside), record.label])),
         method=", ".join([record.method, *variant]),
@@ -269,6 +313,8 @@ def _of_record(record: Record, home: Path, root: Path) -> Run:
         curve=_curve(record.curve, matrix, epochs),
         settings=None,
     )
+    _check_numbers(run)
+    return run
 
 
 def _names(results: Mapping[str, Any], path: Path) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """What is found in a folder, and that nothing disappears without a word."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,55 @@ def test_a_run_that_lacks_a_part_is_shown_and_named(
     assert why in found.problems[0].why
 
 
+def test_links_are_followed_once(make_run: Make, tmp_path: Path) -> None:
+    folder = make_run(root="elsewhere")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "disk").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "again").symlink_to(folder)
+    (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
+    assert [run.source for run in find_runs(tmp_path / "runs").runs] == ["again"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("ewc")
+    make_run("psp")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("psp"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_runs(tmp_path / "runs")
+    assert [run.method for run in found.runs] == ["ewc"]
+    (problem,) = found.problems
+    assert (problem.where, problem.state) == ("digits_inc/psp", "unreadable")
+
+
+def test_a_config_above_runs_and_those_of_loggers_are_no_runs(
+    make_run: Make, tmp_path: Path
+) -> None:
+    make_run()
+    (tmp_path / "runs" / "config.yaml").write_text("")
+    for place in ("wandb/run-1/files", "lightning_logs/version_0"):
+        (tmp_path / "runs" / place).mkdir(parents=True)
+        (tmp_path / "runs" / place / "config.yaml").write_text("")
+    found = find_runs(tmp_path / "runs")
+    assert (len(found.runs), found.problems) == (1, [])
+
+
+def test_what_is_no_number_is_named(make_run: Make, tmp_path: Path) -> None:
+    folder = make_run()
+    path = folder / "results.json"
+    path.write_text(path.read_text().replace('"average": 0.3', '"average": NaN'))
+    assert "accuracy_without_oracle.average is nan" in only_problem(folder).why
+    (folder / "accuracy_matrix.csv").write_text("after_task,task_1,task_2\n1,inf,0\n")
+    assert find_runs(folder).runs == []
+
+
 @pytest.mark.parametrize("curve", [[1], [{"epoch": 1}], [{"epoch": 1, "task": 0, "accuracy": [1]}]])
 def test_a_curve_that_cannot_be_read_is_not_the_end(make_run: Make, curve: object) -> None:
     folder = make_run(extra={"curve": curve})
@@ -167,10 +217,16 @@ def test_a_collection_alone(tmp_path: Path) -> None:
 
 def test_a_damaged_collection_is_named(tmp_path: Path) -> None:
     grid(tmp_path, 0)
-    found = json.loads((tmp_path / CELLS).read_text())
-    found["cells"][0]["matrix"] = 5
-    (tmp_path / CELLS).write_text(json.dumps(found))
-    assert only_problem(tmp_path).state == "unreadable"
+    whole = (tmp_path / CELLS).read_text()
+    for key, value in (
+        ("matrix", 5),
+        ("matrix", [["x"]]),
+        ("results", {"accuracy": {"average": "x"}}),
+    ):
+        found = json.loads(whole)
+        found["cells"][0][key] = value
+        (tmp_path / CELLS).write_text(json.dumps(found))
+        assert only_problem(tmp_path).state == "unreadable"
     (tmp_path / CELLS).write_text("{}")
     assert only_problem(tmp_path).state == "unreadable"
 
