@@ -249,7 +249,9 @@
     }
     for (const [task, value] of row.entries()) {
       if (!known(value) || size < 30) continue;
-      svg.append(s("text", { x: left + (task + 0.5) * size, y: y(value) - 6, class: "label middle" },
+      const crossed = known(level) && task < moment && Math.abs(y(value) - 10 - y(level)) < 8;
+      const place = crossed ? y(level) - 5 : y(value) - 6;
+      svg.append(s("text", { x: left + (task + 0.5) * size, y: place, class: "label middle" },
         number(value, 2)));
     }
     for (const n of labels(1, run.tasks, size, 20)) {

@@ -160,54 +160,41 @@ def find_runs(folder: Path) -> Found:
         )
     runs: list[Run] = []
     problems: list[Problem] = []
-    seen: set[Path] = set()
-    collections: list[tuple[Path, Collection]] = []
     candidates = list(_candidates(folder, problems))
-    for path in candidates:
+    folders = [path for path in candidates if path.name != CELLS]
+    for path in folders:
         where = path.relative_to(folder).as_posix()
-        if path.name == CELLS:
-            try:
-                collections.append((path.parent, read_collection(path)))
-            except ResultsError as error:
-                problems.append(Problem(where, "unreadable", str(error)))
-            continue
-        seen.add(path)
         if (path / "results.json").exists():
             try:
                 runs.append(_of_folder(path, folder, problems))
             except ResultsError as error:
                 problems.append(Problem(where, "unreadable", str(error)))
-        elif not any(path in other.parents for other in candidates if other.name != CELLS):
-            problems.append(
-                _not_finished(path, where)
-            )  # and no folder with a config.yaml above runs
-    names = {run.name for run in runs}
-    for home, collection in collections:
-        root = home.parent if home.name == "report" and home != folder else home
-        for record in collection.records:
-            variant = tuple(record.variant.items())
-            cell = Cell("", record.experiment, record.method, record.seed, record.label, variant)
-            if cell.folder(root) in seen:
-                continue
+        elif not any(path in other.parents for other in folders):  # else it is above runs
+            problems.append(_not_finished(path, where))
+    collections = []
+    for path in candidates:
+        if path.name == CELLS:
             try:
-                runs.append(_of_record(record, home, folder))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                where = (home / CELLS).relative_to(folder).as_posix()
-                why = f"{cell.name} lacks something or is damaged: {error!r}."
-                problems.append(Problem(where, "unreadable", why))
-        problems += _not_run(collection, names)
+                collections.append(read_collection(path))
+            except ResultsError as error:
+                where = path.relative_to(folder).as_posix()
+                problems.append(Problem(where, "unreadable", str(error)))
+                continue
+            names = {run.name for run in runs}
+            runs += _of_collection(collections[-1], path, folder, set(folders), problems)
+            problems += _not_run(collections[-1], names)
     if not runs and not problems:
         raise ResultsError(
             f"Expected {folder} to hold runs, but found no results.json and no {CELLS} at or below "
             "it. Name the folder of a run, one above runs, or one of docs/results."
         )
     runs.sort(key=lambda run: (run.place, run.method, run.seed))
-    first = collections[0][1] if len(collections) == 1 else None
+    grid = collections[0] if len(collections) == 1 else None
     return Found(
-        title=first.title if first else runs[0].name if len(runs) == 1 else folder.resolve().name,
-        text=first.text if first else "",
+        title=grid.title if grid else runs[0].name if len(runs) == 1 else folder.resolve().name,
+        text=grid.text if grid else "",
         runs=_once(runs, problems),
-        compare=list(dict.fromkeys(pair for _, one in collections for pair in one.compare)),
+        compare=list(dict.fromkeys(pair for one in collections for pair in one.compare)),
         problems=problems,
     )
 
@@ -241,6 +228,10 @@ def _of_folder(folder: Path, root: Path, problems: list[Problem]) -> Run:
     results = cast(dict[str, Any], read_results(folder))
     where = folder.relative_to(root).as_posix()
     tasks = results["tasks"]
+    if not tasks:
+        raise ResultsError(
+            f"Expected {folder}/results.json to be of a stream of tasks, but got none."
+        )
     try:
         matrix = [[_known(value) for value in row] for row in read_matrix_rows(folder)]
         if len(matrix) != len(tasks) + 1:
@@ -295,8 +286,28 @@ def _check_numbers(run: Run) -> None:
             raise ValueError(f"an accuracy is {value!r:.80}")
 
 
+def _of_collection(
+    collection: Collection, path: Path, root: Path, folders: set[Path], problems: list[Problem]
+) -> Iterator[Run]:
+    """Those of its runs that have no folder here; a grid's `report` lies beside its runs."""
+    home = path.parent
+    beside = home.parent if home.name == "report" and home != root else home
+    for record in collection.records:
+        try:
+            variant = tuple(record.variant.items())
+            cell = Cell("", record.experiment, record.method, record.seed, record.label, variant)
+            if cell.folder(beside) not in folders:
+                yield _of_record(record, home, root)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            name = f"{record.experiment}, {record.method}, seed {record.seed}"
+            why = f"{name} lacks something or is damaged: {error!r}."
+            problems.append(Problem(path.relative_to(root).as_posix(), "unreadable", why))
+
+
 def _of_record(record: Record, home: Path, root: Path) -> Run:
     tasks = len(record.matrix)
+    if not isinstance(record.seed, int) or any(len(row) > tasks for row in record.matrix):
+        raise ValueError("its seed is no number, or its matrix no triangle")
     epochs = record.results.get("epochs") or [1] * tasks
     matrix: list[Row] = [[None] * tasks]
     matrix += [[*row, *[None] * (tasks - len(row))] for row in record.matrix]

@@ -151,6 +151,10 @@ def test_a_config_above_runs_and_those_of_loggers_are_no_runs(
     assert (len(found.runs), found.problems) == (1, [])
 
 
+def test_a_stream_without_tasks_is_none(make_run: Make) -> None:
+    assert "a stream of tasks" in only_problem(make_run(tasks=[])).why
+
+
 def test_what_is_no_number_is_named(make_run: Make, tmp_path: Path) -> None:
     folder = make_run()
     path = folder / "results.json"
@@ -221,7 +225,10 @@ def test_a_damaged_collection_is_named(tmp_path: Path) -> None:
     for key, value in (
         ("matrix", 5),
         ("matrix", [["x"]]),
+        ("matrix", [[0.5, 0.5]]),
         ("results", {"accuracy": {"average": "x"}}),
+        ("seed", "0"),
+        ("variant", None),
     ):
         found = json.loads(whole)
         found["cells"][0][key] = value
