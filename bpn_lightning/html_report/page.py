@@ -353,7 +353,7 @@ def _tests(comparison: Comparison) -> list[Child]:
         ]
         for test in comparison.tests
     ]
-    table = _table("Differences between methods", columns, rows, sortable=True)
+    table = _table("Paired tests", columns, rows, sortable=True)
     return [intro, _folded(table, len(rows), "All tests")]
 
 
@@ -499,11 +499,12 @@ def _settings(rows: Sequence[Row]) -> list[Child]:
 
 
 def _setting_table(caption: str, found: Sequence[Setting]) -> ET.Element:
-    rows = [
-        [_head(setting.key if not index else ""), _cell(value), _cell(", ".join(methods))]
-        for setting in found
-        for index, (value, methods) in enumerate(setting.values)
-    ]
+    rows = []
+    for setting in found:
+        key = _e("th", setting.key, scope="rowgroup", rowspan=str(len(setting.values)))
+        for index, (value, methods) in enumerate(setting.values):
+            cells = [_cell(value), _cell(", ".join(methods))]
+            rows.append(cells if index else [key, *cells])
     return _table(caption, [("setting", ""), ("value", ""), ("methods", "")], rows)
 
 
