@@ -116,7 +116,7 @@
   function showMoment() {
     const text = moment === 0
       ? `${run.label}, before training.`
-      : `${run.label}, after ${run.names[moment - 1]} (${moment} of ${run.tasks} tasks). Mean over the tasks learned: ` +
+      : `${run.label}, after ${run.names[moment - 1]}, ${moment} of ${run.tasks} tasks. Mean over the tasks learned: ` +
         `${number(average(moment))}; task 1: ${number(run.matrix[moment][0])}.`;
     $("state").textContent = text;
     $("moment").setAttribute("aria-valuetext", text);

@@ -383,8 +383,8 @@ def _once(runs: Sequence[Run], problems: list[Problem]) -> list[Run]:
 def _task_name(task: int, classes: Sequence[str]) -> str:
     shown = ", ".join(classes)
     if len(shown) > 60:
-        shown = f"{shown[:57]}... ({len(classes)} classes)"
-    return f"task {task + 1}" + (f": {shown}" if shown else "")
+        shown = f"{shown[:45]}..., {len(classes)} classes"
+    return f"task {task + 1}" + (f" ({shown})" if shown else "")
 
 
 def _last_row_only(results: Mapping[str, Any]) -> list[Row]:

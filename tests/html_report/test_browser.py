@@ -41,7 +41,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
         context = browser.new_context(viewport={"width": width, "height": 800}, **options)
         contexts.append(context)
         one = Opened(context.new_page())
-        one.page.set_default_timeout(10_000)
+        one.page.set_default_timeout(30_000)
         one.page.on("console", lambda message: one.messages.append(message.text))
         one.page.on("pageerror", lambda error: one.messages.append(str(error)))
         one.page.on("request", lambda request: one.requests.append(request.url))
@@ -92,11 +92,11 @@ def test_the_slider_goes_over_the_stream_by_keyboard(
 ) -> None:
     page = opened(three).page
     state, slider = page.locator("#state"), page.locator("#moment")
-    assert "after task 3: c2 (3 of 3 tasks)" in state.inner_text()
+    assert "after task 3 (c2), 3 of 3 tasks" in state.inner_text()
     assert "Mean over the tasks learned: 0.738; task 1: 0.500." in state.inner_text()
     slider.focus()
     page.keyboard.press("ArrowLeft")
-    assert "after task 2: c1 (2 of 3 tasks)" in state.inner_text()
+    assert "after task 2 (c1), 2 of 3 tasks" in state.inner_text()
     assert "Mean over the tasks learned: 0.844; task 1: 0.750." in state.inner_text()
     assert slider.get_attribute("aria-valuetext") == state.inner_text()
     bars = page.locator("#bars rect.bar")
@@ -114,16 +114,16 @@ def test_cells_are_read_by_pointer_and_by_keys(opened: Callable[..., Opened], th
     reading = page.locator("#reading")
     cells = page.locator("#heat svg > rect")
     cells.nth(3 * 3 + 1).hover()  # row 3, task 2
-    assert reading.inner_text() == "after task 3, accuracy on task 2: c1: 0.7143"
+    assert reading.inner_text() == "after task 3, accuracy on task 2 (c1): 0.7143"
     cells.nth(2).hover()
-    assert reading.inner_text() == "before training, accuracy on task 3: c2: not measured"
+    assert reading.inner_text() == "before training, accuracy on task 3 (c2): not measured"
     cells.nth(1 * 3).click()  # a click picks the moment
-    assert "after task 1: c0" in page.locator("#state").inner_text()
+    assert "after task 1 (c0)" in page.locator("#state").inner_text()
     page.mouse.move(0, 0)
     page.locator("#heat").focus()
     for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowLeft"):
         page.keyboard.press(key)
-    assert reading.inner_text() == "after task 1, accuracy on task 1: c0: 0.8889"
+    assert reading.inner_text() == "after task 1, accuracy on task 1 (c0): 0.8889"
     page.locator("#curves").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")

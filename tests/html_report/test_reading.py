@@ -28,7 +28,7 @@ def test_a_run_has_one_name_from_whatever_folder_it_is_read(make_run: Make, up: 
     assert run.name == "digits_inc, bd+ewc, seed 3"
     assert run.matrix == [[0.1, 0.2], [0.9, 0.3], [0.4, 0.8]]
     assert (run.learned, run.tasks) == (2, 2)
-    assert run.task_names == ["task 1: c0", "task 2: c1"]
+    assert run.task_names == ["task 1 (c0)", "task 2 (c1)"]
     assert run.settings == {"seed_everything": 3, "method": "bd+ewc", "model.mask": "all"}
 
 
