@@ -570,7 +570,6 @@
       readCurve(point === null ? (step > 0 ? 0 : run.y.length - 1) : clamp(point + step, 0, run.y.length - 1));
     });
     $("values").addEventListener("toggle", fillTable);
-    section.hidden = false;
     select(0);
   }
 

@@ -12,6 +12,8 @@ __all__ = ["Summary", "summarise"]
 
 _MOST_NAMED = 6
 
+_ALL = {"None", "0.0", "0", "True", "False"}  # values that take nothing away
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -93,23 +95,17 @@ def _tests(comparison: Comparison) -> Iterator[str]:
 def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
     rows, runs = comparison.rows, found.runs
     name = _namer(rows)
-    if all(row.scores["average_alone"] is None for row in rows):
-        yield (
-            "Every accuracy here is with the task oracle: somebody tells the network which task an "
-            "image is from. Without it nothing was measured, or every task has outputs of its own "
-            "and there is no answer without it."
-        )
-    else:
-        yield (
-            '"Task given" means the task oracle: somebody tells the network which task an image is '
-            "from, which is easier than it looks. Compare methods without it, too."
-        )
-        blind = [name(row) for row in rows if row.scores["average_alone"] is None]
-        if blind:
-            yield (
-                f"Without the oracle there is no value for {_some(blind)}: not measured, or every "
-                "task has outputs of its own and there is no answer without it."
-            )
+    blind = [row for row in rows if row.scores["average_alone"] is None]
+    start = '"Task given" means' if len(blind) < len(rows) else "Every mean here is with"
+    yield (
+        f"{start} the task oracle: somebody tells the network which task an image is from, which is "
+        "easier than it looks. Compare methods without it, too."
+    )
+    reasons: dict[str, list[str]] = {}
+    for row in blind:
+        reasons.setdefault(_why_blind(row), []).append(name(row))
+    for reason, methods in reasons.items():
+        yield f"Without the oracle there is no mean for {_some(methods)}: {reason}."
     single = [row for row in rows if len(row.runs) == 1]
     if len(single) == len(rows):
         yield "One seed only: no value has an interval, and no difference is tested."
@@ -151,6 +147,20 @@ def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
         yield f"Not shown, or not whole: {counted}. They are named under “Left out”."
 
 
+def _why_blind(row: Row) -> str:
+    """Why there is no mean of the scores without the task oracle."""
+    if any(run.at("accuracy_without_oracle", "average") is not None for run in row.runs):
+        return "not all seeds have a value"
+    if any(run.learned < run.tasks for run in row.runs):
+        return "it is measured at the end of the stream, which was not reached"
+    settings = row.runs[0].settings or {}
+    if settings.get("model.mask") == "task":
+        return "every task has outputs of its own, and there is no answer without it"
+    if settings.get("model.without_oracle") is False:
+        return "it was not asked for (model.without_oracle false)"
+    return "not measured, or every task has outputs of its own and there is no answer without it"
+
+
 def _subsets(rows: Sequence[Row], name: Callable[[Row], str]) -> Iterator[str]:
     """Settings by which less than all data was used; one sentence for each."""
     words = {
@@ -158,11 +168,12 @@ def _subsets(rows: Sequence[Row], name: Callable[[Row], str]) -> Iterator[str]:
         "data.init_args.test_samples": "The number of test samples is set, perhaps below all",
         "data.init_args.validation_fraction": "Part of the training images was held out",
         "trainer.limit_train_batches": "Trained on part of each epoch's batches",
+        "model.without_oracle": "Without the oracle, tested on so many samples of each task",
     }
     for key, sentence in words.items():
         values: dict[str, list[str]] = {}
         for row in rows:
-            found = {str((run.settings or {}).get(key)) for run in row.runs} - {"None", "0.0", "0"}
+            found = {str((run.settings or {}).get(key)) for run in row.runs} - _ALL
             for value in sorted(found):
                 values.setdefault(value, []).append(name(row))
         for value, methods in values.items():

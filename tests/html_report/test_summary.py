@@ -48,7 +48,24 @@ def test_means_over_seeds(make_run: Make, summary: Callable[[], Summary]) -> Non
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"accuracy_without_oracle": None}, "Every accuracy here is with the task oracle"),
+        ({"accuracy_without_oracle": None}, "Every mean here is with the task oracle"),
+        ({"accuracy_without_oracle": None}, "ewc: not measured, or every task has outputs"),
+        (
+            {"accuracy_without_oracle": None, "config": {"model": {"mask": "task"}}},
+            "ewc: every task has outputs of its own, and there is no answer",
+        ),
+        (
+            {"accuracy_without_oracle": None, "config": {"model": {"without_oracle": False}}},
+            "ewc: it was not asked for",
+        ),
+        (
+            {
+                "accuracy_without_oracle": None,
+                "matrix": [[0.1, 0.2], [0.9, 0.3], [None, None]],
+            },
+            "ewc: it is measured at the end of the stream, which was not reached",
+        ),
+        ({"config": {"model": {"without_oracle": 50}}}, "(model.without_oracle 50) in all runs"),
         ({"matrix": [[0.1, 0.2], [0.9, 0.3], [None, None]]}, "seed 0 (1 of 2)"),
         (
             {"config": {"data": {"init_args": {"train_samples": 60}}}},
@@ -76,6 +93,7 @@ def test_a_plain_run_needs_none_of_these_words(
     make_run: Make, summary: Callable[[], Summary]
 ) -> None:
     config = {"data": {"init_args": {"train_samples": None, "validation_fraction": 0.0}}}
+    config["model"] = {"without_oracle": True}
     for seed in range(3):
         make_run(seed=seed, config=config)
     (oracle,) = summary().not_shown
@@ -86,12 +104,15 @@ def test_what_several_runs_do_not_show(make_run: Make, summary: Callable[[], Sum
     make_run("ewc", 0, config={"lr": 0.1})
     make_run("ewc", 1, config={"lr": 0.2})
     make_run("stl", 0, accuracy_without_oracle=None)
+    make_run("gem", 0, accuracy_without_oracle=None)
+    make_run("gem", 1)
     (make_run("psp", 0) / "config.yaml").unlink()
     (make_run("psp", 1) / "results.json").unlink()
     words = " ".join(summary().not_shown)
-    assert "there is no value for stl:" in words
+    assert "there is no mean for stl:" in words
+    assert "there is no mean for gem: not all seeds have a value" in words
     assert "One seed only, hence no interval: psp and stl." in words
-    assert "Two seeds only, whose intervals are very wide: ewc." in words
+    assert "Two seeds only, whose intervals are very wide: ewc and gem." in words
     assert "not all methods have the same seeds" in words
     assert "The seeds of ewc do not share their settings" in words
     assert "The settings of 1 run were not kept" in words
