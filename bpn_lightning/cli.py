@@ -27,6 +27,8 @@ Train a method over a stream of tasks, in one Lightning fit.
   --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
   --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
   --overwrite         replace the results of an earlier run
+  --logger NAME       log to wandb, tensorboard, csv or mlflow too; or to several: wandb,tensorboard
+  --quiet, --json     print nothing, or only the run's results.json, on standard output
   --trainer.FLAG, --model.ARGUMENT, --data.init_args.ARGUMENT, --strategies.NAME.ARGUMENT
                       any flag of the Trainer, the module, the stream and the strategies
 

@@ -8,12 +8,13 @@ import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -27,6 +28,7 @@ from rich.console import Console
 from bpn_lightning.command import Command
 from bpn_lightning.console import StreamProgress, final_table
 from bpn_lightning.costs import bytes_held, bytes_per_task
+from bpn_lightning.dashboards import Dashboard, close_displays, keep_results
 from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import (
@@ -36,10 +38,17 @@ from bpn_lightning.errors import (
     ResultsError,
 )
 from bpn_lightning.files import write_atomically
+from bpn_lightning.loggers import RunName, SavedLogger, complete_loggers, go_offline
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
 from bpn_lightning.recording import LastCheckpoint, MetricsFile
-from bpn_lightning.results import check_folder, collect_provenance, read_results, write_results
+from bpn_lightning.results import (
+    check_folder,
+    collect_provenance,
+    read_results,
+    write_results,
+    written_files,
+)
 from bpn_lightning.strategies.base import ContinualStrategy
 
 __all__ = ["ContinualCLI", "fit"]
@@ -48,7 +57,7 @@ INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
 
 #: Keys that say where and how a run is written, and not what it is: two runs that differ in them
 #: only have the same results, config.yaml included.
-PLACES = ("runs", "overwrite", "ckpt_path")
+PLACES = ("runs", "overwrite", "ckpt_path", "logger", "log_artifacts", "quiet", "json")
 
 
 class _Parser(LightningArgumentParser):
@@ -165,6 +174,21 @@ class ContinualCLI(LightningCLI):
             default=500,
             help="Updates between checkpoints inside an epoch; one is taken at each epoch's end anyway.",
         )
+        parser.add_argument(
+            "--logger",
+            type=list[str] | str | None,
+            default=None,
+            help="Log to wandb, tensorboard, csv or mlflow too, or to several: wandb,tensorboard. Others "
+            "go by --trainer.logger.",
+        )
+        for flag, text in {
+            "log_artifacts": "Also keep results and the last checkpoint in W&B or MLflow.",
+            "quiet": "Print nothing but errors and warnings.",
+            "json": "Print results.json and nothing else.",
+        }.items():
+            parser.add_argument(
+                f"--{flag}", type=bool, nargs="?", const=True, default=False, help=text
+            )
         for name, registered in self.command.strategies.items():
             key = f"strategies.{name}"
             if registered is None:
@@ -228,6 +252,37 @@ class ContinualCLI(LightningCLI):
             )
         self.checkpoint = self._checkpoint()
 
+    def instantiate_classes(self) -> None:
+        """Build everything, with what loggers were not told; config.yaml keeps what was asked for."""
+        asked, self.shown_config = self.config, yaml.safe_load(self.dump())
+        self.config = asked.clone()
+        self.config.trainer.logger = self._loggers()
+        super().instantiate_classes()
+        self.config = asked
+
+    def _loggers(self) -> Any:
+        """The loggers' classes and arguments, beside our metrics.csv."""
+        config = self.config
+        names = config.logger or []
+        names = names.split(",") if isinstance(names, str) else names
+        if config.trainer.logger is False and not names:
+            return False
+        run = RunName(
+            experiment=config.experiment,
+            method=config.method,
+            seed=config.seed_everything,
+            runs=Path(config.runs),
+            folder=self.folder,
+        )
+        saved, step = self._logged
+        specs = complete_loggers(names, config.trainer.logger, run, saved, step)
+        reason = go_offline(specs) if _first_process() else None
+        if reason:
+            _tell(
+                f"W&B logs offline: {reason}. Upload it later: wandb sync {self.folder / 'wandb'}"
+            )
+        return specs
+
     def after_instantiate_classes(self) -> None:
         """Neither a finished run nor one that could go on is lost by forgetting a flag."""
         if not _first_process() or self.config.overwrite:
@@ -247,6 +302,7 @@ class ContinualCLI(LightningCLI):
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to resume, after a look at whose it is."""
+        self._logged: tuple[list[SavedLogger], int] = ([], 0)
         wanted = self.config.ckpt_path
         if wanted is None:
             return None
@@ -272,6 +328,8 @@ class ContinualCLI(LightningCLI):
                 f"Expected ckpt_path to be a checkpoint of {_name(self._identity())}, but {path} is "
                 f"one of {_name(theirs)}. Resume that run with its own config, method and seed."
             )
+        shown = saved.get("callbacks", {}).get(Dashboard.__qualname__, {}).get("loggers", [])
+        self._logged = ([(kind, version) for kind, version, _ in shown], saved["global_step"])
         return path
 
     def _identity(self) -> dict[str, str | int]:
@@ -290,14 +348,16 @@ class ContinualCLI(LightningCLI):
             metrics = MetricsFile(self.folder / "metrics.csv")
             others = chosen.logger if isinstance(chosen.logger, list) else [chosen.logger]
             kwargs["logger"] = [metrics, *(one for one in others if one not in (None, True))]
+        quiet = self.config.quiet or self.config.json
         callbacks = chosen.callbacks if isinstance(chosen.callbacks, list) else [chosen.callbacks]
         callbacks = [callback for callback in callbacks if callback is not None]
         if chosen.enable_checkpointing is not False:
             every = self.config.checkpoint_every_n_steps
             callbacks.append(LastCheckpoint(self.last, every, self._identity(), metrics))
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if chosen.enable_progress_bar is not False and not has_bar:
+        if not quiet and chosen.enable_progress_bar is not False and not has_bar:
             callbacks.append(StreamProgress())
+        callbacks.append(Dashboard({**self.shown_config, **self._identity()}))
         kwargs["callbacks"] = callbacks
         if chosen.default_root_dir is None:
             kwargs["default_root_dir"] = str(self.folder)
@@ -341,24 +401,35 @@ def fit(command: Command) -> int:
             cli = ContinualCLI(command)
         except SystemExit as end:  # --help and --print_config
             return int(end.code or 0)
-        started = time.perf_counter()
-        cli.prepare_folder()
-        try:
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.checkpoint)
-        except SystemExit:
-            if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
-                raise
-            signal.signal(
-                signal.SIGINT, signal.default_int_handler
-            )  # Lightning ignores it from then on
-            _tell(f"Interrupted. The same command with --ckpt_path last goes on from {cli.folder}.")
-            return INTERRUPTED
+        out = sys.stdout
+        # Whatever libraries and plugins print, standard output has the document only.
+        with redirect_stdout(sys.stderr) if cli.config.json else nullcontext():
+            return _train(cli, out)
+
+
+def _train(cli: ContinualCLI, out: TextIO) -> int:
+    started = time.perf_counter()
+    cli.prepare_folder()
+    status = 1
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.checkpoint)
         if cli.trainer.is_global_zero:
-            _finish(cli, seconds=time.perf_counter() - started)
-    return 0
+            _finish(cli, out, seconds=time.perf_counter() - started)
+        status = 0
+    except SystemExit:
+        if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        # Lightning ignores it from then on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _tell(f"Interrupted. The same command with --ckpt_path last goes on from {cli.folder}.")
+        status = INTERRUPTED
+    finally:
+        if cli.trainer.is_global_zero:
+            close_displays(cli.trainer.loggers, status)
+    return status
 
 
-def _finish(cli: ContinualCLI, seconds: float) -> None:
+def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     config, module = cli.config, cli.model
     stored = bytes_per_task(module.strategies, module)
     held = bytes_held(module.strategies, module)
@@ -375,6 +446,13 @@ def _finish(cli: ContinualCLI, seconds: float) -> None:
         provenance=collect_provenance(seconds),
         extra={"curve": module.curve} if module.evaluate_every == "epoch" else {},
     )
+    if config.log_artifacts:
+        name = f"{config.experiment}-{config.method}-seed_{config.seed_everything}"
+        keep_results(cli.trainer.loggers, name, written_files(cli.folder), cli.last)
+    if config.json:
+        out.write(results.read_text(encoding="utf-8"))
+    if config.quiet or config.json:
+        return
     title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
     final_table(
         Console(),

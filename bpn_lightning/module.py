@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import Any, Literal, cast
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
 from bpn_lightning.metrics import AccuracyMatrix
@@ -258,8 +260,7 @@ class ContinualModule(ContinualSteps):
         self.accuracy_matrix.update(task_id + 1, row)
         self._add_to_curve(row, task_id, self.schedule.last_epoch(task_id) + 1)
         self.closed = task_id
-        for logger in self.trainer.loggers:
-            logger.log_metrics(self._stream_metrics(row), step=self.trainer.global_step)
+        self._log_stream(self._stream_metrics())
 
     def _serve_merged_weights(self) -> None:
         """Put a strategy's merged weights, if any has some, in the place of those of training."""
@@ -305,7 +306,9 @@ class ContinualModule(ContinualSteps):
             if epochs_done == self.schedule.phase_epochs(epochs_done - 1).stop:
                 self._best_loss, self._bad_epochs = float("inf"), 0
         if self.evaluate_every == "epoch" and epochs_done <= self.schedule.last_epoch(self.opened):
-            self._add_to_curve(self._test(self.opened + 1), self.opened, epochs_done)
+            row = self._test(self.opened + 1)
+            self._add_to_curve(row, self.opened, epochs_done)
+            self._log_stream(_per_task("accuracy", row[: self.opened + 1]))
         self._judged = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
         self.trainer.fit_loop.max_epochs = self.schedule.total
@@ -321,11 +324,30 @@ class ContinualModule(ContinualSteps):
             values = [None if value.isnan() else float(value) for value in accuracy]
             self.curve.append({"epoch": epoch, "task": task, "accuracy": values})
 
-    def _stream_metrics(self, row: Tensor) -> dict[str, float]:
-        learned = row[: self.closed + 1]
-        metrics = {f"accuracy/task_{k + 1}": float(value) for k, value in enumerate(learned)}
-        average = float(learned.mean())
-        return {"tasks_learned": len(learned), **metrics, "accuracy/average": average}
+    def _log_stream(self, metrics: Mapping[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(metrics), step=self.trainer.global_step)
+
+    def _stream_metrics(self) -> dict[str, float]:
+        """What is known now that a task is learned; figures that do not exist yet are left out."""
+        learned, matrix = self.closed + 1, self.accuracy_matrix
+        figures = {name: float(value) for name, value in matrix.compute().items()}
+        held = bytes_held(self._strategies, self)
+        stored = bytes_per_task(self._strategies, self)
+        metrics = {
+            "stream/tasks_learned": learned,
+            **_per_task("accuracy", matrix.accuracy[learned, :learned]),
+            **{
+                f"accuracy/{name}": figures[name]
+                for name in ("average", "bwt", "fwt", "forgetting")
+            },
+            "accuracy_after_learning/average": figures["after_learning"],
+            "accuracy_without_oracle/average": figures["without_oracle"],
+            **_per_task("accuracy_without_oracle", matrix.without_oracle[:learned]),
+            **{f"bytes_held/{name}": value for name, value in held._asdict().items()},
+            **{f"bytes_per_task/{name}": value for name, value in stored.items()},
+        }
+        return {name: value for name, value in metrics.items() if not isnan(value)}
 
     # --- Lightning's hooks -----------------------------------------------------------------------
 
@@ -538,6 +560,10 @@ class ContinualModule(ContinualSteps):
 
     def _state_keys(self) -> list[str]:
         return [strategy.state_key for strategy in self._strategies]
+
+
+def _per_task(prefix: str, values: Tensor) -> dict[str, float]:
+    return {f"{prefix}/task_{k + 1}": float(value) for k, value in enumerate(values)}
 
 
 def _difference(mine: Any, theirs: Any) -> str:

@@ -66,6 +66,7 @@ __all__ = [
     "read_matrix_rows",
     "read_results",
     "write_results",
+    "written_files",
 ]
 
 SCHEMA_VERSION = 2
@@ -396,6 +397,12 @@ def check_folder(folder: Path, overwrite: bool = False) -> None:
             f"Expected {folder} to be a folder that can be written to, but got: {error}. "
             "Choose another with --runs."
         ) from error
+
+
+def written_files(folder: Path) -> list[Path]:
+    """What a run left in its folder, without its checkpoints."""
+    found = {path for pattern in _WRITTEN for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.suffix not in (".ckpt", ".tmp"))
 
 
 def clear_folder(folder: Path) -> None:

@@ -249,6 +249,7 @@ class ContinualSteps(ContinualNetwork):
             for hook in self._hooks["logs"]:
                 terms.update(hook(self))
             self.log_dict({name: term.detach() for name, term in terms.items()})
+            self.log("stream/task", float(self.opened + 1))
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("train/accuracy", right.float().mean(), prog_bar=True)
         return loss
@@ -270,6 +271,7 @@ class ContinualSteps(ContinualNetwork):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
             self.log(f"loss/{self._phase.name}", loss.detach(), prog_bar=True)
+            self.log("stream/task", float(self.opened + 1))
         return loss
 
     def on_after_backward(self) -> None:

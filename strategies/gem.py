@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.linalg import solve_triangular
 from scipy.optimize import nnls
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 
 from bpn_lightning.costs import Bytes
@@ -373,6 +374,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         self.replay_batch_size = replay_batch_size
         self.memory = EpisodicMemory()
         self._violated = 0  # memories, in the last update
+        self._cosines: Tensor | None = None  # of its gradient with each memory's
         self._closed_forms: dict[tuple[str, ...], bool] = {}
         self._processes = 1
 
@@ -443,6 +445,8 @@ class GradientEpisodicMemory(ContinualStrategy):
         rows = torch.split(whole, [gradient.numel() for gradient in gradients], 1)
         products = inner_products([g.reshape(1, -1) for g in gradients], rows)[0]
         products = self._from_first_process(host, products)
+        norms = torch.linalg.vector_norm(whole, dim=1) * get_total_norm(gradients)
+        self._cosines = products / norms.clamp(min=torch.finfo(norms.dtype).tiny)
         known = products.cpu()
         self._violated = int((known < 0).sum())
         if not violated(known):
@@ -571,8 +575,14 @@ class GradientEpisodicMemory(ContinualStrategy):
         return Bytes(training=samples * (_values(host) + 8), inference=0)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
-        """How many memories objected to the last gradient."""
-        return {"memories/violated": torch.tensor(float(self._violated), device=host.device)}
+        """How many memories objected to the last gradient, and the worst conflict with one.
+
+        That is the lowest cosine between the gradient, before it was projected, and a memory's.
+        """
+        found = {"memories/violated": torch.tensor(float(self._violated), device=host.device)}
+        if self._cosines is not None:
+            found["memories/lowest_cosine"] = self._cosines.min()
+        return found
 
 
 class AveragedGEM(GradientEpisodicMemory):

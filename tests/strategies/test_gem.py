@@ -889,21 +889,24 @@ def test_the_papers_bytes_are_those_of_its_table(memory_size: int, shape: Any, p
     assert gem.bytes_per_task(Host) == 2 * memory_size * (prod(shape) + 8)
 
 
-def test_logs_how_many_memories_objected(learn: Any, watch: Any) -> None:
+def test_logs_how_many_memories_objected_and_how_much(learn: Any, watch: Any) -> None:
     gem, pairs = GradientEpisodicMemory(20), []
 
     def count(host: Any, parameters: Any) -> None:
-        number = 0
+        number, lowest = 0, None
         if gem.memory.sizes:
-            rows = one_by_one(gem, host, parameters)
-            number = int((rows @ flat_gradient(parameters) < 0).sum())
-        pairs.append([number])
+            rows, gradient = one_by_one(gem, host, parameters), flat_gradient(parameters)
+            number = int((rows @ gradient < 0).sum())
+            lowest = pytest.approx(float(F.cosine_similarity(rows, gradient[None]).min()), abs=1e-5)
+        pairs.append([(number, lowest)])
 
     def note(host: Any, parameters: Any) -> None:
-        pairs[-1].append(int(gem.logs(host)["memories/violated"]))
+        found = gem.logs(host)
+        lowest = found.get("memories/lowest_cosine")
+        pairs[-1].append((int(found["memories/violated"]), lowest and float(lowest)))
 
     learn(watch(project=count), gem, watch(consume=note), stream=STREAM)
-    assert {here for here, _ in pairs} >= {0, 1}
+    assert {here for (here, _), _ in pairs} >= {0, 1}
     assert all(here == there for here, there in pairs)
 
 

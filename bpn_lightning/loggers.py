@@ -1,0 +1,225 @@
+"""Which loggers a run has: their short names, what the run is called in them, and how it goes on.
+
+``bpn-fit`` takes Lightning's loggers as they are. What their constructors were not told is filled in
+here, for ``--logger wandb`` and for ``--trainer.logger WandbLogger`` alike: a place in the run's
+folder, a group for its experiment and method, a name with its seed; and, where a run is resumed,
+which run of the logger it was.
+"""
+
+import os
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+from jsonargparse import Namespace, dict_to_namespace
+from lightning.pytorch import loggers
+
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+
+__all__ = ["LOGGERS", "RunName", "SavedLogger", "complete_loggers", "go_offline", "why_offline"]
+
+#: Class of Lightning and what has to be installed, by the short name, which is also the extra's.
+LOGGERS = {
+    "wandb": ("WandbLogger", ("wandb",)),
+    "tensorboard": ("TensorBoardLogger", ("tensorboard",)),
+    "csv": ("CSVLogger", ()),
+    "mlflow": ("MLFlowLogger", ("mlflow", "sqlalchemy", "alembic")),
+}
+
+#: A logger of the run that is resumed: the name of its class, and its version (W&B's id, MLflow's run).
+SavedLogger = tuple[str, Any]
+
+_PACKAGE = "lightning.pytorch.loggers"
+_SECONDS = 3  # to wait for an answer of W&B's server
+
+
+@dataclass(frozen=True)
+class RunName:
+    """What a run is called, and where it lies.
+
+    Attributes:
+        experiment: name of the experiment.
+        method: name of the method.
+        seed: the run's seed.
+        runs: the folder of all runs.
+        folder: the run's own.
+    """
+
+    experiment: str
+    method: str
+    seed: int
+    runs: Path
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
+
+def complete_loggers(
+    names: Sequence[str],
+    spelled_out: Any,
+    run: RunName,
+    saved: Sequence[SavedLogger] = (),
+    step: int = 0,
+) -> list[Namespace]:
+    """The loggers of a run as jsonargparse's ``class_path`` and ``init_args``.
+
+    Args:
+        names: short ones.
+        spelled_out: the parsed ``trainer.logger``; what it says is kept.
+        run: what they are to call it.
+        saved: the loggers of the run that is resumed.
+        step: updates that it had done.
+
+    Raises:
+        ConfigurationError: a name is unknown, or its package is not installed.
+    """
+    specs = spelled_out if isinstance(spelled_out, list) else [spelled_out]
+    specs = [spec for spec in specs if spec not in (None, True)]
+    if names and False in specs:
+        raise ConfigurationError(
+            f"Expected trainer.logger not to be false where loggers are asked for, but got false and "
+            f"logger {', '.join(names)}. Leave one of the two out."
+        )
+    for name in names:
+        _check_name(name)
+        kind, _ = LOGGERS[name]
+        specs.append(dict_to_namespace({"class_path": f"{_PACKAGE}.{kind}", "init_args": {}}))
+    left = list(saved)
+    for spec in specs:
+        package, _, kind = str(getattr(spec, "class_path", "")).rpartition(".")
+        if package == _PACKAGE and kind in _ARGUMENTS:
+            known = next((one for one in left if one[0] == kind), None)
+            if known is not None:
+                left.remove(known)
+            _fill(spec, kind, _ARGUMENTS[kind](run, known and known[1], step))
+    return specs
+
+
+def go_offline(specs: Sequence[Namespace]) -> str | None:
+    """Let W&B log offline where it can do nothing else, and say why.
+
+    Args:
+        specs: of :func:`complete_loggers`; those of W&B are changed.
+    """
+    undecided = [
+        spec
+        for spec in specs
+        if spec.class_path == f"{_PACKAGE}.WandbLogger"
+        and not spec.init_args.get("offline")
+        and not spec.init_args.get("mode")
+    ]
+    reason = why_offline() if undecided else None
+    for spec in undecided if reason else ():
+        spec.init_args["mode"] = "offline"
+    return reason
+
+
+def why_offline() -> str | None:
+    """Why W&B can only log offline here, in words; None where it can do better, or is told what to do.
+
+    Without this look W&B asks for a key, or waits a minute and a half for its server and fails.
+    """
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return None
+    if not _answers(settings.base_url):
+        return f"{settings.base_url} cannot be reached"
+    try:
+        known = wandb.login(prompt=False, verify=False)
+    except wandb.errors.AuthenticationError as error:
+        return str(error)
+    return None if known else "there is no API key (`wandb login` keeps one)"
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=_SECONDS):
+            return True
+    except HTTPError:
+        return True  # it answers
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # so does this one; W&B has its own settings
+    except OSError:
+        return False
+
+
+def _check_name(name: str) -> None:
+    if name not in LOGGERS:
+        raise ConfigurationError(
+            f"Expected logger to be one of {', '.join(LOGGERS)}, but got {name!r}."
+            f"{did_you_mean(name, LOGGERS)} Other loggers go by --trainer.logger and their class."
+        )
+    missing = [package for package in LOGGERS[name][1] if find_spec(package) is None]
+    if missing:
+        raise ConfigurationError(
+            f"Expected {', '.join(missing)} to be installed where logger is {name!r}, but it is not. "
+            f"Install it: pip install 'bpn_lightning[{name}]'"
+        )
+
+
+def _fill(spec: Namespace, kind: str, arguments: dict[str, Any]) -> None:
+    """Set what the user left at its default."""
+    parameters = signature(getattr(loggers, kind)).parameters
+    for name, value in arguments.items():
+        default = parameters[name].default if name in parameters else None
+        if spec.init_args.get(name, default) == default:
+            spec.init_args[name] = value
+
+
+def _of_wandb(run: RunName, version: Any, step: int) -> dict[str, Any]:
+    chosen = {
+        "project": ("WANDB_PROJECT", "bpn_lightning"),
+        "group": ("WANDB_RUN_GROUP", f"{run.experiment}/{run.method}"),
+        "job_type": ("WANDB_JOB_TYPE", f"seed_{run.seed}"),
+        "name": ("WANDB_NAME", str(run)),
+        "save_dir": ("WANDB_DIR", str(run.folder)),
+    }
+    arguments = {name: os.environ.get(key, value) for name, (key, value) in chosen.items()}
+    # Lightning's default is "allow"; a parser that knows the argument from wandb.init passes None.
+    return {**arguments, "version": version, "resume": "allow"}
+
+
+def _of_tensorboard(run: RunName, version: Any, step: int) -> dict[str, Any]:
+    arguments = {"save_dir": str(run.folder), "name": "tensorboard", "default_hp_metric": False}
+    if version is None:
+        return arguments
+    return {**arguments, "version": version, "purge_step": step + 1}
+
+
+def _of_csv(run: RunName, version: Any, step: int) -> dict[str, Any]:
+    # A new version even where a run is resumed: Lightning deletes the file of an old one.
+    return {"save_dir": str(run.folder), "name": "csv"}
+
+
+def _of_mlflow(run: RunName, version: Any, step: int) -> dict[str, Any]:
+    arguments = {
+        "experiment_name": run.experiment,
+        "run_name": str(run),
+        "tags": {"method": run.method, "seed": str(run.seed)},
+        "run_id": version,
+    }
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        run.runs.mkdir(parents=True, exist_ok=True)
+        runs = run.runs.resolve()
+        # MLflow 3 refuses a folder of files.
+        uri = f"sqlite:///{runs / 'mlflow.db'}"
+        arguments["artifact_location"] = (runs / "mlflow").as_uri()
+    return {**arguments, "tracking_uri": uri}
+
+
+_ARGUMENTS: dict[str, Callable[[RunName, Any, int], dict[str, Any]]] = {
+    "WandbLogger": _of_wandb,
+    "TensorBoardLogger": _of_tensorboard,
+    "CSVLogger": _of_csv,
+    "MLFlowLogger": _of_mlflow,
+}
