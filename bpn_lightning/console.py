@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from bpn_lightning.costs import Bytes
@@ -18,11 +18,16 @@ from bpn_lightning.tasks import Task
 
 __all__ = ["StreamProgress", "final_table"]
 
+WIDE = 80  # columns from which on the bars are long
+
 
 class StreamProgress(ProgressBar):
-    """One bar for the task that is learned, and one lasting line for every task that was learned.
+    """A bar for the task and one for the stream, and a lasting line for every task that was learned.
 
-    Where the output is no terminal there is no bar, only the lines.
+    Beside the bars stand epoch and batch, the accuracy of the last logged training batch, the time
+    since the start and, by the epochs that are left, the time until the end of the stream, and the
+    mean test accuracy of the tasks learned (ACC). Where the output is no terminal there are no bars,
+    only the lines.
 
     Args:
         console: where to write; by default standard output.
@@ -34,7 +39,9 @@ class StreamProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._told = -1
+        self._average: float | None = None  # over the tasks learned
         self._drawn = 0.0  # when
+        self._begun, self._done_before = 0.0, 0.0  # when, and epochs of the stream by then
 
     def disable(self) -> None:
         """Show nothing: for processes other than the first."""
@@ -45,41 +52,62 @@ class StreamProgress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Write a lasting line above the bar."""
-        self._console.print(*args, soft_wrap=True, highlight=False, markup=False, **kwargs)
+        """Write a lasting line above the bars."""
+        _line(self._console, *args, **kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, after the tasks that a resumed run has behind it."""
         self._told = _host(pl_module).closed
-        if self._enabled and self._console.is_terminal:
+        self._average = _host(pl_module).accuracy_matrix.summary()["average"]
+        self._begun, self._done_before = time.monotonic(), float(trainer.current_epoch)
+        if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[accuracy]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=40)),
+                TextColumn("{task.fields[beside]}", table_column=Column(no_wrap=True)),
                 console=self._console,
                 transient=True,
+                expand=True,
             )
-            self._bar.add_task("", total=None, accuracy="")
+            for _ in range(2):
+                self._bar.add_task("", total=None, beside="")
             self._bar.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar, ten times a second at most; the accuracy is that of the last logged batch."""
+        """Move the bars, ten times a second at most."""
         if self._bar is None or time.monotonic() - self._drawn < 0.1:
             return
         self._drawn = time.monotonic()
+        host = _host(pl_module)
         epoch, epochs = _epoch(pl_module)
-        batches = int(self.total_train_batches)
+        batch, batches = batch_idx + 1, int(self.total_train_batches)
+        wide = self._console.width >= WIDE
+        beside = f"batch {batch:>{len(str(batches))}}/{batches}"
         accuracy = trainer.progress_bar_metrics.get("train/accuracy")
+        if accuracy is not None:
+            beside += f", {'training accuracy' if wide else 'train'} {float(accuracy):.2f}"
+        task, stream = (one.id for one in self._bar.tasks)
         self._bar.update(
-            self._bar.tasks[0].id,
+            task,
             description=where(pl_module),
             total=epochs * batches,
-            completed=epoch * batches + batch_idx + 1,
-            accuracy="" if accuracy is None else f"training accuracy {float(accuracy):.2f}",
+            completed=epoch * batches + batch,
+            beside=beside,
+        )
+        total, done = host.schedule.total, trainer.current_epoch + batch / batches
+        passed = self._drawn - self._begun
+        left = passed * (total - done) / (done - self._done_before)
+        beside = f"{_clock(passed)} passed, {_clock(left)} left"
+        if wide and self._average is not None:
+            beside += f", ACC {self._average:.2f}"
+        self._bar.update(
+            stream,
+            description=f"stream, epoch {trainer.current_epoch + 1}/{total}",
+            total=total,
+            completed=done,
+            beside=beside,
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,7 +136,19 @@ class StreamProgress(ProgressBar):
             if self._enabled:
                 row = host.accuracy_matrix.accuracy[task_id + 1]
                 self.print(learned(host.tasks, task_id, [float(value) for value in row]))
+            self._average = host.accuracy_matrix.summary()["average"]
         self._told = host.closed
+
+
+def _clock(seconds: float) -> str:
+    """``1:02:03``, without what is zero in front: ``0:07``.
+
+    >>> _clock(7.2), _clock(3723)
+    ('0:07', '1:02:03')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def where(module: LightningModule) -> str:
@@ -211,10 +251,16 @@ def final_table(
             f"bytes held: {bytes_held.training:,} to go on learning, "
             f"{bytes_held.inference:,} of them to use what was learned"
         ),
-        f"results: {folder / 'results.json'}",
-        f"pictures: {folder / 'figures'}",
     ):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        _line(console, line)
+    for line in (f"results: {folder / 'results.json'}", f"pictures: {folder / 'figures'}"):
+        _line(console, line, soft_wrap=True)  # a path stays whole
+
+
+def _line(console: Console, *args: Any, soft_wrap: bool = False, **kwargs: Any) -> None:
+    """One line; a terminal gets it broken between words, a file whole."""
+    soft_wrap = soft_wrap or not console.is_terminal
+    console.print(*args, soft_wrap=soft_wrap, highlight=False, markup=False, **kwargs)
 
 
 def _fraction(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """``bpn-fit`` once torch may be imported: parse, build, train, write the results."""
 
 import logging
+import os
 import pickle
 import signal
 import sys
@@ -274,6 +275,8 @@ class ContinualCLI(LightningCLI):
             runs=Path(config.runs),
             folder=self.folder,
         )
+        if config.quiet or config.json:
+            os.environ.setdefault("WANDB_SILENT", "true")
         saved, step = self._logged
         specs = complete_loggers(names, config.trainer.logger, run, saved, step)
         reason = go_offline(specs) if _first_process() else None
@@ -348,14 +351,17 @@ class ContinualCLI(LightningCLI):
             metrics = MetricsFile(self.folder / "metrics.csv")
             others = chosen.logger if isinstance(chosen.logger, list) else [chosen.logger]
             kwargs["logger"] = [metrics, *(one for one in others if one not in (None, True))]
-        quiet = self.config.quiet or self.config.json
         callbacks = chosen.callbacks if isinstance(chosen.callbacks, list) else [chosen.callbacks]
         callbacks = [callback for callback in callbacks if callback is not None]
         if chosen.enable_checkpointing is not False:
             every = self.config.checkpoint_every_n_steps
             callbacks.append(LastCheckpoint(self.last, every, self._identity(), metrics))
-        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if not quiet and chosen.enable_progress_bar is not False and not has_bar:
+        if self.config.quiet or self.config.json:
+            callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]
+            kwargs["enable_progress_bar"] = False
+        elif chosen.enable_progress_bar is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
             callbacks.append(StreamProgress())
         callbacks.append(Dashboard({**self.shown_config, **self._identity()}))
         kwargs["callbacks"] = callbacks

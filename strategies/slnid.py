@@ -95,6 +95,7 @@ class SLNID(MemoryAwareSynapses):
         ConfigurationError: a value is out of range or unknown, or there is no such layer.
     """
 
+    penalty_name: ClassVar[str] = "slnid"
     plain_first_task: ClassVar[bool] = False
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "sparsity": 0.0}
 
