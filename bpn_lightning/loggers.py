@@ -17,7 +17,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning.pytorch import loggers
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
@@ -90,7 +90,8 @@ def complete_loggers(
     for name in names:
         _check_name(name)
         kind, _ = LOGGERS[name]
-        specs.append(dict_to_namespace({"class_path": f"{_PACKAGE}.{kind}", "init_args": {}}))
+        made: Namespace = Namespace(class_path=f"{_PACKAGE}.{kind}", init_args=Namespace())  # type: ignore[no-untyped-call]
+        specs.append(made)
     left = list(saved)
     for spec in specs:
         package, _, kind = str(getattr(spec, "class_path", "")).rpartition(".")
