@@ -299,12 +299,13 @@ def test_two_processes_reach_the_accuracies_of_one() -> None:
     """Through the installed command, which Lightning starts again for the second process."""
     assert run() == 0
     line = [BPN_FIT, "--config", "digits_inc.yaml", *SHORT, "--runs", "two"]
-    line += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    line += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--logger", "tensorboard"]
     done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     other = Path("two", *RUN.parts[1:])
     assert (RUN / "accuracy_matrix.csv").read_text() == (other / "accuracy_matrix.csv").read_text()
     assert done.stdout.count("results: ") == 1
+    assert len(list((other / "tensorboard").rglob("events.*"))) == 1  # the first process's
 
 
 def test_ctrl_c_says_how_to_go_on() -> None:

@@ -1,10 +1,14 @@
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 from rich.console import Console
+from rich.text import Text
 
+from bpn_lightning import console
 from bpn_lightning.cli import main
 from bpn_lightning.console import StreamProgress, final_table, learned
 from bpn_lightning.costs import Bytes
@@ -69,13 +73,39 @@ def test_what_was_not_measured_is_a_dash() -> None:
     assert "ACC -  BWT -" in table(empty, 80)
 
 
-def test_a_terminal_gets_a_bar_and_leaves_lasting_lines(fit: Any) -> None:
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_terminal_gets_bars_and_leaves_lasting_lines(
+    fit: Any, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by ten seconds in every batch; a task has two epochs of five batches."""
+    now = 1000.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
     out = io.StringIO()
-    progress = StreamProgress(Console(file=out, force_terminal=True, width=100))
-    fit(trainer={"callbacks": [progress], "enable_progress_bar": True, "log_every_n_steps": 1})
-    shown = out.getvalue()
-    assert "task 1/2, epoch 1/2" in shown
-    assert "task 2/2 (2, 3) learned: " in shown
+    progress = StreamProgress(Console(file=out, force_terminal=True, width=width))
+
+    class Clock(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            nonlocal now
+            now += 10
+            if progress._bar is not None:
+                progress._bar.refresh()  # what the batch before has set
+
+    flags = {"callbacks": [Clock(), progress], "enable_progress_bar": True, "log_every_n_steps": 1}
+    fit(trainer=flags)
+    shown = [Text.from_ansi(line).plain.strip() for line in re.split(r"[\r\n]+", out.getvalue())]
+    assert max(map(len, shown)) <= width
+    assert "task 2/2 (2, 3) learned: " in " ".join(shown)
+    train = "training accuracy" if width == 120 else "train"
+    (task,) = {line for line in shown if re.match("task 2/2, epoch 1/2 .* batch 3/5", line)}
+    assert re.search(rf"batch 3/5, {train} [01]\.\d\d$", task)
+    # 13 of 20 batches, 10 seconds each.
+    (stream,) = {line for line in shown if "2:10 passed" in line}
+    assert re.match("stream, epoch 3/4 .* 2:10 passed, 1:10 left", stream)
+    assert ("ACC 0" in stream or "ACC 1" in stream) == (width == 120)
+
+
+def test_what_is_no_terminal_gets_whole_lines(matrix: AccuracyMatrix) -> None:
+    assert any(len(line) > 60 for line in table(matrix, 60).splitlines())
 
 
 def test_a_file_gets_the_lines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import base64
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -89,14 +91,28 @@ def stopped_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         Path("killer.py").write_text(KILL)
         wandb_environment(patch, folder, WANDB_BASE_URL=CLOSED_PORT)
-        line = [*["--config", "digits_inc.yaml", "--trainer.accelerator", "cpu", "--seed_everything", "3"]]
-        line += [*["--data.num_tasks", "3", "--data.epochs_per_task", "2", "--quiet", "--log_artifacts"]]
+        line = [
+            *[
+                "--config",
+                "digits_inc.yaml",
+                "--trainer.accelerator",
+                "cpu",
+                "--seed_everything",
+                "3",
+            ]
+        ]
+        line += [
+            *["--data.num_tasks", "3", "--data.epochs_per_task", "2", "--quiet", "--log_artifacts"]
+        ]
         line += [*["--data.batch_size", "100", "--model.evaluate_every", "epoch"]]
         line += [*["--trainer.log_every_n_steps", "1", "--checkpoint_every_n_steps", "1"]]
         line += ["--logger", "wandb,tensorboard,csv,mlflow"]
         with pytest.raises(ZeroDivisionError):
             main([*line, "--trainer.callbacks", "killer.Kill"])
-        assert main([*line, "--ckpt_path", "last"]) == 0
+        with redirect_stdout(io.StringIO()) as out:
+            assert main([*line, "--ckpt_path", "last"]) == 0
+        assert out.getvalue() == ""  # --quiet
+        wandb.teardown()  # as at the end of a process: its service writes what it still holds
         yield folder
     wandb.teardown()
 
@@ -332,6 +348,8 @@ def test_mlflow_goes_on_in_the_same_run(run: Path) -> None:
 def test_lightning_s_own_spelling_gets_what_it_does_not_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    import wandb
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
@@ -346,6 +364,7 @@ def test_lightning_s_own_spelling_gets_what_it_does_not_say(
         f"bpn-fit: W&B logs offline: {CLOSED_PORT} cannot be reached. "
         f"Upload it later: wandb sync {folder / 'wandb'}"
     )
+    wandb.teardown()
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     made = WandbFile(path).run
     assert (made.project, made.run_group) == ("mine", "digits_inc/finetune")
