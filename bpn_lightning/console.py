@@ -63,7 +63,7 @@ class StreamProgress(ProgressBar):
         if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=40)),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),
                 TextColumn("{task.fields[beside]}", table_column=Column(no_wrap=True)),
                 console=self._console,
                 transient=True,

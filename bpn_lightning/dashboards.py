@@ -116,8 +116,10 @@ class WandbDisplay(Display):
         self.logger.experiment.log_artifact(artifact)
 
     def end(self, exit_code: int) -> None:
-        """Let the run end here, and not when the process does."""
-        self.logger.experiment.finish(exit_code=exit_code)
+        """Let the run end here, and not when the process does; there may be none yet."""
+        import wandb
+
+        wandb.finish(exit_code=exit_code)
 
 
 class TensorBoardDisplay(Display):

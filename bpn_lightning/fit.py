@@ -277,9 +277,11 @@ class ContinualCLI(LightningCLI):
         )
         if config.quiet or config.json:
             os.environ.setdefault("WANDB_SILENT", "true")
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         saved, step = self._logged
-        specs = complete_loggers(names, config.trainer.logger, run, saved, step)
-        reason = go_offline(specs) if _first_process() else None
+        first = _first_process()
+        specs = complete_loggers(names, config.trainer.logger, run, saved, step, first)
+        reason = go_offline(specs)
         if reason:
             _tell(
                 f"W&B logs offline: {reason}. Upload it later: wandb sync {self.folder / 'wandb'}"

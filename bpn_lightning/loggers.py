@@ -67,6 +67,7 @@ def complete_loggers(
     run: RunName,
     saved: Sequence[SavedLogger] = (),
     step: int = 0,
+    first: bool = True,
 ) -> list[Namespace]:
     """The loggers of a run as jsonargparse's ``class_path`` and ``init_args``.
 
@@ -76,6 +77,8 @@ def complete_loggers(
         run: what they are to call it.
         saved: the loggers of the run that is resumed.
         step: updates that it had done.
+        first: whether this is the first process. The others do without those of Lightning's loggers
+            that log on the first one only: two of them making one data base would collide.
 
     Raises:
         ConfigurationError: a name is unknown, or its package is not installed.
@@ -94,13 +97,13 @@ def complete_loggers(
         specs.append(made)
     left = list(saved)
     for spec in specs:
-        package, _, kind = str(getattr(spec, "class_path", "")).rpartition(".")
-        if package == _PACKAGE and kind in _ARGUMENTS:
+        if first and _of_lightning(spec):
+            kind = spec.class_path.rpartition(".")[2]
             known = next((one for one in left if one[0] == kind), None)
             if known is not None:
                 left.remove(known)
             _fill(spec, kind, _ARGUMENTS[kind](run, known and known[1], step))
-    return specs
+    return [spec for spec in specs if first or not _of_lightning(spec)]
 
 
 def go_offline(specs: Sequence[Namespace]) -> str | None:
@@ -151,6 +154,11 @@ def _answers(url: str) -> bool:
         return isinstance(error.reason, ssl.SSLError)  # so does this one; W&B has its own settings
     except OSError:
         return False
+
+
+def _of_lightning(spec: Namespace) -> bool:
+    package, _, kind = spec.class_path.rpartition(".")
+    return package == _PACKAGE and kind in _ARGUMENTS
 
 
 def _check_name(name: str) -> None:
