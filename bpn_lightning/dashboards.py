@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,14 +188,6 @@ def display(logger: Logger) -> Display:
     return Display(logger)
 
 
-class _Saved(TypedDict):
-    """The state of a :class:`Dashboard`."""
-
-    shown: int
-    loggers: list[tuple[str, Any, int]]
-    """Class, version and position of each."""
-
-
 class Dashboard(Callback):
     """Shows a stream in the trainer's loggers: pictures, tables, the configuration, the time of a step.
 
@@ -219,10 +211,11 @@ class Dashboard(Callback):
         self.config = dict(config or {})
         self._displays: list[Display] = []
         self._shown = -1
-        self._saved: _Saved | None = None
+        # Of each logger, by class and version, when the checkpoint was taken.
+        self._positions: dict[tuple[str, Any], int] = {}
         self._since: float | None = None  # when the clock was started, unless it stands
         self._seconds = 0.0  # that it ran before
-        self._counted_from = -1  # updates; -1 before the first
+        self._counted_from = 0  # updates
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on."""
@@ -230,16 +223,17 @@ class Dashboard(Callback):
             return
         others = [logger for logger in trainer.loggers if not isinstance(logger, MetricsFile)]
         self._displays = [display(logger) for logger in others]
-        self._since, self._seconds, self._counted_from = None, 0.0, -1
         if not others:
             return
         found = collect_provenance(seconds=0)
         provenance = {key: found[key] for key in ("commit", "versions", "host")}
-        known = list(self._saved["loggers"]) if self._saved else []
+        config = {**self.config, "provenance": provenance}
         for shown in self._displays:
-            same = [one for one in known if one[:2] == _identity(shown.logger)]
-            config = {**self.config, "provenance": provenance}
-            shown.begin(config, same[0][2] if same else None)
+            shown.begin(config, self._positions.get(_identity(shown.logger)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the clock to zero."""
+        self._since, self._seconds, self._counted_from = None, 0.0, trainer.global_step
 
     # --- after a task ----------------------------------------------------------------------------
 
@@ -286,8 +280,6 @@ class Dashboard(Callback):
     ) -> None:
         """Log the mean time of an update since the last one that was logged."""
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._counted_from < 0:
-            self._counted_from = step - 1
         if not self._displays or not every or step % every or step == self._counted_from:
             return
         self._stop_clock()
@@ -320,7 +312,7 @@ class Dashboard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on there."""
         self._shown = state_dict["shown"]
-        self._saved = _Saved(shown=self._shown, loggers=[tuple(x) for x in state_dict["loggers"]])
+        self._positions = {(kind, at): position for kind, at, position in state_dict["loggers"]}
 
 
 def keep_results(loggers: Sequence[Logger], name: str, results: Sequence[Path], last: Path) -> None:

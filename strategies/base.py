@@ -145,7 +145,7 @@ class ContinualStrategy(Callback):
         return Bytes(0, 0)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
-        """Scalars to log every ``log_every_n_steps`` steps, by name, such as the penalty."""
+        """Scalars to log every ``log_every_n_steps`` steps, by key, such as ``penalty/ewc``."""
         return {}
 
     def move_state(self, host: ContinualHost) -> None:

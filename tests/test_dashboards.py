@@ -536,8 +536,9 @@ def test_the_example_in_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # --- the time of a step --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_time_of_a_step_leaves_evaluation_out(
-    fit: Any, monkeypatch: pytest.MonkeyPatch
+    fit: Any, accumulated: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a clock that only ticks where this callback says so: 3 s in a batch, 100 s between epochs."""
     now = 0.0
@@ -558,10 +559,10 @@ def test_the_time_of_a_step_leaves_evaluation_out(
     stream = SplitDigits(
         num_tasks=2, epochs_per_task=2, batch_size=30, seed=0, validation_fraction=0.2
     )
-    trainer = {"logger": logger, "log_every_n_steps": 4, "accumulate_grad_batches": 1}
+    trainer = {"logger": logger, "log_every_n_steps": 4, "accumulate_grad_batches": accumulated}
     fit([Clock(), Dashboard()], stream=stream, trainer=trainer)
     timed = [(step, row["time/step"]) for step, row in logger.rows if "time/step" in row]
     trained = [step for step, row in logger.rows if "train/loss" in row]
     assert [step for step, _ in timed] == trained
     assert len(timed) > 2
-    assert all(seconds == 3 for _, seconds in timed)
+    assert all(seconds == 3 * accumulated for _, seconds in timed)
