@@ -24,12 +24,12 @@ from bpn_lightning.errors import ConfigurationError, did_you_mean
 
 __all__ = ["LOGGERS", "RunName", "SavedLogger", "complete_loggers", "go_offline", "why_offline"]
 
-#: Class of Lightning and what has to be installed, by the short name, which is also the extra's.
+#: Lightning's classes by their short names, which are also those of our extras.
 LOGGERS = {
-    "wandb": ("WandbLogger", ("wandb",)),
-    "tensorboard": ("TensorBoardLogger", ("tensorboard",)),
-    "csv": ("CSVLogger", ()),
-    "mlflow": ("MLFlowLogger", ("mlflow", "sqlalchemy", "alembic")),
+    "wandb": "WandbLogger",
+    "tensorboard": "TensorBoardLogger",
+    "csv": "CSVLogger",
+    "mlflow": "MLFlowLogger",
 }
 
 #: A logger of the run that is resumed: the name of its class, and its version (W&B's id, MLflow's run).
@@ -81,7 +81,7 @@ def complete_loggers(
             that log on the first one only: two of them making one data base would collide.
 
     Raises:
-        ConfigurationError: a name is unknown, or its package is not installed.
+        ConfigurationError: a name is unknown, or a logger's package is not installed.
     """
     specs = spelled_out if isinstance(spelled_out, list) else [spelled_out]
     specs = [spec for spec in specs if spec not in (None, True)]
@@ -91,10 +91,13 @@ def complete_loggers(
             f"logger {', '.join(names)}. Leave one of the two out."
         )
     for name in names:
-        _check_name(name)
-        kind, _ = LOGGERS[name]
-        made: Namespace = Namespace(class_path=f"{_PACKAGE}.{kind}", init_args=Namespace())  # type: ignore[no-untyped-call]
-        specs.append(made)
+        if name not in LOGGERS:
+            raise ConfigurationError(
+                f"Expected logger to be one of {', '.join(LOGGERS)}, but got {name!r}."
+                f"{did_you_mean(name, LOGGERS)} Other loggers go by --trainer.logger and their class."
+            )
+        path = f"{_PACKAGE}.{LOGGERS[name]}"
+        specs.append(Namespace(class_path=path, init_args=Namespace()))  # type: ignore[no-untyped-call]
     left = list(saved)
     for spec in specs:
         if first and _of_lightning(spec):
@@ -161,17 +164,12 @@ def _of_lightning(spec: Namespace) -> bool:
     return package == _PACKAGE and kind in _ARGUMENTS
 
 
-def _check_name(name: str) -> None:
-    if name not in LOGGERS:
-        raise ConfigurationError(
-            f"Expected logger to be one of {', '.join(LOGGERS)}, but got {name!r}."
-            f"{did_you_mean(name, LOGGERS)} Other loggers go by --trainer.logger and their class."
-        )
-    missing = [package for package in LOGGERS[name][1] if find_spec(package) is None]
+def _need(logger: str, *packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ConfigurationError(
-            f"Expected {', '.join(missing)} to be installed where logger is {name!r}, but it is not. "
-            f"Install it: pip install 'bpn_lightning[{name}]'"
+            f"Expected {', '.join(missing)} to be installed where logger is {logger!r}, but it is not. "
+            f"Install it: pip install 'bpn_lightning[{logger}]'"
         )
 
 
@@ -185,6 +183,7 @@ def _fill(spec: Namespace, kind: str, arguments: dict[str, Any]) -> None:
 
 
 def _of_wandb(run: RunName, version: Any, step: int) -> dict[str, Any]:
+    _need("wandb", "wandb")
     chosen = {
         "project": ("WANDB_PROJECT", "bpn_lightning"),
         "group": ("WANDB_RUN_GROUP", f"{run.experiment}/{run.method}"),
@@ -198,6 +197,8 @@ def _of_wandb(run: RunName, version: Any, step: int) -> dict[str, Any]:
 
 
 def _of_tensorboard(run: RunName, version: Any, step: int) -> dict[str, Any]:
+    if find_spec("tensorboardX") is None:  # which Lightning takes as well
+        _need("tensorboard", "tensorboard")
     arguments = {"save_dir": str(run.folder), "name": "tensorboard", "default_hp_metric": False}
     if version is None:
         return arguments
@@ -210,6 +211,7 @@ def _of_csv(run: RunName, version: Any, step: int) -> dict[str, Any]:
 
 
 def _of_mlflow(run: RunName, version: Any, step: int) -> dict[str, Any]:
+    _need("mlflow", "mlflow")
     arguments = {
         "experiment_name": run.experiment,
         "run_name": str(run),
@@ -218,6 +220,7 @@ def _of_mlflow(run: RunName, version: Any, step: int) -> dict[str, Any]:
     }
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
+        _need("mlflow", "sqlalchemy", "alembic")
         run.runs.mkdir(parents=True, exist_ok=True)
         runs = run.runs.resolve()
         # MLflow 3 refuses a folder of files.

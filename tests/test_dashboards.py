@@ -419,9 +419,13 @@ def test_loggers_that_cannot_be(
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loggers, "find_spec", lambda name: None if name == "alembic" else name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     name = loggers.RunName("e", "m", 0, tmp_path, tmp_path)
     with pytest.raises(ValueError, match=r"alembic to be .*pip install 'bpn_lightning\[mlflow\]'"):
         loggers.complete_loggers(["mlflow"], None, name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # a server keeps the runs
+    (spec,) = loggers.complete_loggers(["mlflow"], None, name)
+    assert spec.init_args.tracking_uri == "http://127.0.0.1:9"
 
 
 # --- the keys ------------------------------------------------------------------------------------
