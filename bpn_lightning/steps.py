@@ -21,6 +21,7 @@ from bpn_lightning.tasks import Batch, Mask, Phase, Schedule
 
 if TYPE_CHECKING:
     from bpn_lightning.datamodules.base import ContinualDataModule
+    from bpn_lightning.datamodules.loading import TrainLoader
 
 __all__ = ["ContinualSteps", "sgd"]
 
@@ -229,8 +230,9 @@ class ContinualSteps(ContinualNetwork):
         processes follows the same gradient, on uneven slices too.
         """
         scale = self._world_size / batch.global_size
+        share = self._share_of_update(batch, batch_idx)
         if self._phase.trains == "strategy":
-            return self._strategy_step(batch, scale)
+            return self._strategy_step(batch, scale) * share
         # In a batch of several tasks each sample has its own mode, and -inf outside its columns.
         several = isinstance(batch.task, Tensor)
         first, stop = (0, self._head.out_features) if several else self._columns
@@ -252,7 +254,21 @@ class ContinualSteps(ContinualNetwork):
             self.log("stream/task", float(self.opened + 1))
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("train/accuracy", right.float().mean(), prog_bar=True)
-        return loss
+        return loss * share
+
+    def _share_of_update(self, batch: Batch, batch_idx: int) -> float:
+        """What makes an update the mean over all its samples where gradients accumulate; else 1.
+
+        Lightning divides the loss by ``accumulate_grad_batches``, also in an epoch's last update, which
+        may have fewer batches and whose last batch may have fewer samples.
+        """
+        several: int = self.trainer.accumulate_grad_batches
+        if several == 1:
+            return 1.0
+        first = batch_idx // several * several
+        stop = min(first + several, self.trainer.num_training_batches)
+        loader = cast("TrainLoader", self.trainer.train_dataloader)
+        return several * batch.global_size / loader.count(first, int(stop))
 
     def _training_logits(self, inputs: Tensor, tasks: "int | Tensor | None") -> Tensor:
         """Of all columns; on features that stay as they are where only the head trains."""

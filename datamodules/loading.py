@@ -159,6 +159,10 @@ class TrainLoader:
         """How many global batches the whole epoch has, on every process and after a resume too."""
         return ceil(len(self.indices) / self.batch_size)
 
+    def count(self, first: int, stop: int) -> int:
+        """Samples of some consecutive batches, of all processes."""
+        return min(stop * self.batch_size, len(self.indices)) - first * self.batch_size
+
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the start, or from where the loaded state stood.
 
