@@ -6,6 +6,7 @@
     ├── ConfigurationError   an argument, a config key or a combination of them breaks a rule
     ├── DataError            data are missing, unreadable or corrupt
     ├── CheckpointError      a checkpoint cannot continue or serve this run
+    ├── ProcessesError       the processes of a run hold different things
     └── ResultsError         the folder of a run cannot be used
 
 The command line prints any of them as one message, without a traceback.
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "ExpectedForgettingWarning",
+    "ProcessesError",
     "ResultsError",
     "did_you_mean",
 ]
@@ -39,6 +41,10 @@ class DataError(BPNLightningError, RuntimeError):
 
 class CheckpointError(BPNLightningError, RuntimeError):
     """A checkpoint cannot continue or serve this run."""
+
+
+class ProcessesError(BPNLightningError, RuntimeError):
+    """The processes of a run hold different things; the same error in each of them."""
 
 
 class ResultsError(BPNLightningError, RuntimeError):

@@ -15,6 +15,7 @@ from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
 from bpn_lightning.metrics import AccuracyMatrix
+from bpn_lightning.processes import check_processes
 from bpn_lightning.random_state import random_state, restore_random_state
 from bpn_lightning.steps import ContinualSteps, sgd
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -56,6 +57,8 @@ class ContinualModule(ContinualSteps):
         without_oracle: whether every task is also scored, at the stream's end, without the task id,
             which takes a forward for every mode; a number: on so many test samples of each task,
             drawn alike for every method.
+        check_processes: whether processes compare, after every task, all that they must hold alike, and
+            stop where they differ; for whoever writes a strategy.
 
     Attributes:
         accuracy_matrix: accuracies of every task before training and after each task.
@@ -82,6 +85,7 @@ class ContinualModule(ContinualSteps):
         evaluate_on: Literal["all", "seen_and_next"] = "all",
         patience: int | None = None,
         without_oracle: bool | int = True,
+        check_processes: bool = False,
     ) -> None:
         super().__init__(
             backbone,
@@ -111,6 +115,7 @@ class ContinualModule(ContinualSteps):
         self.evaluate_on = evaluate_on
         self.patience = patience
         self.without_oracle = without_oracle
+        self.check_processes = check_processes
 
         self.closed = -1
         self.curve: list[dict[str, Any]] = []
@@ -260,7 +265,20 @@ class ContinualModule(ContinualSteps):
         self.accuracy_matrix.update(task_id + 1, row)
         self._add_to_curve(row, task_id, self.schedule.last_epoch(task_id) + 1)
         self.closed = task_id
+        if self.check_processes and self.trainer.world_size > 1:
+            check_processes(self._held_alike(), f"after task {task_id}")
         self._log_stream(self._stream_metrics())
+
+    def _held_alike(self) -> dict[str, Any]:
+        """What must be the same in every process, by whose it is."""
+        optimizer = self.trainer.optimizers[0]
+        own = {type(strategy).__name__: strategy.state_dict() for strategy in self._strategies}
+        return {
+            "the network": self.state_dict(),
+            type(optimizer).__name__: optimizer.state_dict(),
+            "the weights of training": self._training_weights,
+            **own,
+        }
 
     def _serve_merged_weights(self) -> None:
         """Put a strategy's merged weights, if any has some, in the place of those of training."""

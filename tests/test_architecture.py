@@ -19,7 +19,7 @@ LAYERS = [
     {"backbones", "costs", "files", "layers", "messages", "metrics", "scores"},
     {"gradients"},
     {"importance", "penalties"},
-    {"network", "random_state"},
+    {"network", "processes", "random_state"},
     set(ROOMS),
     {"evaluation", "module", "registry", "steps", "trainer_rules"},
     {

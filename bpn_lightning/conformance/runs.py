@@ -21,6 +21,7 @@ from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.layers import TaskModule
 from bpn_lightning.module import ContinualModule
+from bpn_lightning.processes import leaves
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Position
@@ -247,22 +248,16 @@ def _quiet_and_alone() -> Iterator[None]:
 # --- comparing -----------------------------------------------------------------------------------
 
 
-def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
     """Leaves of nested mappings and lists by their paths; tensors are copied.
 
     >>> flatten({"a": [1, {"b": 2.0}]})
     {'a/0': 1, 'a/1/b': 2.0}
     """
-    if isinstance(tree, Mapping):
-        tree = list(tree.items())
-    elif isinstance(tree, list | tuple):
-        tree = list(enumerate(tree))
-    else:
-        return {path: tree.detach().clone() if isinstance(tree, Tensor) else tree}
-    leaves: dict[str, Any] = {}
-    for key, value in tree:
-        leaves.update(flatten(value, f"{path}/{key}" if path else str(key)))
-    return leaves
+    return {
+        path: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+        for path, leaf in leaves(tree)
+    }
 
 
 def differences(
