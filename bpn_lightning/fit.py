@@ -51,6 +51,7 @@ from bpn_lightning.results import (
     written_files,
 )
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.trainer_rules import check_launch
 
 __all__ = ["ContinualCLI", "fit"]
 
@@ -376,6 +377,7 @@ class ContinualCLI(LightningCLI):
                 "Expected the trainer's flags to fit this machine and each other, but Lightning says: "
                 f"{' '.join(str(error).split())}"
             ) from error
+        check_launch(trainer)
         return trainer
 
     def prepare_folder(self) -> None:

@@ -28,7 +28,14 @@ from bpn_lightning.tasks import (
     Split,
     Task,
 )
-from bpn_lightning.trainer_rules import check_composition, check_phases, check_trainer
+from bpn_lightning.trainer_rules import (
+    check_batches,
+    check_composition,
+    check_optimizer,
+    check_phases,
+    check_precision,
+    check_trainer,
+)
 
 __all__ = ["ContinualModule"]
 
@@ -163,6 +170,8 @@ class ContinualModule(ContinualSteps):
                     f"patience is {self.patience} and the stream has no validation split."
                 )
             check_trainer(trainer, self.schedule.total)
+            check_precision(trainer, self._strategies)
+            check_batches(trainer, self.backbone, len(self._tasks), self._smallest_batch)
             trainer.fit_loop.max_epochs = self.schedule.total
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
@@ -181,7 +190,7 @@ class ContinualModule(ContinualSteps):
                         self._phase_owners[task.id, phase.name] = strategy
             phases.append(of_task)
         self.schedule = Schedule(phases)
-        check_phases(self.schedule, self.stream)
+        check_phases(self.schedule, self.stream, self.trainer)
         self._phase = phases[0][0]
 
     # --- the cursor of tasks ---------------------------------------------------------------------
@@ -386,6 +395,7 @@ class ContinualModule(ContinualSteps):
         # A run that resumes in a strategy's own phase has that strategy's optimizer now.
         own = self._phase.trains == "strategy"
         optimizer = self._network_optimizer() if own else self.trainer.optimizers[0]
+        check_optimizer(self.trainer, optimizer)
         for strategy in self._strategies:
             strategy.check(self, optimizer)
         self._restore_random_state()

@@ -240,6 +240,7 @@ class PenaltyStrategy:
     """
 
     regulariser: ClassVar[bool] = True
+    needs_full_precision: ClassVar[bool] = True
     null_arguments: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}
     #: The penalty's name in logs.
     penalty_name: ClassVar[str]

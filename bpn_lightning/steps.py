@@ -158,18 +158,27 @@ class ContinualSteps(ContinualNetwork):
 
     def _num_steps(self) -> int:
         """Updates until the optimizer is replaced: of the phase, or of the whole stream."""
-        limit = self.trainer.limit_train_batches
         lengths = {max(self.opened, 0): self._phase.epochs}
         if self.stream.reset_optimizer == "never":
             phases = enumerate(self.schedule.phases)
             lengths = {task: sum(phase.epochs for phase in of_task) for task, of_task in phases}
         total = 0
         for task, epochs in lengths.items():
-            stream = cast("ContinualDataModule", self.stream)
-            batches = len(stream.train_loader(task, 0, self.training_tasks(task)))
-            batches = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+            _, batches = self._batches_of(task)
             total += epochs * ceil(batches / self.trainer.accumulate_grad_batches)
         return total
+
+    def _batches_of(self, task: int) -> "tuple[TrainLoader, int]":
+        """A task's loader, and how many of its batches an epoch trains on."""
+        stream, limit = cast("ContinualDataModule", self.stream), self.trainer.limit_train_batches
+        loader = stream.train_loader(task, 0, self.training_tasks(task))
+        batches = len(loader)
+        return loader, min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
+    def _smallest_batch(self, task: int) -> int:
+        """Samples of a task's last batch, of all processes: no other is smaller."""
+        loader, batches = self._batches_of(task)
+        return loader.count(batches - 1, batches)
 
     def _follow_optimizer(self) -> None:
         """Put the step's post-hook on the current optimizer, whichever way it came to be current."""

@@ -7,17 +7,34 @@ experiment of it; ``docs/trainer_flags.md`` has the table. Strategies say what t
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from bpn_lightning.errors import ConfigurationError, ExpectedForgettingWarning
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualHost, ContinualStream, Schedule
 
-__all__ = ["check_composition", "check_phases", "check_trainer"]
+__all__ = [
+    "check_batches",
+    "check_composition",
+    "check_launch",
+    "check_optimizer",
+    "check_phases",
+    "check_precision",
+    "check_trainer",
+]
+
+#: Whether a rule is broken, then flag, value, rule and remedy.
+Rule = tuple[bool, str, object, str, str]
+
+PRECISIONS = ("64-true", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
 
 def check_trainer(trainer: Trainer, total_epochs: int) -> None:
@@ -30,15 +47,34 @@ def check_trainer(trainer: Trainer, total_epochs: int) -> None:
     Raises:
         ConfigurationError: names the flag, its rule, its value and the remedy.
     """
-    for broken, flag, value, rule, remedy in _rules(trainer, total_epochs):
+    _refuse(_rules(trainer, total_epochs))
+    check_launch(trainer)
+
+
+def check_launch(trainer: Trainer) -> None:
+    """Refuse, by name, what concerns how many processes there are and what each of them holds.
+
+    Lightning asks no module before it starts processes of its own: whoever makes a trainer may ask here
+    before that.
+
+    Args:
+        trainer: before its fit begins.
+
+    Raises:
+        ConfigurationError: names the flag, its rule, its value and the remedy.
+    """
+    _refuse(_launch_rules(trainer))
+
+
+def _refuse(rules: Iterable[Rule]) -> None:
+    for broken, flag, value, rule, remedy in rules:
         if broken:
             raise ConfigurationError(
                 f"Expected trainer.{flag} to be {rule}, but got {value}. {remedy}"
             )
 
 
-def _rules(trainer: Trainer, total: int) -> list[tuple[bool, str, object, str, str]]:
-    """Whether a rule is broken, then flag, value, rule and remedy."""
+def _rules(trainer: Trainer, total: int) -> list[Rule]:
     epochs = trainer.fit_loop.max_epochs
     refused = [
         type(callback).__name__
@@ -74,14 +110,136 @@ def _rules(trainer: Trainer, total: int) -> list[tuple[bool, str, object, str, s
             "without EarlyStopping and StochasticWeightAveraging, which act on the whole stream",
             "ContinualModule(patience=...) stops each task early on the validation split.",
         ),
-        (
-            not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy),
-            "strategy",
-            type(trainer.strategy).__name__,
-            "'auto' or 'ddp'",
-            "Sharded parameters cannot be penalised, biased or restored one by one.",
-        ),
     ]
+
+
+def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
+    """In this order: a later one may presuppose an earlier one."""
+    strategy = trainer.strategy
+    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    yield (
+        not whole or isinstance(strategy, DeepSpeedStrategy),
+        "strategy",
+        type(strategy).__name__,
+        "'auto' or 'ddp'",
+        "Sharded parameters cannot be penalised, biased or restored one by one.",
+    )
+    starts = isinstance(strategy.launcher, _MultiProcessingLauncher)
+    name = strategy.launcher._start_method if starts else ""  # type: ignore[union-attr]
+    yield (
+        starts,
+        "strategy",
+        f"one that starts processes by {name!r}",
+        "'auto' or 'ddp'",
+        (
+            "Their memories, importances and accuracies would be lost when they end: of what such processes "
+            "learn, Lightning brings back the weights alone. Run a script with 'ddp'; in a notebook use "
+            "devices=1."
+        ),
+    )
+    yield (
+        getattr(strategy, "_model_averaging_period", None) is not None,
+        "strategy",
+        f"DDPStrategy(model_averaging_period={getattr(strategy, '_model_averaging_period', None)})",
+        "one that averages gradients",
+        (
+            "Between averages every process would have weights, memories and importances of its own. "
+            "Leave it out."
+        ),
+    )
+    hook = getattr(strategy, "_ddp_comm_hook", None)
+    yield (
+        hook is not None,
+        "strategy",
+        f"DDPStrategy(ddp_comm_hook={getattr(hook, '__name__', hook)})",
+        "one without a communication hook",
+        "Processes would not follow the gradient that one process follows. Leave it out.",
+    )
+    yield (
+        bool(getattr(strategy, "_ddp_kwargs", {}).get("static_graph"))
+        and trainer.accumulate_grad_batches > 1,
+        "strategy",
+        "DDPStrategy(static_graph=True)",
+        "without a static graph where gradients accumulate",
+        "torch stops on an internal assertion. Leave static_graph or accumulate_grad_batches out.",
+    )
+    yield (
+        getattr(strategy, "_layer_sync", None) is not None
+        and trainer.world_size > 1
+        and strategy.root_device.type == "cpu",
+        "sync_batchnorm",
+        True,
+        "off on the CPU",
+        "torch.nn.SyncBatchNorm needs a GPU. Leave it out, or use layers that normalise each sample.",
+    )
+    yield (
+        trainer.precision not in PRECISIONS,
+        "precision",
+        trainer.precision,
+        f"one of {', '.join(PRECISIONS)}",
+        "Others put layers of their own in the place of those that strategies know.",
+    )
+
+
+def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -> None:
+    """Refuse weights of half precision beside strategies that measure or add up what they lose.
+
+    Raises:
+        ConfigurationError: names the strategies and the remedy.
+    """
+    measuring = _names(s for s in strategies if s.needs_full_precision)
+    if measuring and trainer.precision in ("bf16-true", "16-true"):
+        raise ConfigurationError(
+            f"Expected trainer.precision to keep weights in full precision beside "
+            f"{' and '.join(measuring)}, but got {trainer.precision}: sums of small numbers would be "
+            f"lost. Use {trainer.precision.replace('true', 'mixed')}."
+        )
+
+
+def check_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuse what Lightning would refuse at the first update.
+
+    Raises:
+        ConfigurationError: gradients are to be clipped that a fused optimizer has yet to unscale.
+    """
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if scaled and fused and trainer.gradient_clip_val:
+        raise ConfigurationError(
+            "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, "
+            f"but got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
+        )
+
+
+def check_batches(
+    trainer: Trainer, network: nn.Module, tasks: int, smallest_batch: Callable[[int], int]
+) -> None:
+    """Refuse batches of which some process could not take the statistics.
+
+    Args:
+        trainer: before its fit begins.
+        network: which may normalise batches.
+        tasks: how many.
+        smallest_batch: samples, over all processes, of the smallest batch of a task.
+
+    Raises:
+        ConfigurationError: names the layer, the task, its batch and the remedy.
+    """
+    if getattr(trainer.strategy, "_layer_sync", None) is not None:
+        return
+    layers = [(n, part) for n, part in network.named_modules() if isinstance(part, _BatchNorm)]
+    for name, layer in layers:
+        # Features have one place per sample and channel; an image has many.
+        needed = 2 if isinstance(layer, nn.BatchNorm1d) else 1
+        for task in range(tasks if layer.training else 0):
+            smallest, processes = smallest_batch(task), trainer.world_size
+            if smallest // processes < needed:
+                raise ConfigurationError(
+                    f"Expected batch_size to leave every process {needed} or more samples of each batch "
+                    f"where a layer (backbone.{name}) normalises batches, but task {task} has one of "
+                    f"{smallest} for {processes} processes. Choose another batch_size, or a layer that "
+                    "normalises each sample."
+                )
 
 
 def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrategy]) -> None:
@@ -145,8 +303,8 @@ def _warn_of_forgetting(host: ContinualHost, strategies: Sequence[ContinualStrat
         )
 
 
-def check_phases(schedule: Schedule, stream: ContinualStream) -> None:
-    """Refuse a schedule whose phases cannot be told apart or have no updates.
+def check_phases(schedule: Schedule, stream: ContinualStream, trainer: Trainer) -> None:
+    """Refuse a schedule whose phases cannot be told apart, have no updates, or do not suit the trainer.
 
     Raises:
         ConfigurationError: names the phase, the rule and the remedy.
@@ -169,6 +327,16 @@ def check_phases(schedule: Schedule, stream: ContinualStream) -> None:
                     "Expected reset_optimizer to be 'always' where a phase has an optimizer of its own, "
                     f"as {phase.name!r} of task {task} has, but got 'never'. "
                     "Set it to 'always'."
+                )
+            if (
+                phase.trains == "strategy"
+                and trainer.accumulate_grad_batches > 1
+                and getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
+            ):
+                raise ConfigurationError(
+                    "Expected trainer.strategy to be without find_unused_parameters where gradients "
+                    f"accumulate and a phase trains a strategy, as {phase.name!r} of task {task} does: "
+                    "torch would take every parameter as unused, twice. Use 'ddp'."
                 )
 
 

@@ -35,6 +35,8 @@ class ContinualStrategy(Callback):
     exclusive: ClassVar[bool] = False
     #: Answers in the mode of a task, so somebody has to name the task at test.
     needs_task_id: ClassVar[bool] = False
+    #: Measures or adds up what weights in half precision (bf16-true, 16-true) would lose.
+    needs_full_precision: ClassVar[bool] = False
     #: Holds weights or outputs near old ones and nothing else: with one head for all classes and no
     #: task id it is expected to forget.
     regulariser: ClassVar[bool] = False

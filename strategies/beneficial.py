@@ -78,6 +78,7 @@ class BeneficialPerturbation(ContinualStrategy):
     """
 
     needs_task_id = True
+    needs_full_precision = True
     plain_first_task = False
     null_arguments: ClassVar[Mapping[str, Any]] = {"epsilon": 0.0}
 

@@ -18,6 +18,7 @@ from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.gradients import segment_gradients, segments_have_closed_forms
 from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.penalties import refuse_fused
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualHost, Task
@@ -332,6 +333,7 @@ class GradientEpisodicMemory(ContinualStrategy):
     """
 
     projects: ClassVar[bool] = True
+    needs_full_precision: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -389,6 +391,7 @@ class GradientEpisodicMemory(ContinualStrategy):
                 f"Expected trainer.gradient_clip_algorithm to be 'norm' beside {name}, but got 'value'. "
                 "Clipping each value turns a gradient away from where it was projected to."
             )
+        refuse_fused(name, host, optimizer)
         for task in host.tasks:
             self._check_size(host, task)
         changes = _what_turns_steps(optimizer)
@@ -484,7 +487,7 @@ class GradientEpisodicMemory(ContinualStrategy):
                 sizes = groups[own][part].bincount(minlength=len(totals))
                 there = sizes.nonzero().flatten()
                 found = self._segments(host, parameters, positions[own][part], sizes[there])
-                found *= (sizes[there] / totals[there]).to(found)[:, None]
+                found *= (sizes[there].double() / totals[there]).to(found)[:, None]
                 total = _added(total, found, there, len(totals))
         if total is None:  # more processes than samples
             count = sum(value.numel() for value in parameters.values())

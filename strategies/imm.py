@@ -84,6 +84,7 @@ class IncrementalMomentMatching(ContinualStrategy):
     """
 
     regulariser: ClassVar[bool] = True
+    needs_full_precision: ClassVar[bool] = True
 
     def __init__(
         self,

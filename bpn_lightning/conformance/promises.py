@@ -435,7 +435,7 @@ def test_two_processes_learn_what_one_does(trial: Trial, two_processes: TwoProce
 @promise()
 def test_two_half_batches_are_a_batch(trial: Trial) -> None:
     """With gradients accumulated over two batches it learns as from one batch of both, to 1e-5."""
-    # 9 batches of 287 samples: the last update has one, and that is a short one.
+    # 288 samples are 9 batches, the last update has one of them; 291 are 10, the last one with 3 samples.
     halves = replace(PLAIN, stream={"batch_size": 32}, trainer={"accumulate_grad_batches": 2})
     wholes = replace(PLAIN, stream={"batch_size": 64})
     mine, theirs = (fit(trial.subject.make(), way).learned() for way in (halves, wholes))

@@ -1,0 +1,228 @@
+"""What a stream cannot run under is refused by name, before training."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+from bpn_lightning.cli import main
+from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.strategies import EncoderBasedLifelongLearning
+from bpn_lightning.trainer_rules import check_batches, check_launch
+
+LOST = (
+    "Their memories, importances and accuracies would be lost when they end: of what such processes "
+    "learn, Lightning brings back the weights alone. Run a script with 'ddp'; in a notebook use "
+    "devices=1."
+)
+
+
+def trainer(**flags):
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, **{"devices": 2, **flags}
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"strategy": "ddp_spawn"},
+            (
+                "Expected trainer.strategy to be 'auto' or 'ddp', but got one that starts processes by "
+                f"'spawn'. {LOST}"
+            ),
+        ),
+        (
+            {"strategy": "ddp_fork"},
+            (
+                "Expected trainer.strategy to be 'auto' or 'ddp', but got one that starts processes by "
+                f"'fork'. {LOST}"
+            ),
+        ),
+        (
+            {"strategy": DDPStrategy(model_averaging_period=4)},
+            (
+                "Expected trainer.strategy to be one that averages gradients, but got "
+                "DDPStrategy(model_averaging_period=4). Between averages every process would have weights, "
+                "memories and importances of its own. Leave it out."
+            ),
+        ),
+        (
+            {"strategy": DDPStrategy(ddp_comm_hook=bf16_compress_hook)},
+            (
+                "Expected trainer.strategy to be one without a communication hook, but got "
+                "DDPStrategy(ddp_comm_hook=bf16_compress_hook). Processes would not follow the gradient "
+                "that one process follows. Leave it out."
+            ),
+        ),
+        (
+            {"strategy": DDPStrategy(static_graph=True), "accumulate_grad_batches": 2},
+            (
+                "Expected trainer.strategy to be without a static graph where gradients accumulate, but got "
+                "DDPStrategy(static_graph=True). torch stops on an internal assertion. Leave static_graph or "
+                "accumulate_grad_batches out."
+            ),
+        ),
+        (
+            {"strategy": "ddp", "sync_batchnorm": True},
+            (
+                "Expected trainer.sync_batchnorm to be off on the CPU, but got True. torch.nn.SyncBatchNorm "
+                "needs a GPU. Leave it out, or use layers that normalise each sample."
+            ),
+        ),
+    ],
+)
+def test_ways_to_launch_that_are_refused(flags, message):
+    with pytest.raises(ConfigurationError) as error:
+        check_launch(trainer(**flags))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"devices": 1, "strategy": "auto"},
+        {"strategy": "ddp"},
+        {"strategy": "ddp_find_unused_parameters_true"},
+        {"strategy": DDPStrategy(static_graph=True)},
+        {"strategy": DDPStrategy(gradient_as_bucket_view=True), "accumulate_grad_batches": 2},
+        {"devices": 1, "strategy": "auto", "sync_batchnorm": True},
+    ],
+)
+def test_ways_to_launch_that_are_taken(flags):
+    check_launch(trainer(**flags))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        # Neither can be made here: one wants GPUs, the other a package.
+        (SimpleNamespace(), "SimpleNamespace"),
+        (DeepSpeedStrategy.__new__(DeepSpeedStrategy), "DeepSpeedStrategy"),
+    ],
+)
+def test_what_shards_parameters_is_refused(strategy, name):
+    with pytest.raises(ConfigurationError) as error:
+        check_launch(SimpleNamespace(strategy=strategy))
+    assert str(error.value) == (
+        f"Expected trainer.strategy to be 'auto' or 'ddp', but got {name}. Sharded parameters cannot be "
+        "penalised, biased or restored one by one."
+    )
+
+
+def test_precisions_of_unknown_layers_are_refused():
+    odd = SimpleNamespace(strategy=trainer(devices=1).strategy, precision="transformer-engine")
+    odd.accumulate_grad_batches, odd.world_size = 1, 1
+    with pytest.raises(ConfigurationError) as error:
+        check_launch(odd)
+    assert str(error.value) == (
+        "Expected trainer.precision to be one of 64-true, 32-true, bf16-mixed, 16-mixed, bf16-true, "
+        "16-true, but got transformer-engine. Others put layers of their own in the place of those that "
+        "strategies know."
+    )
+
+
+def test_the_command_refuses_before_it_starts_processes(tmp_path, capfd):
+    runs = tmp_path / "runs"
+    flags = ["--trainer.strategy", "ddp_spawn", "--trainer.accelerator", "cpu"]
+    command = ["--config", "digits_inc.yaml", "--method", "ewc", "--trainer.devices", "2", *flags]
+    assert main([*command, "--runs", str(runs)]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "bpn-fit: error: Expected trainer.strategy to be 'auto' or 'ddp', but got one that starts "
+        f"processes by 'spawn'. {LOST}"
+    )
+    assert not runs.exists()
+
+
+# --- the network and the batches -----------------------------------------------------------------
+
+
+def normalising(kind=nn.BatchNorm1d):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), kind(16), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("kind", "smallest", "processes", "said"),
+    [
+        (nn.BatchNorm1d, 4, 2, None),
+        (nn.BatchNorm1d, 3, 2, "2 or more samples of each batch"),
+        (nn.BatchNorm1d, 1, 1, "2 or more samples of each batch"),
+        (nn.BatchNorm2d, 2, 2, None),
+        (nn.BatchNorm2d, 1, 2, "1 or more samples of each batch"),
+        (nn.LayerNorm, 1, 2, None),
+    ],
+)
+def test_batches_too_small_for_their_statistics(kind, smallest, processes, said):
+    driver = SimpleNamespace(strategy=None, world_size=processes)
+    check = partial(
+        check_batches, driver, normalising(kind), 2, lambda task: 64 - task * (64 - smallest)
+    )
+    if said is None:
+        return check()
+    with pytest.raises(ConfigurationError) as error:
+        check()
+    assert str(error.value) == (
+        f"Expected batch_size to leave every process {said} where a layer (backbone.2) normalises "
+        f"batches, but task 1 has one of {smallest} for {processes} processes. Choose another "
+        "batch_size, or a layer that normalises each sample."
+    )
+
+
+def test_layers_that_are_frozen_take_no_statistics():
+    driver = SimpleNamespace(strategy=None, world_size=2)
+    check_batches(driver, normalising().eval(), 1, lambda task: 1)
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_the_last_batch_counts_unless_it_is_left_out(fit, limit):
+    """288 samples in batches of 41: the eighth has one."""
+    stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=41)
+    learn = partial(fit, stream=stream, backbone=normalising())
+    if limit is not None:
+        module, _ = learn(trainer={"limit_train_batches": limit})
+        assert module.closed == 1
+        return
+    with pytest.raises(ConfigurationError, match=r"task 0 has one of 1 for 1 processes\."):
+        learn()
+
+
+def test_unused_parameters_are_not_looked_for_where_a_strategys_phase_accumulates(fit):
+    with pytest.raises(ConfigurationError) as error:
+        fit(
+            [EncoderBasedLifelongLearning()],
+            mask="task",
+            trainer={
+                "strategy": DDPStrategy(find_unused_parameters=True, process_group_backend="gloo"),
+                "devices": 1,
+                "accumulate_grad_batches": 2,
+            },
+        )
+    assert str(error.value) == (
+        "Expected trainer.strategy to be without find_unused_parameters where gradients accumulate and "
+        "a phase trains a strategy, as 'autoencoder' of task 0 does: torch would take every parameter "
+        "as unused, twice. Use 'ddp'."
+    )
+
+
+# --- fused optimizers ----------------------------------------------------------------------------
+
+
+def test_a_fused_optimizer_is_not_clipped_in_half_precision(fit):
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigurationError) as error:
+        fit(
+            optimizer=partial(torch.optim.SGD, lr=0.05, fused=True),
+            trainer={"plugins": [scaled], "gradient_clip_val": 1.0},
+        )
+    assert str(error.value) == (
+        "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, but "
+        "got a fused SGD. Set fused to False, or use bf16-mixed."
+    )
