@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bpn_lightning import registry
 from bpn_lightning.command import methods_of, packaged_configs, read_command
-from bpn_lightning.errors import BPNLightningError, ConfigurationError
+from bpn_lightning.errors import BPNLightningError, ConfigurationError, ProcessesError
 
 __all__ = ["main"]
 
@@ -63,13 +63,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             return _fit(argv)
     except BPNLightningError as error:
-        process = int(os.environ.get("LOCAL_RANK", "0"))
-        if process == 0:
+        process = _later_process()
+        if not process:
             print(f"bpn-fit: error: {error}", file=sys.stderr)
-        elif not isinstance(error, ConfigurationError):  # that one is the same in every process
+        elif not isinstance(error, ConfigurationError | ProcessesError):  # the same in every process
             print(f"bpn-fit: error in process {process}: {error}", file=sys.stderr)
         return USAGE_ERROR
     return 0
+
+
+def _later_process() -> str:
+    """Which process of several this is; empty if it is the first.
+
+    torchrun and SLURM number all of them; Lightning numbers those of each machine, and the machines.
+    """
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return os.environ[name].lstrip("0")
+    here, machine = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "NODE_RANK"))
+    return here.lstrip("0") if machine == "0" else f"{here} of machine {machine}"
 
 
 def _fit(argv: Sequence[str]) -> int:
