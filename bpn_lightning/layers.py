@@ -20,6 +20,7 @@ __all__ = [
     "TaskModule",
     "WeightBank",
     "evaluation_mode",
+    "full_precision",
     "taken_input",
 ]
 
@@ -397,6 +398,11 @@ def _aligned(vectors: Tensor, input: Tensor) -> Tensor:
 def taken_input(layer: nn.Module, input: Tensor) -> Tensor:
     """What a layer's weights see of an input: the input itself, but for keyed layers."""
     return layer.taken(input) if isinstance(layer, SwitchableLinear) else input
+
+
+def full_precision(value: Tensor) -> Tensor:
+    """The same in float32, where it is in half precision: for logarithms, and for sums."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
@@ -164,7 +165,7 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "torch stops on an internal assertion. Leave static_graph or accumulate_grad_batches out.",
     )
     yield (
-        getattr(strategy, "_layer_sync", None) is not None
+        isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm)
         and trainer.world_size > 1
         and strategy.root_device.type == "cpu",
         "sync_batchnorm",

@@ -167,7 +167,10 @@ class BeneficialPerturbation(ContinualStrategy):
         self._steps = []
         for units in self.units.values():
             if units.M.grad is not None:
-                gradient = units.M.grad if scale == 1 else units.M.grad / scale
+                gradient = units.M.grad
+                if scale != 1:  # no scaler looks whether this one has overflowed
+                    finite = gradient.isfinite().all()
+                    gradient = torch.where(finite, gradient / scale, torch.zeros_like(gradient))
                 step = perturbation(gradient, self.direction, self.epsilon)
                 self._steps.append((units.M, step))
                 units.M.grad = None

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.layers import evaluation_mode, full_precision
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.lwf import Answer, LearningWithoutForgetting, student_answer
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
@@ -335,7 +335,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         logits, errors = reconstructed(host.network(), self.layer, self.autoencoder, batch.inputs)
         first, stop = host.columns(host.opened)
         losses = F.cross_entropy(
-            logits[:, first:stop].float(), batch.targets - first, reduction="none"
+            full_precision(logits[:, first:stop]), batch.targets - first, reduction="none"
         )
         return self.reconstruction * errors + losses
 

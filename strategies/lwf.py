@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from bpn_lightning.costs import Bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.layers import TaskModule, evaluation_mode
+from bpn_lightning.layers import TaskModule, evaluation_mode, full_precision
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
 
@@ -43,8 +43,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> 
     >>> distillation(torch.tensor([[1.0, 1.0]]), torch.tensor([[5.0, 5.0]]))  # log 2
     tensor([0.6931])
     """
-    precision = torch.promote_types(student.dtype, torch.float32)
-    z, v = student.to(precision) / temperature, teacher.to(precision) / temperature
+    z, v = full_precision(student) / temperature, full_precision(teacher) / temperature
     # Written so that autograd computes p as q is computed here: equal logits cancel bit for bit.
     q = (v - v.logsumexp(-1, keepdim=True)).exp()
     return z.logsumexp(-1) - (q * z).sum(-1)

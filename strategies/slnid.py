@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.importance import mean_over_task, squared_lengths
-from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.layers import evaluation_mode, full_precision
 from bpn_lightning.penalties import Update
 from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Task
@@ -207,7 +207,8 @@ class SLNID(MemoryAwareSynapses):
         if not heard:
             return {}
         with torch.autocast(host.device.type, enabled=False):
-            layers = [inhibition(h.float(), self._weights_of(n, h)) for n, h in heard.items()]
+            raised = {name: full_precision(output) for name, output in heard.items()}
+            layers = [inhibition(h, self._weights_of(n, h).to(h.dtype)) for n, h in raised.items()]
         return {"inhibition": self.sparsity * torch.stack(layers).sum(0)}
 
     def _weights_of(self, name: str, activations: Tensor) -> Tensor:
@@ -230,7 +231,11 @@ class SLNID(MemoryAwareSynapses):
 
     def _unit_importance(self, host: ContinualHost, task: Task) -> dict[str, Tensor]:
         network = host.network()
-        like = {name: torch.zeros(units, device=host.device) for name, units in self.units.items()}
+        kind = next(network.parameters()).dtype
+        like = {
+            name: torch.zeros(units, device=host.device, dtype=kind)
+            for name, units in self.units.items()
+        }
 
         def absolutes(batch: Batch, columns: slice) -> dict[str, Tensor]:
             parts = {name: network.get_submodule(name) for name in self.units}
