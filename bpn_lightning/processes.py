@@ -52,7 +52,7 @@ def _fingerprint(leaf: Any) -> str:
         return blake2b(repr(leaf).encode(), digest_size=16).hexdigest()
     bits = leaf.detach().cpu().contiguous().flatten().view(torch.uint8)
     digest = blake2b(f"{leaf.dtype} {tuple(leaf.shape)}".encode(), digest_size=16)
-    digest.update(bits.numpy())
+    digest.update(bits.numpy().tobytes())
     return digest.hexdigest()
 
 

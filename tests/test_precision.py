@@ -22,7 +22,7 @@ from bpn_lightning import importance
 from bpn_lightning.conformance.runs import PLAIN, Run, Setting, differences, fit
 from bpn_lightning.conformance.subjects import Subject, read_subjects
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.strategies import STRATEGIES
+from bpn_lightning.strategies import STRATEGIES, BeneficialPerturbation
 
 LR = 0.05
 ARGUMENTS = {
@@ -215,6 +215,30 @@ def test_an_update_that_is_skipped_changes_nothing(name: str, cell: str) -> None
     assert not differences(after, before)
     assert differences(later, after), "and the next one changes something"
     assert later["module/head.bias"].isfinite().all()
+
+
+@pytest.mark.parametrize("direction", ["sign", "gradient", "normalised"])
+def test_an_m_whose_own_gradient_overflowed_rests(direction: Any) -> None:
+    """It is outside the optimizer: the scaler does not look at it, and takes the update of the rest."""
+    noted: list[dict[str, Any]] = []
+
+    class OverflowOfM(Callback):
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_idx == 2:
+                pl_module.head.bias_units.M.grad[0, 1] = float("inf")
+
+    fit(
+        [BeneficialPerturbation(8, direction=direction), OverflowOfM()],
+        under(plugins=[ScaledSingle()]),
+        at_batch=lambda run, at, batch, last: noted.append(run.learned()),
+    )
+    before, after, later = (
+        (one["module/head.bias_units.M"], one["module/head.bias_units.W"]) for one in noted[1:4]
+    )
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+    assert not torch.equal(later[0], after[0])
+    assert later[0].isfinite().all()
 
 
 @of("fused, 16-mixed")

@@ -18,8 +18,8 @@ from bpn_lightning.processes import disagreements, fingerprints
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "processes.py"
 COMPARED = [
-    "bd+psp", "bd+si", "bd+mas", "bd+gem", "psp+ewc", "si+lwf", "ewc, sampled labels",
-    "ewc, multi-head", "gem, multi-head", "imm, mean", "joint, multi-head", "ebll, multi-head",
+    "bd+si", "bd+mas", "bd+gem", "ewc, sampled labels", "ewc, multi-head", "gem, multi-head",
+    "imm, mean", "joint, multi-head", "ebll, multi-head",
 ]  # fmt: skip
 
 
