@@ -42,6 +42,9 @@ Train a method over a stream of tasks, in one Lightning fit.
 
 USAGE_ERROR = 2  # as argparse exits
 
+#: Errors that are the same in every process.
+SAID_ONCE = (ConfigurationError, ProcessesError)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         process = _later_process()
         if not process:
             print(f"bpn-fit: error: {error}", file=sys.stderr)
-        elif not isinstance(error, ConfigurationError | ProcessesError):  # the same in every process
+        elif not isinstance(error, SAID_ONCE):
             print(f"bpn-fit: error in process {process}: {error}", file=sys.stderr)
         return USAGE_ERROR
     return 0

@@ -120,7 +120,8 @@ class ContinualSteps(ContinualNetwork):
         """The sum over all processes."""
         if self._trainer is None or self.trainer.world_size == 1:
             return tensor
-        return cast(Tensor, self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum"))
+        own = tensor.clone(memory_format=torch.contiguous_format)  # nccl takes no other
+        return cast(Tensor, self.trainer.strategy.reduce(own, reduce_op="sum"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer, over everything trainable but M, and its scheduler.
@@ -256,13 +257,17 @@ class ContinualSteps(ContinualNetwork):
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
-            right = active.detach().argmax(1) == batch.targets - first
+            right = (active.detach().argmax(1) == batch.targets - first).sum()
             for hook in self._hooks["logs"]:
                 terms.update(hook(self))
-            self.log_dict({name: term.detach() for name, term in terms.items()})
+            # Means over processes, each of which has the whole batch's size in its scale.
+            self.log_dict({name: term.detach() for name, term in terms.items()}, sync_dist=True)
+            whole = {
+                "train/loss": loss.detach(),
+                "train/accuracy": right * self._world_size / batch.global_size,
+            }
+            self.log_dict(whole, prog_bar=True, sync_dist=True)
             self.log("stream/task", float(self.opened + 1))
-            self.log("train/loss", loss.detach(), prog_bar=True)
-            self.log("train/accuracy", right.float().mean(), prog_bar=True)
         return loss * share
 
     def _share_of_update(self, batch: Batch, batch_idx: int) -> float:
@@ -295,7 +300,7 @@ class ContinualSteps(ContinualNetwork):
             loss = self._phase_owner.phase_loss(self, self._phase, batch).sum() * scale
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
-            self.log(f"loss/{self._phase.name}", loss.detach(), prog_bar=True)
+            self.log(f"loss/{self._phase.name}", loss.detach(), prog_bar=True, sync_dist=True)
             self.log("stream/task", float(self.opened + 1))
         return loss
 

@@ -72,6 +72,24 @@ from bpn_lightning.strategies import (
 from bpn_lightning.strategies.base import ContinualStrategy
 
 folder = Path(sys.argv[1])
+
+# --- as strict as nccl, which takes no tensor with gaps and not every type
+
+plain_all_reduce = torch.distributed.all_reduce
+TYPES = {
+    getattr(torch, name)
+    for name in ("uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+}
+
+
+def strict_all_reduce(tensor, *args, **kwargs):
+    assert tensor.is_contiguous(), "Tensors must be contiguous"
+    assert tensor.dtype in TYPES, tensor.dtype
+    return plain_all_reduce(tensor, *args, **kwargs)
+
+
+torch.distributed.all_reduce = strict_all_reduce
+
 EVEN = {"num_tasks": 2, "batch_size": 67}  # 288 samples: shares of 33 and 34, and of 10 and 10
 
 
