@@ -5,6 +5,7 @@ experiment of it; ``docs/trainer_flags.md`` has the table. Strategies say what t
 (``projects``, ``needs_task_id``, ...), and what cannot be right together is refused before training.
 """
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
@@ -138,6 +140,14 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
             "devices=1."
         ),
     )
+    started = _started_processes()
+    yield (
+        started > 1 and started != trainer.num_devices * trainer.num_nodes,
+        "devices * num_nodes",
+        f"{trainer.num_devices} * {trainer.num_nodes}",
+        f"{started}, as many processes as were started",
+        "Set devices to the processes of a machine, num_nodes to the machines, and strategy to 'ddp'.",
+    )
     yield (
         getattr(strategy, "_model_averaging_period", None) is not None,
         "strategy",
@@ -180,6 +190,13 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         f"one of {', '.join(PRECISIONS)}",
         "Others put layers of their own in the place of those that strategies know.",
     )
+
+
+def _started_processes() -> int:
+    """How many torchrun or srun has started; 0 where neither has, so that Lightning may start some."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "0"))
 
 
 def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -> None:
@@ -226,20 +243,20 @@ def check_batches(
     Raises:
         ConfigurationError: names the layer, the task, its batch and the remedy.
     """
-    if getattr(trainer.strategy, "_layer_sync", None) is not None:
-        return
+    together = getattr(trainer.strategy, "_layer_sync", None) is not None
+    processes = 1 if together else trainer.world_size
     layers = [(n, part) for n, part in network.named_modules() if isinstance(part, _BatchNorm)]
     for name, layer in layers:
         # Features have one place per sample and channel; an image has many.
         needed = 2 if isinstance(layer, nn.BatchNorm1d) else 1
         for task in range(tasks if layer.training else 0):
-            smallest, processes = smallest_batch(task), trainer.world_size
+            smallest = smallest_batch(task)
             if smallest // processes < needed:
                 raise ConfigurationError(
                     f"Expected batch_size to leave every process {needed} or more samples of each batch "
                     f"where a layer (backbone.{name}) normalises batches, but task {task} has one of "
-                    f"{smallest} for {processes} processes. Choose another batch_size, or a layer that "
-                    "normalises each sample."
+                    f"{smallest} for {processes} process{'es' if processes > 1 else ''}. Choose another "
+                    "batch_size, or a layer that normalises each sample."
                 )
 
 

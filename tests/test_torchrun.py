@@ -112,6 +112,37 @@ def test_an_error_is_printed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "variables",
+    [
+        {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"},
+        {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"},
+    ],
+)
+@pytest.mark.parametrize(
+    ("flags", "got"),
+    [(["--trainer.devices", "2", "--trainer.strategy", "ddp"], "2 * 1"), ([], "1 * 1")],
+)
+def test_processes_that_were_started_are_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    flags: list[str],
+    got: str,
+) -> None:
+    """Each would learn alone, and write to the same folder."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main([*FLAGS, *flags, "--runs", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "bpn-fit: error: Expected trainer.devices * num_nodes to be 4, as many processes as were started, "
+        f"but got {got}. Set devices to the processes of a machine, num_nodes to the machines, and "
+        "strategy to 'ddp'."
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("variables", "process"),
     [
         ({}, ""),
@@ -208,6 +239,7 @@ def test_srun_learns_what_one_process_learns(tmp_path: Path, alone: dict[str, An
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
         "SLURM_NODELIST": "localhost",
+        "SLURM_STEP_NUM_TASKS": "2",
     }
     flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--runs", str(tmp_path)]
     running = [

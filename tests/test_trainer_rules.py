@@ -120,7 +120,7 @@ def test_what_shards_parameters_is_refused(strategy, name):
 
 def test_precisions_of_unknown_layers_are_refused():
     odd = SimpleNamespace(strategy=trainer(devices=1).strategy, precision="transformer-engine")
-    odd.accumulate_grad_batches, odd.world_size = 1, 1
+    odd.accumulate_grad_batches, odd.world_size, odd.num_devices, odd.num_nodes = 1, 1, 1, 1
     with pytest.raises(ConfigurationError) as error:
         check_launch(odd)
     assert str(error.value) == (
@@ -171,7 +171,7 @@ def test_batches_too_small_for_their_statistics(kind, smallest, processes, said)
         check()
     assert str(error.value) == (
         f"Expected batch_size to leave every process {said} where a layer (backbone.2) normalises "
-        f"batches, but task 1 has one of {smallest} for {processes} processes. Choose another "
+        f"batches, but task 1 has one of {smallest} for {processes} process{'es' if processes > 1 else ''}. Choose another "
         "batch_size, or a layer that normalises each sample."
     )
 
@@ -190,7 +190,7 @@ def test_the_last_batch_counts_unless_it_is_left_out(fit, limit):
         module, _ = learn(trainer={"limit_train_batches": limit})
         assert module.closed == 1
         return
-    with pytest.raises(ConfigurationError, match=r"task 0 has one of 1 for 1 processes\."):
+    with pytest.raises(ConfigurationError, match=r"task 0 has one of 1 for 1 process\."):
         learn()
 
 
