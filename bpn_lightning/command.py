@@ -23,13 +23,18 @@ import yaml
 
 from bpn_lightning import registry
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.files import check_name
+from bpn_lightning.trust import Named, check_named, importable, imported_by, named_classes, top_modules
 
-__all__ = ["CONFIGS", "Command", "methods_of", "packaged_configs", "read_command"]
+__all__ = ["CONFIGS", "Command", "methods_of", "packaged_configs", "read_command", "read_yaml"]
 
 CONFIGS = Path(str(files("bpn_lightning.configs")))
 
 #: Keys whose value is a mapping; anything else there would end in a traceback.
 GROUPS = ("trainer", "model", "strategies")
+
+#: Values of a config, aliases counted wherever they stand: a few lines of them make billions.
+MOST_VALUES = 100_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class Command:
         strategies: name of each strategy, in order, and what it stands for; None where a config or
             a flag gives its class path.
         plugins: streams of other packages that are named somewhere.
-        notices: what to tell the user.
+        importable: top modules that may be imported by name.
+        trust: whether other modules may be, too.
+        notices: what to tell the user, before anything is imported.
     """
 
     args: list[str]
@@ -51,6 +58,8 @@ class Command:
     method: str
     strategies: dict[str, registry.Registered | None]
     plugins: list[registry.Registered]
+    importable: frozenset[str]
+    trust: bool
     notices: list[str]
 
 
@@ -82,10 +91,11 @@ def methods_of(experiment: str, folder: Path = CONFIGS) -> list[str]:
 
 
 def read_command(argv: Sequence[str]) -> Command:
-    """Find the files and the method, and put everything into order.
+    """Find the files and the method, and put everything into order; imports nothing that they name.
 
     Raises:
-        ConfigurationError: a config, method or strategy is unknown, or a file cannot be read.
+        ConfigurationError: a config, method or strategy is unknown, a file cannot be read, or it names
+            a class that is not trusted.
     """
     flags, rest = _split(argv)
     paths = [_find_config(name) for name in flags.config]
@@ -95,6 +105,7 @@ def read_command(argv: Sequence[str]) -> Command:
         flags.experiment or _last(layers, "experiment") or (paths[0].stem if paths else "unnamed")
     )
     method = flags.method or stated
+    check_name("experiment", experiment)
     folders = list(dict.fromkeys([*(path.parent for path in paths[:1]), CONFIGS]))
     known_methods = sorted({name for folder in folders for name in methods_of(experiment, folder)})
     if method is None:
@@ -103,6 +114,7 @@ def read_command(argv: Sequence[str]) -> Command:
             f"Try --method {'bd+ewc' if not known_methods else known_methods[0]}; "
             "`bpn-fit --list` shows them."
         )
+    check_name("method", method)
 
     notices = []
     if flags.method is not None and flags.method != stated:
@@ -123,6 +135,15 @@ def read_command(argv: Sequence[str]) -> Command:
     first = next((i for i, layer in enumerate(layers) if layer.strategies), len(layers))
     if method_layer is not None:
         layers.insert(first, method_layer)
+
+    plugins = _named_plugins(layers, rest)
+    by_files, typed = _named_classes(layers, rest, flags.method, method)
+    if flags.trust is not True:
+        check_named(by_files if flags.trust is None else by_files + typed)
+    notices += imported_by(by_files)
+    in_files = top_modules([layer.content for layer in layers])
+    in_flags = top_modules([method, *(value for _, value in _values(rest))])
+    trusted = {True: in_files | in_flags, None: in_flags, False: set()}[flags.trust]
     return Command(
         args=[
             *(token for layer in layers for token in ("--config", layer.value)),
@@ -133,7 +154,9 @@ def read_command(argv: Sequence[str]) -> Command:
         experiment=experiment,
         method=method,
         strategies=chosen,
-        plugins=_named_plugins(layers, rest),
+        plugins=plugins,
+        importable=importable(in_files | in_flags, trusted),
+        trust=flags.trust is True,
         notices=notices,
     )
 
@@ -144,12 +167,21 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--method")
     parser.add_argument("--experiment")
+    parser.add_argument("--trust", nargs="?", const="true")
     try:
-        return parser.parse_known_args(argv)
+        flags, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ConfigurationError(
-            f"Expected {error.argument_name} to be followed by a value, but got none."
+            f"Expected {error.argument_name} to be followed by a value, but got none. "
+            "`bpn-fit --help` shows how it is called."
         ) from error
+    if flags.trust not in (None, "true", "false"):
+        raise ConfigurationError(
+            f"Expected --trust to be true or false, but got {flags.trust!r}. Write --trust to import "
+            "whatever the configs name."
+        )
+    flags.trust = None if flags.trust is None else flags.trust == "true"
+    return flags, rest
 
 
 def _last(layers: Sequence[_Layer], key: str) -> str | None:
@@ -171,26 +203,59 @@ def _find_config(name: str) -> Path:
     )
 
 
-def _read(path: Path) -> _Layer:
+def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
+    """The keys and values of a file, in plain types and in bounds.
+
+    Args:
+        path: of the file.
+        kind: what it should be, for messages.
+
+    Raises:
+        ConfigurationError: it cannot be read, is no YAML of keys and values, or holds too much.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(
             f"Expected {path} to be readable, but got {error.strerror}. Check its permissions."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # Beside YAMLError: what is no UTF-8, no date, no number or nests too deeply.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or str(error)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
         raise ConfigurationError(
-            f"Expected {path} to be YAML, but got an error{line}: {problem}. Correct that line."
+            f"Expected {path} to be {kind}, but got an error{line}: {problem}. Correct that line."
         ) from error
     content = {} if content is None else content
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigurationError(
-            f"Expected {path} to hold keys and values, but got {content!r}. "
+            f"Expected {path} to hold keys and values, but got {content!r:.80}. "
             "Start from the output of `bpn-fit --config digits_inc.yaml --print_config`."
         )
+    if _count(content, MOST_VALUES) > MOST_VALUES:
+        raise ConfigurationError(
+            f"Expected {path} to hold at most {MOST_VALUES:,} values, but got more, counted as often "
+            "as aliases repeat them. Write out what it needs."
+        )
+    return content
+
+
+def _count(content: Any, enough: int) -> int:
+    """Values below a value, itself included; stops counting when it is more than enough."""
+    stack, count = [content], 0
+    while stack and count <= enough:
+        value = stack.pop()
+        count += 1
+        if isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+    return count
+
+
+def _read(path: Path) -> _Layer:
+    content = read_yaml(path)
     for group in GROUPS:
         if group in content and not isinstance(content[group], Mapping):
             raise ConfigurationError(
@@ -324,6 +389,37 @@ def _check_overrides(
                 f"Expected {spelling} to be about a strategy of the method {method!r} "
                 f"({', '.join(chosen)}), but got {name!r}.{remedy}"
             )
+
+
+def _named_classes(
+    layers: Sequence[_Layer], rest: Sequence[str], typed_method: str | None, method: str
+) -> tuple[list[Named], list[Named]]:
+    """Classes that are named by class path: in files, and on the command line."""
+    line = "the command line"
+    found = [one for layer in layers for one in named_classes(layer.name, layer.content)]
+    in_files = [one for one in found if one.key != "method"]
+    typed = [one for key, value in _values(rest) for one in named_classes(line, value, key)]
+    if typed_method is None:
+        of = next(one.name for one in reversed(layers) if one.content.get("method") is not None)
+        in_files += named_classes(of, method, "method")
+    else:
+        typed += named_classes(line, method, "method")
+    return in_files, typed
+
+
+def _values(rest: Sequence[str]) -> list[tuple[str, Any]]:
+    """The flags and their values, as YAML has them."""
+    pairs = []
+    for token, following in zip(rest, [*rest, ""][1:], strict=True):
+        if token.startswith("--"):
+            key, equals, attached = token[2:].partition("=")
+            text = attached if equals else following
+            try:
+                value = yaml.safe_load(text)
+            except (yaml.YAMLError, ValueError, RecursionError):
+                value = text
+            pairs.append((key.removesuffix("+"), value))
+    return pairs
 
 
 def _flags(rest: Sequence[str]) -> list[str]:

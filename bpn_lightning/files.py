@@ -1,9 +1,47 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, in folders that lie where they were asked for."""
 
 import os
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+from bpn_lightning.errors import ConfigurationError, ResultsError
+
+__all__ = ["check_name", "refuse_outside", "write_atomically"]
+
+_LONGEST = 255  # bytes of a name, as file systems have it
+
+
+def check_name(argument: str, name: str) -> None:
+    """Refuse what is no name for one folder, such as ``..`` or a path.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    encoded = name.encode(errors="replace")
+    plain = name.isprintable() and len(encoded) <= _LONGEST
+    if not plain or name in ("", ".", "..") or "/" in name or os.sep in name:
+        shown = name if len(name) <= 60 else f"{name[:60]}... ({len(name)} characters)"
+        raise ConfigurationError(
+            f"Expected {argument} to be a name for a folder, but got {shown!r}. Write 1 to "
+            f"{_LONGEST} characters without slashes; --runs says where the folders lie."
+        )
+
+
+def refuse_outside(root: Path, folder: Path) -> None:
+    """Refuse a run's folder that lies elsewhere than below its root, or whose files do.
+
+    The root itself may be a link. What a logger of somebody else's keeps deeper in it is not looked at.
+
+    Raises:
+        ResultsError: names the link.
+    """
+    real = root.resolve()
+    written = [path for part in ("*", "figures/*", "checkpoints/*") for path in folder.glob(part)]
+    for path in (folder, *(path for path in written if path.is_symlink())):
+        if not path.resolve().is_relative_to(real):
+            raise ResultsError(
+                f"Expected {path} to lie in {root}, but a link leads to {path.resolve()}. Remove the "
+                "link, or name the other place with --runs."
+            )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

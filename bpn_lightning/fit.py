@@ -38,7 +38,7 @@ from bpn_lightning.errors import (
     ConfigurationError,
     ResultsError,
 )
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files import check_name, refuse_outside, write_atomically
 from bpn_lightning.loggers import RunName, SavedLogger, complete_loggers, go_offline
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
@@ -52,6 +52,7 @@ from bpn_lightning.results import (
 )
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.trainer_rules import check_launch
+from bpn_lightning.trust import restrict_imports
 
 __all__ = ["ContinualCLI", "fit"]
 
@@ -101,6 +102,7 @@ class ContinualCLI(LightningCLI):
 
     def __init__(self, command: Command) -> None:
         self.command = command
+        restrict_imports(command.importable, command.trust)
         _load_streams(command)
         super().__init__(
             ContinualModule,
@@ -242,11 +244,8 @@ class ContinualCLI(LightningCLI):
                 f"{self.config.checkpoint_every_n_steps}. A large number leaves only the epochs' ends."
             )
         for key in ("experiment", "method"):
-            if Path(self.config[key]).name != self.config[key] or self.config[key] == "..":
-                raise ConfigurationError(
-                    f"Expected {key} to be a name for a folder, but got {self.config[key]!r}. "
-                    "Leave slashes out; --runs says where the folders lie."
-                )
+            check_name(key, self.config[key])  # again: it may have been an interpolation
+        refuse_outside(Path(str(self.config.runs)), self.folder)
         if self.config.overwrite and self.config.ckpt_path == "last":
             raise ConfigurationError(
                 "Expected either --overwrite, which begins anew, or --ckpt_path last, which goes "

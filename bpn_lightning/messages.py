@@ -34,11 +34,28 @@ def explain(message: str, parser: ArgumentParser) -> str:
         message: of the parser's error.
         parser: the one that raised it; its options are the known ones.
     """
-    for rule in (_unknown_flag, _unknown_option, _missing, _not_importable, _wrong_value):
+    for rule in (_denied, _unknown_flag, _unknown_option, _missing, _not_importable, _wrong_value):
         said = rule(message, parser)
         if said:
             return said
     return " ".join(message.split())
+
+
+def _denied(message: str, parser: ArgumentParser) -> str | None:
+    """A name that a run may not import."""
+    match = re.search(r"Importing '([^']+)' is not allowed, denied by the '([^']+)' entry", message)
+    if not match:
+        return None
+    path, what = _path(message) or "a class path", f"{match[1]!r}"
+    if match[2] != "*":
+        return (
+            f"Expected {path} to be a class of its type, but got {what}: {match[2]} runs or loads code, "
+            "opens files or reaches the network, so nothing of it can be named. Name another class."
+        )
+    return (
+        f"Expected {path} to name a class of an installed package or a plugin, but got {what}. "
+        "Importing it runs its code: read it, then add --trust, or type the name on the command line."
+    )
 
 
 def _unknown_flag(message: str, parser: ArgumentParser) -> str | None:

@@ -22,6 +22,7 @@ LAYERS = [
     {"network", "processes", "random_state"},
     set(ROOMS),
     {"evaluation", "module", "registry", "steps", "trainer_rules"},
+    {"trust"},
     {
         "command",
         "console",

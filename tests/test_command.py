@@ -197,7 +197,13 @@ LIST = " `bpn-fit --list` shows"
                 f"(bd, ewc), but got 'ewk'. Did you mean 'ewc'?{LIST} all strategies."
             ),
         ),
-        ("--config", "Expected -c/--config to be followed by a value, but got none."),
+        (
+            "--config",
+            (
+                "Expected -c/--config to be followed by a value, but got none. `bpn-fit --help` shows "
+                "how it is called."
+            ),
+        ),
         (
             "--seed_everything 1",
             (

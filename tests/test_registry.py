@@ -67,6 +67,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
         (info / "entry_points.txt").write_text(entry_points)
+        (info / "RECORD").write_text("".join(f"{module}.py,,\n" for module in modules))
         for module, code in modules.items():
             (tmp_path / f"{module}.py").write_text(code)
 
