@@ -1,7 +1,10 @@
 """Networks that map inputs to features; the head on top belongs to the module."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -93,14 +96,15 @@ def torchvision_backbone(
             "one of them to null."
         )
     try:
-        network: nn.Module = models.get_model(name, weights=weights)
+        with _nothing_but_tensors():
+            network: nn.Module = models.get_model(name, weights=weights)
     except (KeyError, ValueError) as error:
         known = [member.name for member in models.get_model_weights(name)]
         raise ConfigurationError(
             f"Expected weights of {name} to be null, 'DEFAULT' or one of {', '.join(known)}, but got "
             f"{weights!r}.{did_you_mean(str(weights), known)}"
         ) from error
-    except OSError as error:  # among them URLError
+    except (OSError, RuntimeError, UnpicklingError) as error:  # among them URLError
         address = getattr(models.get_model_weights(name), str(weights)).url
         raise DataError(
             f"Expected to fetch the weights of {name} from {address}, but got "
@@ -122,6 +126,20 @@ def torchvision_backbone(
     if weights_file is not None:
         _load_weights(network, name, Path(weights_file).expanduser(), linears[-1])
     return network
+
+
+@contextmanager
+def _nothing_but_tensors() -> Iterator[None]:
+    """Torch's own switch: torchvision unpickles its cached downloads whatever is in them."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[key]
+        if before is not None:
+            os.environ[key] = before
 
 
 def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> None:

@@ -24,7 +24,14 @@ import yaml
 from bpn_lightning import registry
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
-from bpn_lightning.trust import Named, check_named, importable, imported_by, named_classes, top_modules
+from bpn_lightning.trust import (
+    Named,
+    check_named,
+    importable,
+    imported_by,
+    named_classes,
+    top_modules,
+)
 
 __all__ = ["CONFIGS", "Command", "methods_of", "packaged_configs", "read_command", "read_yaml"]
 

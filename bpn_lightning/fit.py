@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 import signal
 import sys
 import time
@@ -322,12 +321,14 @@ class ContinualCLI(LightningCLI):
             )
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+            theirs = saved["callbacks"].get(LastCheckpoint.__qualname__, {}).get("run")
+        # Whatever a file can be instead: damaged, of another kind, or with code in it.
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise CheckpointError(
-                f"Expected {path} to be a checkpoint, but it cannot be read: "
-                f"{str(error).splitlines()[0]}. Leave --ckpt_path out to start afresh."
+                f"Expected {path} to be a checkpoint, but it cannot be read: {said}. "
+                "Leave --ckpt_path out to start afresh."
             ) from error
-        theirs = saved.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("run")
         if theirs is not None and theirs != self._identity():
             raise CheckpointError(
                 f"Expected ckpt_path to be a checkpoint of {_name(self._identity())}, but {path} is "
@@ -421,7 +422,9 @@ def _train(cli: ContinualCLI, out: TextIO) -> int:
     cli.prepare_folder()
     status = 1
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.checkpoint)
+        cli.trainer.fit(
+            cli.model, datamodule=cli.datamodule, ckpt_path=cli.checkpoint, weights_only=True
+        )
         if cli.trainer.is_global_zero:
             _finish(cli, out, seconds=time.perf_counter() - started)
         status = 0

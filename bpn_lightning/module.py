@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from math import isnan
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -539,6 +540,28 @@ class ContinualModule(ContinualSteps):
             for part in ("current", "total"):
                 saved = checkpoint["loops"]["fit_loop"]["epoch_progress"][part]
                 saved["processed"] = saved["completed"] = saved["ready"] - 1
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's; by default nothing but tensors and plain values is loaded.
+
+        Raises:
+            CheckpointError: the file is damaged, of another kind, or with code in it.
+        """
+        kwargs.setdefault("weights_only", True)
+        if kwargs["weights_only"] and isinstance(checkpoint_path, str | Path):
+            try:
+                saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+                for part in ("state_dict", "continual", "pytorch-lightning_version"):
+                    saved[part]
+            # Whatever is there instead makes torch, zipfile and this raise nearly anything.
+            except Exception as error:
+                said = (str(error).splitlines() or [""])[0].rstrip(".")
+                raise CheckpointError(
+                    f"Expected {checkpoint_path} to be a checkpoint of a ContinualModule, but got "
+                    f"{type(error).__name__}: {said}. Pass one from a run's checkpoints folder."
+                ) from error
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the structure, with or without a trainer, and take over the cursor.

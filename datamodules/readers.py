@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bpn_lightning.datamodules.limits import open_image, refuse_bomb, refuse_ways_out
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.errors import DataError
 
@@ -59,7 +60,8 @@ def read_class_folders(
 ) -> ImageData:
     """Read ``<folder>/{train,test}/<class>/*``, every kind of image that Pillow reads.
 
-    Files with other suffixes are passed over. Classes are in alphabetical order.
+    Files with other suffixes are passed over. Classes are in alphabetical order. The folder may be a
+    link; a link in it must not lead out of it.
 
     Args:
         folder: an absolute path.
@@ -73,6 +75,9 @@ def read_class_folders(
     """
     suffixes = frozenset(Image.registered_extensions())
     files = {part: _list_class_folders(folder / part, suffixes) for part in ("train", "test")}
+    refuse_ways_out(
+        folder, (path for part in files.values() for of in part.values() for path in of)
+    )
     class_names = sorted(files["train"].keys() | files["test"].keys())
     size = (channels, height, width)
 
@@ -117,11 +122,8 @@ def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[
 
 def _decode(path: Path, channels: int, height: int, width: int, resize: bool) -> Any:
     try:
-        with Image.open(path) as file:
-            # Pillow cuts deeper pixels off at 255 instead of scaling them.
+        with open_image(path) as file:
             image: Image.Image = file
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
             if image.size != (width, height) and not resize:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels where {width} x {height} are expected"
@@ -160,9 +162,13 @@ def read_npz(path: Path) -> ImageData:
         file = path.open("rb")
     try:
         with file, np.load(file, allow_pickle=False) as archive:
+            read = [m for m in archive.zip.infolist() if m.filename.removesuffix(".npy") in _KEYS]
+            refuse_bomb(path, sum(m.compress_size for m in read), sum(m.file_size for m in read))
             missing = [key for key in _KEYS if key not in archive]
             arrays = {key: archive[key] for key in _KEYS if key in archive}
             held = list(archive)
+    except DataError:
+        raise
     # A damaged archive makes numpy and zipfile raise OSError, ValueError, BadZipFile, zlib.error...
     # and a single array in an .npy file is no context manager.
     except Exception as error:

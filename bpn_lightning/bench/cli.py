@@ -30,7 +30,7 @@ Run a grid of experiments, methods and seeds, and make its tables and pictures.
   --only WORD     experiments, methods, seeds (seed_0) and varied values (rank=10)
   --runs DIR      where the runs go; those finished there are not repeated (default: runs/bench/<grid>)
   --out DIR       where cells.json, tables and pictures go (default: <runs>/report)
-  --KEY VALUE     goes to every `bpn-fit`
+  --KEY VALUE     goes to every `bpn-fit`; --trust lets them import what the grid and its configs name
 
   --list          the packaged grids
   --help
@@ -89,7 +89,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _collect(argv: Sequence[str]) -> int:
     options, _ = _parse(argv, known_only=True)
-    grid = read_grid(options.grid)
+    grid = read_grid(options.grid, ["--trust"])  # nothing is imported to collect
     _finish(grid, Path(options.runs or Path("runs", "bench", grid.name)), options.out)
     return 0
 

@@ -27,13 +27,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from bpn_lightning.command import CONFIGS, methods_of, read_command
+from bpn_lightning.command import CONFIGS, methods_of, read_command, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.files import check_name
 
 __all__ = [
     "ARTEFACTS",
@@ -68,16 +68,20 @@ ARTEFACTS = (
 GROUPS = ("trainer", "model", "data", "strategies")
 """What the keys of a run begin with."""
 
-SINGLE_KEYS = ("checkpoint_every_n_steps",)
+SINGLE_KEYS = ("checkpoint_every_n_steps", "trust")
 
 OPTIONS = ("--jobs", "--retry", "--only", "--runs", "--out")
 """Of ``bpn-bench`` itself."""
+
+MOST_RUNS = 10_000
 
 _KEYS = ("title", "text", "seeds", "experiments", "compare", "report")
 _ENTRY_KEYS = ("config", "methods", "seeds", "set", "vary", "label", "probes", "not_run")
 
 PROBES = {"regions": "Regions", "drift": "Drift"}
 """What ``probes:`` may name, and the classes of :mod:`bpn_lightning.bench.probes`."""
+
+UNTRUSTED = "--trust=false"
 
 _PROBE_FLAG = "--trainer.callbacks+=bpn_lightning.bench.probes"
 
@@ -127,7 +131,8 @@ class Cell:
     @property
     def flags(self) -> list[str]:
         """For ``bpn-fit``, but for where the results go."""
-        head = ["--config", self.config, "--method", self.method]
+        # The grid's words become a command line, and nobody has typed them.
+        head = ["--config", self.config, "--method", self.method, UNTRUSTED]
         values = _flags(self.settings + self.variant)
         looks = [f"{_PROBE_FLAG}.{PROBES[name]}" for name in self.probes]
         return [*head, "--seed_everything", str(self.seed), *values, *looks]
@@ -216,7 +221,7 @@ def read_grid(name: str, passed_on: Sequence[str] = ()) -> Grid:
         ConfigurationError: a key, a config, a method, a seed or a strategy is wrong; names it.
     """
     path = find_grid(name)
-    content = _load(path)
+    content = read_yaml(path, "a grid in YAML")
     where = path.name
     _check_keys(content, _KEYS, where)
     seeds = _seeds(content.get("seeds", [0]), f"seeds of {where}")
@@ -297,7 +302,8 @@ def _cells(
     beside = grid.parent / config
     if not Path(config).is_file() and beside.is_file() and beside != grid:
         config = str(beside)
-    experiment = _command(["--config", config], here).experiment
+    trust = [word for word in passed_on if word.partition("=")[0] == "--trust"]
+    experiment = _command(["--config", config, UNTRUSTED, *trust], here).experiment
     if "seeds" in entry:
         seeds = _seeds(entry["seeds"], f"seeds of {here}")
     settings = tuple(_mapping(entry, "set", here).items())
@@ -308,30 +314,39 @@ def _cells(
                 f"Expected vary of {here} to give {key} a list of values, but got {values!r}. "
                 f"Write {key}: [{values}]; `set:` takes single values."
             )
+    count = prod(map(len, varied.values())) * len(seeds)
+    if count > MOST_RUNS:
+        raise ConfigurationError(
+            f"Expected {here} to make at most {MOST_RUNS:,} runs of a method, but got {count:,}. Vary "
+            "fewer keys together, in entries of their own."
+        )
     variants = [tuple(zip(varied, values, strict=True)) for values in product(*varied.values())]
     methods = _methods(entry, config, experiment, here)
     label = str(entry.get("label", ""))
-    if Path(label).name != label:
-        raise ConfigurationError(
-            f"Expected label of {here} to be a name for a folder, but got {label!r}. "
-            "Leave slashes out."
-        )
+    if label:
+        check_name(f"label of {here}", label)
     for key in (*dict(settings), *varied):
         check_key(str(key), here)
     for method, variant in product(methods, variants):
         flags = _flags(settings + variant)
-        _command(["--config", config, "--method", method, *flags, *passed_on], here)
-    probes = tuple(entry.get("probes") or ())
+        line = ["--config", config, "--method", method, UNTRUSTED, *flags, *passed_on]
+        _command(line, here)
+    probes = entry.get("probes") or ()
+    probes = tuple(probes) if isinstance(probes, list) else (probes,) if probes else ()
     for name in probes:
-        if name not in PROBES:
+        if name not in list(PROBES):
             raise ConfigurationError(
                 f"Expected probes of {here} to name some of {', '.join(PROBES)}, but got {name!r}."
                 f"{did_you_mean(str(name), PROBES)}"
             )
-    return [
+    cells = [
         Cell(config, experiment, method, seed, label, variant, settings, probes)
         for variant, method, seed in product(variants, methods, seeds)
     ]
+    for cell in cells:
+        if varied:
+            check_name(f"the values of vary of {here}, joined,", cell.runs(Path()).name)
+    return cells
 
 
 def _methods(entry: Mapping[str, Any], config: str, experiment: str, here: str) -> list[str]:
@@ -359,25 +374,9 @@ def _command(argv: Sequence[str], here: str) -> Any:
 def _flags(settings: Variant) -> list[str]:
     """``--key=value``; what is no text is written as JSON, which YAML reads."""
     return [
-        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
         for key, value in settings
     ]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigurationError(
-            f"Expected {path} to be a grid in YAML, but got an error: {said}. Correct it."
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(
-            f"Expected {path} to hold keys and values, but got {content!r:.80}. "
-            "Start from one of the packaged grids."
-        )
-    return content
 
 
 def _check_keys(content: Mapping[str, Any], known: Sequence[str], here: str) -> None:

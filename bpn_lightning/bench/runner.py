@@ -22,7 +22,7 @@ import yaml
 
 from bpn_lightning.bench.grid import Cell
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files import refuse_outside, write_atomically
 
 __all__ = ["Failure", "Runner", "State", "state"]
 
@@ -59,9 +59,11 @@ def state(cell: Cell, root: Path) -> State:
     """How far a cell is, by its folder.
 
     Raises:
-        ResultsError: what lies there is another run, with other settings than the grid's.
+        ResultsError: what lies there is another run, with other settings than the grid's, or a link
+            leads out of the root.
     """
     folder = cell.folder(root)
+    refuse_outside(root, folder)
     if _learned_all(folder / "results.json"):
         _check_same(cell, folder)
         return "finished"
@@ -123,7 +125,13 @@ class Runner:
 
     def _run(self, cell: Cell, total: int, started: float) -> Failure | None:
         folder = cell.folder(self.root)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultsError(
+                f"Expected {folder} to be a folder that can be written to, but got: {error}. "
+                "Choose another with --runs."
+            ) from error
         (folder / "failed.json").unlink(missing_ok=True)
         line = [*(self.command or _bpn_fit()), *cell.flags, *self.passed_on]
         line += ["--runs", str(cell.runs(self.root)), "--ckpt_path", "last"]
@@ -184,7 +192,7 @@ def _learned_all(path: Path) -> bool:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         return not results["tasks_not_learned"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -192,7 +200,7 @@ def _check_same(cell: Cell, folder: Path) -> None:
     """Results of an earlier wording of the grid must not pass for this one's."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return  # only the results were kept
     for key, wanted in cell.settings + cell.variant:
         found = _at(config, key.split("."))

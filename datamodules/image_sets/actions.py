@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing, one_of
+from bpn_lightning.datamodules.limits import refuse_ways_out
 from bpn_lightning.errors import ConfigurationError
 
 __all__ = ["VOCActions"]
@@ -141,6 +142,7 @@ class VOCActions(ImageSet):
 
     def _annotation(self, image: str) -> list[_Person]:
         path = self._xml(image)
+        refuse_ways_out(self.folder, [path])
         with self.reading(path):
             return [_person(each) for each in ElementTree.parse(path).getroot().findall("object")]
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from PIL import Image
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 
+from bpn_lightning.datamodules.limits import open_image, refuse_bomb, refuse_ways_out
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
 
 __all__ = ["Counts", "Entry", "ImageSet", "Listing", "one_of"]
@@ -145,6 +147,7 @@ class ImageSet(ABC):
 
     def _refuse_missing_files(self, listing: Listing) -> None:
         paths = dict.fromkeys(entry.path for entry in [*listing.train, *listing.test])
+        refuse_ways_out(self.folder, paths)
         missing = [path for path in paths if not path.is_file()]
         if missing:
             more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
@@ -159,10 +162,8 @@ class ImageSet(ABC):
         Raises:
             Exception: whatever Pillow raises on a damaged file.
         """
-        with Image.open(entry.path) as file:
+        with open_image(entry.path) as file:
             image: Image.Image = file
-            if image.mode.startswith(("I", "F")):  # Pillow would cut deeper pixels off at 255
-                raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
             if image.mode == "P":
                 image = image.convert("RGBA")
             image = image.convert("RGB")
@@ -253,7 +254,13 @@ class ImageSet(ABC):
     def read_mat(self, path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
         """What ``read`` takes out of a Matlab file, broken ones and missing fields made one error."""
         with self.reading(path):
+            self.refuse_large(path)
             return read(loadmat(path, squeeze_me=True))
+
+    def refuse_large(self, path: Path) -> None:
+        """Refuse a Matlab file whose arrays are out of all proportion to it."""
+        count = sum(int(np.prod(shape, dtype=object)) for _, shape, _ in whosmat(path))
+        refuse_bomb(path, path.stat().st_size, 8 * count)
 
 
 def one_of(argument: str, value: object, known: tuple[object, ...]) -> None:

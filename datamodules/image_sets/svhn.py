@@ -55,6 +55,7 @@ class SVHN(ImageSet):
 
     def _part(self, path: Path) -> list[Entry]:
         with self.reading(path):
+            self.refuse_large(path)
             shapes = {name: shape for name, shape, _ in whosmat(path)}
             labels = loadmat(path, variable_names=["y"])["y"].reshape(-1).tolist()
             images = shapes["X"]

@@ -25,7 +25,8 @@ def test_a_grid_is_experiments_times_methods_times_seeds(write_grid: Write) -> N
     assert (grid.name, grid.title, grid.compare) == ("two", "Two methods", (("bd+ewc", "ewc"),))
     assert grid.cells[3].folder(Path("r")) == Path("r/digits_inc/bd+ewc/seed_1")
     assert grid.cells[3].flags == [
-        *("--config", "digits_inc.yaml", "--method", "bd+ewc", "--seed_everything", "1"),
+        *("--config", "digits_inc.yaml", "--method", "bd+ewc", "--trust=false"),
+        *("--seed_everything", "1"),
     ]
 
 
@@ -48,7 +49,7 @@ def test_settings_are_flags_and_variants_have_folders_of_their_own(write_grid: W
     assert len(cells) == 4
     folder = "r/short/rank=1,direction=gradient/digits_inc/bd+ewc/seed_0"
     assert cells[1].folder(Path("r")) == Path(folder)
-    assert cells[1].flags[6:] == [
+    assert cells[1].flags[7:] == [
         "--model.backbone.init_args.hidden=[8]",
         "--trainer.logger=null",
         "--strategies.bd.rank=1",

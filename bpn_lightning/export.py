@@ -1,0 +1,178 @@
+"""A trained network as files that hold numbers and words, and no code.
+
+::
+
+    <folder>/
+    ├── model.safetensors    every tensor: weights, bias bank, keys, the accuracy matrix
+    └── model.json           task table, mask, structure, and where each tensor belongs
+
+A checkpoint goes on with a run; this is what is handed on. The backbone is the reader's own code: the
+files say what its tensors are called and not how it computes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bpn_lightning.errors import (
+    BPNLightningError,
+    CheckpointError,
+    ConfigurationError,
+    ResultsError,
+)
+from bpn_lightning.files import write_atomically
+from bpn_lightning.module import ContinualModule
+from bpn_lightning.tasks import Task
+
+__all__ = ["export_module", "load_exported"]
+
+FORMAT = "bpn_lightning model"
+VERSION = 1
+"""Goes up when a key of model.json is renamed, removed or changes its meaning."""
+
+_TENSORS = "model.safetensors"
+_RECORD = "model.json"
+_ATTACHED = {"bias_units": (str, int), "keys": (str, str), "weight_bank": ()}
+"""What a network may have beside its backbone and head, and the types of what says where."""
+
+
+def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Path:
+    """Write a module that has learned tasks; the folder is there when it is complete.
+
+    Merged weights, such as IMM's, are what is written where they are in use.
+
+    Args:
+        module: with a stream, from :class:`~lightning.Trainer` or a checkpoint.
+        folder: a new one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigurationError: the folder is there, or the module has no head yet.
+        ResultsError: it cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() or folder.is_symlink():
+        raise ConfigurationError(
+            f"Expected {folder} to be a new folder, but it is there. Name another one, or remove it."
+        )
+    if module.head is None:
+        raise ConfigurationError(
+            "Expected a module that has learned tasks, but it has no head yet. Export it after "
+            "trainer.fit, or after load_from_checkpoint."
+        )
+    tensors: dict[str, Tensor] = {}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "mask": module.mask,
+        "tasks": [vars(task) for task in module.tasks],
+        "num_classes": module.head.out_features,
+        "input_shape": module._input_shape,
+        "attached": module._attached,
+        "opened": module.opened,
+        "closed": module.closed,
+        "state": _set_aside(module.state_dict(), "", tensors),
+    }
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / _TENSORS)
+        write_atomically(temporary / _RECORD, json.dumps(record, indent=1).encode())
+        temporary.rename(folder)
+    except Exception as error:  # safetensors has its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ResultsError(
+            f"Expected to write {folder}, but got: {error}. Make room or give write access."
+        ) from error
+    return folder
+
+
+def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> ContinualModule:
+    """Read a module that answers, in every task's mode, what the exported one answered.
+
+    Args:
+        folder: of :func:`export_module`.
+        backbone: of the same shapes as the exported module's; its weights are overwritten.
+
+    Returns:
+        The module, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, holds something else, or does not fit the
+            backbone.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        if (record["format"], record["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
+        tensors = load_file(folder / _TENSORS)
+        tasks = [_task(one) for one in record["tasks"]]
+        attached = [_attachment(one, len(tasks)) for one in record["attached"]]
+        last = range(-1, len(tasks))
+        if not tasks or record["opened"] not in last or record["closed"] not in last:
+            raise ValueError(f"opened {record['opened']!r} and closed {record['closed']!r}")
+        state = _put_back(record["state"], tensors)
+        sizes = [record["num_classes"], *record["input_shape"]]
+        if not all(type(size) is int and 0 < size < 2**24 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
+        module = ContinualModule(backbone, mask=record["mask"])
+        module._build(tasks, record["num_classes"], tuple(record["input_shape"]))
+        for kind, *arguments in attached:
+            getattr(module, f"attach_{kind}")(*arguments)
+        module.opened, module.closed = record["opened"], record["closed"]
+        module.load_state_dict(state)
+        module._switch(max(module.opened, 0))
+    # A damaged file, or one that somebody made up, can lead to anything.
+    except Exception as error:
+        said = " ".join(str(error).split())[:300].rstrip(".")
+        kind = "" if isinstance(error, BPNLightningError) else f"{type(error).__name__}: "
+        raise CheckpointError(
+            f"Expected {folder} to hold {_TENSORS} and {_RECORD} of a module with this backbone, but "
+            f"got {kind}{said}. Export the module again, or pass the backbone that it had."
+        ) from error
+    return module.eval()
+
+
+def _task(record: Mapping[str, Any]) -> Task:
+    task = Task(**{**record, "columns": tuple(record["columns"])})
+    names = tuple(str(name) for name in task.class_names)
+    return Task(int(task.id), task.columns, names, int(task.epochs))
+
+
+def _attachment(record: list[Any], num_tasks: int) -> list[Any]:
+    kind, *arguments = record
+    types = _ATTACHED[kind]
+    sizes = [value for value in arguments if isinstance(value, int)]
+    if tuple(map(type, arguments)) != types or any(not 0 < size < 2**20 for size in sizes):
+        raise ValueError(f"{kind} of {arguments}")
+    return record
+
+
+def _set_aside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """What JSON can say of a state; its tensors go to ``tensors``, by name."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        parts = [(key, f"{name}/{key}" if name else str(key), part) for key, part in value.items()]
+        return {"items": [[key, _set_aside(part, place, tensors)] for key, place, part in parts]}
+    return value
+
+
+def _put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    return {key: _put_back(part, tensors) for key, part in value["items"]}
