@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
@@ -356,6 +356,7 @@ class ContinualCLI(LightningCLI):
             kwargs["logger"] = [metrics, *(one for one in others if one not in (None, True))]
         callbacks = chosen.callbacks if isinstance(chosen.callbacks, list) else [chosen.callbacks]
         callbacks = [callback for callback in callbacks if callback is not None]
+        callbacks.insert(0, _FolderOfRun(self.prepare_folder))
         if chosen.enable_checkpointing is not False:
             every = self.config.checkpoint_every_n_steps
             callbacks.append(LastCheckpoint(self.last, every, self._identity(), metrics))
@@ -392,6 +393,25 @@ class ContinualCLI(LightningCLI):
         write_atomically(self.folder / "config.yaml", self.dump().encode())
 
 
+class _FolderOfRun(Callback):
+    """Gets the folder ready when training is about to begin.
+
+    Not before: what is wrong with data, strategies or a checkpoint must not cost an earlier run's
+    results. A run that resumes need not begin with an epoch, or with any batch at all.
+    """
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare: Callable[[], None] | None = prepare
+
+    def on_train_epoch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare, once."""
+        if self._prepare is not None:
+            self._prepare()
+            self._prepare = None
+
+    on_train_batch_start = on_fit_end = on_train_epoch_start
+
+
 def fit(command: Command) -> int:
     """Train what a command line describes, and write and show its results.
 
@@ -419,7 +439,6 @@ def fit(command: Command) -> int:
 
 def _train(cli: ContinualCLI, out: TextIO) -> int:
     started = time.perf_counter()
-    cli.prepare_folder()
     status = 1
     try:
         cli.trainer.fit(
