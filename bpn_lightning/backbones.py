@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
+from bpn_lightning.files import why_unreadable
 
 __all__ = ["MLP", "torchvision_backbone"]
 
@@ -108,8 +109,8 @@ def torchvision_backbone(
         address = getattr(models.get_model_weights(name), str(weights)).url
         raise DataError(
             f"Expected to fetch the weights of {name} from {address}, but got "
-            f"{type(error).__name__}: {error}. Fetch them by other means and name the file with "
-            "weights_file, or set weights to null for random ones."
+            f"{type(error).__name__}: {why_unreadable(error)}. Fetch them by other means and name the "
+            "file with weights_file, or set weights to null for random ones."
         ) from error
     for part in _HALFWAY:
         if hasattr(network, part):
@@ -149,10 +150,9 @@ def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> No
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     # Missing, not readable, damaged, or with code in it: OSError, RuntimeError, UnpicklingError ...
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
         raise DataError(
             f"Expected weights_file to be a file of weights, but reading {path} ended with "
-            f"{type(error).__name__}: {said}. {advice}"
+            f"{type(error).__name__}: {why_unreadable(error)}. {advice}"
         ) from error
     kept = network.state_dict()
     found = dict(state) if isinstance(state, dict) else {}

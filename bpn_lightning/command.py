@@ -25,15 +25,25 @@ from bpn_lightning import registry
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
 from bpn_lightning.trust import (
+    FLAGS,
     Named,
     check_named,
     importable,
     imported_by,
     named_classes,
+    refuse_never,
     top_modules,
 )
 
-__all__ = ["CONFIGS", "Command", "methods_of", "packaged_configs", "read_command", "read_yaml"]
+__all__ = [
+    "CONFIGS",
+    "Command",
+    "methods_of",
+    "nearest_file",
+    "packaged_configs",
+    "read_command",
+    "read_yaml",
+]
 
 CONFIGS = Path(str(files("bpn_lightning.configs")))
 
@@ -145,6 +155,7 @@ def read_command(argv: Sequence[str]) -> Command:
 
     plugins = _named_plugins(layers, rest)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
+    refuse_never(by_files + typed)
     if flags.trust is not True:
         check_named(by_files if flags.trust is None else by_files + typed)
     notices += imported_by(by_files)
@@ -201,9 +212,7 @@ def _find_config(name: str) -> Path:
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = packaged_configs()
-    stem = Path(name).stem
-    near = did_you_mean(name, known) or (stem and did_you_mean(f"{stem}.yaml", known))
+    near = nearest_file(name, packaged_configs())
     raise ConfigurationError(
         f"Expected --config to be a file or a packaged config, but got {name!r}.{near} "
         "`bpn-fit --list` shows the packaged ones."
@@ -259,6 +268,12 @@ def _count(content: Any, enough: int) -> int:
         elif isinstance(value, list):
             stack += value
     return count
+
+
+def nearest_file(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x.yaml'?"``; the suffix that all have in common makes none the nearest."""
+    near = did_you_mean(Path(name).stem, [Path(one).stem for one in known])
+    return near.replace("'?", ".yaml'?")
 
 
 def _read(path: Path) -> _Layer:
@@ -402,15 +417,14 @@ def _named_classes(
     layers: Sequence[_Layer], rest: Sequence[str], typed_method: str | None, method: str
 ) -> tuple[list[Named], list[Named]]:
     """Classes that are named by class path: in files, and on the command line."""
-    line = "the command line"
     found = [one for layer in layers for one in named_classes(layer.name, layer.content)]
     in_files = [one for one in found if one.key != "method"]
-    typed = [one for key, value in _values(rest) for one in named_classes(line, value, key)]
+    typed = [one for key, value in _values(rest) for one in named_classes(FLAGS, value, key)]
     if typed_method is None:
         of = next(one.name for one in reversed(layers) if one.content.get("method") is not None)
         in_files += named_classes(of, method, "method")
     else:
-        typed += named_classes(line, method, "method")
+        typed += named_classes(FLAGS, method, "method")
     return in_files, typed
 
 

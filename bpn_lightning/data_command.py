@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = [make_image_set(name.strip(), root, options.pop(name, None)) for name in names]
         if options:
             raise ConfigurationError(
-                f"Expected options of {', '.join(names)}, but got one of {next(iter(options))!r}."
+                f"Expected options of {', '.join(names)}, but got one of {next(iter(options))!r}. Add "
+                "it to --sets, or leave its options out."
             )
     except BPNLightningError as error:
         print(f"bpn-data: {error}", file=sys.stderr)
@@ -137,7 +138,13 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
                 f"Expected --option to be SET.OPTION=VALUE, but got {text!r}. For example "
                 "--option aircraft.level=variant."
             )
-        options.setdefault(name, {})[option] = yaml.safe_load(value)
+        try:
+            options.setdefault(name, {})[option] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigurationError(
+                f"Expected --option {place} to be a value as in YAML, but got {value!r}. Write it as a "
+                "config has it, such as true or 0.2."
+            ) from error
     return options
 
 

@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
 
-__all__ = ["check_name", "refuse_outside", "write_atomically"]
+__all__ = ["check_name", "refuse_outside", "why_unreadable", "write_atomically"]
 
 _LONGEST = 255  # bytes of a name, as file systems have it
 
@@ -57,3 +58,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def why_unreadable(error: Exception) -> str:
+    """One line for messages, without torch's advice to load a file whatever is in it."""
+    if isinstance(error, UnpicklingError):
+        return "it holds more than tensors and plain values, perhaps a program"
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
+from zipfile import ZipFile
 
 import torch
 import yaml
@@ -37,7 +38,7 @@ from bpn_lightning.errors import (
     ConfigurationError,
     ResultsError,
 )
-from bpn_lightning.files import check_name, refuse_outside, write_atomically
+from bpn_lightning.files import check_name, refuse_outside, why_unreadable, write_atomically
 from bpn_lightning.loggers import RunName, SavedLogger, complete_loggers, go_offline
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
@@ -212,6 +213,12 @@ class ContinualCLI(LightningCLI):
                 f"Expected every ${{...}} to name another key, but got an error{key}: "
                 f"{str(error).splitlines()[0]}. `--print_config` shows the keys."
             ) from error
+        seed = self.config.seed_everything
+        if not 0 <= seed < 2**32:
+            raise ConfigurationError(
+                f"Expected seed_everything to be a whole number from 0 to {2**32 - 1}, but got {seed}. "
+                "0 is the default."
+            )
 
     # --- building --------------------------------------------------------------------------------
 
@@ -320,13 +327,15 @@ class ContinualCLI(LightningCLI):
                 f"Those of this run are in {self.folder / 'checkpoints'}."
             )
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            theirs = saved["callbacks"].get(LastCheckpoint.__qualname__, {}).get("run")
+            with ZipFile(path):  # what else torch would read, and say that it should not
+                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(saved, dict):
+                raise TypeError(f"it holds a {type(saved).__name__}")
+            theirs = saved.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("run")
         # Whatever a file can be instead: damaged, of another kind, or with code in it.
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise CheckpointError(
-                f"Expected {path} to be a checkpoint, but it cannot be read: {said}. "
+                f"Expected {path} to be a checkpoint, but it cannot be read: {why_unreadable(error)}. "
                 "Leave --ckpt_path out to start afresh."
             ) from error
         if theirs is not None and theirs != self._identity():

@@ -15,6 +15,7 @@ from bpn_lightning.errors import did_you_mean
 __all__ = ["explain", "shorten_help"]
 
 _HELP = "`bpn-fit --help_all` shows all."
+_CHOOSE = " Name another class."
 
 #: Where the classes are that go by their short names.
 _SHORT_NAMES = (
@@ -34,7 +35,15 @@ def explain(message: str, parser: ArgumentParser) -> str:
         message: of the parser's error.
         parser: the one that raised it; its options are the known ones.
     """
-    for rule in (_denied, _unknown_flag, _unknown_option, _missing, _not_importable, _wrong_value):
+    for rule in (
+        _denied,
+        _unknown_flag,
+        _unknown_option,
+        _missing,
+        _missing_argument,
+        _not_importable,
+        _wrong_value,
+    ):
         said = rule(message, parser)
         if said:
             return said
@@ -54,7 +63,7 @@ def _denied(message: str, parser: ArgumentParser) -> str | None:
         )
     return (
         f"Expected {path} to name a class of an installed package or a plugin, but got {what}. "
-        "Importing it runs its code: read it, then add --trust, or type the name on the command line."
+        "Importing it runs its code: read it, then type the name on the command line, or add --trust."
     )
 
 
@@ -109,6 +118,19 @@ def _missing(message: str, parser: ArgumentParser) -> str | None:
     )
 
 
+def _missing_argument(message: str, parser: ArgumentParser) -> str | None:
+    """An argument without a default, of a class."""
+    match = re.search(r"the following arguments are required: (.+)", message)
+    name = re.search(r"class_path[= ]'([^']+)'", message)
+    if not match or not name:
+        return None
+    keys = ", ".join(f"{_path(message)}.init_args.{key}" for key in match[1].split(", "))
+    return (
+        f"Expected a value for {keys}, but got none. {name[1].rpartition('.')[2]} needs it: give it on "
+        "the command line or in a config."
+    )
+
+
 def _not_importable(message: str, parser: ArgumentParser) -> str | None:
     path = _path(message)
     attribute = re.search(r"module '([^']+)' has no attribute '([^']+)'", message)
@@ -128,16 +150,35 @@ def _not_importable(message: str, parser: ArgumentParser) -> str | None:
             f"Expected {path} to be a class, but got {short[1]!r}.{did_you_mean(short[1], names)} "
             "A class of your own is named by its whole path, package.module.Class."
         )
+    form = re.search(r"Unexpected import path format: (\S+)", message)
+    if form:
+        return (
+            f"Expected {path} to be a class path, package.module.Class, but got {form[1]!r}. Write it "
+            "out: nothing is put into it."
+        )
+    loop = re.search(r"Config file loop detected: (\S+)", message)
+    if loop:
+        return (
+            f"Expected {path} to be a class, or a file that describes one, but got {loop[1]!r}, which "
+            "does not, or names one that may not be imported. Set its keys here."
+        )
     config = re.search(r"Unable to load config '([^']*)'", message)
     if config:
         return (
             f"Expected {path} to be a config file, but got {config[1]!r}. Set its keys one by one."
         )
-    base = re.search(r"does not correspond to a subclass of (\w+)", message)
+    base = re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message)
     if base:
-        given = re.search(r"Given value: (\S+)|Got value: (\S+)", message)
-        got = f" {given[1] or given[2]!r}" if given else " another class"
-        return f"Expected {path} to be a subclass of {base[1]}, but got{got}."
+        return f"Expected {path} to be a subclass of {base[2]}, but got {base[1]!r}.{_CHOOSE}"
+    made = re.search(
+        r"Expected '([^']+)' to be (?:a subclass of|a function .*?) ([^\n]+?)\.+ Got", message
+    )
+    if made:
+        wanted = _readable(re.sub(r"Union\[([^]]*)\]", r"\1", made[2]))
+        return (
+            f"Expected {path} to be a subclass of {wanted}, or a function annotated to return one, but "
+            f"got {made[1]!r}.{_CHOOSE}"
+        )
     return None
 
 

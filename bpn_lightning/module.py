@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
+from bpn_lightning.files import why_unreadable
 from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.processes import check_processes
 from bpn_lightning.random_state import random_state, restore_random_state
@@ -112,7 +113,8 @@ class ContinualModule(ContinualSteps):
             )
         if patience is not None and patience < 1:
             raise ConfigurationError(
-                f"Expected patience to be at least 1 epoch or null, but got {patience}."
+                f"Expected patience to be at least 1 epoch or null, but got {patience}. null trains "
+                "every phase to its full length."
             )
         if without_oracle is not True and without_oracle is not False and without_oracle < 1:
             raise ConfigurationError(
@@ -556,10 +558,10 @@ class ContinualModule(ContinualSteps):
                     saved[part]
             # Whatever is there instead makes torch, zipfile and this raise nearly anything.
             except Exception as error:
-                said = (str(error).splitlines() or [""])[0].rstrip(".")
                 raise CheckpointError(
                     f"Expected {checkpoint_path} to be a checkpoint of a ContinualModule, but got "
-                    f"{type(error).__name__}: {said}. Pass one from a run's checkpoints folder."
+                    f"{type(error).__name__}: {why_unreadable(error)}. Pass one from a run's "
+                    "checkpoints folder."
                 ) from error
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 

@@ -105,7 +105,8 @@ class ContinualNetwork(L.LightningModule):
             if shared:
                 wanted, why = "'shared'", "has the same classes in every task"
             raise ConfigurationError(
-                f"Expected mask to be {wanted} for a stream that {why}, but got {self._mask!r}."
+                f"Expected mask to be {wanted} for a stream that {why}, but got {self._mask!r}. Set "
+                "model.mask, or choose another stream."
             )
         self._build(list(stream.tasks), stream.num_classes, tuple(stream.input_shape))
 

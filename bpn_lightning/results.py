@@ -303,7 +303,7 @@ def read_results(path: Path) -> Results:
         raise ResultsError(
             f"Expected {path} to be the results of a finished run, but got: {error}."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(
             f"Expected {path} to be JSON in UTF-8, but got: {error}. Run again with --overwrite true."
         ) from error

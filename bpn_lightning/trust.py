@@ -23,11 +23,13 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.registry import is_class_path
 
 __all__ = [
+    "FLAGS",
     "Named",
     "check_named",
     "importable",
     "imported_by",
     "named_classes",
+    "refuse_never",
     "restrict_imports",
     "top_modules",
 ]
@@ -67,6 +69,11 @@ LOADERS = (
     "cloudpickle",
     "joblib",
 )
+
+FLAGS = "the flags"
+"""Where a name comes from that no file has."""
+
+TYPE_IT = "type the name on the command line, or "
 
 #: Keys whose value may be a class path by itself, or a list of them.
 _PLACES = frozenset(
@@ -112,7 +119,26 @@ def named_classes(where: str, content: Any, key: str = "") -> Iterator[Named]:
     elif isinstance(content, str):
         paths = content.split("+") if key == "method" else [content]
         if key == "method" or last == "class_path" or last in _PLACES:
-            yield from (Named(where, key, path) for path in paths if is_class_path(path))
+            yield from (
+                Named(where, key, path)
+                for path in paths
+                if is_class_path(path) and not path.endswith((".yaml", ".yml", ".json"))
+            )
+
+
+def refuse_never(named: Iterable[Named]) -> None:
+    """Refuse parts of the standard library and of installers, whoever names them.
+
+    Raises:
+        ConfigurationError: names the class, and where it is named.
+    """
+    for one in named:
+        if one.path.partition(".")[0] in NEVER:
+            raise ConfigurationError(
+                f"Expected {one.key} in {one.where} to name a class of an installed package or a "
+                f"plugin, but got {one.path!r}. Nothing of the standard library or of an installer can "
+                "be named: much of it runs programs or opens files. Name another class."
+            )
 
 
 def check_named(named: Iterable[Named]) -> None:
@@ -127,7 +153,7 @@ def check_named(named: Iterable[Named]) -> None:
             raise ConfigurationError(
                 f"Expected {one.key} in {one.where} to name a class of an installed package or a "
                 f"plugin, but got {one.path!r}, and no package brings the module {top!r}. Importing "
-                "it runs its code: read it, then add --trust, or type the name on the command line."
+                f"it runs its code: read it, then {'' if one.where == FLAGS else TYPE_IT}add --trust."
             )
 
 

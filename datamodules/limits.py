@@ -36,13 +36,15 @@ def open_image(path: Path) -> Image.Image:
     """Open an image whose pixels may be decoded: 8 bits a channel, and not too many.
 
     Raises:
-        ValueError: it has deeper pixels.
-        Exception: it has more pixels than PIL.Image.MAX_IMAGE_PIXELS, or whatever Pillow raises on a
-            damaged file.
+        ValueError: it has deeper pixels, or more of them than PIL.Image.MAX_IMAGE_PIXELS.
+        Exception: whatever Pillow raises on a damaged file.
     """
-    with _one_at_a_time, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=_formats())
+    try:
+        with _one_at_a_time, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=_formats())
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(str(error).rstrip(".")) from error
     if image.mode.startswith(("I", "F")):  # Pillow would cut deeper pixels off at 255
         image.close()
         raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
@@ -94,6 +96,6 @@ def refuse_ways_out(folder: Path, paths: Iterable[Path]) -> None:
             safe = False
         if not safe:
             raise DataError(
-                f"Expected {text!r} to lie in {folder}, but a link or '..' leads out of it. Put the "
-                "file itself there, or name the folder that has it."
+                f"Expected {text!r} to lie in {folder}, but it is or leads elsewhere. Put the file "
+                "itself there, or name the folder that has it."
             )

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -160,6 +161,13 @@ def read_npz(path: Path) -> ImageData:
     """
     with _readable(path):
         file = path.open("rb")
+    if not is_zipfile(file):  # numpy would advise to unpickle it
+        file.close()
+        raise DataError(
+            f"Expected {path} to be a whole .npz archive of plain arrays, but got no zip archive. "
+            "Fetch it again, or write it with numpy.savez."
+        )
+    file.seek(0)
     try:
         with file, np.load(file, allow_pickle=False) as archive:
             read = [m for m in archive.zip.infolist() if m.filename.removesuffix(".npy") in _KEYS]
@@ -174,7 +182,8 @@ def read_npz(path: Path) -> ImageData:
     except Exception as error:
         raise DataError(
             f"Expected {path} to be a whole .npz archive of plain arrays, but got "
-            f"{type(error).__name__}: {error}. Fetch it again, or write it with numpy.savez."
+            f"{type(error).__name__}: {str(error).rstrip('.')}. Fetch it again, or write it with "
+            "numpy.savez."
         ) from error
     if missing:
         raise DataError(

@@ -15,8 +15,8 @@ ROOMS = ("strategies", "datamodules", "configs")
 # From the ground up. A file may import from lower layers, and from its own layer and room.
 LAYERS = [
     {"errors"},
-    {"tasks"},
-    {"backbones", "costs", "files", "layers", "messages", "metrics", "scores"},
+    {"files", "tasks"},
+    {"backbones", "costs", "layers", "messages", "metrics", "scores"},
     {"gradients"},
     {"importance", "penalties"},
     {"network", "processes", "random_state"},

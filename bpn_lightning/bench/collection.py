@@ -184,7 +184,7 @@ def read_collection(path: Path) -> Collection:
     path = path / CELLS if path.is_dir() else path
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultsError(
             f"Expected {path} to be what bpn-bench keeps of a grid, but got: {error}. "
             "Run the grid, or `bpn-bench collect`."
@@ -243,7 +243,7 @@ def _record(cell: Cell, folder: Path, probes: Sequence[str]) -> Record:
 def _probe(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultsError(
             f"Expected {path} to be what a probe of the grid saw, but got: {error}. "
             "Remove the run's folder, so that it runs again with its probes."

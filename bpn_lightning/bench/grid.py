@@ -31,7 +31,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bpn_lightning.command import CONFIGS, methods_of, read_command, read_yaml
+from bpn_lightning.command import CONFIGS, methods_of, nearest_file, read_command, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
 
@@ -68,7 +68,7 @@ ARTEFACTS = (
 GROUPS = ("trainer", "model", "data", "strategies")
 """What the keys of a run begin with."""
 
-SINGLE_KEYS = ("checkpoint_every_n_steps", "trust")
+SINGLE_KEYS = ("checkpoint_every_n_steps",)
 
 OPTIONS = ("--jobs", "--retry", "--only", "--runs", "--out")
 """Of ``bpn-bench`` itself."""
@@ -204,7 +204,7 @@ def find_grid(name: str) -> Path:
     for path in (Path(name), CONFIGS / "bench" / name, CONFIGS / "bench" / f"{name}.yaml"):
         if path.is_file():
             return path
-    near = did_you_mean(f"{Path(name).stem}.yaml", packaged_grids())
+    near = nearest_file(name, packaged_grids())
     raise ConfigurationError(
         f"Expected a grid to be a file or one of {', '.join(packaged_grids())}, but got {name!r}.{near}"
     )
