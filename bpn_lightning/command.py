@@ -160,7 +160,7 @@ def read_command(argv: Sequence[str]) -> Command:
         check_named(by_files if flags.trust is None else by_files + typed)
     notices += imported_by(by_files)
     in_files = top_modules([layer.content for layer in layers])
-    in_flags = top_modules([method, *(value for _, value in _values(rest))])
+    in_flags = top_modules([flags.method or "", *(value for _, value in _values(rest))])
     trusted = {True: in_files | in_flags, None: in_flags, False: set()}[flags.trust]
     return Command(
         args=[
@@ -240,6 +240,8 @@ def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
+        if isinstance(error, RecursionError):
+            problem = "it nests too deeply"
         raise ConfigurationError(
             f"Expected {path} to be {kind}, but got an error{line}: {problem}. Correct that line."
         ) from error

@@ -171,7 +171,8 @@ def _not_importable(message: str, parser: ArgumentParser) -> str | None:
     if base:
         return f"Expected {path} to be a subclass of {base[2]}, but got {base[1]!r}.{_CHOOSE}"
     made = re.search(
-        r"Expected '([^']+)' to be (?:a subclass of|a function .*?) ([^\n]+?)\.+ Got", message
+        r"Expected '([^']+)' to be a (?:subclass of|function that returns) ([^\n]+?)\.+ Got",
+        message,
     )
     if made:
         wanted = _readable(re.sub(r"Union\[([^]]*)\]", r"\1", made[2]))

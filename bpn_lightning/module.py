@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, cast
+from zipfile import ZipFile
 
 import torch
 import torch.nn.functional as F
@@ -553,7 +554,8 @@ class ContinualModule(ContinualSteps):
         kwargs.setdefault("weights_only", True)
         if kwargs["weights_only"] and isinstance(checkpoint_path, str | Path):
             try:
-                saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+                with ZipFile(checkpoint_path):  # what else torch would read, and say it should not
+                    saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
                 for part in ("state_dict", "continual", "pytorch-lightning_version"):
                     saved[part]
             # Whatever is there instead makes torch, zipfile and this raise nearly anything.

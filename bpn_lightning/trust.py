@@ -12,11 +12,11 @@ must then also fit the type of its argument, and it is never a part of the stand
 packages that load or compile code. docs/safety.md says what is promised.
 """
 
-import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import entry_points, packages_distributions
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bpn_lightning.errors import ConfigurationError
@@ -81,7 +81,7 @@ _PLACES = frozenset(
     | {"scheduler", "strategy", "streams"}
 )
 
-_DOTTED = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
+_allowed: set[str] = set()  # by an earlier run of this process, whose trust has ended
 
 
 class Named(NamedTuple):
@@ -168,13 +168,14 @@ def imported_by(named: Iterable[Named]) -> list[str]:
 
 
 def top_modules(value: Any) -> set[str]:
-    """First parts of everything in some text, or below a key, that could be a class path.
+    """First parts of the class paths in a value, below whatever key; names of files are none.
 
-    >>> sorted(top_modules(["a.B", {"x": "[c.d.E, f]"}]))
+    >>> sorted(top_modules(["a.B", {"x": ["c.d.E", "f"]}]))
     ['a', 'c']
     """
     if isinstance(value, str):
-        return {path.partition(".")[0] for path in _DOTTED.findall(value)}
+        paths = [path for path in value.split("+") if is_class_path(path)]
+        return {path.partition(".")[0] for path in paths if not Path(path).exists()}
     if isinstance(value, dict):
         return set().union(*map(top_modules, value.values()))
     if isinstance(value, list):
@@ -200,7 +201,7 @@ def importable(named: Collection[str], trusted: Collection[str]) -> frozenset[st
 def restrict_imports(allowed: Collection[str], trust: bool) -> None:
     """Let jsonargparse import nothing else by name, and build nothing where any value will do.
 
-    Its settings hold for the whole process.
+    Its settings hold for the whole process, and until the next call.
 
     Args:
         allowed: top modules.
@@ -211,9 +212,10 @@ def restrict_imports(allowed: Collection[str], trust: bool) -> None:
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
         config_read_mode_fsspec_enabled=False,  # Lightning lets configs come from the network
-        import_path_denylist=[*LOADERS, *([] if trust else ["*"])],
+        import_path_denylist=[*LOADERS, *([] if trust else ["*"]), *_allowed],
         import_path_allowlist=sorted(allowed),
     )
+    _allowed.update(allowed)
 
 
 def _is_foreign(top: str) -> bool:
