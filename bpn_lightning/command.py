@@ -156,12 +156,11 @@ def read_command(argv: Sequence[str]) -> Command:
     plugins = _named_plugins(layers, rest)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
     refuse_never(by_files + typed)
-    if flags.trust is not True:
-        check_named(by_files if flags.trust is None else by_files + typed)
-    notices += imported_by(by_files)
     in_files = top_modules([layer.content for layer in layers])
     in_flags = top_modules([flags.method or "", *(value for _, value in _values(rest))])
     trusted = {True: in_files | in_flags, None: in_flags, False: set()}[flags.trust]
+    check_named(by_files + typed, trusted)
+    notices += imported_by(by_files)
     return Command(
         args=[
             *(token for layer in layers for token in ("--config", layer.value)),

@@ -141,15 +141,19 @@ def refuse_never(named: Iterable[Named]) -> None:
             )
 
 
-def check_named(named: Iterable[Named]) -> None:
+def check_named(named: Iterable[Named], trusted: Collection[str]) -> None:
     """Refuse what no installed package and no plugin has; nothing is imported.
+
+    Args:
+        named: classes.
+        trusted: top modules that are allowed all the same.
 
     Raises:
         ConfigurationError: names the class, and where it is named.
     """
     for one in named:
         top = one.path.partition(".")[0]
-        if _is_foreign(top):
+        if top not in trusted and _is_foreign(top):
             raise ConfigurationError(
                 f"Expected {one.key} in {one.where} to name a class of an installed package or a "
                 f"plugin, but got {one.path!r}, and no package brings the module {top!r}. Importing "
