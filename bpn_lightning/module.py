@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from bpn_lightning.costs import bytes_held, bytes_per_task
-from bpn_lightning.errors import CheckpointError, ConfigurationError
+from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
 from bpn_lightning.files import why_unreadable
 from bpn_lightning.metrics import AccuracyMatrix
@@ -549,23 +549,26 @@ class ContinualModule(ContinualSteps):
         """Lightning's; by default nothing but tensors and plain values is loaded.
 
         Raises:
-            CheckpointError: the file is damaged, of another kind, or with code in it.
+            CheckpointError: the file is damaged, of another kind, or with code in it, or does not fit
+                the arguments.
         """
         kwargs.setdefault("weights_only", True)
-        if kwargs["weights_only"] and isinstance(checkpoint_path, str | Path):
-            try:
-                with ZipFile(checkpoint_path):  # what else torch would read, and say it should not
+        try:
+            if kwargs["weights_only"] and isinstance(checkpoint_path, str | Path):
+                with ZipFile(checkpoint_path):  # torch reads others, and says that it should not
                     saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
                 for part in ("state_dict", "continual", "pytorch-lightning_version"):
                     saved[part]
-            # Whatever is there instead makes torch, zipfile and this raise nearly anything.
-            except Exception as error:
-                raise CheckpointError(
-                    f"Expected {checkpoint_path} to be a checkpoint of a ContinualModule, but got "
-                    f"{type(error).__name__}: {why_unreadable(error)}. Pass one from a run's "
-                    "checkpoints folder."
-                ) from error
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except BPNLightningError:
+            raise
+        # Whatever is there instead makes torch, zipfile and this raise nearly anything.
+        except Exception as error:
+            raise CheckpointError(
+                f"Expected {checkpoint_path} to be a checkpoint of a ContinualModule with these "
+                f"arguments, but got {type(error).__name__}: {why_unreadable(error)}. Pass one from a "
+                "run's checkpoints folder, and what that run's module was made of."
+            ) from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the structure, with or without a trainer, and take over the cursor.

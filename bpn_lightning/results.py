@@ -65,6 +65,7 @@ __all__ = [
     "read_matrix_csv",
     "read_matrix_rows",
     "read_results",
+    "violations",
     "write_results",
     "written_files",
 ]
@@ -313,7 +314,7 @@ def read_results(path: Path) -> Results:
             f"Expected schema_version of {path} to be {SCHEMA_VERSION}, but got {version!r}. "
             "Read it with the release of bpn_lightning that wrote it, or run again."
         )
-    for key, rule, value in _violations(found, Results, ""):
+    for key, rule, value in violations(found, Results, ""):
         raise ResultsError(
             f"Expected {key} of {path} to be {rule}, but got {value}. Run again with --overwrite true."
         )
@@ -474,14 +475,14 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def _violations(value: Any, expected: Any, key: str) -> Iterator[tuple[str, str, str]]:
-    """Where a value is not what a type of this file says: key, rule and what was found instead."""
+def violations(value: Any, expected: Any, key: str) -> Iterator[tuple[str, str, str]]:
+    """Where a value out of JSON is not what a type says: key, rule and what was found instead."""
     origin, arguments = get_origin(expected), get_args(expected)
     shown = f"{value!r:.80}"
     if origin in (Union, UnionType):
         if not (value is None and NoneType in arguments):
             (other,) = (argument for argument in arguments if argument is not NoneType)
-            for where, rule, found in _violations(value, other, key):
+            for where, rule, found in violations(value, other, key):
                 yield where, f"{rule} or null" if where == key else rule, found
     elif is_typeddict(expected):
         if not isinstance(value, dict):
@@ -492,19 +493,19 @@ def _violations(value: Any, expected: Any, key: str) -> Iterator[tuple[str, str,
             if name not in value:
                 yield inner, "there", "nothing"
             else:
-                yield from _violations(value[name], hint, inner)
+                yield from violations(value[name], hint, inner)
     elif origin is list:
         if not isinstance(value, list):
             yield key, "a list", shown
             return
         for index, item in enumerate(value):
-            yield from _violations(item, arguments[0], f"{key}[{index}]")
+            yield from violations(item, arguments[0], f"{key}[{index}]")
     elif origin is dict:
         if not isinstance(value, dict):
             yield key, "an object", shown
             return
         for name, item in value.items():
-            yield from _violations(item, arguments[1], f"{key}.{name}")
+            yield from violations(item, arguments[1], f"{key}.{name}")
     elif expected is not Any:
         allowed = (int, float) if expected is float else expected
         if not isinstance(value, allowed) or isinstance(value, bool):

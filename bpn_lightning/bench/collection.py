@@ -11,13 +11,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from bpn_lightning.bench.grid import Cell, Grid, NotRun
 from bpn_lightning.bench.runner import state
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.results import read_matrix_csv, read_results
+from bpn_lightning.metrics import AfterLearning, WithoutOracle
+from bpn_lightning.results import (
+    Accuracy,
+    BytesHeld,
+    BytesPerTask,
+    read_matrix_csv,
+    read_results,
+    violations,
+)
 
 __all__ = ["CELLS", "Collection", "Record", "collect", "read_collection", "write_collection"]
 
@@ -195,6 +203,10 @@ def read_collection(path: Path) -> Collection:
             f"Expected schema_version of {path} to be {SCHEMA_VERSION}, but got {version!r}. "
             "Collect the runs again with this release."
         )
+    for key, rule, value in violations(found, _Kept, ""):
+        raise ResultsError(
+            f"Expected {key} of {path} to be {rule}, but got {value}. Collect the runs again."
+        )
     try:
         grid = found["grid"]
         return Collection(
@@ -215,6 +227,46 @@ def read_collection(path: Path) -> Collection:
             f"Expected {path} to have all the keys of its version, but got an error at {error}. "
             "Collect the runs again."
         ) from error
+
+
+class _KeptGrid(TypedDict):
+    name: str
+    title: str
+    text: str
+    compare: list[list[str]]
+    report: list[str]
+
+
+class _KeptResults(TypedDict):
+    accuracy: Accuracy
+    accuracy_without_oracle: WithoutOracle | None
+    accuracy_after_learning: AfterLearning
+    bytes_per_task: BytesPerTask
+    bytes_held: BytesHeld
+    classes: list[int]
+    epochs: list[int]
+    provenance: dict[str, Any]
+
+
+class _KeptCell(TypedDict):
+    experiment: str
+    method: str
+    seed: int
+    label: str
+    variant: dict[str, Any]
+    results: _KeptResults
+    matrix: list[list[float | None]]
+    curve: list[dict[str, Any]]
+    probes: dict[str, Any]
+
+
+class _Kept(TypedDict):
+    """The schema of cells.json."""
+
+    grid: _KeptGrid
+    not_run: list[dict[str, Any]]
+    missing: list[str]
+    cells: list[_KeptCell]
 
 
 def _record(cell: Cell, folder: Path, probes: Sequence[str]) -> Record:

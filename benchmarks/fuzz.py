@@ -1,0 +1,27 @@
+"""Feeds the readers with made-up files, many times as many as the tests do, and counts them.
+
+    python benchmarks/fuzz.py --times 20
+
+Needs the ``dev`` extra. The same number makes the same examples.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent / "tests" / "test_fuzz.py"
+
+
+def main() -> int:
+    """Run the tests; their status is that of the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=20, help="as many examples as the tests make")
+    times = parser.parse_args().times
+    line = [sys.executable, "-m", "pytest", "-q", "-s", "-o", "log_level=ERROR", str(TESTS)]
+    return subprocess.run(line, check=False, env={**os.environ, "BPN_FUZZ": str(times)}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
