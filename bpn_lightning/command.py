@@ -156,7 +156,8 @@ def read_command(argv: Sequence[str]) -> Command:
     plugins = _named_plugins(layers, rest)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
     refuse_never(by_files + typed)
-    in_files = top_modules([layer.content for layer in layers])
+    registered = [one.class_path for one in (*plugins, *chosen.values()) if one is not None]
+    in_files = top_modules([*(layer.content for layer in layers), *registered])
     in_flags = top_modules([flags.method or "", *(value for _, value in _values(rest))])
     trusted = {True: in_files | in_flags, None: in_flags, False: set()}[flags.trust]
     check_named(by_files + typed, trusted)

@@ -14,6 +14,7 @@ packages that load or compile code. docs/safety.md says what is promised.
 
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from importlib.metadata import entry_points, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -235,6 +236,13 @@ def _exists(top: str) -> bool:
 
 
 def _installed() -> set[str]:
+    """Top modules of distributions and of plugins."""
+    return _installed_on(tuple(sys.path))
+
+
+@cache
+def _installed_on(path: tuple[str, ...]) -> set[str]:
+    """Looking through all distributions takes a second."""
     groups = ("bpn_lightning.strategies", "bpn_lightning.datamodules")
     points = [point for group in groups for point in entry_points(group=group)]
     return {*packages_distributions(), *(point.module.partition(".")[0] for point in points)}

@@ -35,7 +35,7 @@ LAYERS = [
         "report",
         "results",
     },
-    {"conformance", "fit"},
+    {"conformance", "export_command", "fit"},
     {"bench", "cli"},
     {"html_report"},
     {""},  # the root: `import bpn_lightning` is for users, not for files in here

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bpn_lightning import ContinualModule, export
+from bpn_lightning import ContinualModule, cli, export, export_command
 from bpn_lightning.backbones import MLP
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
 from bpn_lightning.export import export_module, load_exported
@@ -177,3 +177,60 @@ def test_a_full_disk_leaves_nothing(
         "room or give write access."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- bpn-export ----------------------------------------------------------------------------------
+
+RUN = "--config digits_inc.yaml --method bd --trainer.accelerator cpu --data.num_tasks 2"
+RUN += " --data.epochs_per_task 1 --model.backbone.hidden [8]"
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    assert cli.main(RUN.split()) == 0
+    return Path("runs/digits_inc/bd/seed_0")
+
+
+def test_a_run_is_exported(run: Path, capsys: Said) -> None:
+    capsys.readouterr()
+    assert export_command.main([str(run), "out"]) == 0
+    assert capsys.readouterr() == ("out\n", "")
+    again = load_exported("out", MLP([8]))
+    saved = ContinualModule.load_from_checkpoint(
+        run / "checkpoints" / "last.ckpt", backbone=MLP([8])
+    )
+    for one, other in zip(answers(saved.eval()), answers(again), strict=True):
+        assert torch.equal(one, other)
+
+    assert export_command.main([str(run), "out"]) == 2
+    assert capsys.readouterr().err == (
+        "bpn-export: error: Expected out to be a new folder, but it is there. Name another one, or "
+        "remove it.\n"
+    )
+
+
+def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run / "config.yaml"
+    for backbone, said in {
+        "evil.Net": "Expected model.backbone in config.yaml to name a class of an installed package",
+        "os.system": "Nothing of the standard library or of an installer can be named",
+        "torch.optim.SGD": "Expected backbone to be a subclass of Module, but got 'torch.optim.SGD'",
+    }.items():
+        Path("evil.py").write_text("open('owned', 'w')")
+        monkeypatch.syspath_prepend(str(Path.cwd()))
+        config.write_text(f"model: {{backbone: {backbone}, mask: all}}")
+        capsys.readouterr()
+        assert export_command.main([str(run), "out"]) == 2
+        assert said in capsys.readouterr().err
+    config.write_text("trainer: {}")
+    assert export_command.main([str(run), "out"]) == 2
+    assert capsys.readouterr().err == (
+        f"bpn-export: error: Expected {config} to be the config.yaml of a run, with model.backbone "
+        "and model.mask, but got None. Name the folder of a run.\n"
+    )
+    assert not Path("owned").exists()
+    assert not Path("out").exists()

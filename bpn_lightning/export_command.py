@@ -1,0 +1,95 @@
+"""The command ``bpn-export``: what a run learned, as files that hold no code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bpn_lightning.command import read_yaml
+from bpn_lightning.errors import BPNLightningError, ConfigurationError
+from bpn_lightning.trust import (
+    check_named,
+    importable,
+    named_classes,
+    refuse_never,
+    restrict_imports,
+    top_modules,
+)
+
+__all__ = ["main"]
+
+USAGE_ERROR = 2  # as argparse exits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0, or 2 where the user can mend it.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        run = Path(arguments.run)
+        backbone, mask = _configured(run / "config.yaml", arguments.trust)
+        from bpn_lightning.export import export_module  # seconds, for torch and lightning
+        from bpn_lightning.module import ContinualModule
+
+        checkpoint = run / "checkpoints" / "last.ckpt"
+        module = ContinualModule.load_from_checkpoint(
+            checkpoint, map_location="cpu", backbone=backbone, mask=mask
+        )
+        print(export_module(module, arguments.out))
+    except BPNLightningError as error:
+        print(f"bpn-export: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
+    """The backbone and the mask of a run's config.yaml."""
+    model = read_yaml(path).get("model")
+    if not isinstance(model, dict) or not {"backbone", "mask"} <= model.keys():
+        raise ConfigurationError(
+            f"Expected {path} to be the config.yaml of a run, with model.backbone and model.mask, but "
+            f"got {model!r:.80}. Name the folder of a run."
+        )
+    named = list(named_classes(path.name, {"model": {"backbone": model["backbone"]}}))
+    tops = top_modules(model["backbone"])
+    refuse_never(named)
+    check_named(named, tops if trust else ())
+
+    from jsonargparse import ArgumentError, ArgumentParser
+    from torch import nn
+
+    from bpn_lightning.messages import explain
+
+    restrict_imports(importable(tops, tops if trust else ()), trust)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--backbone", type=nn.Module)
+    try:
+        parsed = parser.parse_object({"backbone": model["backbone"]})
+        return parser.instantiate(parsed).backbone, model["mask"]
+    except (ArgumentError, ValueError) as error:
+        raise ConfigurationError(explain(str(error), parser)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bpn-export",
+        description="Write what a run learned to a new folder, as model.safetensors and model.json; "
+        "bpn_lightning.export.load_exported reads it.",
+    )
+    parser.add_argument("run", metavar="RUN", help="the folder of a run of bpn-fit")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
+    parser.add_argument(
+        "--trust", action="store_true", help="import the backbone's module whoever brings it"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
