@@ -158,7 +158,8 @@ def read_command(argv: Sequence[str]) -> Command:
     refuse_never(by_files + typed)
     registered = [one.class_path for one in (*plugins, *chosen.values()) if one is not None]
     in_files = top_modules([*(layer.content for layer in layers), *registered])
-    in_flags = top_modules([flags.method or "", *(value for _, value in _values(rest))])
+    typed_values = [value for key, value in _values(rest) if key not in ("runs", "ckpt_path")]
+    in_flags = top_modules([flags.method or "", *typed_values])
     trusted = {True: in_files | in_flags, None: in_flags, False: set()}[flags.trust]
     check_named(by_files + typed, trusted)
     notices += imported_by(by_files)
