@@ -1,29 +1,33 @@
 """``bpn-fit`` once torch may be imported: parse, build, train, write the results."""
 
+import errno
 import logging
-import pickle
 import signal
 import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from bpn_lightning.checkpoints import WholeCheckpoints, differences, flatten, read_checkpoint
 from bpn_lightning.command import Command
 from bpn_lightning.console import StreamProgress, final_table
 from bpn_lightning.costs import bytes_held, bytes_per_task
@@ -38,17 +42,41 @@ from bpn_lightning.errors import (
 from bpn_lightning.files import write_atomically
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
-from bpn_lightning.recording import LastCheckpoint, MetricsFile
+from bpn_lightning.recording import Intervals, LastCheckpoint, MetricsFile
 from bpn_lightning.results import check_folder, collect_provenance, read_results, write_results
 from bpn_lightning.strategies.base import ContinualStrategy
 
 __all__ = ["ContinualCLI", "fit"]
 
 INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
+TERMINATED = 143  # and of one that SIGTERM ended
 
 #: Keys that say where and how a run is written, and not what it is: two runs that differ in them
 #: only have the same results, config.yaml included.
 PLACES = ("runs", "overwrite", "ckpt_path")
+
+#: The keys that make a run what it is, and that a resumed one has in common with its checkpoint;
+#: docs/resume.md says of the others that they may differ.
+DEFINING = (
+    *("method", "model", "data", "strategies"),
+    *(
+        f"trainer.{flag}"
+        for flag in (
+            "precision",
+            "accumulate_grad_batches",
+            "gradient_clip_val",
+            "gradient_clip_algorithm",
+            "limit_train_batches",
+            "sync_batchnorm",
+        )
+    ),
+)
+
+#: Arguments of streams that say where their data lie.
+DATA_PLACES = ("root", "path", "cache_dir", "download")
+
+#: What the system says when there is no room for a file.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Parser(LightningArgumentParser):
@@ -159,12 +187,18 @@ class ContinualCLI(LightningCLI):
             default=None,
             help="Resume this checkpoint; 'last' is the run's own, if there is one.",
         )
-        parser.add_argument(
-            "--checkpoint_every_n_steps",
-            type=int,
-            default=500,
-            help="Updates between checkpoints inside an epoch; one is taken at each epoch's end anyway.",
-        )
+        for unit, kind, what in (
+            ("steps", int | None, "Updates between checkpoints inside an epoch"),
+            ("epochs", int | None, "Epochs between checkpoints at an epoch's end"),
+            ("tasks", int | None, "Tasks between checkpoints at a task's end"),
+            ("minutes", float | None, "Minutes between checkpoints"),
+        ):
+            parser.add_argument(
+                f"--checkpoint_every_n_{unit}",
+                type=kind,
+                default=getattr(Intervals, unit),
+                help=f"{what}; null: none by this measure.",
+            )
         for name, registered in self.command.strategies.items():
             key = f"strategies.{name}"
             if registered is None:
@@ -210,11 +244,8 @@ class ContinualCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse before anything is built what would be refused after hours of training."""
-        if self.config.checkpoint_every_n_steps < 1:
-            raise ConfigurationError(
-                "Expected checkpoint_every_n_steps to be at least 1, but got "
-                f"{self.config.checkpoint_every_n_steps}. A large number leaves only the epochs' ends."
-            )
+        units = (field.name for field in fields(Intervals))
+        self.intervals = Intervals(*(self.config[f"checkpoint_every_n_{unit}"] for unit in units))
         for key in ("experiment", "method"):
             if Path(self.config[key]).name != self.config[key] or self.config[key] == "..":
                 raise ConfigurationError(
@@ -234,7 +265,7 @@ class ContinualCLI(LightningCLI):
             return
         if self.checkpoint is None or not _ended_early(self.folder):
             check_folder(self.folder)
-        if self.last.is_file() and self.checkpoint is None:
+        if self.checkpoint is None and any(path.is_file() for path in (self.last, self.previous)):
             raise ResultsError(
                 f"Expected {self.folder} to hold no unfinished run, but got one with a checkpoint. "
                 "Go on with --ckpt_path last, or replace it with --overwrite."
@@ -245,41 +276,72 @@ class ContinualCLI(LightningCLI):
         """This run's own checkpoint."""
         return self.folder / "checkpoints" / "last.ckpt"
 
+    @property
+    def previous(self) -> Path:
+        """The one before it."""
+        return self.last.with_name("previous.ckpt")
+
     def _checkpoint(self) -> Path | None:
         """The checkpoint to resume, after a look at whose it is."""
         wanted = self.config.ckpt_path
         if wanted is None:
             return None
         path = self.last if wanted == "last" else Path(wanted)
-        if not path.is_file():
-            if wanted == "last":
-                _tell(f"There is no {path} yet: this run starts afresh.")
-                return None
+        if wanted != "last" and not path.is_file():
             raise ConfigurationError(
                 f"Expected ckpt_path to be 'last' or a checkpoint, but there is no file {wanted!r}. "
                 f"Those of this run are in {self.folder / 'checkpoints'}."
             )
+        if wanted == "last" and not (path.is_file() or self.previous.is_file()):
+            _tell(f"There is no {path} yet: this run starts afresh.")
+            return None
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            raise CheckpointError(
-                f"Expected {path} to be a checkpoint, but it cannot be read: "
-                f"{str(error).splitlines()[0]}. Leave --ckpt_path out to start afresh."
-            ) from error
-        theirs = saved.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("run")
-        if theirs is not None and theirs != self._identity():
-            raise CheckpointError(
-                f"Expected ckpt_path to be a checkpoint of {_name(self._identity())}, but {path} is "
-                f"one of {_name(theirs)}. Resume that run with its own config, method and seed."
+            saved = read_checkpoint(path)
+        except CheckpointError as error:
+            if wanted != "last" or not self.previous.is_file():
+                raise
+            saved = read_checkpoint(self.previous)
+            problem = str(error).partition(", but ")[2].partition(". Leave")[0]
+            _tell(
+                f"warning: {path} is not whole ({problem}): going on from {self.previous}, the "
+                "checkpoint before it."
             )
+            path = self.previous
+        self._check_run(path, saved)
         return path
 
-    def _identity(self) -> dict[str, str | int]:
+    def _check_run(self, path: Path, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another run, and say what it differs in."""
+        here = self._identity()
+        there = saved.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("run")
+        if there is None:  # taken by somebody else; the module has a look at it
+            return
+        if _name(there) != _name(here):
+            raise CheckpointError(
+                f"Expected ckpt_path to be a checkpoint of {_name(here)}, but {path} is "
+                f"one of {_name(there)}. Resume that run with its own config, method and seed."
+            )
+        different = differences(here["config"], there["config"])
+        if different:
+            raise CheckpointError(
+                f"Expected ckpt_path to be a checkpoint of this configuration, but {path} differs: "
+                f"{'; '.join(different)}. Resume with the configuration that wrote it (config.yaml "
+                "beside it), or start a new run in another --runs folder."
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run has in common with its checkpoints."""
         config = self.config
         return {
             "experiment": config.experiment,
             "method": config.method,
             "seed": config.seed_everything,
+            "config": {
+                key: value
+                for key, value in flatten(yaml.safe_load(self.dump())).items()
+                if any(key == part or key.startswith(f"{part}.") for part in DEFINING)
+                and not (key.startswith("data.") and key.rpartition(".")[2] in DATA_PLACES)
+            },
         }
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -293,8 +355,16 @@ class ContinualCLI(LightningCLI):
         callbacks = chosen.callbacks if isinstance(chosen.callbacks, list) else [chosen.callbacks]
         callbacks = [callback for callback in callbacks if callback is not None]
         if chosen.enable_checkpointing is not False:
-            every = self.config.checkpoint_every_n_steps
-            callbacks.append(LastCheckpoint(self.last, every, self._identity(), metrics))
+            callbacks.append(
+                LastCheckpoint(
+                    self.last, self.intervals, self._identity(), metrics, resumed=self.checkpoint
+                )
+            )
+            plugins = chosen.plugins if isinstance(chosen.plugins, list) else [chosen.plugins]
+            plugins = [plugin for plugin in plugins if plugin is not None]
+            if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+                plugins.append(WholeCheckpoints())
+            kwargs["plugins"] = plugins
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if chosen.enable_progress_bar is not False and not has_bar:
             callbacks.append(StreamProgress())
@@ -345,6 +415,9 @@ def fit(command: Command) -> int:
         cli.prepare_folder()
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.checkpoint)
+        except SIGTERMException:
+            _tell(f"Terminated. The same command with --ckpt_path last goes on from {cli.folder}.")
+            return TERMINATED
         except SystemExit:
             if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
                 raise
@@ -353,6 +426,13 @@ def fit(command: Command) -> int:
             )  # Lightning ignores it from then on
             _tell(f"Interrupted. The same command with --ckpt_path last goes on from {cli.folder}.")
             return INTERRUPTED
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise ResultsError(
+                f"Expected room for the files of {cli.folder}, but got: {error}. Make some, and go on "
+                "with --ckpt_path last."
+            ) from error
         if cli.trainer.is_global_zero:
             _finish(cli, seconds=time.perf_counter() - started)
     return 0
@@ -411,7 +491,7 @@ def _tell(line: str) -> None:
         print(f"bpn-fit: {line}", file=sys.stderr)
 
 
-def _name(run: dict[str, str | int]) -> str:
+def _name(run: Mapping[str, Any]) -> str:
     return f"{run['experiment']}, method {run['method']}, seed {run['seed']}"
 
 

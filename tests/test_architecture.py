@@ -19,7 +19,7 @@ LAYERS = [
     {"backbones", "costs", "files", "layers", "messages", "metrics"},
     {"gradients"},
     {"importance", "penalties"},
-    {"network", "random_state"},
+    {"checkpoints", "network", "preemption", "random_state"},
     set(ROOMS),
     {"evaluation", "module", "registry", "steps", "trainer_rules"},
     {"command", "console", "data_command", "export", "figures", "recording", "report", "results"},
