@@ -20,8 +20,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
@@ -412,8 +412,8 @@ def fit(command: Command) -> int:
         except SystemExit as end:  # --help and --print_config
             return int(end.code or 0)
         started = time.perf_counter()
-        cli.prepare_folder()
         try:
+            cli.prepare_folder()
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.checkpoint)
         except SIGTERMException:
             _tell(f"Terminated. The same command with --ckpt_path last goes on from {cli.folder}.")

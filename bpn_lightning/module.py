@@ -497,12 +497,11 @@ class ContinualModule(ContinualSteps):
     def _unfinished(self) -> list[int] | None:
         """Where in an update this is: how many of how many batches it has had; None between updates."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        done, inside = progress.current.processed, progress.current.started
-        needed = self.trainer.accumulate_grad_batches
-        if inside > done:  # half of a step may be done
-            return [done % needed, needed]
+        current: Any = progress.current
+        done, needed = current.processed, self.trainer.accumulate_grad_batches
         last = progress.is_last_batch or done == self.trainer.num_training_batches
-        if done % needed == 0 or (last and done == progress.current.ready):
+        between = done % needed == 0 or (last and done == current.ready)
+        if between and current.started == done:  # else half of a step may be done
             return None
         return [done % needed, needed]
 

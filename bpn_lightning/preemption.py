@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 __all__ = ["StopRequests"]
 

@@ -194,10 +194,13 @@ class LastCheckpoint(Checkpoint):
         """Remember whose progress the state tells."""
         self._trainer = trainer
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has a checkpoint of what it begins with."""
+        self._closed = _closed(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here, and hear what asks the run to stop."""
         self._step = trainer.global_step
-        self._closed = _closed(pl_module)
         self._saved_at = time.monotonic()
         self.requests.listen(trainer)
 

@@ -259,8 +259,7 @@ def test_a_module_loads_without_a_trainer_and_answers_the_same(fit, tmp_path):
         (
             [FineTuning()],
             {},
-            "strategies is ['bpn_lightning.strategies.finetuning.FineTuning'] here and "
-            "['bpn_lightning.strategies.ewc.EWC'] there.",
+            "here and ['bpn_lightning.strategies.ewc.EWC'] there.",
         ),
         ([EWC()], {"stream": digits(num_tasks=3)}, "number of tasks is 3 here and 2 there; "),
         (
