@@ -458,8 +458,11 @@ def torment(
 
 
 def _damage(folder: Path, rng: random.Random) -> None:
-    """Cut the newest checkpoint off, or flip a bit of it."""
-    for path in folder.glob("runs/*/*/*/checkpoints/last.ckpt"):
+    """Cut the newest of two checkpoints off, or flip a bit of it."""
+    for previous in folder.glob("runs/*/*/*/checkpoints/previous.ckpt"):
+        path = previous.with_name("last.ckpt")
+        if not path.exists():  # killed between two renames
+            continue
         content = bytearray(path.read_bytes())
         if rng.random() < 0.5:
             content = content[: rng.randrange(len(content))]

@@ -76,7 +76,7 @@ def _unreadable(path: Path, reason: object) -> CheckpointError:
     said = (str(reason).splitlines() or [type(reason).__name__])[0]
     return CheckpointError(
         f"Expected {path} to be a checkpoint, but it cannot be read: {said.rstrip('.')}. "
-        "Leave --ckpt_path out to start afresh."
+        "Start afresh with --overwrite in the place of --ckpt_path."
     )
 
 

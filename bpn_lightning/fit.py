@@ -455,6 +455,8 @@ def _finish(cli: ContinualCLI, seconds: float) -> None:
         provenance=collect_provenance(seconds),
         extra={"curve": module.curve} if module.evaluate_every == "epoch" else {},
     )
+    if module.closed + 1 == len(module.tasks):  # nothing goes on from here any more
+        cli.previous.unlink(missing_ok=True)
     title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
     final_table(
         Console(),
