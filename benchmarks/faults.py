@@ -332,7 +332,7 @@ def _wait(children: dict[int, int], strike: tuple[float, int] | None) -> list[in
             sent = True
             for child in alive:
                 os.kill(child, strike[1])
-        if now - started > SECONDS or (failed and now - failed > 20):
+        if now - started > SECONDS or (failed and now - failed > 3):
             for child in alive:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
