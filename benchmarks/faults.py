@@ -454,7 +454,7 @@ def torment(
         outcome.faults.update(kinds)
         if any(kind == "damage" for kind, _ in kinds):
             _damage(folder, rng)
-    outcome.fallbacks += (folder / "log_0").read_text().count("is not whole")
+    outcome.fallbacks += (folder / "log_0").read_text().count("the checkpoint before it")
 
 
 def _damage(folder: Path, rng: random.Random) -> None:

@@ -75,8 +75,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _unreadable(path: Path, reason: object) -> CheckpointError:
     said = (str(reason).splitlines() or [type(reason).__name__])[0]
     return CheckpointError(
-        f"Expected {path} to be a checkpoint, but it cannot be read: {said.rstrip('.')}. "
-        "Start afresh with --overwrite in the place of --ckpt_path."
+        f"Expected {path} to be a checkpoint, but it cannot be read: {said.rstrip('.')}."
     )
 
 

@@ -286,29 +286,32 @@ class ContinualCLI(LightningCLI):
         wanted = self.config.ckpt_path
         if wanted is None:
             return None
-        path = self.last if wanted == "last" else Path(wanted)
-        if wanted != "last" and not path.is_file():
+        paths = [self.last, self.previous] if wanted == "last" else [Path(wanted)]
+        if not any(path.is_file() for path in paths):
+            if wanted == "last":
+                _tell(f"There is no {self.last} yet: this run starts afresh.")
+                return None
             raise ConfigurationError(
                 f"Expected ckpt_path to be 'last' or a checkpoint, but there is no file {wanted!r}. "
                 f"Those of this run are in {self.folder / 'checkpoints'}."
             )
-        if wanted == "last" and not (path.is_file() or self.previous.is_file()):
-            _tell(f"There is no {path} yet: this run starts afresh.")
-            return None
-        try:
-            saved = read_checkpoint(path)
-        except CheckpointError as error:
-            if wanted != "last" or not self.previous.is_file():
-                raise
-            saved = read_checkpoint(self.previous)
-            problem = str(error).partition(", but ")[2].partition(". Leave")[0]
-            _tell(
-                f"warning: {path} is not whole ({problem}): going on from {self.previous}, the "
-                "checkpoint before it."
-            )
-            path = self.previous
-        self._check_run(path, saved)
-        return path
+        problems = []
+        for path in paths:
+            if not path.is_file():
+                problems.append(f"There is no {path}.")
+                continue
+            try:
+                saved = read_checkpoint(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                _tell(f"warning: {problems[0]} Going on from {path}, the checkpoint before it.")
+            self._check_run(path, saved)
+            return path
+        raise CheckpointError(
+            f"{' '.join(problems)} Start afresh with --overwrite in the place of --ckpt_path."
+        )
 
     def _check_run(self, path: Path, saved: dict[str, Any]) -> None:
         """Refuse a checkpoint of another run, and say what it differs in."""

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from bpn_lightning.checkpoints import WholeCheckpoints, read_checkpoint
 from bpn_lightning.cli import main
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.recording import Intervals, LastCheckpoint
+from bpn_lightning.recording import Intervals, LastCheckpoint, MetricsFile
 
 ROOT = Path(__file__).parent.parent
 LINE = [
@@ -67,6 +67,17 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.syspath_prepend(os.getcwd())
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing ended."""
+    runs = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("PL_SEED_WORKERS", "0")
+        assert run("--runs", str(runs)) == 0
+    return Path(runs, *RUN.parts[1:])
+
+
 def run(*flags: str) -> int:
     return main([*LINE, *flags])
 
@@ -85,9 +96,7 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat(parts).nan_to_num(-7)
 
 
-def assert_same_as_undisturbed(*flags: str) -> None:
-    assert run("--runs", "whole", *flags) == 0
-    whole = Path("whole", *RUN.parts[1:])
+def assert_same(whole: Path) -> None:
     assert figures(whole) == figures(RUN)
     assert torch.equal(weights(whole), weights(RUN))
 
@@ -117,7 +126,7 @@ def test_faults_at_drawn_moments_leave_no_difference() -> None:
 # --- signals -------------------------------------------------------------------------------------
 
 
-def test_sigterm_stops_after_the_update(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_stops_after_the_update(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     term = f"--trainer.callbacks.number={int(signal.SIGTERM)}"
     assert with_fault("Send", term, "--trainer.callbacks.step=20") == 143
     assert capsys.readouterr().err == (
@@ -125,7 +134,7 @@ def test_sigterm_stops_after_the_update(capsys: pytest.CaptureFixture[str]) -> N
     )
     assert read_checkpoint(CHECKPOINTS / "last.ckpt")["global_step"] == 21
     assert run("--ckpt_path", "last") == 0
-    assert_same_as_undisturbed()
+    assert_same(whole)
 
 
 def test_slurm_is_asked_to_queue_the_job_again(
@@ -155,13 +164,40 @@ def test_slurm_is_asked_to_queue_the_job_again(
     assert read_checkpoint(CHECKPOINTS / "last.ckpt")["global_step"] == 8
     assert not list(RUN.glob("hpc_ckpt*"))
     assert run("--ckpt_path", "last", *accumulate) == 0
-    assert_same_as_undisturbed(*accumulate)
+    assert run("--runs", "whole", *accumulate) == 0
+    assert_same(Path("whole", *RUN.parts[1:]))
+
+
+# --- user code ---------------------------------------------------------------------------------------
+
+
+def test_what_is_logged_after_a_checkpoint_is_not_lost(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning logs an update after the hook in which a checkpoint of it is taken."""
+    log_metrics = MetricsFile.log_metrics
+
+    def fails_once(self: MetricsFile, metrics: Any, step: int | None = None) -> None:
+        if step == 29:  # of the update after which there are 30
+            raise ZeroDivisionError
+        log_metrics(self, metrics, step)
+
+    often = ["--checkpoint_every_n_steps", "5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "log_metrics", fails_once)
+        with pytest.raises(ZeroDivisionError):
+            run(*often)
+    assert read_checkpoint(CHECKPOINTS / "next.ckpt")["global_step"] == 30
+    assert run(*often, "--ckpt_path", "last") == 0
+    assert_same(whole)
 
 
 # --- disks ---------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_ends_a_run_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_ends_a_run_in_one_sentence(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         assert with_fault("FullDisk") == 2
@@ -173,10 +209,11 @@ def test_a_full_disk_ends_a_run_in_one_sentence(capsys: pytest.CaptureFixture[st
     )
     assert {path.name for path in CHECKPOINTS.iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert run("--ckpt_path", "last") == 0
-    assert_same_as_undisturbed()
+    assert_same(whole)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    whole: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(ZeroDivisionError):
@@ -191,11 +228,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     capsys.readouterr()
     assert run("--ckpt_path", "last", "--checkpoint_every_n_steps", "5") == 0
     said = capsys.readouterr().err
-    assert said.startswith(f"bpn-fit: warning: {last} is not whole (it cannot be read: ")
-    assert said.endswith(
-        f"does not match its checksum): going on from {previous}, the checkpoint before it.\n"
+    assert said.startswith(
+        f"bpn-fit: warning: Expected {last} to be a checkpoint, but it cannot be read: archive/"
     )
-    assert_same_as_undisturbed()
+    assert said.endswith(
+        f" does not match its checksum. Going on from {previous}, the checkpoint before it.\n"
+    )
+    assert_same(whole)
 
 
 def test_two_damaged_checkpoints_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +242,22 @@ def test_two_damaged_checkpoints_are_an_error(capsys: pytest.CaptureFixture[str]
     for name in ("last.ckpt", "previous.ckpt"):
         (CHECKPOINTS / name).write_bytes(b"PK\x03\x04 and no more")
     assert run("--ckpt_path", "last") == 2
-    assert f"Expected {CHECKPOINTS / 'previous.ckpt'} to be a" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"bpn-fit: error: Expected {CHECKPOINTS / 'last.ckpt'} to be a checkpoint, but it cannot be "
+        f"read: File is not a zip file. Expected {CHECKPOINTS / 'previous.ckpt'} to be a checkpoint, but "
+        "it cannot be read: File is not a zip file. Start afresh with --overwrite in the place of "
+        "--ckpt_path.\n"
+    )
+
+
+def test_a_kill_between_two_renames(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    CHECKPOINTS.mkdir(parents=True)
+    last, previous = CHECKPOINTS / "last.ckpt", CHECKPOINTS / "previous.ckpt"
+    previous.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())
+    assert run("--ckpt_path", "last") == 0
+    assert capsys.readouterr().err == (
+        f"bpn-fit: warning: There is no {last}. Going on from {previous}, the checkpoint before it.\n"
+    )
 
 
 def test_every_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
@@ -235,9 +289,10 @@ def test_every_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
 # --- what a resumed run may differ in ------------------------------------------------------------
 
 
-def test_another_configuration_is_refused_key_by_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--trainer.max_epochs", "4") == 0
-    last = CHECKPOINTS / "last.ckpt"
+def test_another_configuration_is_refused_key_by_key(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = whole / "checkpoints" / "last.ckpt"
     capsys.readouterr()
     other = ["--strategies.ewc.strength", "7", "--data.init_args.batch_size", "16"]
     assert run("--ckpt_path", str(last), "--runs", "other", *other) == 2
@@ -249,24 +304,22 @@ def test_another_configuration_is_refused_key_by_key(capsys: pytest.CaptureFixtu
     )
 
 
-def test_what_does_not_change_a_run_may_change() -> None:
+def test_what_does_not_change_a_run_may_change(whole: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         with_fault("Crash")
     flags = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
     flags += ["--trainer.enable_progress_bar", "true", "--checkpoint_every_n_epochs", "null"]
     assert run("--ckpt_path", "last", *flags) == 0
-    assert_same_as_undisturbed()
+    assert_same(whole)
 
 
-def test_two_processes_go_on_where_one_stopped() -> None:
+def test_two_processes_go_on_where_one_stopped(whole: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         with_fault("Crash", "--checkpoint_every_n_steps", "5")
     command = [str(Path(sys.executable).with_name("bpn-fit")), *LINE, "--ckpt_path", "last"]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert run("--runs", "whole") == 0
-    whole = Path("whole", *RUN.parts[1:])
     torch.testing.assert_close(weights(RUN), weights(whole), rtol=1e-4, atol=1e-5)
     assert figures(RUN)[1] == figures(whole)[1]
 
