@@ -40,7 +40,7 @@ class Send(Callback):
     def __init__(self, number: int, step: int) -> None:
         self.number, self.step = number, step
 
-    def on_before_optimizer_step(self, trainer, *_):
+    def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), self.number)
 
