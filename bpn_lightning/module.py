@@ -556,9 +556,16 @@ class ContinualModule(ContinualSteps):
             self.schedule.load_lengths(saved["lengths"])
             if self.opened >= 0:
                 self._phase = self.schedule.phase(self.opened, saved["phase"])
-            states = saved["random"]
-            same = len(states) == self.trainer.world_size
+            states, processes = saved["random"], self.trainer.world_size
+            same = len(states) == processes
             self._saved_random = states[self.global_rank if same else 0]
+            if not same and self.global_rank == 0:
+                warnings.warn(
+                    f"The checkpoint is of {len(states)} and this run of {processes} processes. It goes on "
+                    "to the same result up to rounding, unless something draws random numbers inside an "
+                    "update, as dropout does: each process draws for its own share.",
+                    stacklevel=2,
+                )
         self._switch(max(self.opened, 0))
 
     def _state_keys(self) -> list[str]:

@@ -31,6 +31,7 @@ class StopRequests:
 
     def listen(self, trainer: Trainer) -> None:
         """Take the place of Lightning's handlers until it restores those from before the fit."""
+        self.asked = self.requeue = False
         if threading.current_thread() is not threading.main_thread():
             return
         signal.signal(signal.SIGTERM, self._note)

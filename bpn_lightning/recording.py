@@ -118,7 +118,7 @@ class MetricsFile(Logger):
 
 @dataclass(frozen=True)
 class Intervals:
-    """When checkpoints are taken; None: not by this measure. A run's end has one anyway.
+    """When checkpoints are taken; None: not by this measure. A stream's end has one anyway.
 
     Args:
         steps: updates between checkpoints inside an epoch.
@@ -255,8 +255,9 @@ class LastCheckpoint(Checkpoint):
         self._publish(trainer, stop=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the end of a run that has no checkpoint of it."""
-        if stage == "fit" and self._closed != _closed(pl_module):
+        """Save the end of a stream that has no checkpoint of it."""
+        complete = _closed(pl_module) + 1 == len(getattr(pl_module, "tasks", ()))
+        if stage == "fit" and complete and self._closed != _closed(pl_module):
             self._save(trainer, pl_module)
             self._publish(trainer, stop=False)
 

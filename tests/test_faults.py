@@ -320,6 +320,7 @@ def test_two_processes_go_on_where_one_stopped(whole: Path) -> None:
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("The checkpoint is of 1 and this run of 2 processes.") == 1
     torch.testing.assert_close(weights(RUN), weights(whole), rtol=1e-4, atol=1e-5)
     assert figures(RUN)[1] == figures(whole)[1]
 

@@ -8,9 +8,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
+from bpn_lightning.checkpoints import read_checkpoint
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.random_state import random_state, restore_random_state
+from bpn_lightning.recording import Intervals, LastCheckpoint
 from bpn_lightning.strategies import EWC, BeneficialPerturbation
 
 MOMENTS = (
@@ -106,6 +108,44 @@ def test_only_checkpoints_between_updates_are_resumed(fit, tmp_path):
                 run(ckpt_path=path)
         else:
             assert same(reference, run(seed=9, ckpt_path=path)), path.name
+
+
+class Stop(Callback):
+    """Ends a run as max_time does, after a number of batches."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def on_train_batch_end(self, trainer, *_):
+        self.left -= 1
+        trainer.should_stop = trainer.should_stop or self.left == 0
+
+
+@pytest.mark.parametrize(("batches", "step"), [(7, 4), (8, 4), (9, 5)])
+def test_a_run_that_ends_inside_an_update_goes_on_before_it(fit, tmp_path, batches, step):
+    """An epoch of five batches has updates of two, two and one."""
+
+    def run(*more, **options):
+        options["trainer"] = {"accumulate_grad_batches": 2, "enable_checkpointing": bool(more)}
+        stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=64, seed=0)
+        return state(*fit([EWC(100.0), *more], stream=stream, **options))
+
+    def checkpoint(steps):
+        return LastCheckpoint(tmp_path / "last.ckpt", Intervals(steps, None, None), {})
+
+    reference = run()
+    with pytest.warns(UserWarning, match="stopped before its end: tasks 2"):
+        run(checkpoint(1), Stop(batches))
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == step
+    assert same(reference, run(checkpoint(1), seed=9, ckpt_path=tmp_path / "last.ckpt"))
+
+
+def test_no_checkpoint_is_taken_inside_an_update_because_a_run_ends(fit, tmp_path):
+    callbacks = [Stop(12), LastCheckpoint(tmp_path / "last.ckpt", Intervals(None, None, None), {})]
+    trainer = {"accumulate_grad_batches": 4, "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="stopped before its end"):
+        fit([EWC(100.0), *callbacks], trainer=trainer)
+    assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_random_states_survive_a_file_that_loads_weights_only(tmp_path):
