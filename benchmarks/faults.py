@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,6 +198,8 @@ def watch(clock: Clock) -> None:
     before(model, "validation_step", "validation")
     before(model, "on_train_epoch_end", "epoch's end")
     before(model, "close", lambda self, task: "task's end" if task > self.closed else None)
+    for target in STRATEGIES.values():
+        import_module(target.partition(":")[0])
     for strategy in _subclasses(ContinualStrategy):
         if "on_task_end" in vars(strategy):
             before(strategy, "on_task_end", "consolidation")
