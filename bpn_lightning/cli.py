@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0, 2 where the user can mend it, 130 after Ctrl-C; a bug keeps its traceback.
+        0, 2 where the user can mend it, 130 after Ctrl-C, 143 after SIGTERM; a bug keeps its
+        traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

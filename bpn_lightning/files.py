@@ -1,12 +1,14 @@
 """Files that are either whole or not there, in folders that lie where they were asked for."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import BinaryIO
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
 
-__all__ = ["check_name", "refuse_outside", "why_unreadable", "write_atomically"]
+__all__ = ["check_name", "flush", "refuse_outside", "why_unreadable", "write_atomically"]
 
 _LONGEST = 255  # bytes of a name, as file systems have it
 
@@ -45,19 +47,42 @@ def refuse_outside(root: Path, folder: Path) -> None:
             )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file so that no reader, and no crash, ever meets half of it.
 
     The bytes go to ``.<name>.tmp`` in the same folder, reach the disk, and take the final name in
-    one step. What a crash leaves behind is the earlier file, and at most one such temporary file
-    that the next write replaces.
+    one step, which reaches the disk too. What a crash leaves behind is the earlier file, and at most
+    one such temporary file that the next write replaces.
+
+    Args:
+        path: of the file.
+        content: its bytes, or what writes them into an open file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk wants the room back
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Let what was written to a file, or renamed in a folder, reach the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows flushes no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def why_unreadable(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """``bpn-fit`` once torch may be imported: parse, build, train, write the results."""
 
+import errno
 import logging
 import os
 import signal
@@ -7,25 +8,33 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
-from zipfile import ZipFile
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from bpn_lightning.checkpoints import (
+    WholeCheckpoints,
+    callback_state,
+    differences,
+    flatten,
+    read_checkpoint,
+)
 from bpn_lightning.command import Command
 from bpn_lightning.console import StreamProgress, final_table
 from bpn_lightning.costs import bytes_held, bytes_per_task
@@ -38,11 +47,11 @@ from bpn_lightning.errors import (
     ConfigurationError,
     ResultsError,
 )
-from bpn_lightning.files import check_name, refuse_outside, why_unreadable, write_atomically
+from bpn_lightning.files import check_name, refuse_outside, write_atomically
 from bpn_lightning.loggers import RunName, SavedLogger, complete_loggers, go_offline
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
-from bpn_lightning.recording import LastCheckpoint, MetricsFile
+from bpn_lightning.recording import Intervals, LastCheckpoint, MetricsFile
 from bpn_lightning.results import (
     check_folder,
     collect_provenance,
@@ -57,10 +66,34 @@ from bpn_lightning.trust import restrict_imports
 __all__ = ["ContinualCLI", "fit"]
 
 INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
+TERMINATED = 143  # and of one that SIGTERM ended
 
 #: Keys that say where and how a run is written, and not what it is: two runs that differ in them
 #: only have the same results, config.yaml included.
 PLACES = ("runs", "overwrite", "ckpt_path", "logger", "log_artifacts", "quiet", "json")
+
+#: The keys that make a run what it is, and that a resumed one has in common with its checkpoint;
+#: docs/resume.md says of the others that they may differ.
+DEFINING = (
+    *("method", "model", "data", "strategies"),
+    *(
+        f"trainer.{flag}"
+        for flag in (
+            "precision",
+            "accumulate_grad_batches",
+            "gradient_clip_val",
+            "gradient_clip_algorithm",
+            "limit_train_batches",
+            "sync_batchnorm",
+        )
+    ),
+)
+
+#: Arguments of streams that say where their data lie.
+DATA_PLACES = ("root", "path", "cache_dir", "download")
+
+#: What the system says when there is no room for a file.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Parser(LightningArgumentParser):
@@ -172,12 +205,18 @@ class ContinualCLI(LightningCLI):
             default=None,
             help="Resume this checkpoint; 'last' is the run's own, if there is one.",
         )
-        parser.add_argument(
-            "--checkpoint_every_n_steps",
-            type=int,
-            default=500,
-            help="Updates between checkpoints inside an epoch; one is taken at each epoch's end anyway.",
-        )
+        for unit, kind, what in (
+            ("steps", int | None, "Updates between checkpoints inside an epoch"),
+            ("epochs", int | None, "Epochs between checkpoints at an epoch's end"),
+            ("tasks", int | None, "Tasks between checkpoints at a task's end"),
+            ("minutes", float | None, "Minutes between checkpoints"),
+        ):
+            parser.add_argument(
+                f"--checkpoint_every_n_{unit}",
+                type=kind,
+                default=getattr(Intervals, unit),
+                help=f"{what}; null: none by this measure.",
+            )
         parser.add_argument(
             "--logger",
             type=list[str] | str | None,
@@ -244,11 +283,8 @@ class ContinualCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse before anything is built what would be refused after hours of training."""
-        if self.config.checkpoint_every_n_steps < 1:
-            raise ConfigurationError(
-                "Expected checkpoint_every_n_steps to be at least 1, but got "
-                f"{self.config.checkpoint_every_n_steps}. A large number leaves only the epochs' ends."
-            )
+        units = (field.name for field in fields(Intervals))
+        self.intervals = Intervals(*(self.config[f"checkpoint_every_n_{unit}"] for unit in units))
         for key in ("experiment", "method"):
             check_name(key, self.config[key])  # again: it may have been an interpolation
         refuse_outside(Path(str(self.config.runs)), self.folder)
@@ -300,7 +336,7 @@ class ContinualCLI(LightningCLI):
             return
         if self.checkpoint is None or not _ended_early(self.folder):
             check_folder(self.folder)
-        if self.last.is_file() and self.checkpoint is None:
+        if self.checkpoint is None and any(path.is_file() for path in (self.last, self.previous)):
             raise ResultsError(
                 f"Expected {self.folder} to hold no unfinished run, but got one with a checkpoint. "
                 "Go on with --ckpt_path last, or replace it with --overwrite."
@@ -311,48 +347,88 @@ class ContinualCLI(LightningCLI):
         """This run's own checkpoint."""
         return self.folder / "checkpoints" / "last.ckpt"
 
+    @property
+    def previous(self) -> Path:
+        """The one before it."""
+        return self.last.with_name("previous.ckpt")
+
     def _checkpoint(self) -> Path | None:
         """The checkpoint to resume, after a look at whose it is."""
         self._logged: tuple[list[SavedLogger], int] = ([], 0)
         wanted = self.config.ckpt_path
         if wanted is None:
             return None
-        path = self.last if wanted == "last" else Path(wanted)
-        if not path.is_file():
+        paths = [self.last, self.previous] if wanted == "last" else [Path(wanted)]
+        if not any(path.is_file() for path in paths):
             if wanted == "last":
-                _tell(f"There is no {path} yet: this run starts afresh.")
+                _tell(f"There is no {self.last} yet: this run starts afresh.")
                 return None
             raise ConfigurationError(
                 f"Expected ckpt_path to be 'last' or a checkpoint, but there is no file {wanted!r}. "
                 f"Those of this run are in {self.folder / 'checkpoints'}."
             )
-        try:
-            with ZipFile(path):  # what else torch would read, and say that it should not
-                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(saved, dict):
-                raise TypeError(f"it holds a {type(saved).__name__}")
-            theirs = saved.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("run")
-        # Whatever a file can be instead: damaged, of another kind, or with code in it.
-        except Exception as error:
-            raise CheckpointError(
-                f"Expected {path} to be a checkpoint, but it cannot be read: {why_unreadable(error)}. "
-                "Leave --ckpt_path out to start afresh."
-            ) from error
-        if theirs is not None and theirs != self._identity():
-            raise CheckpointError(
-                f"Expected ckpt_path to be a checkpoint of {_name(self._identity())}, but {path} is "
-                f"one of {_name(theirs)}. Resume that run with its own config, method and seed."
-            )
-        shown = saved.get("callbacks", {}).get(Dashboard.__qualname__, {}).get("loggers", [])
-        self._logged = ([(kind, version) for kind, version, _ in shown], saved["global_step"])
-        return path
+        problems = []
+        for path in paths:
+            if not path.is_file():
+                problems.append(f"There is no {path}.")
+                continue
+            try:
+                saved = read_checkpoint(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                _tell(f"warning: {problems[0]} Going on from {path}, the checkpoint before it.")
+            self._check_run(path, saved)
+            shown = callback_state(saved, Dashboard.__qualname__).get("loggers", [])
+            self._logged = [(kind, version) for kind, version, _ in shown], saved["global_step"]
+            return path
+        raise CheckpointError(
+            f"{' '.join(problems)} Start afresh with --overwrite in the place of --ckpt_path."
+        )
 
-    def _identity(self) -> dict[str, str | int]:
+    def _check_run(self, path: Path, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another run, and say what it differs in."""
+        here = self._identity()
+        there = callback_state(saved, LastCheckpoint.__qualname__).get("run")
+        if there is None:  # taken by somebody else; the module has a look at it
+            return
+        if not isinstance(there, Mapping) or there.keys() != here.keys():
+            raise CheckpointError(
+                f"Expected {path} to say which run it is of, but got {there!r:.80}. Start afresh with "
+                "--overwrite in the place of --ckpt_path."
+            )
+        if _name(there) != _name(here):
+            raise CheckpointError(
+                f"Expected ckpt_path to be a checkpoint of {_name(here)}, but {path} is "
+                f"one of {_name(there)}. Resume that run with its own config, method and seed."
+            )
+        different = differences(here["config"], there["config"])
+        if different:
+            raise CheckpointError(
+                f"Expected ckpt_path to be a checkpoint of this configuration, but {path} differs: "
+                f"{'; '.join(different)}. Resume with the configuration that wrote it (config.yaml "
+                "beside it), or start a new run in another --runs folder."
+            )
+
+    def _names(self) -> dict[str, str | int]:
         config = self.config
         return {
             "experiment": config.experiment,
             "method": config.method,
             "seed": config.seed_everything,
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run has in common with its checkpoints."""
+        return {
+            **self._names(),
+            "config": {
+                key: value
+                for key, value in flatten(yaml.safe_load(self.dump())).items()
+                if any(key == part or key.startswith(f"{part}.") for part in DEFINING)
+                and not (key.startswith("data.") and key.rpartition(".")[2] in DATA_PLACES)
+            },
         }
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -367,8 +443,16 @@ class ContinualCLI(LightningCLI):
         callbacks = [callback for callback in callbacks if callback is not None]
         callbacks.insert(0, _FolderOfRun(self.prepare_folder))
         if chosen.enable_checkpointing is not False:
-            every = self.config.checkpoint_every_n_steps
-            callbacks.append(LastCheckpoint(self.last, every, self._identity(), metrics))
+            callbacks.append(
+                LastCheckpoint(
+                    self.last, self.intervals, self._identity(), metrics, resumed=self.checkpoint
+                )
+            )
+            plugins = chosen.plugins if isinstance(chosen.plugins, list) else [chosen.plugins]
+            plugins = [plugin for plugin in plugins if plugin is not None]
+            if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+                plugins.append(WholeCheckpoints())
+            kwargs["plugins"] = plugins
         if self.config.quiet or self.config.json:
             callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]
             kwargs["enable_progress_bar"] = False
@@ -376,7 +460,7 @@ class ContinualCLI(LightningCLI):
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             callbacks.append(StreamProgress())
-        callbacks.append(Dashboard({**self.shown_config, **self._identity()}))
+        callbacks.append(Dashboard({**self.shown_config, **self._names()}))
         kwargs["callbacks"] = callbacks
         if chosen.default_root_dir is None:
             kwargs["default_root_dir"] = str(self.folder)
@@ -406,19 +490,19 @@ class _FolderOfRun(Callback):
     """Gets the folder ready when training is about to begin.
 
     Not before: what is wrong with data, strategies or a checkpoint must not cost an earlier run's
-    results. A run that resumes need not begin with an epoch, or with any batch at all.
+    results. A run that resumes need not train at all.
     """
 
     def __init__(self, prepare: Callable[[], None]) -> None:
         self._prepare: Callable[[], None] | None = prepare
 
-    def on_train_epoch_start(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_start(self, *args: Any, **kwargs: Any) -> None:
         """Prepare, once."""
         if self._prepare is not None:
             self._prepare()
             self._prepare = None
 
-    on_train_batch_start = on_fit_end = on_train_epoch_start
+    on_fit_end = on_train_start
 
 
 def fit(command: Command) -> int:
@@ -456,6 +540,9 @@ def _train(cli: ContinualCLI, out: TextIO) -> int:
         if cli.trainer.is_global_zero:
             _finish(cli, out, seconds=time.perf_counter() - started)
         status = 0
+    except SIGTERMException:
+        _tell(f"Terminated. The same command with --ckpt_path last goes on from {cli.folder}.")
+        status = TERMINATED
     except SystemExit:
         if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
@@ -463,6 +550,13 @@ def _train(cli: ContinualCLI, out: TextIO) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _tell(f"Interrupted. The same command with --ckpt_path last goes on from {cli.folder}.")
         status = INTERRUPTED
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ResultsError(
+            f"Expected room for the files of {cli.folder}, but got: {error}. Make some, and go on "
+            "with --ckpt_path last."
+        ) from error
     finally:
         if cli.trainer.is_global_zero:
             close_displays(cli.trainer.loggers, status)
@@ -486,6 +580,8 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         provenance=collect_provenance(seconds),
         extra={"curve": module.curve} if module.evaluate_every == "epoch" else {},
     )
+    if module.closed + 1 == len(module.tasks):  # nothing goes on from here any more
+        cli.previous.unlink(missing_ok=True)
     if config.log_artifacts:
         name = f"{config.experiment}-{config.method}-seed_{config.seed_everything}"
         keep_results(cli.trainer.loggers, name, written_files(cli.folder), cli.last)
@@ -529,7 +625,7 @@ def _tell(line: str) -> None:
         print(f"bpn-fit: {line}", file=sys.stderr)
 
 
-def _name(run: dict[str, str | int]) -> str:
+def _name(run: Mapping[str, Any]) -> str:
     return f"{run['experiment']}, method {run['method']}, seed {run['seed']}"
 
 

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from bpn_lightning.checkpoints import differences, flatten
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
@@ -383,8 +385,13 @@ class ContinualModule(ContinualSteps):
     # --- Lightning's hooks -----------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Move strategies' tensors to the device."""
+        """Let strategies refuse what cannot be right, and move their tensors to the device."""
+        # A run that resumes in a strategy's own phase has that strategy's optimizer now.
+        own = self._phase.trains == "strategy"
+        optimizer = self._network_optimizer() if own else self.trainer.optimizers[0]
+        check_optimizer(self.trainer, optimizer)
         for strategy in self._strategies:
+            strategy.check(self, optimizer)
             strategy.move_state(self)
 
     def on_train_start(self) -> None:
@@ -396,12 +403,6 @@ class ContinualModule(ContinualSteps):
                 f"{self.opened}. Make a new module, or go on with ckpt_path."
             )
         self.trainer.fit_loop.max_epochs = self.schedule.total
-        # A run that resumes in a strategy's own phase has that strategy's optimizer now.
-        own = self._phase.trains == "strategy"
-        optimizer = self._network_optimizer() if own else self.trainer.optimizers[0]
-        check_optimizer(self.trainer, optimizer)
-        for strategy in self._strategies:
-            strategy.check(self, optimizer)
         self._restore_random_state()
         self._begin_epoch_anew()
         self.advance()
@@ -534,8 +535,9 @@ class ContinualModule(ContinualSteps):
             "seed": self.stream.seed,
             "input_shape": self._input_shape,
             "attached": [list(part) for part in self._attached],
-            "strategies": [strategy.state_key for strategy in self._strategies],
-            "random": random_state(),
+            "strategies": self._state_keys(),
+            "random": self._random_states(),
+            "unfinished": self._unfinished(),
         }
         if self._cut_short and "loops" in checkpoint:
             # Lightning counts an epoch that was cut short as done: its rest would be lost on resuming.
@@ -543,6 +545,26 @@ class ContinualModule(ContinualSteps):
             for part in ("current", "total"):
                 saved = checkpoint["loops"]["fit_loop"]["epoch_progress"][part]
                 saved["processed"] = saved["completed"] = saved["ready"] - 1
+
+    def _random_states(self) -> list[dict[str, Any]]:
+        """Of every process: their shares of a batch may differ in size, and so in what they draw."""
+        mine = random_state()
+        if self.trainer.world_size == 1:
+            return [mine]
+        states: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(states, mine)
+        return states
+
+    def _unfinished(self) -> list[int] | None:
+        """Where in an update this is: how many of how many batches it has had; None between updates."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        current: Any = progress.current
+        done, needed = current.processed, self.trainer.accumulate_grad_batches
+        last = progress.is_last_batch or done == self.trainer.num_training_batches
+        between = done % needed == 0 or (last and done == current.ready)
+        if between and current.started == done:  # else half of a step may be done
+            return None
+        return [done % needed, needed]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -587,20 +609,28 @@ class ContinualModule(ContinualSteps):
             for i, c, names, epochs in saved["tasks"]
         ]
         attached = self._trainer is not None
-        mine: dict[str, Any] = {"mask": self._mask}
-        theirs = {"mask": saved["mask"], "tasks": tasks}
+        resuming = attached and self.trainer.state.fn == "fit"
+        here: dict[str, Any] = {"mask": self._mask}
+        there = {"mask": saved["mask"]}
         if attached:
-            mine["tasks"] = self._tasks
-        if attached and self.trainer.state.fn == "fit":
-            mine.update(strategies=self._state_keys(), seed=self.stream.seed)
-            theirs.update(strategies=saved["strategies"], seed=saved["seed"])
-        for key, value in mine.items():
-            if value != theirs[key]:
-                raise CheckpointError(
-                    f"Expected a checkpoint with this run's {key}, but they differ: "
-                    f"{_difference(value, theirs[key])}. "
-                    "Resume with the configuration that wrote it, or start a new run."
-                )
+            here |= _table(self._tasks)
+            there |= _table(tasks)
+        if resuming:
+            here |= {"strategies": self._state_keys(), "seed": self.stream.seed}
+            there |= {"strategies": saved["strategies"], "seed": saved["seed"]}
+        different = differences(here, there)
+        if different:
+            raise CheckpointError(
+                f"Expected a checkpoint of this run, but they differ: {'; '.join(different)}. "
+                "Resume with the configuration that wrote it, or start a new run."
+            )
+        if resuming and saved["unfinished"]:
+            done, needed = saved["unfinished"]
+            raise CheckpointError(
+                "Expected a checkpoint taken between two updates, but this one was taken inside of one, "
+                f"after {done} of its {needed} batches, whose gradients are in no checkpoint. Resume "
+                "another one; bpn-fit takes them after updates only."
+            )
         self._build(tasks, saved["num_classes"], tuple(saved["input_shape"]))
         for kind, *arguments in saved["attached"]:
             getattr(self, f"attach_{kind}")(*arguments)
@@ -609,11 +639,20 @@ class ContinualModule(ContinualSteps):
         self._training_weights = dict(saved["training_weights"])
         self._judged, self._best_loss, self._bad_epochs = saved["patience"]
         self.curve = [dict(point) for point in saved["curve"]]
-        if attached and self.trainer.state.fn == "fit":
+        if resuming:
             self.schedule.load_lengths(saved["lengths"])
             if self.opened >= 0:
                 self._phase = self.schedule.phase(self.opened, saved["phase"])
-            self._saved_random = saved["random"]
+            states, processes = saved["random"], self.trainer.world_size
+            same = len(states) == processes
+            self._saved_random = states[self.global_rank if same else 0]
+            if not same and self.global_rank == 0:
+                warnings.warn(
+                    f"The checkpoint is of {len(states)} and this run of {processes} processes. It goes on "
+                    "to the same result up to rounding, unless something draws random numbers inside an "
+                    "update, as dropout does: each process draws for its own share.",
+                    stacklevel=2,
+                )
         self._switch(max(self.opened, 0))
 
     def _state_keys(self) -> list[str]:
@@ -624,13 +663,7 @@ def _per_task(prefix: str, values: Tensor) -> dict[str, float]:
     return {f"{prefix}/task_{k + 1}": float(value) for k, value in enumerate(values)}
 
 
-def _difference(mine: Any, theirs: Any) -> str:
-    """The first place where two values differ, in words."""
-    if isinstance(mine, list) and isinstance(theirs, list):
-        if len(mine) != len(theirs):
-            return f"{len(mine)} here, {len(theirs)} there"
-        index = next(
-            i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]
-        )
-        return f"{mine[index]} here, {theirs[index]} there"
-    return f"{mine!r} here, {theirs!r} there"
+def _table(tasks: Sequence[Task]) -> dict[str, Any]:
+    """Tasks as keys and values, for comparison."""
+    values = {f"task {task.id}": asdict(task) for task in tasks}
+    return {"number of tasks": len(tasks), **flatten(values)}

@@ -1,13 +1,16 @@
-"""What a run leaves behind while it trains: metrics.csv and the checkpoint that it resumes from.
+"""What a run leaves behind while it trains: metrics.csv and the checkpoints that it resumes from.
 
-The two belong together. A checkpoint knows how many rows metrics.csv had, so a resumed run goes on
+They belong together. A checkpoint knows how many rows metrics.csv had, so a resumed run goes on
 writing where the checkpoint was taken and ends with the file of a run that was never stopped.
 """
 
 import csv
 import io
+import os
+import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from bpn_lightning.files import write_atomically
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.files import flush, write_atomically
+from bpn_lightning.preemption import StopRequests
 
-__all__ = ["LastCheckpoint", "MetricsFile"]
+__all__ = ["Intervals", "LastCheckpoint", "MetricsFile"]
 
 
 class MetricsFile(Logger):
@@ -85,6 +91,12 @@ class MetricsFile(Logger):
         if kept:
             self._write(kept)
 
+    @rank_zero_only
+    def flush(self) -> None:
+        """Let the rows reach the disk: no checkpoint may know of rows that a power cut took."""
+        if self.path.is_file():
+            flush(self.path)
+
     def _read(self) -> list[dict[str, Any]]:
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
@@ -104,62 +116,179 @@ class MetricsFile(Logger):
         write_atomically(self.path, text.getvalue().encode())
 
 
-class LastCheckpoint(Checkpoint):
-    """Saves the run at the end of every epoch and every few updates, always to the same file.
+@dataclass(frozen=True)
+class Intervals:
+    """When checkpoints are taken; None: not by this measure. A stream's end has one anyway.
 
-    Lightning's ModelCheckpoint keeps to one of the two moments, numbers a second ``last.ckpt``, and
-    stores absolute paths.
+    Args:
+        steps: updates between checkpoints inside an epoch.
+        epochs: epochs between checkpoints at an epoch's end.
+        tasks: tasks between checkpoints at a task's end.
+        minutes: minutes between checkpoints, whatever their reason.
+
+    Raises:
+        ConfigurationError: a number is not above 0, or no whole one where things are counted.
+    """
+
+    steps: int | None = 500
+    epochs: int | None = 1
+    tasks: int | None = 1
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        for unit in (field.name for field in fields(self)):
+            value = getattr(self, unit)
+            least = "more than 0" if unit == "minutes" else "at least 1"
+            if value is not None and (value <= 0 if unit == "minutes" else value < 1):
+                raise ConfigurationError(
+                    f"Expected checkpoint_every_n_{unit} to be {least}, but got {value}. "
+                    "null takes no checkpoints by this measure."
+                )
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves the run to one file, the one before it kept beside it as ``previous.ckpt``.
+
+    Lightning's ModelCheckpoint keeps to one moment, numbers a second ``last.ckpt``, and stores absolute
+    paths.
+
+    A checkpoint is taken after an update or after the module has finished an epoch, never between the
+    batches of one update, whose gradients no checkpoint holds. Lightning logs such a step afterwards and
+    would not do so again after a resume, so the checkpoint is ``next.ckpt`` until training goes on.
 
     Args:
         path: of the checkpoint; written whole or not at all.
-        every_n_steps: updates between checkpoints inside an epoch.
-        run: what a resumed run must have in common with the one that saved.
+        every: when it is written.
+        run: what a resumed run must have in common with the one that saved: its names, and the keys
+            of its configuration.
         metrics: the file whose position is saved along.
+        resumed: the checkpoint that this run goes on from.
     """
 
     def __init__(
         self,
         path: Path,
-        every_n_steps: int,
-        run: Mapping[str, str | int],
+        every: Intervals,
+        run: Mapping[str, Any],
         metrics: MetricsFile | None = None,
+        resumed: Path | None = None,
     ) -> None:
         super().__init__()
         self.path = path
-        self.every_n_steps = every_n_steps
+        self.previous = path.with_name("previous.ckpt")
+        self.every = every
         self.run = dict(run)
         self.metrics = metrics
+        self.requests = StopRequests()
+        self._next = path.with_name("next.ckpt")
+        self._whole = resumed == path  # what lies there, so that it may take the older one's place
         self._trainer: Trainer | None = None
-        self._saved: tuple[int, int] | None = None
+        self._step = 0  # updates when a batch was last seen
+        self._due = False
+        self._stopping = False
+        self._unpublished = False
+        self._saved_at = time.monotonic()
+        self._closed = -1  # tasks closed when it was last saved
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remember whose progress the state tells."""
         self._trainer = trainer
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has a checkpoint of what it begins with."""
+        self._closed = _closed(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here, and hear what asks the run to stop."""
+        self._step = trainer.global_step
+        self._saved_at = time.monotonic()
+        self.requests.listen(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training goes on."""
+        self._publish(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Training goes on."""
+        self._publish(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Save every few updates, and at the last one of a run that max_steps ends."""
+        """Save after every few updates, and at the last one of a run that ends early."""
         step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        saved = self._saved is not None and self._saved[0] == step  # while batches accumulate
-        if due and not saved:
+        if step == self._step:  # the batches of an update are not complete
+            return
+        self._step = step
+        self._stopping = self.requests.agreed(trainer)
+        steps = self.every.steps
+        self._due = (
+            self._due
+            or self._stopping
+            or (steps is not None and step % steps == 0)
+            or step == trainer.max_steps
+            or trainer.should_stop
+            or self._late(trainer)
+        )
+        if self._due and not _is_last_batch(trainer):  # after which the epoch's end is near
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the module's own hook, unless the epoch was cut short."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch or progress.current.ready >= trainer.num_training_batches:
+        if not _is_last_batch(trainer):
+            return
+        self._stopping = self.requests.agreed(trainer)
+        epochs, tasks, closed = self.every.epochs, self.every.tasks, _closed(pl_module) + 1
+        if (
+            self._due
+            or self._stopping
+            or (epochs is not None and (trainer.current_epoch + 1) % epochs == 0)
+            or (tasks is not None and closed > self._closed + 1 and closed % tasks == 0)
+            or self._late(trainer)
+        ):
             self._save(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save a last task that was only closed after its last epoch."""
-        if self._saved is not None and self._saved[1] != _closed(pl_module):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is logged any more."""
+        self._publish(trainer, stop=False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the end of a stream that has no checkpoint of it."""
+        complete = _closed(pl_module) + 1 == len(getattr(pl_module, "tasks", ()))
+        if stage == "fit" and complete and self._closed != _closed(pl_module):
             self._save(trainer, pl_module)
+            self._publish(trainer, stop=False)
+
+    def _late(self, trainer: Trainer) -> bool:
+        """Whether enough minutes have passed, on any process."""
+        if self.every.minutes is None:
+            return False
+        late = time.monotonic() - self._saved_at >= 60 * self.every.minutes
+        return bool(trainer.strategy.reduce_boolean_decision(late, all=False))
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
-        self._saved = (trainer.global_step, _closed(pl_module))
+        trainer.save_checkpoint(self._next)
+        self._due, self._unpublished = False, True
+        self._saved_at, self._closed = time.monotonic(), _closed(pl_module)
+
+    def _publish(self, trainer: Trainer, stop: bool = True) -> None:
+        """Give the checkpoint its name, keep the one before it, and stop if that was asked for."""
+        if not self._unpublished:
+            return
+        self._unpublished = False
+        if trainer.is_global_zero:
+            if self.metrics:
+                self.metrics.flush()
+            if self._whole:
+                os.replace(self.path, self.previous)
+            os.replace(self._next, self.path)
+            flush(self.path.parent)
+            self._whole = True
+        if stop and self._stopping:
+            self.requests.answer(trainer)
+            raise SIGTERMException
 
     def state_dict(self) -> dict[str, Any]:
         """The run, and how far metrics.csv had come."""
@@ -178,3 +307,9 @@ class LastCheckpoint(Checkpoint):
 def _closed(pl_module: LightningModule) -> int:
     closed: int = getattr(pl_module, "closed", 0)
     return closed
+
+
+def _is_last_batch(trainer: Trainer) -> bool:
+    """Whether the epoch has had all its batches, or has the last one now."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches

@@ -548,12 +548,13 @@ class GradientEpisodicMemory(ContinualStrategy):
         self._closed_forms = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory."""
-        return self.memory.state_dict()
+        """The memory, and what the next update may log."""
+        return {**self.memory.state_dict(), "violated": self._violated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved memory."""
         self.memory.load_state_dict(state_dict)
+        self._violated = state_dict["violated"]
 
     def move_state(self, host: ContinualHost) -> None:
         """Move the memory to the host's device, and see how many processes there are."""

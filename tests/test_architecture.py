@@ -19,7 +19,7 @@ LAYERS = [
     {"backbones", "costs", "layers", "messages", "metrics", "scores"},
     {"gradients"},
     {"importance", "penalties"},
-    {"network", "processes", "random_state"},
+    {"checkpoints", "network", "preemption", "processes", "random_state"},
     set(ROOMS),
     {"evaluation", "module", "registry", "steps", "trainer_rules"},
     {"trust"},

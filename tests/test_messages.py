@@ -121,8 +121,8 @@ def said(
         (
             "--checkpoint_every_n_steps 0",
             (
-                "Expected checkpoint_every_n_steps to be at least 1, but got 0. A large number leaves only "
-                "the epochs' ends."
+                "Expected checkpoint_every_n_steps to be at least 1, but got 0. null takes no checkpoints "
+                "by this measure."
             ),
         ),
     ],

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 
+from bpn_lightning.checkpoints import read_checkpoint
 from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.errors import CheckpointError
 from bpn_lightning.random_state import random_state, restore_random_state
+from bpn_lightning.recording import Intervals, LastCheckpoint
 from bpn_lightning.strategies import EWC, BeneficialPerturbation
 
 MOMENTS = (
@@ -77,6 +81,71 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_sto
         p.name for p in saves.paths if not same(reference, state(*run(seed=9, ckpt_path=p)))
     ]
     assert not different
+
+
+def test_only_checkpoints_between_updates_are_resumed(fit, tmp_path):
+    """Gradients that wait for the rest of their update are in no checkpoint; the scaler's state is."""
+
+    def run(*more, **options):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        trainer = {
+            "accumulate_grad_batches": 2,
+            "plugins": [MixedPrecision("16-mixed", "cpu", scaler)],  # what a GPU would have
+        }
+        stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=64, seed=0)
+        module, made = fit([EWC(100.0), *more], stream=stream, trainer=trainer, **options)
+        return [*state(module, made), scaler.state_dict()]
+
+    saves = SaveEverywhere(tmp_path)
+    reference = run(saves)
+    assert reference[-1]["scale"] > 4
+    batches = [path for path in saves.paths if "batch" in path.name]
+    windows = [True, False, True, False, False] * 2  # of 5 batches the last is an update by itself
+    assert len(batches) == len(windows)
+    for path, inside in zip(batches, windows, strict=True):
+        if inside:
+            with pytest.raises(CheckpointError, match="after 1 of its 2 batches, whose gradients"):
+                run(ckpt_path=path)
+        else:
+            assert same(reference, run(seed=9, ckpt_path=path)), path.name
+
+
+class Stop(Callback):
+    """Ends a run as max_time does, after a number of batches."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def on_train_batch_end(self, trainer, *_):
+        self.left -= 1
+        trainer.should_stop = trainer.should_stop or self.left == 0
+
+
+@pytest.mark.parametrize(("batches", "step"), [(7, 4), (8, 4), (9, 5)])
+def test_a_run_that_ends_inside_an_update_goes_on_before_it(fit, tmp_path, batches, step):
+    """An epoch of five batches has updates of two, two and one."""
+
+    def run(*more, **options):
+        options["trainer"] = {"accumulate_grad_batches": 2, "enable_checkpointing": bool(more)}
+        stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=64, seed=0)
+        return state(*fit([EWC(100.0), *more], stream=stream, **options))
+
+    def checkpoint(steps):
+        return LastCheckpoint(tmp_path / "last.ckpt", Intervals(steps, None, None), {})
+
+    reference = run()
+    with pytest.warns(UserWarning, match="stopped before its end: tasks 2"):
+        run(checkpoint(1), Stop(batches))
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == step
+    assert same(reference, run(checkpoint(1), seed=9, ckpt_path=tmp_path / "last.ckpt"))
+
+
+def test_no_checkpoint_is_taken_inside_an_update_because_a_run_ends(fit, tmp_path):
+    callbacks = [Stop(12), LastCheckpoint(tmp_path / "last.ckpt", Intervals(None, None, None), {})]
+    trainer = {"accumulate_grad_batches": 4, "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="stopped before its end"):
+        fit([EWC(100.0), *callbacks], trainer=trainer)
+    assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_random_states_survive_a_file_that_loads_weights_only(tmp_path):

@@ -68,7 +68,9 @@ ARTEFACTS = (
 GROUPS = ("trainer", "model", "data", "strategies")
 """What the keys of a run begin with."""
 
-SINGLE_KEYS = ("checkpoint_every_n_steps",)
+SINGLE_KEYS = tuple(
+    f"checkpoint_every_n_{unit}" for unit in ("steps", "epochs", "tasks", "minutes")
+)
 
 OPTIONS = ("--jobs", "--retry", "--only", "--runs", "--out")
 """Of ``bpn-bench`` itself."""

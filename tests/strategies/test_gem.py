@@ -384,7 +384,7 @@ def test_the_memory_follows_from_the_stream_alone(learn: Any, watch: Any, same: 
     one, other = GradientEpisodicMemory(20), GradientEpisodicMemory(20)
     learn(one, stream=STREAM, optimizer=partial(SGD, lr=0.1))
     learn(watch(end=shift), other, stream=STREAM | {"batch_size": 100})
-    same(one.state_dict(), other.state_dict())
+    same(one.memory.state_dict(), other.memory.state_dict())
     learn(third := GradientEpisodicMemory(20), stream=STREAM | {"seed": 5})
     assert not torch.equal(third.memory.inputs, one.memory.inputs)
 

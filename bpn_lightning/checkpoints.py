@@ -1,0 +1,113 @@
+"""Checkpoint files: written whole, checked before they are used, and compared with the run.
+
+A checkpoint is an ordinary one of Lightning, so ``trainer.fit(ckpt_path=...)`` reads it as well. The
+checksum is the one that is in there anyway: torch writes a zip archive with a CRC-32 of every record,
+which ``torch.load`` does not look at.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from bpn_lightning.errors import CheckpointError
+from bpn_lightning.files import why_unreadable, write_atomically
+
+__all__ = ["WholeCheckpoints", "callback_state", "differences", "flatten", "read_checkpoint"]
+
+MOST = 10
+"""Differences that a message names."""
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints, written by :func:`~bpn_lightning.files.write_atomically`.
+
+    Lightning's own keep the whole file in memory twice while they write it, and rename it before it
+    has reached the disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write it to a temporary name, flush, rename; elsewhere than on disk as Lightning does."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_atomically(path, partial(torch.save, checkpoint))
+        except RuntimeError as error:
+            # Torch closes its archive after a failed write, and fails in that.
+            if isinstance(error.__context__, OSError):
+                path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+                raise error.__context__ from None
+            raise
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint after a look at every record's checksum; its tensors stay on disk.
+
+    Raises:
+        CheckpointError: it is damaged, cut off, or something else than a checkpoint.
+    """
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises whatever the damage leads it to
+        raise _unreadable(path, why_unreadable(error)) from error
+    if damaged is not None:
+        raise _unreadable(path, f"{damaged} does not match its checksum")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # and so does torch, which finds code here, too
+        raise _unreadable(path, why_unreadable(error)) from error
+    if not isinstance(checkpoint, dict):
+        raise _unreadable(path, f"it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"Expected {path} to be a checkpoint, but it cannot be read: {reason}.")
+
+
+def callback_state(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What a callback saved in a checkpoint; empty where there is none, or something else."""
+    callbacks = checkpoint.get("callbacks")
+    state = callbacks.get(name) if isinstance(callbacks, Mapping) else None
+    return state if isinstance(state, Mapping) else {}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its keys joined by dots.
+
+    >>> flatten({"model": {"mask": "all", "backbone": {"hidden": [64, 64]}}, "method": "ewc"})
+    {'model.mask': 'all', 'model.backbone.hidden': [64, 64], 'method': 'ewc'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Key by key, what a run and a checkpoint do not have in common, in words.
+
+    >>> differences({"mask": "all", "rank": 8}, {"mask": "seen", "epsilon": 0.1, "rank": 8})
+    ["mask is 'all' here and 'seen' there", 'epsilon is not here and 0.1 there']
+    """
+
+    def say(side: Mapping[str, Any], key: str) -> str:
+        return repr(side[key]) if key in side else "not"
+
+    missing = object()
+    keys = [key for key in {**here, **there} if here.get(key, missing) != there.get(key, missing)]
+    found = [f"{key} is {say(here, key)} here and {say(there, key)} there" for key in keys[:MOST]]
+    return [*found, f"and {len(keys) - MOST} more"] if len(keys) > MOST else found
