@@ -7,6 +7,7 @@ double, the variables that srun sets for each process.
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -231,7 +232,11 @@ def test_two_machines_learn_what_one_process_learns(
 
 def test_srun_learns_what_one_process_learns(tmp_path: Path, alone: dict[str, Any]) -> None:
     """By its variables, which is all that Lightning knows of SLURM."""
+    with socket.socket() as free:  # SLURM's default follows from the job's number
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     shared = {
+        "MASTER_PORT": port,
         "SLURM_JOB_NAME": "bpn",
         "SLURM_JOB_ID": "4711",
         "SLURM_NTASKS": "2",
