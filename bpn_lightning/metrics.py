@@ -227,9 +227,9 @@ class AccuracyMatrix(Metric):
         num_tasks: tasks of the stream.
 
     State:
-        accuracy: ``(num_tasks + 1, num_tasks)`` float64; row 0 before training, row k when k tasks
-            have been learned; NaN where not measured.
-        without_oracle: ``(num_tasks,)`` float64, NaN until it is set.
+        ``accuracy`` ``(num_tasks + 1, num_tasks)`` float64: row 0 before training, row k when k tasks
+        have been learned, NaN where not measured; ``without_oracle`` ``(num_tasks,)`` float64, NaN
+        until it is set.
 
     Raises:
         ConfigurationError: ``num_tasks`` is below 1.
