@@ -10,7 +10,7 @@ SOURCE  = -e .
 ARGS    =
 BIN    := $(VENV)/bin
 
-.PHONY: help fit test check format roof wheel browser clean
+.PHONY: help fit test check format docs notebook roof wheel browser clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -31,22 +31,35 @@ format: $(VENV)/.installed-dev  ## mend the formatting, and what the linter can 
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs  ## build the site in build/site; a warning or a dead link is an error
+	@$(BIN)/sphinx-build -q -W --keep-going docs build/site
+	@echo build/site/index.html
+
+notebook: $(VENV)/.installed-dev  ## run examples/quickstart.ipynb and write its outputs into it
+	@$(BIN)/python tests/test_notebook.py
+
 roof:  ## link the rooms under one folder, for type checkers and editors
 	@rm -rf build/roof && mkdir -p build/roof/bpn_lightning
 	@ln -s $(abspath $(wildcard bpn_lightning/*) strategies datamodules configs) \
 	    build/roof/bpn_lightning/
 
-wheel: $(BIN)/pip  ## build dist/*.whl
-	@rm -rf dist build/lib build/bdist.*  # setuptools packs what an earlier build left there
-	@$(BIN)/pip wheel -q --no-deps -w dist .
-	@ls dist/*.whl
+# In the environment, and not in setup.cfg: what is built does not need them. One major release each,
+# of which these are the oldest that were tried.
+PACKAGERS = 'build>=1.6,<2' 'twine>=7,<8' 'check-wheel-contents>=0.6,<1'
+
+wheel: $(BIN)/pip  ## build dist/*.tar.gz and, from that, dist/*.whl, and check both
+	@rm -rf dist build/lib build/bdist.* *.egg-info  # setuptools packs what an earlier build left
+	@$(BIN)/pip install -q $(PACKAGERS)
+	@$(BIN)/python -m build -q .
+	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/check-wheel-contents dist/*.whl
 
 browser:  ## install Chromium for the tests of bpn-report's page (Debian, as root); without it they are skipped
 	@command -v chromium >/dev/null || { apt-get update -qq && \
 	    apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:  ## remove what builds and tests left; .venv, data and runs stay
-	@rm -rf build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist docs/api *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The environment. A stamp stands for each set of dependencies: an installation is repeated only
@@ -73,7 +86,8 @@ $(BIN)/pip:
 
 $(VENV)/.installed:     WANTED = $(SOURCE)
 $(VENV)/.installed-dev: WANTED = $(SOURCE)'[dev]'
-$(VENV)/.installed $(VENV)/.installed-dev: setup.cfg pyproject.toml $(filter %.whl,$(SOURCE)) | $(BIN)/pip
+$(VENV)/.installed-docs: WANTED = $(SOURCE)'[docs]'
+$(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs: setup.cfg pyproject.toml $(filter %.whl,$(SOURCE)) | $(BIN)/pip
 	@$(BIN)/python -c "$$expect_python"
 	@echo "Installing" $(WANTED) "into $(VENV) (PyTorch with CUDA, about 5 GB," \
 	    "comes the first time: a few minutes)"

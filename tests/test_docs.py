@@ -34,7 +34,9 @@ PAGES = sorted(
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 )
 COMMANDS = {entry.name: entry for entry in entry_points(group="console_scripts")}
-MARKER = re.compile(r"<!--\s*test:\s*(?P<what>with|parsed)(?P<flags>[^;]*);\s*(?P<why>.+?)\s*-->", re.DOTALL)
+MARKER = re.compile(
+    r"<!--\s*test:\s*(?P<what>with|parsed)(?P<flags>[^;]*);\s*(?P<why>.+?)\s*-->", re.DOTALL
+)
 SETS_ARE_MISSING = 1  # what `bpn-data check` says of an empty folder
 
 #: What has to hold after a page's Python blocks.
@@ -69,7 +71,9 @@ def blocks_of(page: str, text: str) -> list[Block]:
                 assert not marker, f"{page}:{line}: Python runs as it stands"
                 found.append(Block(page, line, code="\n" * line + token.content))
             elif not token.info.startswith("{"):
-                found += [Block(page, line, None, w, what, flags) for w in commands_in(token.content)]
+                found += [
+                    Block(page, line, None, w, what, flags) for w in commands_in(token.content)
+                ]
             marker = None
         elif token.level == 0 and token.nesting >= 0:
             assert marker is None, f"{page}: a marker has to stand right above its block"
@@ -90,7 +94,7 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
     if module:
         Path(module[1]).write_text(block.code, encoding="utf-8")
     else:
-        exec(compile(block.code, block.page, "exec"), names)
+        exec(compile(block.code, block.page, "exec"), names)  # noqa: S102
 
 
 def run_command(block: Block) -> None:
