@@ -16,8 +16,12 @@ from pathlib import Path
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.logging import getLogger
 from sphinx.writers.html5 import HTML5Translator
+
+logger = getLogger(__name__)
 
 project = "bpn_lightning"
 author = "bpn_lightning contributors"
@@ -111,7 +115,7 @@ def _page(name: str) -> str:
     lines, constants = [], []
     for public in module.__all__:
         value = getattr(module, public)
-        if inspect.isclass(value) or inspect.isfunction(inspect.unwrap(value)):
+        if _is_definition(value):
             lines.append(f"* :py:obj:`~{value.__module__}.{public}`: {_first_line(value)}\n")
             continue
         lines.append(f"* :py:obj:`~{name}.{public}`\n")
@@ -120,6 +124,22 @@ def _page(name: str) -> str:
     listed = "".join(lines) if len(lines) > 1 else ""
     parts = [f".. currentmodule:: {name}\n", listed, f".. automodule:: {name}\n", *constants]
     return _heading(name) + "\n".join(parts)
+
+
+def _is_definition(value: object) -> bool:
+    return inspect.isclass(value) or inspect.isfunction(inspect.unwrap(value))
+
+
+def check_names(app: Sphinx, env: BuildEnvironment) -> None:
+    """Every public name has its place on a page."""
+    written = env.domaindata["py"]["objects"]
+    for name in public_modules():
+        module = import_module(name)
+        for public in module.__all__:
+            value = getattr(module, public)
+            home = value.__module__ if _is_definition(value) else name
+            if f"{home}.{public}" not in written:
+                logger.warning("%s.%s is public and on no page", home, public)
 
 
 def _contents(modules: list[str]) -> str:
@@ -143,6 +163,7 @@ def skip_members(app: Sphinx, kind: str, name: str, member: object, *_: object) 
 def mathml(tex: str, block: bool) -> str:
     """What every browser of today draws by itself; sizes of brackets it chooses itself, too."""
     tex = re.sub(r"\\[bB]igg?(?![A-Za-z])", "", tex).replace(r"\dots", r"\ldots")
+    tex = re.sub(r"\\tilde\s*(\\?[A-Za-z]+)", r"{\\tilde \1}", tex)  # else its index goes below it
     return str(tex2mathml(tex, as_block=block))
 
 
@@ -165,3 +186,4 @@ def setup(app: Sphinx) -> None:
     )
     app.connect("builder-inited", write_api_pages)
     app.connect("autodoc-skip-member", skip_members)
+    app.connect("env-check-consistency", check_names)

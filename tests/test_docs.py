@@ -39,6 +39,8 @@ MARKER = re.compile(
 )
 SETS_ARE_MISSING = 1  # what `bpn-data check` says of an empty folder
 
+SHOWS = {"--list", "--help", "--help_all", "--print_config", "--version"}  # and trains nothing
+
 #: What has to hold after a page's Python blocks.
 CHECKS = {
     "README.md": lambda names: names["model"].accuracy_matrix.summary()["forgetting"] < 0.1,
@@ -111,7 +113,8 @@ def run_command(block: Block) -> None:
         Path("DIR").mkdir(exist_ok=True)
         assert main(arguments) == SETS_ARE_MISSING, where
     else:
-        added = ("--print_config",) if parsed else block.flags
+        shows = any(word in SHOWS or word.endswith(".help") for word in arguments)
+        added = () if shows else ("--print_config",) if parsed else block.flags
         status = main([*arguments, *added])
         assert status in (0, None), where
 
