@@ -163,7 +163,9 @@ def skip_members(app: Sphinx, kind: str, name: str, member: object, *_: object) 
 def mathml(tex: str, block: bool) -> str:
     """What every browser of today draws by itself; sizes of brackets it chooses itself, too."""
     tex = re.sub(r"\\[bB]igg?(?![A-Za-z])", "", tex).replace(r"\dots", r"\ldots")
-    tex = re.sub(r"\\tilde\s*(\\?[A-Za-z]+)", r"{\\tilde \1}", tex)  # else its index goes below it
+    tex = re.sub(
+        r"\\tilde\s*(\\?[A-Za-z]+)", r"{\\tilde \1{}}", tex
+    )  # else its index goes below it
     return str(tex2mathml(tex, as_block=block))
 
 
