@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 
 import bpn_lightning
 
@@ -115,6 +116,13 @@ def test_public_names_are_what_dir_shows_and_all_import() -> None:
 
 def test_version_is_the_one_installed() -> None:
     assert bpn_lightning.__version__ == version("bpn_lightning") == SETUP["metadata"]["version"]
+
+
+def test_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == SETUP["metadata"]["version"]
+    assert citation["license"] == SETUP["metadata"]["license"]
+    assert citation["title"] == SETUP["metadata"]["name"]
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
