@@ -58,7 +58,26 @@ class _NamedDataModule(ClassIncrementalDataModule):
             return read_class_folders(tree, *self.shape, resize=False)
         train, test = (self._open(train=part, download=False) for part in (True, False))
         names = [name.split(" - ")[0] for name in train.classes]  # MNIST's are "0 - zero" ...
-        return ImageData(_samples(train), _samples(test), names, str(self.root_folder))
+        parts = _samples(train), _samples(test)
+        for samples in parts:
+            self._refuse_odd(samples, len(names))
+        return ImageData(*parts, names, str(self.root_folder))
+
+    def _refuse_odd(self, samples: Samples, classes: int) -> None:
+        """Torchvision takes files of any numbers that their headers agree with."""
+        images, labels = samples
+        largest = int(labels.max()) if len(labels) else -1
+        if (
+            tuple(images.shape[1:]) != self.shape
+            or len(images) != len(labels)
+            or largest >= classes
+        ):
+            raise DataError(
+                f"Expected {self.title} in {self.root_folder} to be images of {self.shape} (channels, "
+                f"height, width) with a label below {classes} each, but got {len(images)} of "
+                f"{tuple(images.shape[1:])} with {len(labels)} labels up to {largest}. Delete the "
+                "files, and let them be fetched again."
+            )
 
     def _open(self, train: bool, download: bool) -> Any:
         from torchvision import datasets  # slow to import, and not needed for folders

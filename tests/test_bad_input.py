@@ -1696,6 +1696,16 @@ def mnist(_: object) -> None:
         (folder / f"{name}-ubyte").write_bytes(bytes([0, 0, 8, int(name[-1])]) + b"\xff" * 12)
 
 
+def odd_label(_: object) -> None:
+    """Whole files, whose last label is no digit."""
+    folder = Path("set/MNIST/raw")
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 28 * 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 0, 10]))
+
+
 def cifar(_: object) -> None:
     folder = Path("set/cifar-10-batches-py")
     folder.mkdir(parents=True)
@@ -1716,7 +1726,16 @@ MNIST = [
             "BPN_DATA=DIR`, or fetch them from https://ossci-datasets.s3.amazonaws.com/mnist/ "
             "into {here}/set/MNIST/raw. Delete damaged files to have them fetched again."
         ),
-    )
+    ),
+    (
+        "a label that is no digit",
+        odd_label,
+        (
+            "Expected MNIST in {here}/set to be images of (1, 28, 28) (channels, height, width) with "
+            "a label below 10 each, but got 2 of (1, 28, 28) with 2 labels up to 10. Delete the "
+            "files, and let them be fetched again."
+        ),
+    ),
 ]
 MNIST_LINE = "--data SplitMNIST --data.root set --data.download false"
 CIFAR = [
