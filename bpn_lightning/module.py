@@ -46,9 +46,11 @@ class ContinualModule(ContinualSteps):
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
         evaluate_every: test accuracies are taken after every ``task``, or also after every ``epoch``.
-        evaluate_on: the tasks that are tested after every task: ``all`` of the stream, or those
-            ``seen_and_next``, which halves the work on long streams; before training it is all. Of the
-            metrics only forgetting looks at more: at a task's best accuracy of all that are known.
+        evaluate_on: the tasks that are tested after every task: ``all`` of the stream, those
+            ``seen_and_next``, which halves the work on long streams, or the ``current`` one alone, for
+            streams of thousands; before training and at the stream's end it is all. With
+            ``seen_and_next`` only forgetting, which takes each task's best accuracy of all that are
+            known, sees less; with ``current`` there is no forgetting and no forward transfer.
         patience: epochs without a lower validation loss after which a phase of a task ends; None
             trains each to its full length.
         without_oracle: whether every task is also scored, at the stream's end, without the task id.
@@ -75,7 +77,7 @@ class ContinualModule(ContinualSteps):
         scheduler_interval: Literal["step", "epoch"] = "step",
         mask: Mask = "all",
         evaluate_every: Literal["task", "epoch"] = "task",
-        evaluate_on: Literal["all", "seen_and_next"] = "all",
+        evaluate_on: Literal["all", "seen_and_next", "current"] = "all",
         patience: int | None = None,
         without_oracle: bool = True,
     ) -> None:
@@ -90,9 +92,10 @@ class ContinualModule(ContinualSteps):
             raise ConfigurationError(
                 f"Expected evaluate_every to be 'task' or 'epoch', but got {evaluate_every!r}."
             )
-        if evaluate_on not in ("all", "seen_and_next"):
+        if evaluate_on not in ("all", "seen_and_next", "current"):
             raise ConfigurationError(
-                f"Expected evaluate_on to be 'all' or 'seen_and_next', but got {evaluate_on!r}."
+                "Expected evaluate_on to be 'all', 'seen_and_next' or 'current', but got "
+                f"{evaluate_on!r}."
             )
         if patience is not None and patience < 1:
             raise ConfigurationError(
@@ -242,8 +245,8 @@ class ContinualModule(ContinualSteps):
                 self._done.append(strategy.state_key)
         self._switch(task_id)
         self._serve_merged_weights()
-        row = self._test(len(self._tasks) if self.evaluate_on == "all" else task_id + 2)
         last = task_id + 1 == len(self._tasks)
+        row = self._test(self._tested_after(task_id))
         if last and self.without_oracle and self._mask != "task":
             alone = evaluate_without_oracle(self, range(len(self._tasks)))
             self.accuracy_matrix.update_without_oracle(alone)
@@ -297,15 +300,21 @@ class ContinualModule(ContinualSteps):
             if epochs_done == self.schedule.phase_epochs(epochs_done - 1).stop:
                 self._best_loss, self._bad_epochs = float("inf"), 0
         if self.evaluate_every == "epoch" and epochs_done <= self.schedule.last_epoch(self.opened):
-            self._add_to_curve(self._test(self.opened + 1), self.opened, epochs_done)
+            self._add_to_curve(self._test(range(self.opened + 1)), self.opened, epochs_done)
         self._judged = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
         self.trainer.fit_loop.max_epochs = self.schedule.total
 
-    def _test(self, count: int) -> Tensor:
-        """A row of the matrix: accuracies of the first tasks, NaN for the others."""
+    def _tested_after(self, task_id: int) -> range:
+        tasks = range(len(self._tasks))
+        if self.evaluate_on == "all" or task_id == tasks[-1]:
+            return tasks
+        return tasks[: task_id + 2] if self.evaluate_on == "seen_and_next" else tasks[task_id:][:1]
+
+    def _test(self, tasks: range) -> Tensor:
+        """A row of the matrix: accuracies of these tasks, NaN for the others."""
         row = torch.full((len(self._tasks),), float("nan"), dtype=torch.float64)
-        row[:count] = evaluate(self, range(min(count, len(self._tasks))))
+        row[tasks.start : tasks.stop] = evaluate(self, tasks)
         return row
 
     def _add_to_curve(self, accuracy: Tensor, task: int, epoch: int) -> None:

@@ -70,7 +70,7 @@ GROUPS = ("trainer", "model", "data", "strategies")
 
 SINGLE_KEYS = ("checkpoint_every_n_steps",)
 
-OPTIONS = ("--jobs", "--retry", "--only", "--runs", "--out")
+OPTIONS = ("--jobs", "--executor", "--address", "--gpus", "--retry", "--only", "--runs", "--out")
 """Of ``bpn-bench`` itself."""
 
 _KEYS = ("title", "text", "seeds", "experiments", "compare", "report")
