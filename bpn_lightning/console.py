@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class StreamProgress(ProgressBar):
         for task_id in range(self._told + 1, host.closed + 1):
             if self._enabled:
                 row = host.accuracy_matrix.accuracy[task_id + 1]
-                self.print(learned(host.tasks, task_id, [float(value) for value in row]))
+                self.print(learned(host.tasks, task_id, row.tolist()))
         self._told = host.closed
 
 
@@ -133,12 +134,12 @@ def learned(tasks: Sequence[Task], task_id: int, row: Sequence[float]) -> str:
     Args:
         tasks: of the stream.
         task_id: the one learned last.
-        row: ``(tasks,)``, test accuracies at this moment.
+        row: ``(tasks,)``, test accuracies at this moment; NaN for what was not measured is not told.
     """
     seen = row[: task_id + 1]
     mean = sum(seen) / len(seen)
     line = f"task {task_id + 1}/{len(tasks)} ({tasks[task_id].name}) learned: {seen[-1]:.3f}"
-    if task_id:
+    if task_id and not isnan(mean):
         line += f"; first task now {seen[0]:.3f}, mean of {len(seen)} tasks {mean:.3f}"
     return line
 

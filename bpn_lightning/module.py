@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import Any, Literal, cast
 
 import torch
@@ -57,8 +58,6 @@ class ContinualModule(ContinualSteps):
 
     Attributes:
         accuracy_matrix: accuracies of every task before training and after each task.
-        curve: accuracies over the stream, as dictionaries with ``epoch`` (epochs done), ``task`` (the
-            one being learned) and ``accuracy`` (one number per task, None where not measured).
         opened: the task that was opened last, -1 before the first.
         closed: the last task that is learned, consolidated and evaluated, -1 before the first.
 
@@ -107,7 +106,7 @@ class ContinualModule(ContinualSteps):
         self.without_oracle = without_oracle
 
         self.closed = -1
-        self.curve: list[dict[str, Any]] = []
+        self._curve: list[dict[str, Any]] = []  # only what the matrix lacks
         self._done: list[str] = []  # what closing the open task has finished
         self._judged = 0  # epochs that early stopping has looked at
         self._entered = -1  # the epoch for which task, phase and optimizer are known to be right
@@ -120,6 +119,19 @@ class ContinualModule(ContinualSteps):
         super()._build(tasks, num_classes, input_shape)
         if not hasattr(self, "accuracy_matrix"):
             self.accuracy_matrix = AccuracyMatrix(len(tasks))
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """Accuracies over the stream.
+
+        Dictionaries with ``epoch`` (epochs done), ``task`` (the one being learned) and ``accuracy`` (one
+        number per task, None where not measured).
+        """
+        if self.evaluate_every == "epoch" or self.opened < 0:
+            return self._curve
+        ends = [0, *(self.schedule.last_epoch(task) + 1 for task in range(self.closed + 1))]
+        rows = self.accuracy_matrix.accuracy
+        return [_point(rows[k], max(k - 1, 0), epoch) for k, epoch in enumerate(ends)]
 
     def evaluate(self, tasks: Sequence[int] | None = None, split: Split = "test") -> Tensor:
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.evaluation.evaluate`."""
@@ -207,6 +219,7 @@ class ContinualModule(ContinualSteps):
             untrained = evaluate(self)
             self.accuracy_matrix.update(0, untrained)
             self._add_to_curve(untrained, task_id, epoch=0)
+            self._log_row(untrained)
         self._exchange_weights(self._training_weights)
         self._training_weights = {}
         self.opened = task_id
@@ -253,8 +266,7 @@ class ContinualModule(ContinualSteps):
         self.accuracy_matrix.update(task_id + 1, row)
         self._add_to_curve(row, task_id, self.schedule.last_epoch(task_id) + 1)
         self.closed = task_id
-        for logger in self.trainer.loggers:
-            logger.log_metrics(self._stream_metrics(row), step=self.trainer.global_step)
+        self._log_row(row)
 
     def _serve_merged_weights(self) -> None:
         """Put a strategy's merged weights, if any has some, in the place of those of training."""
@@ -318,15 +330,27 @@ class ContinualModule(ContinualSteps):
         return row
 
     def _add_to_curve(self, accuracy: Tensor, task: int, epoch: int) -> None:
-        if not self.curve or self.curve[-1]["epoch"] < epoch:
-            values = [None if value.isnan() else float(value) for value in accuracy]
-            self.curve.append({"epoch": epoch, "task": task, "accuracy": values})
+        new = not self._curve or self._curve[-1]["epoch"] < epoch
+        if self.evaluate_every == "epoch" and new:
+            self._curve.append(_point(accuracy, task, epoch))
 
-    def _stream_metrics(self, row: Tensor) -> dict[str, float]:
-        learned = row[: self.closed + 1]
-        metrics = {f"accuracy/task_{k + 1}": float(value) for k, value in enumerate(learned)}
-        average = float(learned.mean())
-        return {"tasks_learned": len(learned), **metrics, "accuracy/average": average}
+    def _log_row(self, row: Tensor) -> None:
+        """Log a row of the matrix.
+
+        The first one, before training, has every task, so that a file has all its columns at once: a
+        new one with every task would rewrite it again and again.
+        """
+        known = row[: self.closed + 1 or None].tolist()
+        metrics: dict[str, float] = {"tasks_learned": self.closed + 1}
+        if self.evaluate_on != "current":
+            metrics |= {f"accuracy/task_{k}": value for k, value in enumerate(known, start=1)}
+        elif self.closed >= 0:
+            metrics["accuracy/current"] = known[-1]
+        average = sum(known) / len(known)
+        if self.closed >= 0 and not isnan(average):
+            metrics["accuracy/average"] = average
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
 
     # --- Lightning's hooks -----------------------------------------------------------------------
 
@@ -474,7 +498,7 @@ class ContinualModule(ContinualSteps):
             "training_weights": dict(self._training_weights),
             "lengths": list(self.schedule.lengths),
             "patience": [self._judged, self._best_loss, self._bad_epochs],
-            "curve": [dict(point) for point in self.curve],
+            "curve": [dict(point) for point in self._curve],
             "mask": self._mask,
             "tasks": [(t.id, t.columns, t.class_names, t.epochs) for t in self._tasks],
             "num_classes": self._head.out_features,
@@ -529,7 +553,7 @@ class ContinualModule(ContinualSteps):
         self._done = list(saved["done"])
         self._training_weights = dict(saved["training_weights"])
         self._judged, self._best_loss, self._bad_epochs = saved["patience"]
-        self.curve = [dict(point) for point in saved["curve"]]
+        self._curve = [dict(point) for point in saved["curve"]]
         if attached and self.trainer.state.fn == "fit":
             self.schedule.load_lengths(saved["lengths"])
             if self.opened >= 0:
@@ -539,6 +563,11 @@ class ContinualModule(ContinualSteps):
 
     def _state_keys(self) -> list[str]:
         return [strategy.state_key for strategy in self._strategies]
+
+
+def _point(accuracy: Tensor, task: int, epoch: int) -> dict[str, Any]:
+    values = [None if isnan(value) else value for value in accuracy.tolist()]
+    return {"epoch": epoch, "task": task, "accuracy": values}
 
 
 def _difference(mine: Any, theirs: Any) -> str:
