@@ -62,6 +62,7 @@ def soak(method: str, tasks: int, folder: Path) -> tuple[list[float], list[float
         "data.init_args.test_samples": 100,
         "data.init_args.batch_size": BATCH,
         "trainer.accelerator": "cpu",
+        "trainer.enable_checkpointing": False,
         "trainer.log_every_n_steps": UPDATES,
         "trainer.callbacks+": f"{Path(__file__).stem}.Notes",
     }

@@ -461,11 +461,13 @@ class ContinualModule(ContinualSteps):
         self._counts.index_add_(1, tasks, values)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss and accuracy of the open task."""
+        """Log loss and accuracy of the open task, and the mean accuracy over it and those before."""
         loss, right, total = self.all_reduce(self._counts)
         task = max(self.opened, 0)
+        accuracy = right / total
         self.log("val/loss", float(loss[task] / total[task]))
-        self.log("val/accuracy", float(right[task] / total[task]), prog_bar=True)
+        self.log("val/accuracy", float(accuracy[task]), prog_bar=True)
+        self.log("val/average_accuracy", float(accuracy[: task + 1].mean()))
 
     def on_test_epoch_start(self) -> None:
         """Start counting."""
