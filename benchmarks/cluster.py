@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,12 @@ def parent_of(process: Path, folder: Path) -> int | None:
     """The parent of a `bpn-fit` that writes into a folder; None for any other process."""
     try:
         words = (process / "cmdline").read_bytes().decode().split("\0")
-        values = dict(zip(words, words[1:], strict=False))
-        seed, method = values.get("--seed_everything"), values.get("--method")
-        if values.get("--runs") is None or f"{method}/seed_{seed}" not in str(folder):
-            return None
-        if not folder.is_relative_to(values["--runs"]):
+        values = dict(pairwise(words))
+        own = Path(values["--method"], f"seed_{values['--seed_everything']}")
+        if not folder.is_relative_to(values["--runs"]) or folder.parts[-2:] != own.parts:
             return None
         return int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return None
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, linear_regression
 
@@ -75,7 +76,7 @@ def soak(method: str, tasks: int, folder: Path) -> tuple[list[float], list[float
     subprocess.run(line, env=environment, check=True, stdout=subprocess.DEVNULL)
     notes = json.loads((folder / "permuted_mnist" / method / "seed_0" / NOTES).read_text())
     seconds, sizes = zip(*notes, strict=True)
-    times = [1000 * (after - before) for before, after in zip(seconds, seconds[1:], strict=False)]
+    times = [1000 * (after - before) for before, after in pairwise(seconds)]
     return times, [size / 2**20 for size in sizes[:-1]]
 
 
@@ -83,7 +84,7 @@ def tenths(values: list[float]) -> list[float]:
     """Means of ten parts of equal length; the very first task warms up and is left out."""
     values = values[1:]
     ends = [len(values) * part // TENTHS for part in range(TENTHS + 1)]
-    return [fmean(values[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [fmean(values[a:b]) for a, b in pairwise(ends)]
 
 
 def row(method: str, values: list[float], digits: int) -> str:

@@ -97,7 +97,7 @@ class OnRay:
                 ray.cancel(task, force=False)
                 if not ray.wait([task], timeout=_PATIENCE)[0]:
                     ray.cancel(task, force=True)
-                break
+                return LOST
         try:
             return int(ray.get(task))
         except RayTaskError as error:
