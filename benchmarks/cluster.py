@@ -77,9 +77,8 @@ def main() -> None:
         if bench.wait():
             sys.exit("Expected the grid to complete on Ray, but it did not.")
         expected, found = figures(here), figures(there)
-        (log,) = there.glob(f"{killed}/log.txt")
-        said = [line for line in log.read_text().splitlines() if line.startswith("bpn-bench:")]
-        resumed = [line for line in log.read_text().splitlines() if "Restor" in line]
+        log = (there / killed / "log.txt").read_text()
+        said = [line for line in log.splitlines() if line.startswith("bpn-bench:")]
     print("| cell | ACC, local | ACC, ray | task 1, local | task 1, ray |\n|---|---|---|---|---|")
     for a, b in zip(expected["cells"], found["cells"], strict=True):
         cells = [
@@ -88,7 +87,8 @@ def main() -> None:
             for one in (a, b)
         ]
         print(f"| {a['experiment']}, {a['method']}, seed {a['seed']} | {' | '.join(cells)} |")
-    print(f"\nkilled: the worker of {killed}; its log: {'; '.join([*said, *resumed])}")
+    print(f"\nkilled: the worker of {killed}; its log: {'; '.join(said)}")
+    print(f"begun without a checkpoint: {log.count('this run starts afresh')} time(s)")
     print(f"cells.json but for provenance: {'equal' if expected == found else 'NOT equal'}")
     sys.exit(expected != found)
 

@@ -81,14 +81,14 @@ def _run(argv: Sequence[str]) -> int:
     grid = read_grid(options.grid, passed_on)
     cells = only(grid.cells, options.only) if options.only else list(grid.cells)
     root = Path(options.runs or Path("runs", "bench", grid.name))
-    # Ends the runs as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with _executor(options, root) as executor:
+    with _executor(options, root) as executor:
+        # Ends the runs as Ctrl-C does; Ray has a handler of its own.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
             runner = Runner(root, options.jobs, options.retry, passed_on, executor=executor)
             failures = runner.run(cells)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     _finish(grid, root, options.out)
     for failure in failures:
         print(f"\nbpn-bench: {failure}", file=sys.stderr)
