@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ class StreamProgress(ProgressBar):
         for task_id in range(self._told + 1, host.closed + 1):
             if self._enabled:
                 row = host.accuracy_matrix.accuracy[task_id + 1]
-                self.print(learned(host.tasks, task_id, [float(value) for value in row]))
-            self._average = host.accuracy_matrix.summary()["average"]
+                self.print(learned(host.tasks, task_id, row.tolist()))
+            self._average = float(host.accuracy_matrix.accuracy[task_id + 1, : task_id + 1].mean())
         self._told = host.closed
 
 
@@ -173,12 +174,12 @@ def learned(tasks: Sequence[Task], task_id: int, row: Sequence[float]) -> str:
     Args:
         tasks: of the stream.
         task_id: the one learned last.
-        row: ``(tasks,)``, test accuracies at this moment.
+        row: ``(tasks,)``, test accuracies at this moment; NaN for what was not measured is not told.
     """
     seen = row[: task_id + 1]
     mean = sum(seen) / len(seen)
     line = f"task {task_id + 1}/{len(tasks)} ({tasks[task_id].name}) learned: {seen[-1]:.3f}"
-    if task_id:
+    if task_id and not isnan(mean):
         line += f"; first task now {seen[0]:.3f}, mean of {len(seen)} tasks {mean:.3f}"
     return line
 

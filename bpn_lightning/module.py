@@ -61,9 +61,11 @@ class ContinualModule(ContinualSteps):
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
         evaluate_every: test accuracies are taken after every ``task``, or also after every ``epoch``.
-        evaluate_on: the tasks that are tested after every task: ``all`` of the stream, or those
-            ``seen_and_next``, which halves the work on long streams; before training it is all. Of the
-            metrics only forgetting looks at more: at a task's best accuracy of all that are known.
+        evaluate_on: the tasks that are tested after every task: ``all`` of the stream, those
+            ``seen_and_next``, which halves the work on long streams, or the ``current`` one alone, for
+            streams of thousands; before training and at the stream's end it is all. With
+            ``seen_and_next`` only forgetting, which takes each task's best accuracy of all that are
+            known, sees less; with ``current`` there is no forgetting and no forward transfer.
         patience: epochs without a lower validation loss after which a phase of a task ends; None
             trains each to its full length.
         without_oracle: whether every task is also scored, at the stream's end, without the task id,
@@ -74,8 +76,6 @@ class ContinualModule(ContinualSteps):
 
     Attributes:
         accuracy_matrix: accuracies of every task before training and after each task.
-        curve: accuracies over the stream, as dictionaries with ``epoch`` (epochs done), ``task`` (the
-            one being learned) and ``accuracy`` (one number per task, None where not measured).
         opened: the task that was opened last, -1 before the first.
         closed: the last task that is learned, consolidated and evaluated, -1 before the first.
 
@@ -94,7 +94,7 @@ class ContinualModule(ContinualSteps):
         scheduler_interval: Literal["step", "epoch"] = "step",
         mask: Mask = "all",
         evaluate_every: Literal["task", "epoch"] = "task",
-        evaluate_on: Literal["all", "seen_and_next"] = "all",
+        evaluate_on: Literal["all", "seen_and_next", "current"] = "all",
         patience: int | None = None,
         without_oracle: bool | int = True,
         check_processes: bool = False,
@@ -110,9 +110,10 @@ class ContinualModule(ContinualSteps):
             raise ConfigurationError(
                 f"Expected evaluate_every to be 'task' or 'epoch', but got {evaluate_every!r}."
             )
-        if evaluate_on not in ("all", "seen_and_next"):
+        if evaluate_on not in ("all", "seen_and_next", "current"):
             raise ConfigurationError(
-                f"Expected evaluate_on to be 'all' or 'seen_and_next', but got {evaluate_on!r}."
+                "Expected evaluate_on to be 'all', 'seen_and_next' or 'current', but got "
+                f"{evaluate_on!r}."
             )
         if patience is not None and patience < 1:
             raise ConfigurationError(
@@ -131,7 +132,7 @@ class ContinualModule(ContinualSteps):
         self.check_processes = check_processes
 
         self.closed = -1
-        self.curve: list[dict[str, Any]] = []
+        self._curve: list[dict[str, Any]] = []  # only what the matrix lacks
         self._done: list[str] = []  # what closing the open task has finished
         self._judged = 0  # epochs that early stopping has looked at
         self._entered = -1  # the epoch for which task, phase and optimizer are known to be right
@@ -144,6 +145,19 @@ class ContinualModule(ContinualSteps):
         super()._build(tasks, num_classes, input_shape)
         if not hasattr(self, "accuracy_matrix"):
             self.accuracy_matrix = AccuracyMatrix(len(tasks))
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """Accuracies over the stream.
+
+        Dictionaries with ``epoch`` (epochs done), ``task`` (the one being learned) and ``accuracy`` (one
+        number per task, None where not measured).
+        """
+        if self.evaluate_every == "epoch" or self.opened < 0:
+            return self._curve
+        ends = [0, *(self.schedule.last_epoch(task) + 1 for task in range(self.closed + 1))]
+        rows = self.accuracy_matrix.accuracy
+        return [_point(rows[k], max(k - 1, 0), epoch) for k, epoch in enumerate(ends)]
 
     def evaluate(self, tasks: Sequence[int] | None = None, split: Split = "test") -> Tensor:
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.evaluation.evaluate`."""
@@ -233,6 +247,7 @@ class ContinualModule(ContinualSteps):
             untrained = evaluate(self)
             self.accuracy_matrix.update(0, untrained)
             self._add_to_curve(untrained, task_id, epoch=0)
+            self._log_stream(self._stream_metrics())
         self._exchange_weights(self._training_weights)
         self._training_weights = {}
         self.opened = task_id
@@ -271,8 +286,8 @@ class ContinualModule(ContinualSteps):
                 self._done.append(strategy.state_key)
         self._switch(task_id)
         self._serve_merged_weights()
-        row = self._test(len(self._tasks) if self.evaluate_on == "all" else task_id + 2)
         last = task_id + 1 == len(self._tasks)
+        row = self._test(self._tested_after(task_id))
         if last and self.without_oracle and self._mask != "task":
             at_most = None if self.without_oracle is True else self.without_oracle
             alone = evaluate_without_oracle(self, range(len(self._tasks)), at_most=at_most)
@@ -339,47 +354,61 @@ class ContinualModule(ContinualSteps):
             if epochs_done == self.schedule.phase_epochs(epochs_done - 1).stop:
                 self._best_loss, self._bad_epochs = float("inf"), 0
         if self.evaluate_every == "epoch" and epochs_done <= self.schedule.last_epoch(self.opened):
-            row = self._test(self.opened + 1)
+            row = self._test(range(self.opened + 1))
             self._add_to_curve(row, self.opened, epochs_done)
             self._log_stream(_per_task("accuracy", row[: self.opened + 1]))
         self._judged = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
         self.trainer.fit_loop.max_epochs = self.schedule.total
 
-    def _test(self, count: int) -> Tensor:
-        """A row of the matrix: accuracies of the first tasks, NaN for the others."""
+    def _tested_after(self, task_id: int) -> range:
+        tasks = range(len(self._tasks))
+        if self.evaluate_on == "all" or task_id == tasks[-1]:
+            return tasks
+        return tasks[: task_id + 2] if self.evaluate_on == "seen_and_next" else tasks[task_id:][:1]
+
+    def _test(self, tasks: range) -> Tensor:
+        """A row of the matrix: accuracies of these tasks, NaN for the others."""
         row = torch.full((len(self._tasks),), float("nan"), dtype=torch.float64)
-        row[:count] = evaluate(self, range(min(count, len(self._tasks))))
+        row[tasks.start : tasks.stop] = evaluate(self, tasks)
         return row
 
     def _add_to_curve(self, accuracy: Tensor, task: int, epoch: int) -> None:
-        if not self.curve or self.curve[-1]["epoch"] < epoch:
-            values = [None if value.isnan() else float(value) for value in accuracy]
-            self.curve.append({"epoch": epoch, "task": task, "accuracy": values})
+        new = not self._curve or self._curve[-1]["epoch"] < epoch
+        if self.evaluate_every == "epoch" and new:
+            self._curve.append(_point(accuracy, task, epoch))
 
     def _log_stream(self, metrics: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(metrics), step=self.trainer.global_step)
 
     def _stream_metrics(self) -> dict[str, float]:
-        """What is known now that a task is learned; figures that do not exist yet are left out."""
+        """What is known between two tasks; figures that do not exist yet are left out.
+
+        Before training that is the accuracy on every task, so that a file has all its columns at once: a
+        new one with every task would rewrite it again and again.
+        """
         learned, matrix = self.closed + 1, self.accuracy_matrix
-        figures = {name: float(value) for name, value in matrix.compute().items()}
-        held = bytes_held(self._strategies, self)
-        stored = bytes_per_task(self._strategies, self)
-        metrics = {
-            "stream/tasks_learned": learned,
-            **_per_task("accuracy", matrix.accuracy[learned, :learned]),
-            **{
-                f"accuracy/{name}": figures[name]
-                for name in ("average", "bwt", "fwt", "forgetting")
-            },
-            "accuracy_after_learning/average": figures["after_learning"],
-            "accuracy_without_oracle/average": figures["without_oracle"],
-            **_per_task("accuracy_without_oracle", matrix.without_oracle[:learned]),
-            **{f"bytes_held/{name}": value for name, value in held._asdict().items()},
-            **{f"bytes_per_task/{name}": value for name, value in stored.items()},
-        }
+        row = matrix.accuracy[learned]
+        alone = self.evaluate_on == "current"
+        metrics: dict[str, float] = {"stream/tasks_learned": learned}
+        if not alone:
+            metrics |= _per_task("accuracy", row[: learned or None])
+        elif learned:
+            metrics["accuracy/current"] = float(row[self.closed])
+        if learned and (not alone or learned == len(self._tasks)):
+            figures = {name: float(value) for name, value in matrix.compute().items()}
+            names = ("average", "bwt", "fwt", "forgetting")
+            metrics |= {f"accuracy/{name}": figures[name] for name in names}
+            metrics["accuracy_after_learning/average"] = figures["after_learning"]
+            metrics["accuracy_without_oracle/average"] = figures["without_oracle"]
+        if learned and not alone:
+            metrics |= _per_task("accuracy_without_oracle", matrix.without_oracle[:learned])
+        if learned:
+            held = bytes_held(self._strategies, self)._asdict()
+            stored = bytes_per_task(self._strategies, self)
+            metrics |= {f"bytes_held/{name}": value for name, value in held.items()}
+            metrics |= {f"bytes_per_task/{name}": value for name, value in stored.items()}
         return {name: value for name, value in metrics.items() if not isnan(value)}
 
     # --- Lightning's hooks -----------------------------------------------------------------------
@@ -491,11 +520,13 @@ class ContinualModule(ContinualSteps):
         self._counts.index_add_(1, tasks, values)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss and accuracy of the open task."""
+        """Log loss and accuracy of the open task, and the mean accuracy over it and those before."""
         loss, right, total = self.all_reduce(self._counts)
         task = max(self.opened, 0)
+        accuracy = right / total
         self.log("val/loss", float(loss[task] / total[task]))
-        self.log("val/accuracy", float(right[task] / total[task]), prog_bar=True)
+        self.log("val/accuracy", float(accuracy[task]), prog_bar=True)
+        self.log("val/average_accuracy", float(accuracy[: task + 1].mean()))
 
     def on_test_epoch_start(self) -> None:
         """Start counting."""
@@ -528,7 +559,7 @@ class ContinualModule(ContinualSteps):
             "training_weights": dict(self._training_weights),
             "lengths": list(self.schedule.lengths),
             "patience": [self._judged, self._best_loss, self._bad_epochs],
-            "curve": [dict(point) for point in self.curve],
+            "curve": [dict(point) for point in self._curve],
             "mask": self._mask,
             "tasks": [(t.id, t.columns, t.class_names, t.epochs) for t in self._tasks],
             "num_classes": self._head.out_features,
@@ -638,7 +669,7 @@ class ContinualModule(ContinualSteps):
         self._done = list(saved["done"])
         self._training_weights = dict(saved["training_weights"])
         self._judged, self._best_loss, self._bad_epochs = saved["patience"]
-        self.curve = [dict(point) for point in saved["curve"]]
+        self._curve = [dict(point) for point in saved["curve"]]
         if resuming:
             self.schedule.load_lengths(saved["lengths"])
             if self.opened >= 0:
@@ -659,8 +690,13 @@ class ContinualModule(ContinualSteps):
         return [strategy.state_key for strategy in self._strategies]
 
 
+def _point(accuracy: Tensor, task: int, epoch: int) -> dict[str, Any]:
+    values = [None if isnan(value) else value for value in accuracy.tolist()]
+    return {"epoch": epoch, "task": task, "accuracy": values}
+
+
 def _per_task(prefix: str, values: Tensor) -> dict[str, float]:
-    return {f"{prefix}/task_{k + 1}": float(value) for k, value in enumerate(values)}
+    return {f"{prefix}/task_{k}": value for k, value in enumerate(values.tolist(), start=1)}
 
 
 def _table(tasks: Sequence[Task]) -> dict[str, Any]:

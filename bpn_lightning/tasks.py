@@ -131,19 +131,22 @@ class Schedule:
 
     def __post_init__(self) -> None:
         self._flat = [(task, phase) for task, ps in enumerate(self.phases) for phase in ps]
-        self.lengths = [phase.epochs for _, phase in self._flat]
+        self._firsts = list(accumulate((len(ps) for ps in self.phases), initial=0))
+        self._set_lengths([phase.epochs for _, phase in self._flat])
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self._ends = list(accumulate(lengths, initial=0))  # of what lies before each phase
 
     @property
     def total(self) -> int:
         """Epochs of the whole stream."""
-        return sum(self.lengths)
+        return self._ends[-1]
 
     def locate(self, epoch: int) -> Position:
         """Task, phase and epoch within the task of a global epoch; past the end, the last one's."""
-        index = self._index(epoch)
-        task, phase = self._flat[index]
-        first = next(i for i, (t, _) in enumerate(self._flat) if t == task)
-        return Position(task, phase.name, epoch - sum(self.lengths[:first]))
+        task, phase = self._flat[self._index(epoch)]
+        return Position(task, phase.name, epoch - self._ends[self._firsts[task]])
 
     def phase(self, task: int, name: str) -> Phase:
         """The phase of a task by its name."""
@@ -151,19 +154,18 @@ class Schedule:
 
     def last_epoch(self, task: int) -> int:
         """The global epoch after which the task is learned."""
-        planned = zip(self._flat, self.lengths, strict=True)
-        return sum(length for (t, _), length in planned if t <= task) - 1
+        return self._ends[self._firsts[task + 1]] - 1
 
     def phase_epochs(self, epoch: int) -> range:
         """The global epochs of the phase that ``epoch`` lies in."""
         index = self._index(epoch)
-        start = sum(self.lengths[:index])
-        return range(start, start + self.lengths[index])
+        return range(self._ends[index], self._ends[index + 1])
 
     def end_phase(self, epoch: int) -> None:
         """Let the phase of ``epoch`` end with it; saying so twice changes nothing."""
         index = self._index(epoch)
-        self.lengths[index] = epoch + 1 - sum(self.lengths[:index])
+        shorter = epoch + 1 - self._ends[index]
+        self._set_lengths([*self.lengths[:index], shorter, *self.lengths[index + 1 :]])
 
     def load_lengths(self, lengths: Sequence[int]) -> None:
         """Take the lengths of a saved schedule.
@@ -180,11 +182,10 @@ class Schedule:
                 f"Expected a checkpoint of a stream with phases of {planned} epochs, but got one with "
                 f"{lengths}. Resume with the configuration that wrote it, or start a new run."
             )
-        self.lengths = lengths
+        self._set_lengths(lengths)
 
     def _index(self, epoch: int) -> int:
-        ends = list(accumulate(self.lengths))
-        return min(bisect_right(ends, epoch), len(ends) - 1)
+        return min(bisect_right(self._ends, epoch, lo=1), len(self._flat)) - 1
 
 
 class ContinualStream(Protocol):

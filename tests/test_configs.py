@@ -12,7 +12,7 @@ from bpn_lightning.command import methods_of, packaged_configs, read_command
 from bpn_lightning.fit import ContinualCLI
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "bench")
+FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("bench", "sweeps"))
 EXPERIMENTS = [name.removesuffix(".yaml") for name in packaged_configs()]
 RUNS = [(experiment, method) for experiment in EXPERIMENTS for method in methods_of(experiment)]
 METHODS = {"finetune", "ewc", "ewc_task_mask", "bd+ewc", "gd+ewc", "gd+ewc_tuned", "frozen+ewc"}

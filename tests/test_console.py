@@ -43,6 +43,7 @@ def test_a_learned_task_takes_one_line() -> None:
     assert learned(TASKS, 1, [0.6, 0.8]).endswith(
         "learned: 0.800; first task now 0.600, mean of 2 tasks 0.700"
     )
+    assert learned(TASKS, 1, [float("nan"), 0.8]).endswith("learned: 0.800")
 
 
 def test_the_table_has_the_three_accuracies_side_by_side(matrix: AccuracyMatrix) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers.logger import Logger
 
 from bpn_lightning import ContinualModule, evaluate
 from bpn_lightning.backbones import MLP
@@ -82,6 +83,73 @@ def test_the_matrix_has_every_row_and_the_last_one_is_what_the_network_scores(fi
     assert [tested["test/accuracy/task_1"], tested["test/accuracy/task_2"]] == pytest.approx(
         matrix[-1].tolist()
     )
+
+
+def test_the_current_task_alone_is_tested_and_in_the_end_all_are(fit):
+    stream = {"num_tasks": 3, "epochs_per_task": 1}
+    whole, _ = fit([EWC(100.0)], stream=digits(**stream))
+    module, _ = fit([EWC(100.0)], stream=digits(**stream), evaluate_on="current")
+    expected, found = whole.accuracy_matrix.accuracy, module.accuracy_matrix.accuracy
+    measured = torch.eye(4, 3, dtype=torch.bool).roll(1, 0)
+    measured[[0, -1]] = True
+    assert torch.equal(~found.isnan(), measured)
+    assert torch.equal(found[measured], expected[measured])
+    full, short = whole.accuracy_matrix.summary(), module.accuracy_matrix.summary()
+    same = ("average", "first_task", "per_task", "bwt", "after_learning")
+    assert [full[key] for key in same] == [short[key] for key in same]
+    assert short["fwt"] is short["forgetting"] is None
+
+
+class Rows(Logger):
+    """Keeps what is logged of the matrix."""
+
+    name = version = "rows"
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        if "tasks_learned" in metrics:
+            self.rows.append(metrics)
+
+
+@pytest.mark.parametrize("evaluate_on", ["all", "seen_and_next", "current"])
+def test_no_metric_is_new_with_a_later_task(fit, evaluate_on):
+    """A file with a column for each would be rewritten with every task."""
+    logger = Rows()
+    module, _ = fit(
+        stream=digits(num_tasks=3, epochs_per_task=1),
+        evaluate_on=evaluate_on,
+        trainer={"logger": logger, "log_every_n_steps": 1},
+    )
+    matrix = module.accuracy_matrix.accuracy.tolist()
+    before, *rows = logger.rows
+    assert [row["tasks_learned"] for row in logger.rows] == [0, 1, 2, 3]
+    if evaluate_on == "current":
+        assert [row["accuracy/current"] for row in rows] == [matrix[k][k - 1] for k in (1, 2, 3)]
+        assert not any("task_" in key for row in logger.rows for key in row if "/" in key)
+    else:
+        names = [f"accuracy/task_{k}" for k in (1, 2, 3)]
+        assert [before[name] for name in names] == matrix[0]
+        for k, row in enumerate(rows, start=1):
+            assert [row[name] for name in names if name in row] == matrix[k][:k]
+    assert rows[-1]["accuracy/average"] == pytest.approx(sum(matrix[-1]) / 3)
+    assert "accuracy/average" not in before
+
+
+def test_the_curve_of_tasks_is_the_matrix_over_the_epochs_that_there_were(fit):
+    stream = digits(epochs_per_task=4, validation_fraction=0.2)
+    module, trainer = fit(stream=stream, patience=1, lr=0.0)  # which never improves
+    matrix = module.accuracy_matrix.accuracy.tolist()
+    assert [point["accuracy"] for point in module.curve] == matrix
+    assert [point["task"] for point in module.curve] == [0, 0, 1]
+    first = module.schedule.lengths[0]
+    assert [point["epoch"] for point in module.curve] == [0, first, trainer.current_epoch]
+    assert trainer.current_epoch == 4
 
 
 def fit_nothing():

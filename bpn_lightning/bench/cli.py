@@ -4,16 +4,18 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from bpn_lightning.bench.grid import Grid, check_key, only, packaged_grids, read_grid
-from bpn_lightning.bench.runner import INTERRUPTED, Runner
+from bpn_lightning.bench.runner import INTERRUPTED, Executor, Runner, on_this_machine
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
 
 __all__ = ["main"]
 
 HELP = """\
-usage: bpn-bench GRID [--jobs N] [--retry] [--only WORD ...] [--runs DIR] [--out DIR] [--KEY VALUE ...]
+usage: bpn-bench GRID [--jobs N] [--executor ray] [--retry] [--only WORD ...] [--runs DIR] [--out DIR]
+                 [--KEY VALUE ...]
        bpn-bench collect GRID [--runs DIR] [--out DIR]
        bpn-bench report DIR
 
@@ -26,6 +28,10 @@ Run a grid of experiments, methods and seeds, and make its tables and pictures.
 
   GRID            a YAML, or a packaged grid
   --jobs N        runs at a time, one thread each (default: 2)
+  --executor X    `local`: on this machine (default); `ray`: on a Ray cluster that shares --runs
+  --address A     of the cluster, `auto` on one of its nodes (default: $RAY_ADDRESS, else a Ray of
+                  its own on this machine)
+  --gpus N        of a cell on the cluster (default: 0)
   --retry         run again what failed; without it, failed runs are reported and left alone
   --only WORD     experiments, methods, seeds (seed_0) and varied values (rank=10)
   --runs DIR      where the runs go; those finished there are not repeated (default: runs/bench/<grid>)
@@ -75,16 +81,26 @@ def _run(argv: Sequence[str]) -> int:
     grid = read_grid(options.grid, passed_on)
     cells = only(grid.cells, options.only) if options.only else list(grid.cells)
     root = Path(options.runs or Path("runs", "bench", grid.name))
-    # Ends the runs as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        failures = Runner(root, options.jobs, options.retry, passed_on).run(cells)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with _executor(options, root) as executor:
+        # Ends the runs as Ctrl-C does; Ray has a handler of its own.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            runner = Runner(root, options.jobs, options.retry, passed_on, executor=executor)
+            failures = runner.run(cells)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     _finish(grid, root, options.out)
     for failure in failures:
         print(f"\nbpn-bench: {failure}", file=sys.stderr)
     return FAILED if failures else 0
+
+
+def _executor(options: argparse.Namespace, root: Path) -> AbstractContextManager[Executor]:
+    if options.executor == "local":
+        return nullcontext(on_this_machine)
+    from bpn_lightning.bench.ray_executor import on_ray
+
+    return on_ray(root, options.address, options.gpus)
 
 
 def _collect(argv: Sequence[str]) -> int:
@@ -125,6 +141,9 @@ def _parse(argv: Sequence[str], known_only: bool) -> tuple[argparse.Namespace, l
     parser.exit_on_error = False
     parser.add_argument("grid")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--executor", choices=("local", "ray"), default="local")
+    parser.add_argument("--address")
+    parser.add_argument("--gpus", type=float, default=0)
     parser.add_argument("--retry", action="store_true")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--runs")
@@ -136,6 +155,15 @@ def _parse(argv: Sequence[str], known_only: bool) -> tuple[argparse.Namespace, l
     if options.jobs < 1:
         raise ConfigurationError(
             f"Expected --jobs to be at least 1, but got {options.jobs}. Leave it out for 2."
+        )
+    if options.executor == "local" and (options.address or options.gpus):
+        raise ConfigurationError(
+            "Expected --address and --gpus to stand beside --executor ray, but it is local. "
+            "Add --executor ray, or leave them out."
+        )
+    if options.gpus < 0:
+        raise ConfigurationError(
+            f"Expected --gpus to be at least 0, but got {options.gpus:g}. Leave it out for none."
         )
     if rest and (known_only or not rest[0].startswith("--")):
         raise ConfigurationError(

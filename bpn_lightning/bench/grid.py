@@ -72,7 +72,7 @@ SINGLE_KEYS = tuple(
     f"checkpoint_every_n_{unit}" for unit in ("steps", "epochs", "tasks", "minutes")
 )
 
-OPTIONS = ("--jobs", "--retry", "--only", "--runs", "--out")
+OPTIONS = ("--jobs", "--executor", "--address", "--gpus", "--retry", "--only", "--runs", "--out")
 """Of ``bpn-bench`` itself."""
 
 MOST_RUNS = 10_000

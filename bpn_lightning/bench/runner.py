@@ -3,6 +3,9 @@
 A cell's folder says how far it is: ``results.json`` of all tasks, and it is finished and not run
 again; ``failed.json``, and it is reported and run again only on request; a checkpoint, and the next
 call goes on from it. ``log.txt`` beside them has what the process said.
+
+Where the processes run is an :class:`Executor`'s business: :func:`on_this_machine`, or
+:class:`bpn_lightning.bench.ray_executor.OnRay`.
 """
 
 import json
@@ -15,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
-from typing import Any, Literal
+from threading import Event, Lock
+from typing import Any, Literal, Protocol
 
 import yaml
 
@@ -24,11 +27,16 @@ from bpn_lightning.bench.grid import Cell
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import refuse_outside, write_atomically
 
-__all__ = ["Failure", "Runner", "State", "state"]
+__all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start", "state"]
 
 State = Literal["finished", "failed", "open"]
 
 INTERRUPTED = 130
+
+ATTEMPTS = 3
+"""How often a cell is begun whose process is killed, each time from its last checkpoint."""
+
+BPN_FIT = "bpn-fit"
 
 # What changes when and where a result is looked at, and not the result.
 _OBSERVATION = ("model.evaluate_every", "model.without_oracle", "trainer.")
@@ -70,25 +78,77 @@ def state(cell: Cell, root: Path) -> State:
     return "failed" if (folder / "failed.json").is_file() else "open"
 
 
+class Executor(Protocol):
+    """Runs one process, wherever that may be."""
+
+    def __call__(self, line: Sequence[str], log: Path, stopped: Event) -> int:
+        """Run a command to its end, or until it is to stop.
+
+        Called from several threads at a time.
+
+        Args:
+            line: as :func:`start` takes it.
+            log: what it says is added to this file.
+            stopped: once it is set, the process is told to end, and waited for.
+
+        Returns:
+            Its exit status; below 0 where something killed it that a new attempt may outlive.
+        """
+
+
+def start(line: Sequence[str], log: Path, **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a process of one thread, unless $OMP_NUM_THREADS says otherwise.
+
+    Args:
+        line: a command; the program ``bpn-fit`` is that of the environment it is started in.
+        log: what it says is added to this file.
+        options: more for ``Popen``.
+    """
+    program = _bpn_fit() if line[0] == BPN_FIT else [line[0]]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [*program, *line[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            **{"env": environment, **options},
+        )
+
+
+def on_this_machine(line: Sequence[str], log: Path, stopped: Event) -> int:
+    """The :class:`Executor` that needs nothing."""
+    process = start(line, log)
+    while True:
+        try:
+            return process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            if stopped.is_set():
+                # Not as Ctrl-C does, which the processes of a script in the background ignore.
+                process.terminate()
+                return process.wait()
+
+
 @dataclass
 class Runner:
     """Runs cells, each in a process of its own.
 
     Args:
         root: folder of the grid's runs.
-        jobs: processes at a time, of one thread each unless $OMP_NUM_THREADS says otherwise.
+        jobs: processes at a time.
         retry: run again what failed in an earlier call.
         passed_on: more flags for every ``bpn-fit``.
-        command: the program, by default the ``bpn-fit`` of this environment.
+        command: the program.
+        executor: runs the processes.
     """
 
     root: Path
     jobs: int = 1
     retry: bool = False
     passed_on: Sequence[str] = ()
-    command: Sequence[str] = ()
-    _running: list[subprocess.Popen[bytes]] = field(default_factory=list, init=False)
-    _stopped: bool = field(default=False, init=False)
+    command: Sequence[str] = (BPN_FIT,)
+    executor: Executor = on_this_machine
+    _stopped: Event = field(default_factory=Event, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
     _done: int = field(default=0, init=False)
 
@@ -113,7 +173,7 @@ class Runner:
             try:
                 found = [future.result() for future in futures]
             except BaseException:
-                self._stop()
+                self._stopped.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         earlier = [
@@ -132,16 +192,17 @@ class Runner:
                 f"Expected {folder} to be a folder that can be written to, but got: {error}. "
                 "Choose another with --runs."
             ) from error
-        (folder / "failed.json").unlink(missing_ok=True)
-        line = [*(self.command or _bpn_fit()), *cell.flags, *self.passed_on]
+        for earlier in ("failed.json", "log.txt"):
+            (folder / earlier).unlink(missing_ok=True)
+        line = [*self.command, *cell.flags, *self.passed_on]
         line += ["--runs", str(cell.runs(self.root)), "--ckpt_path", "last"]
         line += ["--trainer.enable_progress_bar", "false"]
         begun = time.monotonic()
-        code = self._wait(line, folder / "log.txt")
-        if self._stopped and (code or not _learned_all(folder / "results.json")):
-            return None
+        code = self._attempt(cell, line, folder / "log.txt")
         failure = None
         if code or not _learned_all(folder / "results.json"):
+            if self._stopped.is_set():
+                return None
             record = {"command": line, "status": code}
             write_atomically(folder / "failed.json", json.dumps(record, indent=2).encode())
             failure = self._failure(cell)
@@ -156,28 +217,17 @@ class Runner:
             )
         return failure
 
-    def _wait(self, line: Sequence[str], log: Path) -> int | None:
-        """The exit status of a process; None where it was not begun any more."""
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        with log.open("wb") as file:
-            with self._lock:
-                if self._stopped:
-                    return None
-                process = subprocess.Popen(
-                    line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment
-                )
-                self._running.append(process)
-            code = process.wait()
-        with self._lock:
-            self._running.remove(process)
+    def _attempt(self, cell: Cell, line: Sequence[str], log: Path) -> int:
+        """The exit status of the cell's process, or of the last one where some were killed."""
+        for attempt in range(1, ATTEMPTS + 1):
+            code = self.executor(line, log, self._stopped)
+            if code >= 0 or self._stopped.is_set():
+                break
+            said = f"killed by signal {-code}, attempt {attempt} of {ATTEMPTS}"
+            _say(f"{cell.name}: {said}")
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"bpn-bench: {said}\n")
         return code
-
-    def _stop(self) -> None:
-        """Ask all processes to end; not as Ctrl-C does, which those of a script in the background ignore."""
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                process.terminate()
 
     def _failure(self, cell: Cell, earlier: bool = False) -> Failure:
         log = cell.folder(self.root) / "log.txt"

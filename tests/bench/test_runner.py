@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from bpn_lightning.bench.grid import read_grid
-from bpn_lightning.bench.runner import Runner, state
+from bpn_lightning.bench.runner import Runner, on_this_machine, state
 from bpn_lightning.errors import ResultsError
 
 Write = Callable[..., str]
@@ -56,6 +57,31 @@ def test_a_failed_cell_is_reported_with_its_log_and_run_again_only_on_request(
     assert Runner(tmp_path / "runs", retry=True, command=stand_in).run(cells) == []
     assert len(calls(tmp_path)) == 6
     assert {state(cell, runner.root) for cell in cells} == {"finished"}
+
+
+def test_a_cell_whose_process_is_killed_begins_again_three_times_at_most(
+    tmp_path: Path, write_grid: Write, stand_in: list[str]
+) -> None:
+    cells = read_grid(write_grid()).cells[:2]
+    lived = []
+
+    def dies_at_first(line: Sequence[str], log: Path, stopped: Event) -> int:
+        lived.append(line)
+        if cells[0].method in line and line.count("0") and len(lived) < 3:
+            log.write_text("so far\n")
+            return -signal.SIGKILL
+        return on_this_machine(line, log, stopped)
+
+    runner = Runner(tmp_path / "runs", command=stand_in, executor=dies_at_first)
+    assert runner.run(cells) == []
+    assert lived[0] == lived[1] == lived[2] != lived[3]
+    assert "--ckpt_path" in lived[0]
+    assert calls(tmp_path) == ["ewc 0", "ewc 1"]
+
+    again = Runner(tmp_path / "lost", command=[*stand_in], executor=lambda *_: -signal.SIGTERM)
+    (failure,) = again.run(cells[:1])
+    assert json.loads(failure.log.with_name("failed.json").read_text())["status"] == -15
+    assert failure.last.splitlines()[-1] == "bpn-bench: killed by signal 15, attempt 3 of 3"
 
 
 def test_a_run_resumes_and_goes_where_its_variant_lies(tmp_path: Path, write_grid: Write) -> None:
