@@ -58,6 +58,7 @@ STREAM = [
     *("--data.init_args.validation_fraction", "0.2"),
     *("--data.init_args.augment", "true"),
     *("--model.backbone", "faults.Network"),
+    "--trust",  # this file is of no installed package
     *("--model.patience", "5"),
     *("--model.evaluate_every", "epoch"),
     *("--trainer.accelerator", "cpu"),

@@ -499,7 +499,7 @@ LINES: list[tuple[str, str]] = [
         "--config digits_inc.yaml --ckpt_path evil.py",
         (
             "Expected evil.py to be a checkpoint, but it cannot be read: File is not a zip file. "
-            "Leave --ckpt_path out to start afresh."
+            "Start afresh with --overwrite in the place of --ckpt_path."
         ),
     ),
     (
@@ -923,16 +923,18 @@ GRIDS: list[tuple[str, str]] = [
         "experiments: [{config: digits_inc, methods: [ewc], set: {runs: /tmp}}]",
         (
             "Expected a key in experiment 1 of g.yaml to begin with trainer., model., data., "
-            "strategies., checkpoint_every_n_steps, but got 'runs'. Did you mean '--runs'? "
-            "`bpn-fit --help_all` shows all keys."
+            "strategies., checkpoint_every_n_steps, checkpoint_every_n_epochs, "
+            "checkpoint_every_n_tasks, checkpoint_every_n_minutes, but got 'runs'. Did you mean "
+            "'--runs'? `bpn-fit --help_all` shows all keys."
         ),
     ),
     (
         "experiments: [{config: digits_inc, methods: [ewc], set: {trust: true}}]",
         (
             "Expected a key in experiment 1 of g.yaml to begin with trainer., model., data., "
-            "strategies., checkpoint_every_n_steps, but got 'trust'. Did you mean '--runs'? "
-            "`bpn-fit --help_all` shows all keys."
+            "strategies., checkpoint_every_n_steps, checkpoint_every_n_epochs, "
+            "checkpoint_every_n_tasks, checkpoint_every_n_minutes, but got 'trust'. Did you mean "
+            "'--runs'? `bpn-fit --help_all` shows all keys."
         ),
     ),
     (
@@ -1767,7 +1769,7 @@ CHECKPOINTS: list[tuple[str, Prepare, str]] = [
         lambda _: Path("x.ckpt").write_bytes(pickle.dumps(Payload())),
         (
             "Expected x.ckpt to be a checkpoint, but it cannot be read: File is not a zip file. "
-            "Leave --ckpt_path out to start afresh."
+            "Start afresh with --overwrite in the place of --ckpt_path."
         ),
     ),
     (
@@ -1775,15 +1777,15 @@ CHECKPOINTS: list[tuple[str, Prepare, str]] = [
         checkpoint({"state_dict": {}, "callbacks": Payload()}),
         (
             "Expected x.ckpt to be a checkpoint, but it cannot be read: it holds more than "
-            "tensors and plain values, perhaps a program. Leave --ckpt_path out to start afresh."
+            "tensors and plain values, perhaps a program. Start afresh with --overwrite in the place of --ckpt_path."
         ),
     ),
     (
         "a list",
         checkpoint([1, 2]),
         (
-            "Expected x.ckpt to be a checkpoint, but it cannot be read: it holds a list. Leave "
-            "--ckpt_path out to start afresh."
+            "Expected x.ckpt to be a checkpoint, but it cannot be read: it holds a list. Start "
+            "afresh with --overwrite in the place of --ckpt_path."
         ),
     ),
     (
@@ -1791,7 +1793,7 @@ CHECKPOINTS: list[tuple[str, Prepare, str]] = [
         lambda _: Path("x.ckpt").write_bytes(b""),
         (
             "Expected x.ckpt to be a checkpoint, but it cannot be read: File is not a zip file. "
-            "Leave --ckpt_path out to start afresh."
+            "Start afresh with --overwrite in the place of --ckpt_path."
         ),
     ),
     (
@@ -1799,7 +1801,7 @@ CHECKPOINTS: list[tuple[str, Prepare, str]] = [
         checkpoint(torch.nn.Linear(1, 1)),
         (
             "Expected x.ckpt to be a checkpoint, but it cannot be read: it holds more than "
-            "tensors and plain values, perhaps a program. Leave --ckpt_path out to start afresh."
+            "tensors and plain values, perhaps a program. Start afresh with --overwrite in the place of --ckpt_path."
         ),
     ),
 ]
