@@ -62,10 +62,10 @@ def on_ray(root: Path, address: str | None = None, gpus: float = 0) -> Iterator[
         own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises a plain one where it does not start in time
         raise ConfigurationError(
-            f"Expected --address to be that of a Ray cluster, but got {address!r}: "
-            f"{' '.join(str(error).split())} `auto` finds the one that runs on this machine."
+            f"Expected a Ray cluster at --address {address}, but got: {' '.join(str(error).split())} "
+            "`auto` is the one that runs on this machine; without --address one is started here."
         ) from error
     try:
         _check_nodes(root, gpus)

@@ -144,6 +144,18 @@ def test_a_node_of_other_versions_and_missing_gpus_are_refused(
         ray_executor._check_nodes(tmp_path, gpus=0)
 
 
+def test_an_address_without_a_cluster_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_this_ray: OnRay
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise TimeoutError("timed out\nduring startup.")
+
+    monkeypatch.setattr("ray.init", fails)
+    said = r"^Expected a Ray cluster at --address 1\.2\.3\.4:5, but got: timed out during startup\. `auto`"
+    with pytest.raises(ConfigurationError, match=said), on_ray(tmp_path, "1.2.3.4:5"):
+        pass
+
+
 def test_without_ray_one_line_says_how_to_get_it(
     tmp_path: Path,
     write_grid: Write,
