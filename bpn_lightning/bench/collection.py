@@ -17,7 +17,6 @@ from bpn_lightning.bench.grid import Cell, Grid, NotRun
 from bpn_lightning.bench.runner import state
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.metrics import AfterLearning, WithoutOracle
 from bpn_lightning.results import (
     Accuracy,
     BytesHeld,
@@ -26,6 +25,7 @@ from bpn_lightning.results import (
     read_results,
     violations,
 )
+from bpn_lightning.scores import AfterLearning, WithoutOracle
 
 __all__ = ["CELLS", "Collection", "Record", "collect", "read_collection", "write_collection"]
 

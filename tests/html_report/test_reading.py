@@ -171,6 +171,31 @@ def test_a_curve_that_cannot_be_read_is_not_the_end(make_run: Make, curve: objec
     assert find_runs(folder).runs[0].curve.at == [2, 4]
 
 
+KEPT = {
+    "accuracy": {
+        "average": 0.6,
+        "first_task": 0.4,
+        "per_task": [0.4, 0.8],
+        "bwt": -0.5,
+        "fwt": None,
+        "forgetting": 0.5,
+    },
+    "accuracy_without_oracle": None,
+    "accuracy_after_learning": {"average": 0.85, "per_task": [0.9, 0.8]},
+    "bytes_per_task": {"measured": 552, "paper": 520},
+    "bytes_held": {"training": 1104, "inference": 552},
+    "classes": [1, 1],
+    "epochs": [2, 2],
+    "provenance": {
+        "seconds": 12.5,
+        "date": "2020-01-01T00:00:00+00:00",
+        "versions": {"python": "3.11.7", "torch": "2.14.1"},
+        "commit": None,
+        "host": {"platform": "p", "cpu": "c", "gpu": None, "threads": 1},
+    },
+}
+
+
 def grid(folder: Path, *seeds: int, missing: tuple[str, ...] = ()) -> None:
     """A cells.json of `ewc` on the digits, with a varied rank."""
     records = [
@@ -180,7 +205,7 @@ def grid(folder: Path, *seeds: int, missing: tuple[str, ...] = ()) -> None:
             seed=seed,
             label="short",
             variant={"strategies.bd.rank": 10},
-            results={"accuracy": {"average": 0.6}, "epochs": [2, 2]},
+            results=KEPT,
             matrix=[[0.9], [0.4, 0.8]],
             curve=[],
         )
