@@ -167,9 +167,11 @@ def _not_importable(message: str, parser: ArgumentParser) -> str | None:
         return (
             f"Expected {path} to be a config file, but got {config[1]!r}. Set its keys one by one."
         )
-    base = re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message)
-    if base:
-        return f"Expected {path} to be a subclass of {base[2]}, but got {base[1]!r}.{_CHOOSE}"
+    base = re.search(r"Import path (\S+ )?does not correspond to a subclass of (\w+)", message)
+    given = re.search(r"Given value: (\S+)", message)
+    got = (base and base[1]) or (given and given[1])
+    if base and got:
+        return f"Expected {path} to be a subclass of {base[2]}, but got {got.strip()!r}.{_CHOOSE}"
     made = re.search(
         r"Expected '([^']+)' to be a (?:subclass of|function that returns) ([^\n]+?)\.+ Got",
         message,

@@ -376,7 +376,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         self.replay_batch_size = replay_batch_size
         self.memory = EpisodicMemory()
         self._violated = 0  # memories, in the last update
-        self._cosines: Tensor | None = None  # of its gradient with each memory's
+        self._lowest: float | None = None  # cosine of its gradient with a memory's
         self._closed_forms: dict[tuple[str, ...], bool] = {}
         self._processes = 1
 
@@ -448,10 +448,11 @@ class GradientEpisodicMemory(ContinualStrategy):
         rows = torch.split(whole, [gradient.numel() for gradient in gradients], 1)
         products = inner_products([g.reshape(1, -1) for g in gradients], rows)[0]
         products = self._from_first_process(host, products)
-        norms = torch.linalg.vector_norm(whole, dim=1) * get_total_norm(gradients)
-        self._cosines = products / norms.clamp(min=torch.finfo(norms.dtype).tiny)
         known = products.cpu()
-        self._violated = int((known < 0).sum())
+        if known.isfinite().all():  # else a scaler is about to skip the update
+            norms = torch.linalg.vector_norm(whole, dim=1) * get_total_norm(gradients)
+            cosines = known / norms.cpu().clamp(min=torch.finfo(norms.dtype).tiny)
+            self._violated, self._lowest = int((known < 0).sum()), float(cosines.min())
         if not violated(known):
             return
         v = torch.zeros_like(products)
@@ -549,12 +550,13 @@ class GradientEpisodicMemory(ContinualStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, and what the next update may log."""
-        return {**self.memory.state_dict(), "violated": self._violated}
+        conflict = {"violated": self._violated, "lowest_cosine": self._lowest}
+        return {**self.memory.state_dict(), **conflict}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved memory."""
         self.memory.load_state_dict(state_dict)
-        self._violated = state_dict["violated"]
+        self._violated, self._lowest = state_dict["violated"], state_dict["lowest_cosine"]
 
     def move_state(self, host: ContinualHost) -> None:
         """Move the memory to the host's device, and see how many processes there are."""
@@ -584,8 +586,8 @@ class GradientEpisodicMemory(ContinualStrategy):
         That is the lowest cosine between the gradient, before it was projected, and a memory's.
         """
         found = {"memories/violated": torch.tensor(float(self._violated), device=host.device)}
-        if self._cosines is not None:
-            found["memories/lowest_cosine"] = self._cosines.min()
+        if self._lowest is not None:
+            found["memories/lowest_cosine"] = torch.tensor(self._lowest, device=host.device)
         return found
 
 

@@ -98,7 +98,10 @@ def said(
         ),
         (
             "--data lightning.Trainer",
-            "Expected data to be a subclass of ContinualDataModule, but got 'lightning.Trainer'.",
+            (
+                "Expected data to be a subclass of ContinualDataModule, but got 'lightning.Trainer'. "
+                "Name another class."
+            ),
         ),
         (
             "--strategies.bd 3",

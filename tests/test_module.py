@@ -113,7 +113,7 @@ class Rows(Logger):
         pass
 
     def log_metrics(self, metrics, step=None):
-        if "tasks_learned" in metrics:
+        if "stream/tasks_learned" in metrics:
             self.rows.append(metrics)
 
 
@@ -128,7 +128,7 @@ def test_no_metric_is_new_with_a_later_task(fit, evaluate_on):
     )
     matrix = module.accuracy_matrix.accuracy.tolist()
     before, *rows = logger.rows
-    assert [row["tasks_learned"] for row in logger.rows] == [0, 1, 2, 3]
+    assert [row["stream/tasks_learned"] for row in logger.rows] == [0, 1, 2, 3]
     if evaluate_on == "current":
         assert [row["accuracy/current"] for row in rows] == [matrix[k][k - 1] for k in (1, 2, 3)]
         assert not any("task_" in key for row in logger.rows for key in row if "/" in key)
