@@ -8,11 +8,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from bpn_lightning.bench.collection import CELLS, Collection, Record, read_collection
 from bpn_lightning.bench.grid import Cell, short
-from bpn_lightning.errors import ResultsError
+from bpn_lightning.command import read_yaml
+from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.results import read_matrix_rows, read_results
 
 __all__ = ["Curve", "Found", "Problem", "Run", "find_runs"]
@@ -36,9 +35,6 @@ _NUMBERS = (
 )
 
 _JOINT = " · "  # between an experiment and what sets its runs apart from others of that name
-
-# ten times faster where PyYAML was built with libyaml
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -245,10 +241,9 @@ def _of_folder(folder: Path, root: Path, problems: list[Problem]) -> Run:
     epochs = [task["epochs"] for task in tasks]
     settings = None
     try:
-        settings = _flat(yaml.load((folder / "config.yaml").read_text("utf-8"), _LOADER))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        problems.append(Problem(where, "incomplete", f"Its settings are not known: {said}."))
+        settings = _flat(read_yaml(folder / "config.yaml"))
+    except ConfigurationError as error:
+        problems.append(Problem(where, "incomplete", f"Its settings are not known. {error}"))
     curve = _curve(None, matrix, epochs)
     try:
         curve = _curve(results["extra"].get("curve"), matrix, epochs)
@@ -429,8 +424,6 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping) and (value or not key):
         parts = (_flat(item, f"{key}.{name}" if key else str(name)) for name, item in value.items())
         return {name: item for part in parts for name, item in part.items()}
-    if not key:
-        raise ValueError(f"config.yaml holds {value!r:.40} where keys and values should be")
     return {key: value}
 
 

@@ -95,7 +95,7 @@ def test_a_run_without_results_is_named(
         ("accuracy_matrix.csv", "after_task,task_1\n1,0.5\n", "a column for each of the 2 tasks"),
         ("config.yaml", None, "settings are not known"),
         ("config.yaml", "{", "settings are not known"),
-        ("config.yaml", "words", "holds 'words'"),
+        ("config.yaml", "words", "got 'words'"),
     ],
 )
 def test_a_run_that_lacks_a_part_is_shown_and_named(
