@@ -268,7 +268,7 @@ class ContinualSteps(ContinualNetwork):
             }
             self.log_dict(whole, prog_bar=True, sync_dist=True)
             self.log("stream/task", float(self.opened + 1))
-        return loss * share
+        return loss if share == 1 else loss * share
 
     def _share_of_update(self, batch: Batch, batch_idx: int) -> float:
         """What makes an update the mean over all its samples where gradients accumulate; else 1.
