@@ -156,6 +156,8 @@ def test_two_processes_equal_one(tmp_path: Any) -> None:
         )
         as_text = [json.dumps(values, sort_keys=True) for values in (two, other)]
         assert as_text[0] == as_text[1], "ranks must agree bit for bit"
+        lowest = [held[1].pop("lowest_cosine") for held in (two, one)]
+        assert lowest[0] == pytest.approx(lowest[1], rel=1e-4, abs=1e-5)
         assert two[1] == one[1], "the memory of two is that of one"
         for key, values in one[0].items():
             assert two[0][key] == pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True), key
