@@ -234,8 +234,8 @@ LINES: list[tuple[str, str]] = [
     (
         "--config digits_inc.yaml --trainer.callbacks torch.nn.Linear",
         (
-            "Expected trainer.callbacks to be list[Callback], Callback or null, but got "
-            "torch.nn.Linear."
+            "Expected trainer.callbacks to be a subclass of Callback, but got 'torch.nn.Linear'. Name "
+            "another class."
         ),
     ),
     (
