@@ -36,9 +36,16 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 @pytest.fixture(scope="module")
 def on_this_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRay]:
-    """One Ray of two workers for the whole file."""
-    with on_ray(tmp_path_factory.mktemp("runs") / "new", "local") as executor:
-        yield executor
+    """One Ray of two workers for the whole file.
+
+    Started elsewhere than here: Ray puts the current folder first on its workers' path, and a folder of
+    our package's name in it would take the place of what is installed.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with on_ray(folder / "new", "local") as executor:
+            yield executor
 
 
 @pytest.fixture
