@@ -7,14 +7,13 @@ from dataclasses import asdict
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, cast
-from zipfile import ZipFile
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from bpn_lightning.checkpoints import differences, flatten
+from bpn_lightning.checkpoints import differences, flatten, read_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
@@ -599,28 +598,31 @@ class ContinualModule(ContinualSteps):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; by default nothing but tensors and plain values is loaded.
+        """Lightning's; by default nothing but tensors and plain values is loaded, and nothing damaged.
 
         Raises:
             CheckpointError: the file is damaged, of another kind, or with code in it, or does not fit
                 the arguments.
         """
         kwargs.setdefault("weights_only", True)
+        remedy = "Pass one from a run's checkpoints folder, and what that run's module was made of."
         try:
+            saved = {}
             if kwargs["weights_only"] and isinstance(checkpoint_path, str | Path):
-                with ZipFile(checkpoint_path):  # torch reads others, and says that it should not
-                    saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-                for part in ("state_dict", "continual", "pytorch-lightning_version"):
-                    saved[part]
+                saved = read_checkpoint(Path(checkpoint_path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {remedy}") from error
+        try:
+            for part in ("state_dict", "continual", "pytorch-lightning_version") if saved else ():
+                saved[part]
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         except BPNLightningError:
             raise
-        # Whatever is there instead makes torch, zipfile and this raise nearly anything.
+        # Whatever is there instead makes torch and this raise nearly anything.
         except Exception as error:
             raise CheckpointError(
                 f"Expected {checkpoint_path} to be a checkpoint of a ContinualModule with these "
-                f"arguments, but got {type(error).__name__}: {why_unreadable(error)}. Pass one from a "
-                "run's checkpoints folder, and what that run's module was made of."
+                f"arguments, but got {type(error).__name__}: {why_unreadable(error)}. {remedy}"
             ) from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

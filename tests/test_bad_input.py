@@ -1972,17 +1972,29 @@ def test_a_matrix_that_is_wrong(text: str, message: str) -> None:
     assert str(caught.value) == message
 
 
-NO_CODE = "UnpicklingError: it holds more than tensors and plain values, perhaps a program"
+UNREADABLE = "Expected x.ckpt to be a checkpoint, but it cannot be read: {}."
 LOADED: list[tuple[str, Prepare, str]] = [
-    ("a payload", checkpoint({"state_dict": Payload()}), NO_CODE),
+    (
+        "a payload",
+        checkpoint({"state_dict": Payload()}),
+        UNREADABLE.format("it holds more than tensors and plain values, perhaps a program"),
+    ),
     (
         "a pickle",
         lambda _: Path("x.ckpt").write_bytes(pickle.dumps(Payload())),
-        "BadZipFile: File is not a zip file",
+        UNREADABLE.format("File is not a zip file"),
     ),
-    ("a list", checkpoint([1]), "TypeError: list indices must be integers or slices, not str"),
-    ("another module's", checkpoint({"state_dict": {}}), "KeyError: 'continual'"),
+    ("a list", checkpoint([1]), UNREADABLE.format("it holds a list")),
+    (
+        "another module's",
+        checkpoint({"state_dict": {}}),
+        (
+            "Expected x.ckpt to be a checkpoint of a ContinualModule with these arguments, but got "
+            "KeyError: 'continual'."
+        ),
+    ),
 ]
+REMEDY = "Pass one from a run's checkpoints folder, and what that run's module was made of."
 
 
 @pytest.mark.parametrize(
@@ -1992,10 +2004,7 @@ def test_load_from_checkpoint(prepare: Prepare, said: str, monkeypatch: pytest.M
     prepare(monkeypatch)
     with pytest.raises(CheckpointError) as caught:
         ContinualModule.load_from_checkpoint("x.ckpt", backbone=MLP([4]))
-    assert str(caught.value) == (
-        "Expected x.ckpt to be a checkpoint of a ContinualModule with these arguments, but got "
-        f"{said}. Pass one from a run's checkpoints folder, and what that run's module was made of."
-    )
+    assert str(caught.value) == f"{said} {REMEDY}"
 
 
 # --- nothing is lost -----------------------------------------------------------------------------
