@@ -58,6 +58,13 @@ class ContinualNetwork(L.LightningModule):
         self._switch_hooks: list[Callable[..., Any]] = []
         self._training_weights: dict[str, Tensor] = {}  # while merged ones are in their place
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning notes which hook runs, some forty times per update: that is no parameter."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     # --- structure -------------------------------------------------------------------------------
 
     @property

@@ -247,9 +247,10 @@ class ContinualSteps(ContinualNetwork):
         several = isinstance(batch.task, Tensor)
         first, stop = (0, self._head.out_features) if several else self._columns
         logits = self._training_logits(batch.inputs, batch.task if several else None)
-        active = logits[:, first:stop]
-        losses = F.cross_entropy(active, batch.targets - first, reduction="sum")
-        loss = losses * scale
+        active, targets = logits, batch.targets
+        if (first, stop) != (0, logits.shape[1]):
+            active, targets = logits[:, first:stop], targets - first
+        loss = F.cross_entropy(active, targets, reduction="sum") * scale
         terms = {"loss/task": loss}
         for hook in self._hooks["loss_terms"]:
             for name, term in hook(self, batch, logits).items():
@@ -257,7 +258,7 @@ class ContinualSteps(ContinualNetwork):
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
-            right = (active.detach().argmax(1) == batch.targets - first).sum()
+            right = (active.detach().argmax(1) == targets).sum()
             for hook in self._hooks["logs"]:
                 terms.update(hook(self))
             # Means over processes, each of which has the whole batch's size in its scale.

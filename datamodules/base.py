@@ -338,6 +338,13 @@ class ContinualDataModule(L.LightningDataModule, ABC):
 
     # ---------------------------------------------------------------------- on the device
 
+    def transfer_batch_to_device(self, batch: Batch, device: device, dataloader_idx: int) -> Batch:
+        """Lightning's hook: move a batch; what is there already costs nothing."""
+        if batch.inputs.device == device:
+            return batch
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Lightning's hook: prepare a batch that has arrived on the device."""
         return self.prepare(batch, augment=self.trainer is not None and self.trainer.training)
@@ -360,7 +367,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     def normalise(self, images: Tensor) -> Tensor:
         """``(batch, channels, height, width)`` uint8 to float32 of mean 0 and deviation 1."""
         scale, shift = self._scale_and_shift(images.device)
-        return (images * scale).add_(shift)  # (x / 255 - mean) / std
+        return images.float().mul_(scale).add_(shift)  # (x / 255 - mean) / std
 
     def _scale_and_shift(self, where: device) -> tuple[Tensor, Tensor]:
         if where not in self._affine:  # a copy to the GPU at every step would stall it

@@ -255,6 +255,18 @@ def test_augmentation_is_the_same_in_parts_and_after_a_resume(toy: Make) -> None
         assert torch.equal(torch.cat(parts), inputs)
 
 
+def test_batches_move_whole_and_only_where_they_are_not_yet(toy: Make) -> None:
+    stream = toy(augment=True)
+    stream.setup()
+    batch = next(iter(stream.train_loader(0, 0, [0, 1])))
+    assert stream.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
+    moved = stream.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    tensors = {name for name, value in batch._asdict().items() if isinstance(value, torch.Tensor)}
+    assert tensors == {"inputs", "targets", "task", "augmentation"}
+    assert {getattr(moved, name).device.type for name in tensors} == {"meta"}
+    assert (moved.global_size, moved.start) == (batch.global_size, batch.start)
+
+
 def test_only_training_batches_of_an_augmenting_stream_are_augmented(toy: Make) -> None:
     stream = toy(augment=True)
     batch = next(iter(stream.train_loader(0, 0)))
