@@ -1,0 +1,178 @@
+"""What Lightning's loop costs on a tiny network, and what each way around it gains.
+
+    python benchmarks/lightning_overhead.py
+
+A network of 64-32-10 in batches of 10: the arithmetic is nearly nothing, so what is left is the loop.
+Ways take turns; ratios are of CPU time to the hand-written loop of the same turn.
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+BATCH, BATCHES, EPOCHS = 10, 400, 3
+
+Batch = tuple[Tensor, Tensor]
+
+
+def network() -> nn.Module:
+    """The same in all ways."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def batches() -> Iterator[Batch]:
+    """One epoch."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH * BATCHES, 64, generator=generator)
+    labels = torch.randint(10, (BATCH * BATCHES,), generator=generator)
+    for chosen in torch.randperm(len(labels), generator=generator).split(BATCH):
+        yield images.index_select(0, chosen), labels.index_select(0, chosen)
+
+
+class Loader:
+    """Batches, or bundles of them."""
+
+    def __init__(self, bundle: int) -> None:
+        self.bundle = bundle
+
+    def __len__(self) -> int:
+        return BATCHES // self.bundle
+
+    def __iter__(self) -> Iterator[Batch | list[Batch]]:
+        if self.bundle == 1:
+            yield from batches()
+            return
+        bundle = []
+        for batch in batches():
+            bundle.append(batch)
+            if len(bundle) == self.bundle:
+                yield bundle
+                bundle = []
+
+
+class Automatic(LightningModule):
+    """As everybody writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Nothing is logged."""
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class PlainAttribute(Automatic):
+    """The name of the running hook, set some forty times per step, is no business of nn.Module."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+
+class Manual(PlainAttribute):
+    """Manual optimisation, of one batch or of a bundle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> None:  # type: ignore[override]
+        """Whole updates: what the user's Trainer says of clipping and accumulation is lost."""
+        optimizer = self.optimizers()
+        for images, labels in batch if isinstance(batch, list) else [batch]:
+            loss = F.cross_entropy(self.net(images), labels)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+
+def by_hand() -> None:
+    """The floor."""
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(EPOCHS):
+        for images, labels in batches():
+            loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def by_fabric() -> None:
+    """No Trainer: its devices and precision, but no callbacks, checkpoints or flags."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net = network()
+    net, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.01))
+    for _ in range(EPOCHS):
+        for images, labels in batches():
+            loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            fabric.backward(loss)
+            optimizer.step()
+
+
+def by_trainer(module: Callable[[], LightningModule], bundle: int = 1) -> Callable[[], None]:
+    """A fit."""
+
+    def run() -> None:
+        Trainer(
+            max_epochs=EPOCHS,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        ).fit(module(), Loader(bundle))
+
+    return run
+
+
+WAYS: dict[str, Callable[[], None]] = {
+    "by hand": by_hand,
+    "Fabric": by_fabric,
+    "Trainer": by_trainer(Automatic),
+    "Trainer, plain attribute": by_trainer(PlainAttribute),
+    "Trainer, plain attribute, manual optimisation": by_trainer(Manual),
+    "the same, 5 steps per call": by_trainer(Manual, 5),
+    "the same, 20 steps per call": by_trainer(Manual, 20),
+}
+
+
+def main() -> None:
+    """Print microseconds per step and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    taken: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(options.repeats):
+        for name, way in WAYS.items():
+            start = time.process_time()
+            way()
+            taken[name].append((time.process_time() - start) / (EPOCHS * BATCHES) * 1e6)
+    print("| way | microseconds per step | ratio |\n|---|---|---|")
+    for name, times in taken.items():
+        ratios = [one / floor for one, floor in zip(times, taken["by hand"], strict=True)]
+        print(f"| {name} | {median(times):.0f} | {median(ratios):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
