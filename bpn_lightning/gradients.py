@@ -34,6 +34,7 @@ __all__ = [
     "sample_gradient_sums",
     "segment_gradients",
     "segments_have_closed_forms",
+    "sums_have_closed_forms",
 ]
 
 #: Elements of per-sample gradients that are held at a time: 64 MB in float32.
@@ -280,6 +281,7 @@ def sample_gradient_sums(
     *,
     loss: Loss = cross_entropies,
     measure: Measure = torch.square,
+    closed_forms: bool | None = None,
 ) -> dict[str, Tensor]:
     r"""Sum over samples and labels of a weighted measure of each one's gradient.
 
@@ -295,12 +297,16 @@ def sample_gradient_sums(
         columns: the active ones.
         loss: maps active logits and ``(n,)`` labels to ``(n,)`` losses.
         measure: ``torch.square`` or ``torch.abs``.
+        closed_forms: whether they hold, as :func:`sums_have_closed_forms` said of this network; None
+            asks it, which costs a sample.
 
     Returns:
         One tensor per parameter, same shape.
     """
     arguments = (module, parameters, inputs, choose, columns, loss, measure)
-    if _sums_have_closed_forms(module, parameters, inputs[:1], columns, measure):
+    if closed_forms is None:
+        closed_forms = sums_have_closed_forms(module, parameters, inputs[:1], columns, measure)
+    if closed_forms:
         sums = _closed_sums(*arguments)
         if sums is not None:
             return sums
@@ -312,17 +318,24 @@ def sample_gradient_sums(
         return _sums_one_by_one(*arguments)
 
 
-def _sums_have_closed_forms(
+def sums_have_closed_forms(
     module: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     sample: Tensor,
     columns: slice,
-    measure: Measure,
+    measure: Measure = torch.square,
 ) -> bool:
     """Whether the closed forms give the measure of one sample's gradient, as autograd sees it.
 
     A layer's hook does not see a weight that a function uses too, a weight made from others, or
     samples that were folded into places. One sample tells, at the cost of one, for any loss.
+
+    Args:
+        module: maps ``(n, ...)`` to logits, in evaluation mode.
+        parameters: by name within the module.
+        sample: ``(1, ...)``; of none at all nothing can be told.
+        columns: the active ones.
+        measure: ``torch.square`` or ``torch.abs``.
     """
 
     def choose(logits: Tensor) -> tuple[Tensor, Tensor]:

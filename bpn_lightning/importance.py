@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import DataError
-from bpn_lightning.gradients import sample_gradient_sums
+from bpn_lightning.gradients import (
+    Choose,
+    Loss,
+    Measure,
+    cross_entropies,
+    sample_gradient_sums,
+    sums_have_closed_forms,
+)
 from bpn_lightning.layers import evaluation_mode
 from bpn_lightning.tasks import Batch, ContinualHost
 
@@ -67,6 +74,33 @@ def mean_over_task(
     return {name: host.all_reduce(value) / count.to(value.dtype) for name, value in sums.items()}
 
 
+def _measured(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Loss,
+    measure: Measure,
+) -> Callable[[Tensor, Choose, slice], dict[str, Tensor]]:
+    """Sums over the samples of a batch; the first batch tells whether closed forms hold."""
+    known: list[bool] = []
+
+    def sums(inputs: Tensor, choose: Choose, columns: slice) -> dict[str, Tensor]:
+        if not known and len(inputs):  # this process's share of a batch may be none
+            sample = inputs[:1]
+            known.append(sums_have_closed_forms(module, parameters, sample, columns, measure))
+        return sample_gradient_sums(
+            module,
+            parameters,
+            inputs,
+            choose,
+            columns,
+            loss=loss,
+            measure=measure,
+            closed_forms=bool(known and known[0]),
+        )
+
+    return sums
+
+
 # --- Fisher information --------------------------------------------------------------------------
 
 
@@ -99,7 +133,7 @@ def fisher_diagonal(
     Raises:
         DataError: the task has no samples.
     """
-    module = host.network()
+    sums_of = _measured(host.network(), parameters, cross_entropies, torch.square)
 
     def squares(batch: Batch, columns: slice) -> dict[str, Tensor]:
         draws = batch.inputs.new_empty(0)
@@ -107,7 +141,7 @@ def fisher_diagonal(
             whole = torch.rand(batch.global_size, generator=generator, device=host.device)
             draws = whole[batch.start : batch.start + len(batch.targets)]
         choose = _label_choice(labels, batch.targets - columns.start, draws)
-        return sample_gradient_sums(module, parameters, batch.inputs, choose, columns)
+        return sums_of(batch.inputs, choose, columns)
 
     return mean_over_task(host, task_id, parameters, squares)
 
@@ -161,18 +195,10 @@ def output_sensitivity(
     Raises:
         DataError: the task has no samples.
     """
-    module = host.network()
+    sums_of = _measured(host.network(), parameters, squared_lengths, torch.abs)
 
     def absolutes(batch: Batch, columns: slice) -> dict[str, Tensor]:
-        return sample_gradient_sums(
-            module,
-            parameters,
-            batch.inputs,
-            _no_label,
-            columns,
-            loss=squared_lengths,
-            measure=torch.abs,
-        )
+        return sums_of(batch.inputs, _no_label, columns)
 
     return mean_over_task(host, task_id, parameters, absolutes)
 

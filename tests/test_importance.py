@@ -315,6 +315,32 @@ def test_counts_all_processes_before_it_divides(
     torch.testing.assert_close(measure(host, 0, shared(host)), whole)
 
 
+class Twice(nn.Module):
+    """A layer whose weight a function uses too, which no closed form knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(self.layer(inputs.flatten(1)).tanh(), self.layer.weight)
+
+
+@pytest.mark.parametrize("backbone", [MLP([6]), Twice()], ids=["closed form", "none"])
+@pytest.mark.parametrize("measure", [fisher_diagonal, output_sensitivity])
+def test_a_share_of_no_samples_says_nothing_of_the_network(
+    measure: Any, backbone: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether closed forms hold is tried once for a pass, on its first sample."""
+    host = made(deepcopy(backbone))
+    whole = measure(host, 0, shared(host))
+    (batch,) = host.batches(0, "train")
+    cuts = [slice(0, 0), slice(0, 40), slice(40, None)]
+    parts = [batch._replace(inputs=batch.inputs[c], targets=batch.targets[c]) for c in cuts]
+    monkeypatch.setattr(host, "batches", lambda *_: iter(parts))
+    torch.testing.assert_close(measure(host, 0, shared(host)), whole)
+
+
 @pytest.mark.parametrize("measure", [fisher_diagonal, output_sensitivity])
 def test_no_samples_are_an_error(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     host = made()
