@@ -4,6 +4,7 @@
     python benchmarks/speed.py --out docs/results/speed --avalanche avalanche/bin/python
     python benchmarks/speed.py --growth --out docs/results/speed --avalanche avalanche/bin/python
     python benchmarks/speed.py --memory
+    python benchmarks/speed.py --start-up
     python benchmarks/speed.py --device cuda
 
 Every contestant is a process of its own. All take turns, and before each of them comes the
@@ -21,6 +22,7 @@ forward and backward passes.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -232,6 +234,27 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+# --- start-up ------------------------------------------------------------------------------------
+
+
+def start_up(options: argparse.Namespace) -> None:
+    """CPU seconds of short commands, and whether they import torch."""
+    command = str(Path(sys.executable).with_name("bpn-fit"))
+    rows = []
+    for flag in ("--list", "--version", "--help", "--help_all"):
+        times = []
+        for _ in range(options.repeats):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([command, flag], check=True, stdout=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        look = [sys.executable, "-X", "importtime", command, flag]
+        imported = subprocess.run(look, capture_output=True, check=True, text=True).stderr
+        torch_too = any(line.split("|")[-1].strip() == "torch" for line in imported.splitlines())
+        rows.append([f"bpn-fit {flag}", f"{median(times):.2f}", "yes" if torch_too else "no"])
+    print(markdown(["command", "CPU seconds", "imports torch"], rows))
+
+
 # --- growth --------------------------------------------------------------------------------------
 
 
@@ -343,6 +366,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three methods, short: a minute")
     parser.add_argument("--growth", action="store_true", help="over 100 tasks, GEM over 20")
     parser.add_argument("--memory", action="store_true", help="peak memory of each method")
+    parser.add_argument("--start-up", action="store_true", help="CPU time of short commands")
     parser.add_argument("--only", nargs="+", choices=NETWORKS, help="some of the networks")
     parser.add_argument("--repeats", type=int, help="turns (default: 5; 1 for --quick, --growth)")
     parser.add_argument("--threads", type=int, default=1, help="of each contestant")
@@ -351,8 +375,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for speed.json or growth.json")
     options = parser.parse_args()
     options.repeats = options.repeats or (1 if options.quick or options.growth else 5)
-    if options.memory:
-        weigh(options)
+    if options.memory or options.start_up:
+        (weigh if options.memory else start_up)(options)
         return
     kept = grow(options) if options.growth else compare(options)
     if options.out:

@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"bpn-fit {_version()}")
         elif argv == ["--list"]:
             print(_list())
+        elif argv == ["--help_all"]:
+            return _fit([*argv, "--method", "bd+ewc"])  # a method's options are among all
         else:
             return _fit(argv)
     except BPNLightningError as error:

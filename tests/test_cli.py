@@ -121,6 +121,11 @@ def test_the_long_helps(flags: str, expected: str, capsys: pytest.CaptureFixture
     assert shown.count("\n") < 700
 
 
+def test_every_option_is_shown_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help_all"]) == 0
+    assert "--strategies.bd.epsilon" in capsys.readouterr().out
+
+
 # --- configuration -------------------------------------------------------------------------------
 
 
