@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -519,6 +520,7 @@ def fit(command: Command) -> int:
     """
     for notice in command.notices:
         _tell(notice)
+    _look_for_no_gpu()
     with _quiet():
         try:
             cli = ContinualCLI(command)
@@ -528,6 +530,16 @@ def fit(command: Command) -> int:
         # Whatever libraries and plugins print, standard output has the document only.
         with redirect_stdout(sys.stderr) if cli.config.json else nullcontext():
             return _train(cli, out)
+
+
+def _look_for_no_gpu() -> None:
+    """Where there is no GPU, let optimizers not look for NVIDIA's library at every update.
+
+    Adam and others ask whether there is one; a variable that Lightning sets makes them load the library
+    to find out, which takes twenty times as long where it is missing.
+    """
+    if not torch.cuda.is_available():
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
 
 def _train(cli: ContinualCLI, out: TextIO) -> int:

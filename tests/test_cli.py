@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from bpn_lightning import __version__
@@ -124,6 +125,17 @@ def test_the_long_helps(flags: str, expected: str, capsys: pytest.CaptureFixture
 def test_every_option_is_shown_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help_all"]) == 0
     assert "--strategies.bd.epsilon" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_nvidias_library_is_looked_for_at_every_update_only_where_a_gpu_is(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    monkeypatch.setenv(name, "1")  # as Lightning does on import
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert main(["--help_all"]) == 0
+    assert (name in os.environ) == gpu
 
 
 # --- configuration -------------------------------------------------------------------------------
