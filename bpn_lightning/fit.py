@@ -652,6 +652,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # Between Lightning and torch, and nothing that a user could mend.
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            # Updates are counted over the whole stream: an epoch need not be as long as the interval.
+            warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
             yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
