@@ -19,27 +19,33 @@ Direction = Literal["sign", "gradient", "normalised", "frozen"]
 DIRECTIONS = ("sign", "gradient", "normalised", "frozen")
 
 
-def perturbation(gradient: Tensor, direction: Direction, epsilon: float) -> Tensor:
-    r"""The step that is taken off M, of the shape of its gradient.
+def perturbation(
+    gradients: Sequence[Tensor], direction: Direction, epsilon: float
+) -> Sequence[Tensor]:
+    r"""The steps that are taken off several M, of the shapes of their gradients.
 
     ``sign`` is :math:`\epsilon\,\mathrm{sign}(g)` (Alg. 2 of Wen et al.), ``gradient`` is
     :math:`\epsilon g` (their GD), ``normalised`` is :math:`\epsilon \sqrt{H}\, g / \|g\|`, as long as
     the step of ``sign``, and ``frozen`` is 0.
 
-    >>> g = torch.tensor([[3.0, -4.0]])
-    >>> perturbation(g, "sign", 0.1)
+    >>> g = [torch.tensor([[3.0, -4.0]])]
+    >>> perturbation(g, "sign", 0.1)[0]
     tensor([[ 0.1000, -0.1000]])
-    >>> perturbation(g, "normalised", 0.1).norm() / 2**0.5
+    >>> perturbation(g, "normalised", 0.1)[0].norm() / 2**0.5
     tensor(0.1000)
     """
+    own = list(gradients)
     if direction == "sign":
-        return epsilon * gradient.sign()
+        return torch._foreach_mul(torch._foreach_sign(own), epsilon)
     if direction == "gradient":
-        return epsilon * gradient
+        return torch._foreach_mul(own, epsilon)
     if direction == "normalised":
-        norm = gradient.norm()
-        return gradient * torch.where(norm > 0, epsilon * gradient.numel() ** 0.5 / norm, norm)
-    return torch.zeros_like(gradient)
+        norms = torch._foreach_norm(own)
+        return [
+            g * torch.where(norm > 0, epsilon * g.numel() ** 0.5 / norm, norm)
+            for g, norm in zip(own, norms, strict=True)
+        ]
+    return [torch.zeros_like(g) for g in own]
 
 
 class BeneficialPerturbation(ContinualStrategy):
@@ -132,7 +138,9 @@ class BeneficialPerturbation(ContinualStrategy):
         self.m_start = m_start or ("normal" if direction == "frozen" else "zero")
         self.w_scale = w_scale
         self.units: dict[str, BiasUnits] = {}
-        self._steps: list[tuple[nn.Parameter, Tensor]] = []
+        self._all_m: list[nn.Parameter] = []
+        self._moving: list[nn.Parameter] = []  # in the update that is under way, and their steps
+        self._steps: Sequence[Tensor] = []
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Give the chosen layers bias units."""
@@ -150,6 +158,7 @@ class BeneficialPerturbation(ContinualStrategy):
         for units in self.units.values():
             # Before DDP wraps the module: it must not wait for gradients that never come.
             units.requires_grad_(self.direction != "frozen")
+        self._all_m = [units.M for units in self.units.values()]
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
         """Draw M and W anew; the same on every process and after a resume."""
@@ -164,16 +173,17 @@ class BeneficialPerturbation(ContinualStrategy):
     def consume_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Turn M's gradients into steps and keep them from clipping and from the optimizer."""
         scale = host.loss_scale
-        self._steps = []
-        for units in self.units.values():
-            if units.M.grad is not None:
-                gradient = units.M.grad
-                if scale != 1:  # no scaler looks whether this one has overflowed
-                    finite = gradient.isfinite().all()
-                    gradient = torch.where(finite, gradient / scale, torch.zeros_like(gradient))
-                step = perturbation(gradient, self.direction, self.epsilon)
-                self._steps.append((units.M, step))
-                units.M.grad = None
+        moving = [m for m in self._all_m if m.grad is not None]
+        gradients = [m.grad for m in moving if m.grad is not None]
+        if scale != 1:  # no scaler looks whether one of these has overflowed
+            gradients = [
+                torch.where(g.isfinite().all(), g / scale, torch.zeros_like(g)) for g in gradients
+            ]
+        self._moving, self._steps = moving, []
+        if moving:
+            self._steps = perturbation(gradients, self.direction, self.epsilon)
+        for m in moving:
+            m.grad = None
 
     def on_optimizer_stepped(
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
@@ -181,8 +191,8 @@ class BeneficialPerturbation(ContinualStrategy):
         """Move M: here and not before, because a scaler may skip an update."""
         if self._steps:
             with torch.no_grad():
-                torch._foreach_sub_([m for m, _ in self._steps], [step for _, step in self._steps])
-            self._steps = []
+                torch._foreach_sub_(cast(list[Tensor], self._moving), list(self._steps))
+            self._moving, self._steps = [], []
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Freeze the product; M and W are spent."""
