@@ -1,8 +1,8 @@
 """How long everything takes beside a hand-written loop, a bare Lightning Trainer and Avalanche.
 
     python benchmarks/speed.py --quick
-    python benchmarks/speed.py --out docs/results/speed --avalanche avalanche/bin/python
-    python benchmarks/speed.py --growth --out docs/results/speed --avalanche avalanche/bin/python
+    python benchmarks/speed.py --out docs/speed --avalanche avalanche/bin/python
+    python benchmarks/speed.py --growth --out docs/speed --avalanche avalanche/bin/python
     python benchmarks/speed.py --memory
     python benchmarks/speed.py --start-up
     python benchmarks/speed.py --device cuda

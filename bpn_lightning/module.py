@@ -18,6 +18,7 @@ from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
 from bpn_lightning.files import why_unreadable
+from bpn_lightning.idle_hooks import leave_out_idle_hooks
 from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.processes import check_processes
 from bpn_lightning.random_state import random_state, restore_random_state
@@ -176,6 +177,7 @@ class ContinualModule(ContinualSteps):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
         self._find_hooks()
+        leave_out_idle_hooks(trainer)
         self.attach(stream)
         for strategy in self._strategies:
             strategy.configure(self, stream)

@@ -21,7 +21,7 @@ LAYERS = [
     {"importance", "penalties"},
     {"checkpoints", "network", "preemption", "processes", "random_state"},
     set(ROOMS),
-    {"evaluation", "module", "registry", "steps", "trainer_rules"},
+    {"evaluation", "idle_hooks", "module", "registry", "steps", "trainer_rules"},
     {"trust"},
     {
         "command",
