@@ -15,8 +15,10 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+
+from bpn_lightning.idle_hooks import leave_out_idle_hooks
 
 BATCH, BATCHES, EPOCHS = 10, 400, 3
 
@@ -127,18 +129,31 @@ def by_fabric() -> None:
             optimizer.step()
 
 
-def by_trainer(module: Callable[[], LightningModule], bundle: int = 1) -> Callable[[], None]:
+#: As many as `bpn-fit` has; a class may be there once.
+IDLE = [type(f"Idle{number}", (Callback,), {}) for number in range(4)]
+
+
+def by_trainer(
+    module: Callable[[], LightningModule],
+    bundle: int = 1,
+    callbacks: bool = False,
+    leave_out: bool = False,
+) -> Callable[[], None]:
     """A fit."""
 
     def run() -> None:
-        Trainer(
+        trainer = Trainer(
             max_epochs=EPOCHS,
+            callbacks=[kind() for kind in IDLE] if callbacks else None,
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
-        ).fit(module(), Loader(bundle))
+        )
+        if leave_out:
+            leave_out_idle_hooks(trainer)
+        trainer.fit(module(), Loader(bundle))
 
     return run
 
@@ -148,6 +163,10 @@ WAYS: dict[str, Callable[[], None]] = {
     "Fabric": by_fabric,
     "Trainer": by_trainer(Automatic),
     "Trainer, plain attribute": by_trainer(PlainAttribute),
+    "Trainer, plain attribute, four empty callbacks": by_trainer(PlainAttribute, callbacks=True),
+    "Trainer, plain attribute, four empty callbacks, empty hooks left out": by_trainer(
+        PlainAttribute, callbacks=True, leave_out=True
+    ),
     "Trainer, plain attribute, manual optimisation": by_trainer(Manual),
     "the same, 5 steps per call": by_trainer(Manual, 5),
     "the same, 20 steps per call": by_trainer(Manual, 20),

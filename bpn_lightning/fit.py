@@ -536,7 +536,7 @@ def _look_for_no_gpu() -> None:
     """Where there is no GPU, let optimizers not look for NVIDIA's library at every update.
 
     Adam and others ask whether there is one; a variable that Lightning sets makes them load the library
-    to find out, which takes twenty times as long where it is missing.
+    to find out, which takes much longer where it is missing.
     """
     if not torch.cuda.is_available():
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)

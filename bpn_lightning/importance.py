@@ -95,7 +95,7 @@ def _measured(
             columns,
             loss=loss,
             measure=measure,
-            closed_forms=bool(known and known[0]),
+            closed_forms=known == [True],
         )
 
     return sums

@@ -19,9 +19,7 @@ Direction = Literal["sign", "gradient", "normalised", "frozen"]
 DIRECTIONS = ("sign", "gradient", "normalised", "frozen")
 
 
-def perturbation(
-    gradients: Sequence[Tensor], direction: Direction, epsilon: float
-) -> Sequence[Tensor]:
+def perturbation(gradients: list[Tensor], direction: Direction, epsilon: float) -> Sequence[Tensor]:
     r"""The steps that are taken off several M, of the shapes of their gradients.
 
     ``sign`` is :math:`\epsilon\,\mathrm{sign}(g)` (Alg. 2 of Wen et al.), ``gradient`` is
@@ -34,18 +32,17 @@ def perturbation(
     >>> perturbation(g, "normalised", 0.1)[0].norm() / 2**0.5
     tensor(0.1000)
     """
-    own = list(gradients)
     if direction == "sign":
-        return torch._foreach_mul(torch._foreach_sign(own), epsilon)
+        return torch._foreach_mul(torch._foreach_sign(gradients), epsilon)
     if direction == "gradient":
-        return torch._foreach_mul(own, epsilon)
+        return torch._foreach_mul(gradients, epsilon)
     if direction == "normalised":
-        norms = torch._foreach_norm(own)
+        norms = torch._foreach_norm(gradients)
         return [
             g * torch.where(norm > 0, epsilon * g.numel() ** 0.5 / norm, norm)
-            for g, norm in zip(own, norms, strict=True)
+            for g, norm in zip(gradients, norms, strict=True)
         ]
-    return [torch.zeros_like(g) for g in own]
+    return [torch.zeros_like(g) for g in gradients]
 
 
 class BeneficialPerturbation(ContinualStrategy):

@@ -3,9 +3,7 @@
 from collections import Counter
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.profilers import SimpleProfiler
 
 from bpn_lightning.idle_hooks import UPDATE_HOOKS
 from bpn_lightning.strategies import EWC
@@ -35,15 +33,3 @@ def test_hooks_that_somebody_has_are_called_and_the_others_are_not(fit: Any) -> 
         assert callback.calls == {"on_after_backward": steps, "on_train_batch_end": steps}
         idle = {name for name in UPDATE_HOOKS if getattr(callback, name) is None}
         assert idle == {*UPDATE_HOOKS} - {"on_after_backward", "on_train_batch_end"}
-
-
-def test_a_profiler_of_ones_own_sees_every_hook(fit: Any) -> None:
-    profiler = SimpleProfiler()
-    module, trainer = fit([EWC(1.0)], trainer={"profiler": profiler})
-    actions = profiler.recorded_durations
-    assert len(actions["run_training_batch"]) == trainer.global_step
-    assert len(actions["[LightningModule]ContinualModule.on_before_optimizer_step"]) > 0
-    plain, _ = fit([EWC(1.0)])
-    for name, value in plain.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, module.state_dict()[name])
