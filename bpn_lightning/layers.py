@@ -90,17 +90,17 @@ class BiasUnits(TaskModule):
             self.live = None
 
     def product(self) -> Tensor:
-        """M W, shape ``(K,)``."""
-        return (self.M @ self.W)[0]
+        """M W, shape ``(1, K)``."""
+        return self.M @ self.W
 
     def forward(self) -> Tensor:
-        """The bias of the active task: ``(K,)``, or ``(batch, K)`` when every sample has its own."""
+        """The bias of the active task: ``(1, K)``, or ``(batch, K)`` when every sample has its own."""
         if isinstance(self.active, Tensor):
             biases = self.bank[self.active]
             if self.live is None:
                 return biases
             return torch.where((self.active == self.live)[:, None], self.product(), biases)
-        return self.product() if self.active == self.live else self.bank[self.active]
+        return self.product() if self.active == self.live else self.bank[self.active, None]
 
     def get_extra_state(self) -> dict[str, int | None]:
         """Which task is live."""
@@ -303,8 +303,9 @@ class SwitchableLinear(nn.Linear):
         if units is None:
             return F.linear(taken, weight, self.bias)
         shift: Tensor = units()
-        if shift.dim() == 1:
-            # Adding two vectors of K before the product is cheaper than adding to a batch after it.
+        if len(shift) == 1:
+            # Adding two vectors of K before the product is cheaper than adding to a batch after it,
+            # and a row of a matrix serves as well: taking it out would cost as much again backwards.
             bias = shift if self.bias is None else self.bias + shift
             return F.linear(taken, weight, bias)
         return F.linear(taken, weight, self.bias) + _aligned(shift, taken)

@@ -144,7 +144,8 @@ class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
             return
         after = [parameters[name].detach() for name in self._names]
         path = [self.path[name] for name in self._names]
-        torch._foreach_addcmul_(path, self._gradients, torch._foreach_sub(self._before, after))
+        torch._foreach_sub_(self._before, after)
+        torch._foreach_addcmul_(path, self._gradients, self._before)
         self._names, self._gradients, self._before = [], [], []
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:

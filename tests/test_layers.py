@@ -50,7 +50,7 @@ def test_new_units_add_nothing() -> None:
     units = BiasUnits(TASKS, RANK, OUTPUTS)
     for task in range(TASKS):
         units.switch(task)
-        assert torch.equal(units(), torch.zeros(OUTPUTS))
+        assert torch.equal(units(), torch.zeros(1, OUTPUTS))
 
 
 def test_frozen_biases_are_the_products_that_they_were() -> None:
@@ -60,7 +60,7 @@ def test_frozen_biases_are_the_products_that_they_were() -> None:
         units.start(task, m, w)
         units.switch(task)
         live = units().detach()
-        torch.testing.assert_close(live, (m @ w)[0])
+        torch.testing.assert_close(live, m @ w)
         units.freeze()
         assert torch.equal(units(), live)
         units.freeze()  # nothing is live: nothing happens
@@ -87,7 +87,7 @@ def test_state_says_which_task_is_live() -> None:
     other.load_state_dict(units.state_dict())
     for task, bias in enumerate(biases(units)):
         other.switch(task)
-        torch.testing.assert_close(other(), bias)
+        torch.testing.assert_close(other(), bias[None])
     units.freeze()
     other.load_state_dict(units.state_dict())
     assert other.live is None
