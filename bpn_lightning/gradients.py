@@ -161,29 +161,39 @@ def layer_sums(
 
 
 def layer_segments(
-    layer: nn.Module, taken: Tensor, delta: Tensor, sizes: Sequence[int]
-) -> dict[str, Tensor]:
-    """Sums over each group of samples of their gradients.
+    layer: nn.Module,
+    taken: Tensor,
+    delta: Tensor,
+    sizes: Sequence[int],
+    into: Mapping[str, Tensor],
+) -> None:
+    """Write the sums over each group of samples of their gradients.
 
     Args:
         layer: linear, convolution or batch normalisation.
         taken: ``(n, ...)``, what its weights saw.
         delta: ``(n, ...)``, the gradient of the loss by its output.
         sizes: samples of each group, which stand one group after another.
-
-    Returns:
-        By the parameter's name within the layer, ``(groups, *its shape)``.
+        into: where they go, ``(groups, *the parameter's shape)``, by the parameter's name within the
+            layer; the others are not asked for.
     """
-    sums = {
-        name: _by_group(lambda rows: rows.sum(-2), sizes, gradients)
-        for name, gradients in _sample_vectors(layer, taken, delta).items()
-    }
-    if isinstance(layer, nn.Linear):
-        sums["weight"] = _by_group(lambda d, a: d.mT @ a, sizes, delta, taken)
-    elif isinstance(layer, nn.Conv2d):
-        parts = zip(*(torch.split(v, list(sizes)) for v in (taken, delta)), strict=True)
-        sums["weight"] = torch.stack([_convolution_gradient(layer, a, d) for a, d in parts])
-    return sums
+    for name, gradients in _sample_vectors(layer, taken, delta).items():
+        if name in into:
+            for rows, place in zip(torch.split(gradients, list(sizes)), into[name], strict=True):
+                torch.sum(rows, 0, out=place)
+    if "weight" not in into or not isinstance(layer, nn.Linear | nn.Conv2d):
+        return
+    groups = zip(
+        torch.split(taken, list(sizes)),
+        torch.split(delta, list(sizes)),
+        into["weight"],
+        strict=True,
+    )
+    for a, d, place in groups:
+        if isinstance(layer, nn.Conv2d):
+            place.copy_(_convolution_gradient(layer, a, d))
+        else:
+            torch.mm(d.flatten(0, -2).mT, a.flatten(0, -2), out=place)
 
 
 def _sample_vectors(layer: nn.Module, taken: Tensor, delta: Tensor) -> dict[str, Tensor]:
@@ -254,14 +264,6 @@ def _outer_sums(delta: Tensor, taken: Tensor, weights: Tensor, measure: Measure)
         gradients = delta[part] @ taken[part].mT
         total += torch.einsum("n,noi->oi", weights[part], measure(gradients))
     return total
-
-
-def _by_group(function: Callable[..., Tensor], sizes: Sequence[int], *values: Tensor) -> Tensor:
-    """A function of each group's rows ``(..., rows, size)``; of all at once where sizes are equal."""
-    if len(set(sizes)) == 1:
-        return function(*(v.reshape(len(sizes), -1, v.shape[-1]) for v in values))
-    groups = zip(*(torch.split(v, list(sizes)) for v in values), strict=True)
-    return torch.stack([function(*(v.reshape(-1, v.shape[-1]) for v in group)) for group in groups])
 
 
 # --- sums over samples ---------------------------------------------------------------------------
@@ -548,28 +550,20 @@ def _closed_segments(
     if forward is None:
         return None
     logits, records = forward
-    shares = [1 / size for size in sizes for _ in range(size)]
     with torch.enable_grad():
         losses = losses_of(logits, slice(0, len(inputs)))
-        total = losses @ losses.new_tensor(shares)
-    columns = _columns_of(parameters)
-    count = max((part.stop for part in columns.values()), default=0)
-    gradients = logits.new_zeros(len(sizes), count)
+        total = torch.stack([part.mean() for part in torch.split(losses, list(sizes))]).sum()
+    counts = [value.numel() for value in parameters.values()]
+    gradients = logits.new_zeros(len(sizes), sum(counts))
+    places = dict(zip(map(id, parameters.values()), torch.split(gradients, counts, 1), strict=True))
     for layer, taken, delta in _differentiated(total, records):
-        for key, value in layer_segments(layer, taken, delta, sizes).items():
-            part = columns.get(id(getattr(layer, key)))
-            if part is not None:
-                gradients[:, part] = value.flatten(1)
+        into = {
+            name: places[id(value)].view(-1, *value.shape)
+            for name, value in layer.named_parameters(recurse=False)
+            if id(value) in places
+        }
+        layer_segments(layer, taken, delta, sizes, into)
     return gradients
-
-
-def _columns_of(parameters: Mapping[str, nn.Parameter]) -> dict[int, slice]:
-    """Where each parameter lies, by its identity, among all of them flattened."""
-    columns, start = {}, 0
-    for value in parameters.values():
-        columns[id(value)] = slice(start, start + value.numel())
-        start += value.numel()
-    return columns
 
 
 def _segments_one_by_one(

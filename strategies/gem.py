@@ -514,8 +514,8 @@ class GradientEpisodicMemory(ContinualStrategy):
         """The gradient of the mean loss of each group of some samples, ``(groups, P)``."""
         tasks = self.memory.tasks()[places].to(host.device)
         places = places.to(host.device)
-        targets = self.memory.targets[places]
-        raw = Batch(self.memory.inputs[places], targets, tasks, len(places))
+        targets = self.memory.targets.index_select(0, places)
+        raw = Batch(self.memory.inputs.index_select(0, places), targets, tasks, len(places))
         inputs = host.stream.prepare(raw).inputs
 
         def losses(logits: Tensor, part: slice) -> Tensor:
