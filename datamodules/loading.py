@@ -55,6 +55,7 @@ def _batches(
     samples: Samples,
     indices: Tensor,
     task: int | Tensor,
+    places: Tensor,
     batch_size: int,
     share: Share,
     first_batch: int = 0,
@@ -72,6 +73,7 @@ def _batches(
             global_size=stop - start,
             augmentation=None if augmentation is None else augmentation[own],
             start=own.start - start,
+            samples=places[own] if augmentation is None else None,
         )
 
 
@@ -105,7 +107,8 @@ class EvaluationLoader:
         return ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.samples, self.indices, self.task, self.batch_size, self.share)
+        places = torch.arange(len(self.indices))
+        return _batches(self.samples, self.indices, self.task, places, self.batch_size, self.share)
 
 
 class TrainLoader:
@@ -178,6 +181,7 @@ class TrainLoader:
             self.samples,
             self.indices[order],
             self.task if self.task_ids is None else self.task_ids[order],
+            order,
             self.batch_size,
             self.share,
             self.first_batch,

@@ -195,7 +195,11 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         warm_up_epochs: int = 0,
     ) -> None:
         super().__init__(
-            strength, temperature=temperature, heads=heads, warm_up_epochs=warm_up_epochs
+            strength,
+            temperature=temperature,
+            heads=heads,
+            warm_up_epochs=warm_up_epochs,
+            record=False,  # features are many, and the teacher has to run for them anyway
         )
         for name, value, remedy in (
             ("alpha", alpha, "0 is LwF."),
@@ -369,17 +373,21 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         answer = Answer(logits, features)
         if layer and features is None:  # the layer is kept in evaluation mode, or was not run
             answer = student_answer(host, batch.inputs, layer)
-        pairs = self.answers(host, batch, answer, layer)
-        terms = {"lwf": self.distilled(host, pairs)} if self.strength else {}
+        students = self.students(host, batch, answer, layer)
+        teachers = self.teachers(host, batch.inputs, layer)
+        terms = {}
+        if self.strength:
+            said = (self.of_old_heads(host, answers) for answers in (students, teachers))
+            terms["lwf"] = self.distilled(host, *said)
         if self.encoders:
-            terms["ebll"] = self.held(pairs)
+            terms["ebll"] = self.held(students, teachers)
         return terms
 
-    def held(self, pairs: Sequence[tuple[Answer, Answer]]) -> Tensor:
+    def held(self, students: Sequence[Answer], teachers: Sequence[Answer]) -> Tensor:
         """The loss of these answers' codes, alpha included: ``(batch,)``."""
-        several = len(pairs) > 1  # one pair for each encoder, or one for all
+        several = len(students) > 1  # one pair for each encoder, or one for all
         losses = []
-        for index, pair in enumerate(pairs):
+        for index, pair in enumerate(zip(students, teachers, strict=True)):
             own = slice(index, index + 1) if several else slice(None)
             weight, bias = self.encoders["weight"][own], self.encoders["bias"][own]
             student, teacher = (

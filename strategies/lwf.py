@@ -216,11 +216,14 @@ class LearningWithoutForgetting(ContinualStrategy):
     ``mask="shared"`` there is one head, and it is distilled once. Where the network has modes, both
     answer in the mode of every old task: one more forward and backward for each.
 
-    Differs from the paper: the teacher's outputs are computed anew for every batch, not recorded once,
-    so that augmentation may vary them; there is no warm-up unless it is asked for, since its epochs
-    come on top of those that other methods have; under ``mask="task"`` the old rows of the head stay as
-    they were, as with every method, and only the features follow; the learning rate does not fall
-    after the first task, and weight decay is the optimizer's.
+    As in the paper, what the teacher says of a task's samples is recorded once, before they are learned.
+    Where they are augmented it is asked at every update, since augmentation varies what it says, and so
+    where an epoch is all that a task has, or does not see the whole task.
+
+    Differs from the paper: there is no warm-up unless it is asked for, since its epochs come on top of
+    those that other methods have; under ``mask="task"`` the old rows of the head stay as they were, as
+    with every method, and only the features follow; the learning rate does not fall after the first
+    task, and weight decay is the optimizer's.
 
     Args:
         strength: lambda, dimensionless; 0 is fine-tuning.
@@ -230,10 +233,13 @@ class LearningWithoutForgetting(ContinualStrategy):
             classes, as other implementations do with a single head.
         warm_up_epochs: epochs at a task's beginning in which only its own rows of the head learn, with
             an optimizer of their own; none in the first task and under ``mask="shared"``.
+        record: false asks the teacher at every update whatever the stream. The two agree to rounding:
+            a sample's outputs depend a little on the size of the batch that it is in.
 
     State:
         teacher: one tensor per shared parameter and float buffer, 4 bytes per number, from the second
-        task on; nothing that has to be stored for use after training.
+        task on; nothing that has to be stored for use after training. While a task is learned, what was
+        recorded: 4 bytes for each of its samples and each old class; it is in no checkpoint.
 
     Raises:
         ConfigurationError: a value is out of range or unknown.
@@ -249,6 +255,7 @@ class LearningWithoutForgetting(ContinualStrategy):
         temperature: float = 2.0,
         heads: Literal["per_task", "joint"] = "per_task",
         warm_up_epochs: int = 0,
+        record: bool = True,
     ) -> None:
         if not 0 <= strength < float("inf"):
             raise ConfigurationError(
@@ -274,7 +281,9 @@ class LearningWithoutForgetting(ContinualStrategy):
         self.temperature = temperature
         self.heads = heads
         self.warm_up_epochs = warm_up_epochs
+        self.record = record
         self.teacher = Teacher()
+        self._recorded: Tensor | None = None  # (samples of the open task, old classes)
         self._shared_head = False
 
     @property
@@ -302,48 +311,94 @@ class LearningWithoutForgetting(ContinualStrategy):
         fixed = host.phase.trains == "head" and not self._shared_head
         return bool(self.teacher) and not fixed
 
-    def answers(
+    # --- what student and teacher say ------------------------------------------------------------
+
+    def students(
         self, host: ContinualHost, batch: Batch, answer: Answer, layer: str | None = None
-    ) -> list[tuple[Answer, Answer]]:
-        """What the network and the teacher say to a batch, as pairs.
+    ) -> list[Answer]:
+        """What the network says to a batch: one answer for each old task where it has modes, else one.
 
         Args:
             host: the module.
             batch: of the open task.
             answer: what the network said to it in that task's mode.
             layer: whose features to note.
-
-        Returns:
-            One pair for each old task where the network has modes, else a single one.
         """
         if not host.has_modes:
-            return [(answer, self.teacher.answer(host, batch.inputs, layer))]
-        pairs = []
+            return [answer]
+        answers = []
         for task_id in range(host.opened):
             with host.task_mode(task_id):
-                student = student_answer(host, batch.inputs, layer)
-                pairs.append((student, self.teacher.answer(host, batch.inputs, layer)))
-        return pairs
+                answers.append(student_answer(host, batch.inputs, layer))
+        return answers
 
-    def distilled(self, host: ContinualHost, pairs: Sequence[tuple[Answer, Answer]]) -> Tensor:
-        """The loss of these answers, strength included: ``(batch,)``."""
-        heads = [task.columns for task in host.tasks[: host.opened]]
+    def teachers(
+        self, host: ContinualHost, inputs: Tensor, layer: str | None = None
+    ) -> list[Answer]:
+        """The same of the teacher."""
         if not host.has_modes:
-            heads = list(dict.fromkeys(heads))
-        student, teacher = (
-            _side_by_side([answer.logits for answer in answers], heads)
-            for answers in zip(*pairs, strict=True)
-        )
-        widths = [stop - first for first, stop in heads]
+            return [self.teacher.answer(host, inputs, layer)]
+        answers = []
+        for task_id in range(host.opened):
+            with host.task_mode(task_id):
+                answers.append(self.teacher.answer(host, inputs, layer))
+        return answers
+
+    def _old_heads(self, host: ContinualHost) -> list[Columns]:
+        heads = [task.columns for task in host.tasks[: host.opened]]
+        return heads if host.has_modes else list(dict.fromkeys(heads))
+
+    def of_old_heads(self, host: ContinualHost, answers: Sequence[Answer]) -> Tensor:
+        """The columns of all old heads side by side, each from the answer in its mode."""
+        return _side_by_side([answer.logits for answer in answers], self._old_heads(host))
+
+    def distilled(self, host: ContinualHost, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of what they say of the old heads, strength included: ``(batch,)``."""
+        widths = [stop - first for first, stop in self._old_heads(host)]
         if self.heads == "joint" and not self._shared_head:
             widths = [sum(widths)]
         return self.strength * distillation_of_heads(student, teacher, widths, self.temperature)
+
+    # --- what was recorded -----------------------------------------------------------------------
+
+    def recorded(self, host: ContinualHost, batch: Batch) -> Tensor | None:
+        """What the teacher said of these samples' old heads, ``(batch, old classes)``; None: ask it."""
+        limit = cast(Any, host).trainer.limit_train_batches
+        whole = isinstance(limit, float) and limit == 1  # and not one batch
+        alone = isinstance(batch.task, int)  # not beside other tasks' samples
+        if batch.samples is None or not (self.record and host.phase.epochs > 1 and whole and alone):
+            return None
+        if self._recorded is None:
+            self._recorded = self._record(host)
+        return self._recorded.index_select(0, batch.samples)
+
+    @torch.no_grad()
+    def _record(self, host: ContinualHost) -> Tensor:
+        """Ask of the whole task; each process its share, and then all know everything."""
+        places, answers, samples = [], [], 0
+        for batch in host.batches(host.opened, "train"):
+            assert batch.samples is not None  # in evaluation nothing is augmented
+            places.append(batch.samples.to(host.device))
+            answers.append(self.of_old_heads(host, self.teachers(host, batch.inputs)))
+            samples += batch.global_size
+        found = torch.cat(answers)
+        everything = found.new_zeros(samples, found.shape[1])
+        everything[torch.cat(places)] = found
+        return host.all_reduce(everything)
 
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         """The distillation of all old heads."""
         if not self.asks(host):
             return {}
-        return {"lwf": self.distilled(host, self.answers(host, batch, Answer(logits)))}
+        students = self.students(host, batch, Answer(logits))
+        teacher = self.recorded(host, batch)
+        if teacher is None:
+            teacher = self.of_old_heads(host, self.teachers(host, batch.inputs))
+        return {"lwf": self.distilled(host, self.of_old_heads(host, students), teacher)}
+
+    def on_task_end(self, host: ContinualHost, task: Task) -> None:
+        """Forget what was recorded of the task's samples."""
+        self._recorded = None
 
     def declared_bytes(self, host: ContinualHost) -> Bytes:
         """Training: the shared weights and float buffers once more, from the second task on."""
@@ -357,6 +412,7 @@ class LearningWithoutForgetting(ContinualStrategy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved teacher."""
         self.teacher.tensors = dict(state_dict["teacher"])
+        self._recorded = None
 
     def move_state(self, host: ContinualHost) -> None:
         """Move the teacher to the host's device."""

@@ -56,6 +56,19 @@ def test_an_epoch_is_every_sample_once_and_the_last_batch_is_short() -> None:
     assert batches[0].targets.dtype == torch.int64
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_batches_say_where_their_samples_stand(world_size: int) -> None:
+    for rank in range(world_size):
+        share = Share(rank, world_size)
+        plain = TrainLoader(
+            STORE, INDICES, 1, 0, seed=3, batch_size=5, processed=lambda: 0, share=share
+        )
+        for loader_ in (plain, EvaluationLoader(STORE, INDICES, 1, 5, share)):
+            for batch in loader_:
+                assert torch.equal(INDICES[batch.samples], batch.inputs.flatten().long())
+        assert all(batch.samples is None for batch in loader(share))  # augmented
+
+
 def test_order_follows_from_seed_task_and_epoch_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()

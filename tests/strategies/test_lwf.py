@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -19,6 +21,7 @@ from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.lwf import (
     LearningWithoutForgetting,
+    Teacher,
     distillation,
     distillation_of_heads,
 )
@@ -26,6 +29,7 @@ from bpn_lightning.strategies.superposition import ParameterSuperposition
 from bpn_lightning.tasks import Phase
 
 SHARED = {"num_tasks": 3, "domain_incremental": True}
+sgd = partial(SGD, lr=0.1)
 
 
 def logits(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -450,6 +454,92 @@ def test_adds_to_other_penalties(learn: Any) -> None:
 def test_half_precision_runs(learn: Any, precision: str) -> None:
     run = learn(LearningWithoutForgetting(), trainer={"precision": precision})
     assert run.module.closed == 1
+
+
+# --- what is recorded ----------------------------------------------------------------------------
+
+TWICE = {"num_tasks": 3, "epochs_per_task": 2}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many samples a teacher is asked about, call by call."""
+    sizes: list[int] = []
+    answer = Teacher.answer
+
+    def counting(teacher: Teacher, host: Any, inputs: Tensor, *layer: Any) -> Any:
+        sizes.append(len(inputs))
+        return answer(teacher, host, inputs, *layer)
+
+    monkeypatch.setattr(Teacher, "answer", counting)
+    return sizes
+
+
+@pytest.mark.parametrize("mode", [None, BeneficialPerturbation])
+@pytest.mark.parametrize("mask", ["all", "task", "shared"])
+def test_what_is_recorded_is_what_the_teacher_would_say(
+    learn: Any, watch: Any, mode: Callable[[], Any] | None, mask: str
+) -> None:
+    lwf, checked = LearningWithoutForgetting(2.0), []
+
+    def terms(host: Any, batch: Any, _: Tensor) -> dict[str, Tensor]:
+        if host.opened:
+            said = lwf.of_old_heads(host, lwf.teachers(host, batch.inputs))
+            torch.testing.assert_close(lwf.recorded(host, batch), said, rtol=1e-5, atol=1e-6)
+            checked.append(host.opened)
+        return {}
+
+    stream = {**TWICE, "domain_incremental": mask == "shared", "eval_batch_size": 50}
+    modes = [mode()] if mode else []
+    learn(watch(terms=terms), *modes, lwf, stream=stream, mask=mask, optimizer=sgd)
+    assert set(checked) == {1, 2}
+
+
+def test_each_sample_is_asked_about_once(learn: Any, asked: list[int]) -> None:
+    run = learn(LearningWithoutForgetting(), stream=TWICE)
+    assert sum(asked) == sum(len(run.stream.members(task, "train")) for task in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("lwf", "stream", "trainer"),
+    [
+        ({"record": False}, TWICE, {}),
+        ({}, {**TWICE, "augment": True}, {}),
+        ({}, {"num_tasks": 3}, {}),
+        ({}, TWICE, {"limit_train_batches": 1}),
+        ({}, TWICE, {"limit_train_batches": 0.5}),
+    ],
+    ids=["not wanted", "augmented", "one epoch", "one batch", "half of the batches"],
+)
+def test_the_teacher_is_asked_at_every_update_instead(
+    learn: Any, asked: list[int], lwf: Any, stream: Any, trainer: Any
+) -> None:
+    run = learn(LearningWithoutForgetting(**lwf), stream=stream, trainer=trainer)
+    in_first_task = run.trainer.global_step // 3
+    assert len(asked) == run.trainer.global_step - in_first_task
+
+
+def test_asking_at_every_update_learns_the_same(learn: Any) -> None:
+    arguments: dict[str, Any] = {"stream": TWICE, "optimizer": sgd}
+    recorded = learn(LearningWithoutForgetting(3.0), **arguments)
+    asked = learn(LearningWithoutForgetting(3.0, record=False), **arguments)
+    torch.testing.assert_close(recorded.weights(), asked.weights(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_records_the_same_again(prepare: Any, same: Any, tmp_path: Path) -> None:
+    class Saving(Callback):
+        """In the second epoch of the second task."""
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.current_epoch == 3 and trainer.fit_loop.epoch_loop.batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    whole = prepare(LearningWithoutForgetting(3.0), stream=TWICE, optimizer=sgd)
+    whole.trainer.callbacks.append(Saving())
+    whole.fit()
+    resumed = prepare(LearningWithoutForgetting(3.0), stream=TWICE, optimizer=sgd)
+    resumed.trainer.fit(resumed.module, resumed.stream, ckpt_path=tmp_path / "inside.ckpt")
+    same(resumed.weights(), whole.weights())
 
 
 # --- refusals ------------------------------------------------------------------------------------

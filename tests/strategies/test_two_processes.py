@@ -20,6 +20,7 @@ from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.independent import IndependentNetworks
 from bpn_lightning.strategies.joint import JointTraining
+from bpn_lightning.strategies.lwf import LearningWithoutForgetting
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
 
@@ -29,11 +30,11 @@ def normalising():
 def plain():
     return MLP([16, 16])
 
-def run(name, strategy, mask="all", backbone=plain):
+def run(name, strategy, mask="all", backbone=plain, augment=True):
     seed_everything(0)
     # 287 samples in batches of 33: shares of 17 and 16, and a last batch of 23.
     stream = SplitDigits(
-        num_tasks=2, epochs_per_task=2, batch_size=33, eval_batch_size=101, augment=True
+        num_tasks=2, epochs_per_task=2, batch_size=33, eval_batch_size=101, augment=augment
     )
     module = ContinualModule(backbone(), mask=mask, optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
     trainer = Trainer(
@@ -49,6 +50,7 @@ def run(name, strategy, mask="all", backbone=plain):
 
 run("joint_all", JointTraining())
 run("joint_task", JointTraining(), mask="task")
+run("lwf", LearningWithoutForgetting(), augment=False)  # what the teacher says is recorded
 run("stl", IndependentNetworks())
 run("mean", IncrementalMomentMatching("mean", 0.1))
 run("mode", IncrementalMomentMatching("mode", 0.1, fisher="empirical"), mask="task")
@@ -58,7 +60,7 @@ run("norm_stl", IndependentNetworks(), backbone=normalising)
 run("norm_mean", IncrementalMomentMatching("mean"), backbone=normalising)
 run("norm_sampled", IncrementalMomentMatching("mode", fisher="sampled"), backbone=normalising)
 """
-EQUAL = ("joint_all", "joint_task", "stl", "mean", "mode")
+EQUAL = ("joint_all", "joint_task", "lwf", "stl", "mean", "mode")
 OTHERS = ("norm_tuned", "norm_stl", "norm_mean", "norm_sampled")
 
 
