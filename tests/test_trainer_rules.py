@@ -1,7 +1,9 @@
 """What a stream cannot run under is refused by name, before training."""
 
+import os
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -194,6 +196,15 @@ def test_the_last_batch_counts_unless_it_is_left_out(fit, limit):
         learn()
 
 
+@pytest.fixture
+def group_of_its_own():
+    """DDP leaves its process group and its rank in the environment behind, for later tests to find."""
+    with mock.patch.dict(os.environ):
+        yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_its_own")
 def test_unused_parameters_are_not_looked_for_where_a_strategys_phase_accumulates(fit):
     with pytest.raises(ConfigurationError) as error:
         fit(
