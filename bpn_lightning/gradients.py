@@ -552,7 +552,9 @@ def _closed_segments(
     logits, records = forward
     with torch.enable_grad():
         losses = losses_of(logits, slice(0, len(inputs)))
-        total = torch.stack([part.mean() for part in torch.split(losses, list(sizes))]).sum()
+        repeats = torch.tensor(sizes, device=losses.device)
+        shares = repeats.to(losses.dtype).reciprocal()
+        total = losses @ shares.repeat_interleave(repeats, output_size=len(inputs))
     counts = [value.numel() for value in parameters.values()]
     gradients = logits.new_zeros(len(sizes), sum(counts))
     places = dict(zip(map(id, parameters.values()), torch.split(gradients, counts, 1), strict=True))

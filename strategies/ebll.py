@@ -15,7 +15,12 @@ from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.layers import evaluation_mode, full_precision
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.lwf import Answer, LearningWithoutForgetting, student_answer
+from bpn_lightning.strategies.lwf import (
+    Answer,
+    LearningWithoutForgetting,
+    side_by_side,
+    student_answer,
+)
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
 
 __all__ = ["Autoencoder", "EncoderBasedLifelongLearning", "code_loss", "codes"]
@@ -377,8 +382,9 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         teachers = self.teachers(host, batch.inputs, layer)
         terms = {}
         if self.strength:
-            said = (self.of_old_heads(host, answers) for answers in (students, teachers))
-            terms["lwf"] = self.distilled(host, *said)
+            heads = self.old_heads(host)
+            student, teacher = side_by_side(students, heads), side_by_side(teachers, heads)
+            terms["lwf"] = self.distilled(student, teacher, heads)
         if self.encoders:
             terms["ebll"] = self.held(students, teachers)
         return terms

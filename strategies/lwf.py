@@ -1,6 +1,6 @@
 """Learning without forgetting."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
@@ -14,7 +14,14 @@ from bpn_lightning.layers import TaskModule, evaluation_mode, full_precision
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
 
-__all__ = ["Answer", "LearningWithoutForgetting", "Teacher", "distillation", "student_answer"]
+__all__ = [
+    "Answer",
+    "LearningWithoutForgetting",
+    "Teacher",
+    "distillation",
+    "side_by_side",
+    "student_answer",
+]
 
 HEADS = ("per_task", "joint")
 
@@ -72,15 +79,6 @@ def distillation_of_heads(
     return torch.stack(terms).sum(0)
 
 
-def _side_by_side(logits: Sequence[Tensor], heads: Sequence[Columns]) -> Tensor:
-    """The columns of each head, all from the same logits or each from its own."""
-    if len(logits) == 1:
-        if all(left[1] == right[0] for left, right in pairwise(heads)):
-            return logits[0][:, heads[0][0] : heads[-1][1]]
-        logits = [logits[0]] * len(heads)
-    return torch.cat([z[:, first:stop] for z, (first, stop) in zip(logits, heads, strict=True)], 1)
-
-
 # --- what student and teacher say ----------------------------------------------------------------
 
 
@@ -94,6 +92,16 @@ class Answer(NamedTuple):
 
     logits: Tensor
     features: Tensor | None = None
+
+
+def side_by_side(answers: Sequence[Answer], heads: Sequence[Columns]) -> Tensor:
+    """The columns of each head, all from the same answer or each from its own, in the mode of its task."""
+    logits = [answer.logits for answer in answers]
+    if len(logits) == 1:
+        if all(left[1] == right[0] for left, right in pairwise(heads)):
+            return logits[0][:, heads[0][0] : heads[-1][1]]
+        logits = logits * len(heads)
+    return torch.cat([z[:, first:stop] for z, (first, stop) in zip(logits, heads, strict=True)], 1)
 
 
 class _Unmasked(nn.Module):
@@ -199,6 +207,14 @@ def student_answer(host: ContinualHost, inputs: Tensor, layer: str | None = None
     network = _Unmasked(host.network())
     buffers = {n: buffer.clone() for n, buffer in _shared(host, network.named_buffers()).items()}
     return _ask(network, buffers, inputs, layer)
+
+
+def _in_old_modes(host: ContinualHost, ask: Callable[[], Answer]) -> list[Answer]:
+    answers = []
+    for task_id in range(host.opened):
+        with host.task_mode(task_id):
+            answers.append(ask())
+    return answers
 
 
 # --- the strategy --------------------------------------------------------------------------------
@@ -326,11 +342,7 @@ class LearningWithoutForgetting(ContinualStrategy):
         """
         if not host.has_modes:
             return [answer]
-        answers = []
-        for task_id in range(host.opened):
-            with host.task_mode(task_id):
-                answers.append(student_answer(host, batch.inputs, layer))
-        return answers
+        return _in_old_modes(host, lambda: student_answer(host, batch.inputs, layer))
 
     def teachers(
         self, host: ContinualHost, inputs: Tensor, layer: str | None = None
@@ -338,23 +350,16 @@ class LearningWithoutForgetting(ContinualStrategy):
         """The same of the teacher."""
         if not host.has_modes:
             return [self.teacher.answer(host, inputs, layer)]
-        answers = []
-        for task_id in range(host.opened):
-            with host.task_mode(task_id):
-                answers.append(self.teacher.answer(host, inputs, layer))
-        return answers
+        return _in_old_modes(host, lambda: self.teacher.answer(host, inputs, layer))
 
-    def _old_heads(self, host: ContinualHost) -> list[Columns]:
+    def old_heads(self, host: ContinualHost) -> list[Columns]:
+        """The columns that are distilled; those that tasks share once, or once for each mode."""
         heads = [task.columns for task in host.tasks[: host.opened]]
         return heads if host.has_modes else list(dict.fromkeys(heads))
 
-    def of_old_heads(self, host: ContinualHost, answers: Sequence[Answer]) -> Tensor:
-        """The columns of all old heads side by side, each from the answer in its mode."""
-        return _side_by_side([answer.logits for answer in answers], self._old_heads(host))
-
-    def distilled(self, host: ContinualHost, student: Tensor, teacher: Tensor) -> Tensor:
+    def distilled(self, student: Tensor, teacher: Tensor, heads: Sequence[Columns]) -> Tensor:
         """The loss of what they say of the old heads, strength included: ``(batch,)``."""
-        widths = [stop - first for first, stop in self._old_heads(host)]
+        widths = [stop - first for first, stop in heads]
         if self.heads == "joint" and not self._shared_head:
             widths = [sum(widths)]
         return self.strength * distillation_of_heads(student, teacher, widths, self.temperature)
@@ -363,12 +368,13 @@ class LearningWithoutForgetting(ContinualStrategy):
 
     def recorded(self, host: ContinualHost, batch: Batch) -> Tensor | None:
         """What the teacher said of these samples' old heads, ``(batch, old classes)``; None: ask it."""
-        limit = cast(Any, host).trainer.limit_train_batches
-        whole = isinstance(limit, float) and limit == 1  # and not one batch
-        alone = isinstance(batch.task, int)  # not beside other tasks' samples
-        if batch.samples is None or not (self.record and host.phase.epochs > 1 and whole and alone):
+        if batch.samples is None or isinstance(batch.task, Tensor):  # beside other tasks' samples
             return None
         if self._recorded is None:
+            limit = cast(Any, host).trainer.limit_train_batches
+            whole = isinstance(limit, float) and limit == 1  # and not one batch
+            if not (self.record and whole and host.phase.epochs > 1):
+                return None
             self._recorded = self._record(host)
         return self._recorded.index_select(0, batch.samples)
 
@@ -376,10 +382,11 @@ class LearningWithoutForgetting(ContinualStrategy):
     def _record(self, host: ContinualHost) -> Tensor:
         """Ask of the whole task; each process its share, and then all know everything."""
         places, answers, samples = [], [], 0
+        heads = self.old_heads(host)
         for batch in host.batches(host.opened, "train"):
             assert batch.samples is not None  # in evaluation nothing is augmented
             places.append(batch.samples.to(host.device))
-            answers.append(self.of_old_heads(host, self.teachers(host, batch.inputs)))
+            answers.append(side_by_side(self.teachers(host, batch.inputs), heads))
             samples += batch.global_size
         found = torch.cat(answers)
         everything = found.new_zeros(samples, found.shape[1])
@@ -390,11 +397,12 @@ class LearningWithoutForgetting(ContinualStrategy):
         """The distillation of all old heads."""
         if not self.asks(host):
             return {}
-        students = self.students(host, batch, Answer(logits))
+        heads = self.old_heads(host)
+        student = side_by_side(self.students(host, batch, Answer(logits)), heads)
         teacher = self.recorded(host, batch)
         if teacher is None:
-            teacher = self.of_old_heads(host, self.teachers(host, batch.inputs))
-        return {"lwf": self.distilled(host, self.of_old_heads(host, students), teacher)}
+            teacher = side_by_side(self.teachers(host, batch.inputs), heads)
+        return {"lwf": self.distilled(student, teacher, heads)}
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Forget what was recorded of the task's samples."""

@@ -24,6 +24,7 @@ from bpn_lightning.strategies.lwf import (
     Teacher,
     distillation,
     distillation_of_heads,
+    side_by_side,
 )
 from bpn_lightning.strategies.superposition import ParameterSuperposition
 from bpn_lightning.tasks import Phase
@@ -484,7 +485,7 @@ def test_what_is_recorded_is_what_the_teacher_would_say(
 
     def terms(host: Any, batch: Any, _: Tensor) -> dict[str, Tensor]:
         if host.opened:
-            said = lwf.of_old_heads(host, lwf.teachers(host, batch.inputs))
+            said = side_by_side(lwf.teachers(host, batch.inputs), lwf.old_heads(host))
             torch.testing.assert_close(lwf.recorded(host, batch), said, rtol=1e-5, atol=1e-6)
             checked.append(host.opened)
         return {}
