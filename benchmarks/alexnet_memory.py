@@ -1,13 +1,15 @@
 """Memory of AlexNet's sequence of eight data sets: by formula, and as measured.
 
     python benchmarks/alexnet_memory.py
+    python benchmarks/alexnet_memory.py --root DIR --method bd+ewc
 
 By formula: weights, gradients, the optimizer's momentum, what the method keeps, and what a forward
 keeps for the backward of a batch of 128 images of 224 x 224 (counted, as autograd asks for it). What
 runs on a GPU needs that much of its memory, beside the workspace of its libraries, and what the
 importance pass holds: a batch of 256.
 Measured: the largest resident size of a process of its own that learns two tasks of 256 random images on
-the CPU, where everything is in the same memory, the images and about 700 MiB of libraries too.
+the CPU, where everything is in the same memory, the images and about 700 MiB of libraries too. With
+--root, one that learns an epoch of each of the eight data sets in that folder, in their official layouts.
 """
 
 import argparse
@@ -25,7 +27,11 @@ from torch import Tensor
 from bpn_lightning import ContinualModule
 from bpn_lightning.backbones import torchvision_backbone
 from bpn_lightning.costs import bytes_held
-from bpn_lightning.datamodules import ClassIncrementalDataModule
+from bpn_lightning.datamodules import (
+    ClassIncrementalDataModule,
+    ContinualDataModule,
+    EightDatasets,
+)
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.strategies import (
@@ -72,7 +78,26 @@ class RandomImages(ClassIncrementalDataModule):
         return ImageData(samples, samples, [str(k) for k in range(2 * CLASSES)], "memory")
 
 
-def saved_for_backward(module: ContinualModule, stream: RandomImages) -> int:
+def stream_of(root: str | None) -> ContinualDataModule:
+    """The eight data sets of a folder, or random images."""
+    if root is not None:
+        return EightDatasets(
+            root=root,
+            epochs_per_task=1,
+            batch_size=BATCH,
+            eval_batch_size=2 * BATCH,
+            expect_counts=False,  # a part of a set needs no less memory
+        )
+    return RandomImages(
+        num_tasks=2,
+        classes_per_task=CLASSES,
+        epochs_per_task=1,
+        batch_size=BATCH,
+        eval_batch_size=2 * BATCH,
+    )
+
+
+def saved_for_backward(module: ContinualModule, stream: ContinualDataModule) -> int:
     """Bytes that autograd keeps of one forward, each storage once, weights not counted."""
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
@@ -90,19 +115,13 @@ def saved_for_backward(module: ContinualModule, stream: RandomImages) -> int:
     return sum(kept.values())
 
 
-def learn(method: str) -> None:
-    """Two tasks; prints the parts in GiB."""
+def learn(method: str, root: str | None) -> None:
+    """The stream; prints the parts in GiB."""
     torch.set_num_threads(2)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
     seed_everything(0, verbose=False)
-    stream = RandomImages(
-        num_tasks=2,
-        classes_per_task=CLASSES,
-        epochs_per_task=1,
-        batch_size=BATCH,
-        eval_batch_size=256,
-    )
+    stream = stream_of(root)
     module = ContinualModule(
         torchvision_backbone("alexnet"),
         mask="task",
@@ -134,9 +153,10 @@ def main() -> None:
     """A process for each method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=METHODS, help="this one, in this process")
+    parser.add_argument("--root", help="the folder of the eight data sets; without it, random images")
     options = parser.parse_args()
     if options.method:
-        learn(options.method)
+        learn(options.method, options.root)
         return
     heads = (
         "weights",
@@ -148,7 +168,8 @@ def main() -> None:
     )
     print(f"| GiB | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     for method in METHODS:
-        subprocess.run([sys.executable, __file__, "--method", method], check=True)
+        root = ["--root", options.root] if options.root else []
+        subprocess.run([sys.executable, __file__, "--method", method, *root], check=True)
 
 
 if __name__ == "__main__":
