@@ -153,7 +153,9 @@ def main() -> None:
     """A process for each method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=METHODS, help="this one, in this process")
-    parser.add_argument("--root", help="the folder of the eight data sets; without it, random images")
+    parser.add_argument(
+        "--root", help="the folder of the eight data sets; without it, random images"
+    )
     options = parser.parse_args()
     if options.method:
         learn(options.method, options.root)
