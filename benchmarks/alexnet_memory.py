@@ -170,8 +170,7 @@ def main() -> None:
     )
     print(f"| GiB | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     for method in METHODS:
-        root = ["--root", options.root] if options.root else []
-        subprocess.run([sys.executable, __file__, "--method", method, *root], check=True)
+        subprocess.run([sys.executable, __file__, "--method", method, *sys.argv[1:]], check=True)
 
 
 if __name__ == "__main__":
