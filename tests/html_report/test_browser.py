@@ -74,9 +74,10 @@ def three(make_run: Make, tmp_path: Path) -> Path:
 def test_values_are_those_of_results_json(opened: Callable[..., Opened], three: Path) -> None:
     page = opened(three).page
     page.locator("#values summary").click()
+    rows = page.locator("#values-table tbody tr")
+    rows.first.wait_for()  # written when the browser tells that the part is open: a moment later
     shown = [
-        [cell.get_attribute("value") for cell in row.locator("data").all()]
-        for row in page.locator("#values-table tbody tr").all()
+        [cell.get_attribute("value") for cell in row.locator("data").all()] for row in rows.all()
     ]
     results = json.loads((three / "digits_inc" / "bd+ewc" / "seed_0" / "results.json").read_text())
     assert [float(value) for value in shown[-1]] == pytest.approx(
