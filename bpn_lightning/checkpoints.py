@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole, checked before they are used, and compared with the run.
+"""Checkpoint files: written whole, and checked before they are used.
 
 A checkpoint is an ordinary one of Lightning, so ``trainer.fit(ckpt_path=...)`` reads it as well. The
 checksum is the one that is in there anyway: torch writes a zip archive with a CRC-32 of every record,
@@ -17,10 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.files import why_unreadable, write_atomically
 
-__all__ = ["WholeCheckpoints", "callback_state", "differences", "flatten", "read_checkpoint"]
-
-MOST = 10
-"""Differences that a message names."""
+__all__ = ["WholeCheckpoints", "callback_state", "read_checkpoint"]
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -80,34 +77,3 @@ def callback_state(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Any
     callbacks = checkpoint.get("callbacks")
     state = callbacks.get(name) if isinstance(callbacks, Mapping) else None
     return state if isinstance(state, Mapping) else {}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, its keys joined by dots.
-
-    >>> flatten({"model": {"mask": "all", "backbone": {"hidden": [64, 64]}}, "method": "ewc"})
-    {'model.mask': 'all', 'model.backbone.hidden': [64, 64], 'method': 'ewc'}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """Key by key, what a run and a checkpoint do not have in common, in words.
-
-    >>> differences({"mask": "all", "rank": 8}, {"mask": "seen", "epsilon": 0.1, "rank": 8})
-    ["mask is 'all' here and 'seen' there", 'epsilon is not here and 0.1 there']
-    """
-
-    def say(side: Mapping[str, Any], key: str) -> str:
-        return repr(side[key]) if key in side else "not"
-
-    missing = object()
-    keys = [key for key in {**here, **there} if here.get(key, missing) != there.get(key, missing)]
-    found = [f"{key} is {say(here, key)} here and {say(there, key)} there" for key in keys[:MOST]]
-    return [*found, f"and {len(keys) - MOST} more"] if len(keys) > MOST else found

@@ -9,7 +9,7 @@ import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -29,19 +29,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from bpn_lightning.checkpoints import (
-    WholeCheckpoints,
-    callback_state,
-    differences,
-    flatten,
-    read_checkpoint,
-)
+from bpn_lightning.checkpoints import WholeCheckpoints, callback_state, read_checkpoint
 from bpn_lightning.command import Command
 from bpn_lightning.console import StreamProgress, final_table
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.dashboards import Dashboard, close_displays, keep_results
 from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.earlier_runs import refuse_earlier, refuse_other_name
 from bpn_lightning.errors import (
     BPNLightningError,
     CheckpointError,
@@ -49,18 +44,15 @@ from bpn_lightning.errors import (
     ResultsError,
 )
 from bpn_lightning.files import check_name, refuse_outside, write_atomically
+from bpn_lightning.identity import defining, differences, flatten, run_name, run_names
 from bpn_lightning.loggers import RunName, SavedLogger, complete_loggers, go_offline
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
 from bpn_lightning.recording import Intervals, LastCheckpoint, MetricsFile
-from bpn_lightning.results import (
-    check_folder,
-    collect_provenance,
-    read_results,
-    write_results,
-    written_files,
-)
+from bpn_lightning.results import collect_provenance, write_results
+from bpn_lightning.run_folder import RunFolder, written_files
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.terminal import plain_warnings
 from bpn_lightning.trainer_rules import check_launch
 from bpn_lightning.trust import restrict_imports
 
@@ -72,26 +64,6 @@ TERMINATED = 143  # and of one that SIGTERM ended
 #: Keys that say where and how a run is written, and not what it is: two runs that differ in them
 #: only have the same results, config.yaml included.
 PLACES = ("runs", "overwrite", "ckpt_path", "logger", "log_artifacts", "quiet", "json")
-
-#: The keys that make a run what it is, and that a resumed one has in common with its checkpoint;
-#: docs/resume.md says of the others that they may differ.
-DEFINING = (
-    *("method", "model", "data", "strategies"),
-    *(
-        f"trainer.{flag}"
-        for flag in (
-            "precision",
-            "accumulate_grad_batches",
-            "gradient_clip_val",
-            "gradient_clip_algorithm",
-            "limit_train_batches",
-            "sync_batchnorm",
-        )
-    ),
-)
-
-#: Arguments of streams that say where their data lie.
-DATA_PLACES = ("root", "path", "cache_dir", "download")
 
 #: What the system says when there is no room for a file.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -133,11 +105,20 @@ class ContinualCLI(LightningCLI):
     datamodule: ContinualDataModule
     model: ContinualModule
     trainer: Trainer
+    run_folder: RunFolder
 
     def __init__(self, command: Command) -> None:
         self.command = command
+        self._closing = ExitStack()
         restrict_imports(command.importable, command.trust)
         _load_streams(command)
+        try:
+            self._build(command.args)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, args: list[str]) -> None:
         super().__init__(
             ContinualModule,
             ContinualDataModule,
@@ -156,7 +137,7 @@ class ContinualCLI(LightningCLI):
                 "allow_abbrev": False,
                 "dump_header": None,
             },
-            args=command.args,
+            args=args,
             run=False,
         )
 
@@ -289,12 +270,41 @@ class ContinualCLI(LightningCLI):
         for key in ("experiment", "method"):
             check_name(key, self.config[key])  # again: it may have been an interpolation
         refuse_outside(Path(str(self.config.runs)), self.folder)
-        if self.config.overwrite and self.config.ckpt_path == "last":
+        self.run_folder = RunFolder(self.folder)
+        if self.config.overwrite:
+            self._refuse_replaced_inputs()
+        if _first_process():
+            if self.run_folder.acquire():
+                _tell(f"What an interrupted --overwrite had not replaced is back in {self.folder}.")
+            self._closing.callback(self._give_folder_back)
+        refuse_other_name(self.folder, self._names())
+        self.checkpoint = self._checkpoint()
+        if _first_process() and not self.config.overwrite:
+            refuse_earlier(self.folder, self._identity()["config"], self._resumes_own)
+
+    def _refuse_replaced_inputs(self) -> None:
+        """What --overwrite replaces cannot be what the run begins with."""
+        if self.config.ckpt_path == "last":
             raise ConfigurationError(
                 "Expected either --overwrite, which begins anew, or --ckpt_path last, which goes "
                 "on, but got both. Leave one out."
             )
-        self.checkpoint = self._checkpoint()
+        named = {"ckpt_path": self.config.ckpt_path, **flatten(yaml.safe_load(self.dump()))}
+        for key, value in named.items():
+            for text in value if isinstance(value, list) else [value]:
+                replaced = self.run_folder.replaced(text) if isinstance(text, str) else None
+                if replaced is not None:
+                    raise ConfigurationError(
+                        f"Expected {key} to be a file that --overwrite leaves alone, but got {text}, "
+                        f"which is {replaced} of the run to be replaced. Copy it to another place, or "
+                        "leave --overwrite out."
+                    )
+
+    @property
+    def _resumes_own(self) -> bool:
+        """Whether the checkpoint is one of this run's folder, by whatever path."""
+        there = self.checkpoint and self.checkpoint.resolve().parent
+        return there == self.last.parent.resolve()
 
     def instantiate_classes(self) -> None:
         """Build everything, with what loggers were not told; config.yaml keeps what was asked for."""
@@ -330,18 +340,6 @@ class ContinualCLI(LightningCLI):
                 f"W&B logs offline: {reason}. Upload it later: wandb sync {self.folder / 'wandb'}"
             )
         return specs
-
-    def after_instantiate_classes(self) -> None:
-        """Neither a finished run nor one that could go on is lost by forgetting a flag."""
-        if not _first_process() or self.config.overwrite:
-            return
-        if self.checkpoint is None or not _ended_early(self.folder):
-            check_folder(self.folder)
-        if self.checkpoint is None and any(path.is_file() for path in (self.last, self.previous)):
-            raise ResultsError(
-                f"Expected {self.folder} to hold no unfinished run, but got one with a checkpoint. "
-                "Go on with --ckpt_path last, or replace it with --overwrite."
-            )
 
     @property
     def last(self) -> Path:
@@ -399,10 +397,10 @@ class ContinualCLI(LightningCLI):
                 f"Expected {path} to say which run it is of, but got {there!r:.80}. Start afresh with "
                 "--overwrite in the place of --ckpt_path."
             )
-        if _name(there) != _name(here):
+        if run_name(there) != run_name(here):
             raise CheckpointError(
-                f"Expected ckpt_path to be a checkpoint of {_name(here)}, but {path} is "
-                f"one of {_name(there)}. Resume that run with its own config, method and seed."
+                f"Expected ckpt_path to be a checkpoint of {run_name(here)}, but {path} is "
+                f"one of {run_name(there)}. Resume that run with its own config, method and seed."
             )
         different = differences(here["config"], there["config"])
         if different:
@@ -412,32 +410,19 @@ class ContinualCLI(LightningCLI):
                 "beside it), or start a new run in another --runs folder."
             )
 
-    def _names(self) -> dict[str, str | int]:
-        config = self.config
-        return {
-            "experiment": config.experiment,
-            "method": config.method,
-            "seed": config.seed_everything,
-        }
+    def _names(self) -> dict[str, Any]:
+        return run_names(self.config)
 
     def _identity(self) -> dict[str, Any]:
         """What a run has in common with its checkpoints."""
-        return {
-            **self._names(),
-            "config": {
-                key: value
-                for key, value in flatten(yaml.safe_load(self.dump())).items()
-                if any(key == part or key.startswith(f"{part}.") for part in DEFINING)
-                and not (key.startswith("data.") and key.rpartition(".")[2] in DATA_PLACES)
-            },
-        }
+        return {**self._names(), "config": defining(yaml.safe_load(self.dump()))}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's, with our files, checkpoint and progress bar unless they are switched off."""
         chosen = self.config_init.trainer
-        metrics = None
+        self._metrics = metrics = None
         if chosen.logger is not False:
-            metrics = MetricsFile(self.folder / "metrics.csv")
+            self._metrics = metrics = MetricsFile(self.folder / "metrics.csv")
             others = chosen.logger if isinstance(chosen.logger, list) else [chosen.logger]
             kwargs["logger"] = [metrics, *(one for one in others if one not in (None, True))]
         callbacks = chosen.callbacks if isinstance(chosen.callbacks, list) else [chosen.callbacks]
@@ -446,7 +431,12 @@ class ContinualCLI(LightningCLI):
         if chosen.enable_checkpointing is not False:
             callbacks.append(
                 LastCheckpoint(
-                    self.last, self.intervals, self._identity(), metrics, resumed=self.checkpoint
+                    self.last,
+                    self.intervals,
+                    self._identity(),
+                    metrics,
+                    resumed=self.checkpoint,
+                    on_saved=self.run_folder.settle,
                 )
             )
             plugins = chosen.plugins if isinstance(chosen.plugins, list) else [chosen.plugins]
@@ -476,15 +466,25 @@ class ContinualCLI(LightningCLI):
         return trainer
 
     def prepare_folder(self) -> None:
-        """Clear what an earlier run left, unless this one resumes, and write config.yaml."""
+        """Set aside what an earlier run left, unless this one resumes it, and write config.yaml."""
         if not _first_process():
             return
         if self.config.overwrite:
-            check_folder(self.folder, overwrite=True)
-        elif self.checkpoint is None:
+            self.run_folder.set_aside()
+        elif not self._resumes_own:
             (self.folder / "metrics.csv").unlink(missing_ok=True)
         (self.folder / "results.json").unlink(missing_ok=True)
         write_atomically(self.folder / "config.yaml", self.dump().encode())
+        if self._metrics:
+            self._metrics.begin()
+
+    def close(self) -> None:
+        """End what the run holds: the lock of its folder."""
+        self._closing.close()
+
+    def _give_folder_back(self) -> None:
+        if self.run_folder.release():
+            _tell(f"The run had no checkpoint yet, so what was in {self.folder} before is back.")
 
 
 class _FolderOfRun(Callback):
@@ -528,8 +528,11 @@ def fit(command: Command) -> int:
             return int(end.code or 0)
         out = sys.stdout
         # Whatever libraries and plugins print, standard output has the document only.
-        with redirect_stdout(sys.stderr) if cli.config.json else nullcontext():
-            return _train(cli, out)
+        try:
+            with redirect_stdout(sys.stderr) if cli.config.json else nullcontext():
+                return _train(cli, out)
+        finally:
+            cli.close()
 
 
 def _look_for_no_gpu() -> None:
@@ -553,21 +556,24 @@ def _train(cli: ContinualCLI, out: TextIO) -> int:
             _finish(cli, out, seconds=time.perf_counter() - started)
         status = 0
     except SIGTERMException:
-        _tell(f"Terminated. The same command with --ckpt_path last goes on from {cli.folder}.")
+        _tell(f"Terminated. {_how_to_go_on(cli)}")
         status = TERMINATED
     except SystemExit:
         if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
         # Lightning ignores it from then on.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _tell(f"Interrupted. The same command with --ckpt_path last goes on from {cli.folder}.")
+        _tell(f"Interrupted. {_how_to_go_on(cli)}")
+        status = INTERRUPTED
+    except KeyboardInterrupt:  # while the results are written
+        _tell(f"Interrupted. {_how_to_go_on(cli)}")
         status = INTERRUPTED
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise ResultsError(
-            f"Expected room for the files of {cli.folder}, but got: {error}. Make some, and go on "
-            "with --ckpt_path last."
+            f"Expected room for the files of {cli.folder}, but got: {error}. Make some. "
+            f"{_how_to_go_on(cli)}"
         ) from error
     finally:
         if cli.trainer.is_global_zero:
@@ -613,9 +619,13 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     )
 
 
-def _ended_early(folder: Path) -> bool:
-    """Whether a run wrote its results before it had learned every task."""
-    return (folder / "results.json").is_file() and bool(read_results(folder)["tasks_not_learned"])
+def _how_to_go_on(cli: ContinualCLI) -> str:
+    if (cli.folder / "results.json").exists():
+        return f"{cli.folder} has its results."
+    if not any(path.exists() for path in (cli.last, cli.previous)):
+        return "It had no checkpoint yet."
+    place = " in the place of --overwrite" if cli.config.overwrite else ""
+    return f"The same command with --ckpt_path last{place} goes on from {cli.folder}."
 
 
 def _load_streams(command: Command) -> None:
@@ -637,10 +647,6 @@ def _tell(line: str) -> None:
         print(f"bpn-fit: {line}", file=sys.stderr)
 
 
-def _name(run: Mapping[str, Any]) -> str:
-    return f"{run['experiment']}, method {run['method']}, seed {run['seed']}"
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning's hints about hardware and products off, its warnings on but for one."""
@@ -649,7 +655,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_warnings("bpn-fit"):
             # Between Lightning and torch, and nothing that a user could mend.
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
             # Updates are counted over the whole stream: an epoch need not be as long as the interval.

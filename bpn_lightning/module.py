@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from bpn_lightning.checkpoints import differences, flatten, read_checkpoint
+from bpn_lightning.checkpoints import read_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
 from bpn_lightning.files import why_unreadable
+from bpn_lightning.identity import differences, flatten
 from bpn_lightning.idle_hooks import leave_out_idle_hooks
 from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.processes import check_processes

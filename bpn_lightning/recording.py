@@ -8,9 +8,11 @@ import csv
 import io
 import os
 import time
+import warnings
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.files import flush, write_atomically
+from bpn_lightning.files import flush, why_unreadable, write_atomically
 from bpn_lightning.preemption import StopRequests
 
 __all__ = ["Intervals", "LastCheckpoint", "MetricsFile"]
@@ -42,6 +44,7 @@ class MetricsFile(Logger):
         self.path = path
         self.rows = 0
         self._columns: list[str] = []
+        self._resumed: list[dict[str, Any]] = []  # rows that are still to be written here
 
     @property
     def name(self) -> str:
@@ -70,37 +73,66 @@ class MetricsFile(Logger):
         row = {"step": step, **metrics}
         if set(row) <= set(self._columns):
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+                writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+                if not file.tell():  # somebody took the file away
+                    writer.writeheader()
+                writer.writerow(row)
         else:
-            self._write([*(self._read() if self.rows else []), row])
+            earlier = self._resumed or (self._found(self.path, self.rows) if self.rows else [])
+            self._write([*earlier, row])
         self.rows += 1
 
     @rank_zero_only
-    def resume(self, rows: int, global_step: int) -> None:
+    def resume(self, rows: int, global_step: int, source: Path | None = None) -> None:
         """Keep what a checkpoint has behind it: its first rows, and what those steps still logged.
 
         Lightning logs a step after the checkpoint of that step is taken and does not log it again
-        after a resume; it numbers the row by the updates before it.
+        after a resume; it numbers the row by the updates before it. Nothing is written until
+        :meth:`begin`, or the next row. A file that is no such table is moved to ``<name>.damaged``.
+
+        Args:
+            rows: that the file had when the checkpoint was taken.
+            global_step: of the checkpoint.
+            source: the file of the run that took it; by default this one.
         """
-        kept = [
+        found = self._found(source or self.path, rows)
+        self._resumed = [
             row
-            for index, row in enumerate(self._read())
-            if index < rows or int(row["step"]) < global_step
+            for index, row in enumerate(found)
+            if index < rows or (row["step"] and int(row["step"]) < global_step)
         ]
-        self.rows = len(kept)
-        if kept:
-            self._write(kept)
+        self.rows = len(self._resumed)
+
+    def _found(self, source: Path, rows: int) -> list[dict[str, Any]]:
+        """The rows of a file, with a warning if they are fewer than they should be."""
+        damaged = False
+        try:
+            found = _read(source)
+        except (OSError, ValueError, KeyError, csv.Error) as error:
+            found, damaged = [], True
+            kept = _move_away(source) if source == self.path else source
+            state = f"cannot be read ({why_unreadable(error)}) and is kept as {kept}"
+        else:
+            state = f"has {len(found)}" if source.is_file() else "is not there"
+        if damaged or len(found) < rows:
+            warnings.warn(
+                f"Expected {source} to have {rows} rows of metrics, but it {state}. {self.path} goes on "
+                f"with {'those' if found else 'what comes now'}; nothing else of the run depends on it.",
+                stacklevel=3,
+            )
+        return found
+
+    @rank_zero_only
+    def begin(self) -> None:
+        """Write the rows that a resumed run has behind it: training is about to begin."""
+        if self._resumed:
+            self._write(self._resumed)
 
     @rank_zero_only
     def flush(self) -> None:
         """Let the rows reach the disk: no checkpoint may know of rows that a power cut took."""
         if self.path.is_file():
             flush(self.path)
-
-    def _read(self) -> list[dict[str, Any]]:
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
-        return list(csv.DictReader(io.StringIO(whole)))
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         used = {key for row in rows for key, value in row.items() if value not in (None, "")}
@@ -114,6 +146,31 @@ class MetricsFile(Logger):
         writer.writerows(rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, text.getvalue().encode())
+        self._resumed = []
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file.
+
+    Raises:
+        ValueError: it is no table, or no text.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
+    rows = list(csv.DictReader(io.StringIO(whole), strict=True))
+    for line, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise ValueError(f"line {line} has other columns than the first")
+        if row["step"] and not row["step"].isdecimal():
+            raise ValueError(f"line {line} has no step")
+    return rows
+
+
+def _move_away(path: Path) -> Path:
+    names = (f"{path.name}.damaged{number or ''}" for number in count())
+    free = next(place for place in map(path.with_name, names) if not place.exists())
+    path.replace(free)
+    return free
 
 
 @dataclass(frozen=True)
@@ -163,6 +220,7 @@ class LastCheckpoint(Checkpoint):
             of its configuration.
         metrics: the file whose position is saved along.
         resumed: the checkpoint that this run goes on from.
+        on_saved: is called on the first process when there is a new checkpoint.
     """
 
     def __init__(
@@ -172,6 +230,7 @@ class LastCheckpoint(Checkpoint):
         run: Mapping[str, Any],
         metrics: MetricsFile | None = None,
         resumed: Path | None = None,
+        on_saved: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.path = path
@@ -181,7 +240,10 @@ class LastCheckpoint(Checkpoint):
         self.metrics = metrics
         self.requests = StopRequests()
         self._next = path.with_name("next.ckpt")
-        self._whole = resumed == path  # what lies there, so that it may take the older one's place
+        self._resumed = resumed
+        self._on_saved = on_saved
+        # What lies there is whole, so that it may take the older one's place.
+        self._whole = resumed is not None and path.exists() and path.samefile(resumed)
         self._trainer: Trainer | None = None
         self._step = 0  # updates when a batch was last seen
         self._due = False
@@ -286,6 +348,8 @@ class LastCheckpoint(Checkpoint):
             os.replace(self._next, self.path)
             flush(self.path.parent)
             self._whole = True
+            if self._on_saved:
+                self._on_saved()
         if stop and self._stopping:
             self.requests.answer(trainer)
             raise SIGTERMException
@@ -299,9 +363,13 @@ class LastCheckpoint(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Cut metrics.csv back to the checkpoint."""
+        """Go on with the rows that metrics.csv had at the checkpoint, in its own run's folder."""
         if self.metrics:
-            self.metrics.resume(state_dict["rows"], state_dict["global_step"])
+            beside = self._resumed and self._resumed.parent.parent / self.metrics.path.name
+            source = beside if beside and beside.is_file() else None
+            if source and self.metrics.path.exists() and source.samefile(self.metrics.path):
+                source = None
+            self.metrics.resume(state_dict["rows"], state_dict["global_step"], source)
 
 
 def _closed(pl_module: LightningModule) -> int:

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -59,15 +58,12 @@ __all__ = [
     "Provenance",
     "Results",
     "TaskRecord",
-    "check_folder",
-    "clear_folder",
     "collect_provenance",
     "read_matrix_csv",
     "read_matrix_rows",
     "read_results",
     "violations",
     "write_results",
-    "written_files",
 ]
 
 SCHEMA_VERSION = 2
@@ -174,20 +170,6 @@ _RESULTS = "results.json"
 _MATRIX = "accuracy_matrix.csv"
 _OVER_STREAM = "figures/accuracy_over_stream"
 _HEATMAP = "figures/accuracy_matrix"
-
-# What a run writes, by whatever hand: --overwrite removes these and nothing else. results.json
-# comes first, so that a folder never looks finished while its parts disappear.
-_WRITTEN = (
-    _RESULTS,
-    _MATRIX,
-    "config.yaml",
-    "metrics.csv",
-    f"{_OVER_STREAM}.*",
-    f"{_HEATMAP}.*",
-    "checkpoints/*.ckpt",
-    ".*.tmp",
-    "figures/.*.tmp",
-)
 
 _PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics", "bpn_lightning")
 
@@ -368,52 +350,6 @@ def read_matrix_rows(path: Path) -> list[list[float]]:
             ) from error
         matrix[int(moment)] = accuracies
     return matrix
-
-
-def check_folder(folder: Path, overwrite: bool = False) -> None:
-    """Make a run's folder ready before anything is trained; in DDP, on one process only.
-
-    Args:
-        folder: the run's own; made where it is missing.
-        overwrite: call :func:`clear_folder`, checkpoints included: not for a run that resumes.
-
-    Raises:
-        ResultsError: a finished run lies there and ``overwrite`` is not set, or the folder cannot be
-            written to.
-    """
-    if (folder / _RESULTS).exists() and not overwrite:
-        raise ResultsError(
-            f"Expected {folder} to hold no finished run, but got one with {_RESULTS}. "
-            "Replace it with --overwrite true, or give another seed or another --runs folder."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
-        if overwrite:
-            clear_folder(folder)
-    except OSError as error:
-        raise ResultsError(
-            f"Expected {folder} to be a folder that can be written to, but got: {error}. "
-            "Choose another with --runs."
-        ) from error
-
-
-def written_files(folder: Path) -> list[Path]:
-    """What a run left in its folder, without its checkpoints."""
-    found = {path for pattern in _WRITTEN for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.suffix not in (".ckpt", ".tmp"))
-
-
-def clear_folder(folder: Path) -> None:
-    """Remove what an earlier run wrote; files of other names stay."""
-    for pattern in _WRITTEN:
-        for path in folder.glob(pattern):
-            if path.is_dir() and not path.is_symlink():  # a sharded checkpoint is a folder
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 def collect_provenance(seconds: float) -> Provenance:

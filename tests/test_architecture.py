@@ -15,7 +15,7 @@ ROOMS = ("strategies", "datamodules", "configs")
 # From the ground up. A file may import from lower layers, and from its own layer and room.
 LAYERS = [
     {"errors"},
-    {"files", "tasks"},
+    {"files", "folder_lock", "identity", "tasks", "terminal"},
     {"backbones", "costs", "layers", "messages", "metrics", "scores"},
     {"gradients"},
     {"importance", "penalties"},
@@ -28,12 +28,14 @@ LAYERS = [
         "console",
         "dashboards",
         "data_command",
+        "earlier_runs",
         "export",
         "figures",
         "loggers",
         "recording",
         "report",
         "results",
+        "run_folder",
     },
     {"conformance", "export_command", "fit"},
     {"bench", "cli"},

@@ -205,7 +205,7 @@ def test_a_full_disk_ends_a_run_in_one_sentence(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().err == (
         f"bpn-fit: error: Expected room for the files of {RUN}, but got: [Errno 27] File too large. "
-        "Make some, and go on with --ckpt_path last.\n"
+        f"Make some. The same command with --ckpt_path last goes on from {RUN}.\n"
     )
     assert {path.name for path in CHECKPOINTS.iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert run("--ckpt_path", "last") == 0
@@ -254,6 +254,7 @@ def test_a_kill_between_two_renames(whole: Path, capsys: pytest.CaptureFixture[s
     CHECKPOINTS.mkdir(parents=True)
     last, previous = CHECKPOINTS / "last.ckpt", CHECKPOINTS / "previous.ckpt"
     previous.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())
+    (RUN / "metrics.csv").write_bytes((whole / "metrics.csv").read_bytes())
     assert run("--ckpt_path", "last") == 0
     assert capsys.readouterr().err == (
         f"bpn-fit: warning: There is no {last}. Going on from {previous}, the checkpoint before it.\n"

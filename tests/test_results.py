@@ -4,7 +4,6 @@ import csv
 import errno
 import json
 import math
-import os
 import re
 import subprocess
 from datetime import datetime, timedelta, timezone
@@ -22,8 +21,6 @@ from bpn_lightning.files import write_atomically
 from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.results import (
     Provenance,
-    check_folder,
-    clear_folder,
     collect_provenance,
     read_matrix_csv,
     read_results,
@@ -230,7 +227,7 @@ def test_results_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ResultsError, match=r"No space left on device.*resume"):
         write(tmp_path)
     assert len(contents(tmp_path)) == 5
-    check_folder(tmp_path)  # not a finished run
+    assert not (tmp_path / "results.json").exists()  # not a finished run
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -308,63 +305,6 @@ def test_other_tables_are_refused(tmp_path: Path, text: str, message: str) -> No
     with pytest.raises(ResultsError, match=message) as caught:
         read_matrix_csv(path)
     assert str(path) in str(caught.value)
-
-
-# --- the folder -----------------------------------------------------------------------------------------
-
-
-def test_finished_run_is_refused_without_overwrite(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    check_folder(folder)
-    assert contents(folder) == {}
-    write(folder)
-    before = contents(folder)
-    with pytest.raises(ResultsError, match=r"no finished run.*--overwrite"):
-        check_folder(folder)
-    assert contents(folder) == before
-
-
-def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
-    write(tmp_path, config="a: 1\n")
-    (tmp_path / "checkpoints" / "sharded.ckpt").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "sharded.ckpt" / "0.distcp").write_text("")
-    (tmp_path / "checkpoints" / "epoch=1.ckpt").write_text("")
-    (tmp_path / "elsewhere.ckpt").write_text("")
-    (tmp_path / "checkpoints" / "last.ckpt").symlink_to(tmp_path / "elsewhere.ckpt")
-    (tmp_path / "metrics.csv").write_text("")
-    (tmp_path / ".results.json.tmp").write_text("")  # a crash left it
-    for mine in ("notes.txt", "figures/mine.png", "checkpoints/notes.txt"):
-        (tmp_path / mine).write_text("keep")
-    check_folder(tmp_path, overwrite=True)
-    assert sorted(contents(tmp_path)) == [
-        "checkpoints/notes.txt",
-        "elsewhere.ckpt",
-        "figures/mine.png",
-        "notes.txt",
-    ]
-    clear_folder(tmp_path)  # nothing left to do is no error
-
-
-def test_unfinished_run_is_let_be(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("")
-    check_folder(tmp_path)
-    assert list(contents(tmp_path)) == ["metrics.csv"]
-
-
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ResultsError, match=r"can be written to, but got: .*--runs"):
-            check_folder(folder)
-    with pytest.raises(ResultsError, match="Expected to write the run's results"):
-        write(tmp_path / "file")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_without_write_access(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(ResultsError, match="Permission denied"):
-        check_folder(tmp_path / "run")
 
 
 # --- provenance -----------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""What makes a run the run that it is, and what two runs differ in."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["defining", "differences", "flatten", "run_name", "run_names"]
+
+#: The keys that a run has in common with its checkpoints; docs/resume.md says of the others that they
+#: may differ.
+DEFINING = (
+    *("method", "model", "data", "strategies"),
+    *(
+        f"trainer.{flag}"
+        for flag in (
+            "precision",
+            "accumulate_grad_batches",
+            "gradient_clip_val",
+            "gradient_clip_algorithm",
+            "limit_train_batches",
+            "sync_batchnorm",
+        )
+    ),
+)
+
+#: Arguments of streams that say where their data lie.
+DATA_PLACES = ("root", "path", "cache_dir", "download")
+
+MOST = 10
+"""Differences that a message names."""
+
+
+def defining(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides what a run computes, by dotted keys.
+
+    >>> defining({"runs": "here", "data": {"init_args": {"root": "there", "batch_size": 8}}})
+    {'data.init_args.batch_size': 8}
+    """
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if any(key == part or key.startswith(f"{part}.") for part in DEFINING)
+        and not (key.startswith("data.") and key.rpartition(".")[2] in DATA_PLACES)
+    }
+
+
+def run_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Experiment, method and seed: the folder of a run."""
+    keys = {"experiment": "experiment", "method": "method", "seed": "seed_everything"}
+    return {name: config.get(key) for name, key in keys.items()}
+
+
+def run_name(names: Mapping[str, Any]) -> str:
+    """The same for people."""
+    return f"{names['experiment']}, method {names['method']}, seed {names['seed']}"
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its keys joined by dots.
+
+    >>> flatten({"model": {"mask": "all", "backbone": {"hidden": [64, 64]}}, "method": "ewc"})
+    {'model.mask': 'all', 'model.backbone.hidden': [64, 64], 'method': 'ewc'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any], most: int = MOST) -> list[str]:
+    """Key by key, what a run and an earlier one do not have in common, in words.
+
+    Args:
+        here: of the run, by dotted keys.
+        there: of the earlier one, or of its checkpoint.
+        most: how many keys are named; the others are counted.
+
+    >>> differences({"mask": "all", "rank": 8}, {"mask": "seen", "epsilon": 0.1, "rank": 8})
+    ["mask is 'all' here and 'seen' there", 'epsilon is not here and 0.1 there']
+    """
+
+    def say(side: Mapping[str, Any], key: str) -> str:
+        return repr(side[key]) if key in side else "not"
+
+    missing = object()
+    keys = [key for key in {**here, **there} if here.get(key, missing) != there.get(key, missing)]
+    found = [f"{key} is {say(here, key)} here and {say(there, key)} there" for key in keys[:most]]
+    return [*found, f"and {len(keys) - most} more"] if len(keys) > most else found
