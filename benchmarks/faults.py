@@ -25,6 +25,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -241,7 +242,7 @@ class _Slow:
 
 
 def _kind(path: Path) -> str:
-    name = path.name.removeprefix(".").removesuffix(".tmp")
+    name = re.sub(r"^\.(.+)\.\d+\.tmp$", r"\1", path.name)
     return name if name.endswith((".ckpt", "metrics.csv", "config.yaml")) else "results"
 
 

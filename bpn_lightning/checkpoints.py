@@ -41,7 +41,6 @@ class WholeCheckpoints(TorchCheckpointIO):
         except RuntimeError as error:
             # Torch closes its archive after a failed write, and fails in that.
             if isinstance(error.__context__, OSError):
-                path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
                 raise error.__context__ from None
             raise
 

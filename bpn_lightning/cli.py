@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bpn_lightning import registry
 from bpn_lightning.command import methods_of, packaged_configs, read_command
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ProcessesError
+from bpn_lightning.terminal import INTERRUPTED
 
 __all__ = ["main"]
 
@@ -76,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not isinstance(error, SAID_ONCE):
             print(f"bpn-fit: error in process {process}: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:  # before training, or after it
+        if not _later_process():
+            print("bpn-fit: Interrupted.", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

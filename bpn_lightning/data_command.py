@@ -11,6 +11,7 @@ import yaml
 
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, ImageSet, make_image_set
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings
 
 __all__ = ["SetReport", "check_set", "main"]
 
@@ -81,9 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0 where every set is complete, 1 where one is not, 2 where the command line is wrong.
+        0 where every set is complete, 1 where one is not, 2 where the command line is wrong, 130 after
+        Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    try:
+        with plain_warnings("bpn-data"):
+            return _check(_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print("bpn-data: Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _check(arguments: argparse.Namespace) -> int:
     try:
         root = Path(arguments.root).expanduser().absolute()
         if not root.is_dir():

@@ -61,9 +61,7 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
     """
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
-        raise ConfigurationError(
-            f"Expected {folder} to be a new folder, but it is there. Name another one, or remove it."
-        )
+        raise _taken(folder)
     if module.head is None:
         raise ConfigurationError(
             "Expected a module that has learned tasks, but it has no head yet. Export it after "
@@ -82,15 +80,18 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
         "closed": module.closed,
         "state": _set_aside(module.state_dict(), "", tensors),
     }
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.export")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / _TENSORS)
         write_atomically(temporary / _RECORD, json.dumps(record, indent=1).encode())
         temporary.rename(folder)
-    except Exception as error:  # safetensors has its own for a full disk
+    except BaseException as error:  # Ctrl-C, too; safetensors has its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        if folder.exists():
+            raise _taken(folder) from error  # by another process, meanwhile
         raise ResultsError(
             f"Expected to write {folder}, but got: {error}. Make room or give write access."
         ) from error
@@ -142,6 +143,12 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
             f"got {kind}{said}. Export the module again, or pass the backbone that it had."
         ) from error
     return module.eval()
+
+
+def _taken(folder: Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"Expected {folder} to be a new folder, but it is there. Name another one, or remove it."
+    )
 
 
 def _task(record: Mapping[str, Any]) -> Task:

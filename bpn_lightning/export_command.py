@@ -8,6 +8,7 @@ from typing import Any
 
 from bpn_lightning.command import read_yaml
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings
 from bpn_lightning.trust import (
     check_named,
     importable,
@@ -29,24 +30,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0, or 2 where the user can mend it.
+        0, 2 where the user can mend it, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
     try:
-        run = Path(arguments.run)
-        backbone, mask = _configured(run / "config.yaml", arguments.trust)
-        from bpn_lightning.export import export_module  # seconds, for torch and lightning
-        from bpn_lightning.module import ContinualModule
-
-        checkpoint = run / "checkpoints" / "last.ckpt"
-        module = ContinualModule.load_from_checkpoint(
-            checkpoint, map_location="cpu", backbone=backbone, mask=mask
-        )
-        print(export_module(module, arguments.out))
+        with plain_warnings("bpn-export"):
+            print(_export(Path(arguments.run), Path(arguments.out), arguments.trust))
     except BPNLightningError as error:
         print(f"bpn-export: error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("bpn-export: Interrupted. Nothing was written.", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def _export(run: Path, out: Path, trust: bool) -> Path:
+    backbone, mask = _configured(run / "config.yaml", trust)
+    from bpn_lightning.export import export_module  # seconds, for torch and lightning
+    from bpn_lightning.module import ContinualModule
+
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    module = ContinualModule.load_from_checkpoint(
+        checkpoint, map_location="cpu", backbone=backbone, mask=mask
+    )
+    return export_module(module, out)
 
 
 def _configured(path: Path, trust: bool) -> tuple[Any, Any]:

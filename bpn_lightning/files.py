@@ -50,15 +50,15 @@ def refuse_outside(root: Path, folder: Path) -> None:
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file so that no reader, and no crash, ever meets half of it.
 
-    The bytes go to ``.<name>.tmp`` in the same folder, reach the disk, and take the final name in
-    one step, which reaches the disk too. What a crash leaves behind is the earlier file, and at most
-    one such temporary file that the next write replaces.
+    The bytes go to ``.<name>.<process>.tmp`` in the same folder, reach the disk, and take the final
+    name in one step, which reaches the disk too. Of two processes that write one file, one wins. What a
+    kill leaves behind is the earlier file, and at most one such temporary file.
 
     Args:
         path: of the file.
         content: its bytes, or what writes them into an open file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             if callable(content):
@@ -67,10 +67,10 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:  # a full disk wants the room back
+        os.replace(temporary, path)
+    except BaseException:  # a full disk wants the room back
         temporary.unlink(missing_ok=True)
         raise
-    os.replace(temporary, path)
     flush(path.parent)
 
 

@@ -52,14 +52,13 @@ from bpn_lightning.recording import Intervals, LastCheckpoint, MetricsFile
 from bpn_lightning.results import collect_provenance, write_results
 from bpn_lightning.run_folder import RunFolder, written_files
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.terminal import plain_warnings
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings
 from bpn_lightning.trainer_rules import check_launch
 from bpn_lightning.trust import restrict_imports
 
 __all__ = ["ContinualCLI", "fit"]
 
-INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
-TERMINATED = 143  # and of one that SIGTERM ended
+TERMINATED = 143  # as shells say of a command that SIGTERM ended
 
 #: Keys that say where and how a run is written, and not what it is: two runs that differ in them
 #: only have the same results, config.yaml included.

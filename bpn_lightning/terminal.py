@@ -4,7 +4,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["plain_warnings"]
+__all__ = ["INTERRUPTED", "plain_warnings"]
+
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, as shells have it."""
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from bpn_lightning.bench.grid import Grid, check_key, only, packaged_grids, read_grid
-from bpn_lightning.bench.runner import INTERRUPTED, Executor, Runner, on_this_machine
+from bpn_lightning.bench.runner import Executor, Runner, on_this_machine
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings
 
 __all__ = ["main"]
 
@@ -63,11 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv == ["--list"]:
             print("\n".join(packaged_grids()))
             return 0
-        if argv[0] == "report":
-            return _report(argv[1:])
-        if argv[0] == "collect":
-            return _collect(argv[1:])
-        return _run(argv)
+        commands = {"report": _report, "collect": _collect}
+        with plain_warnings("bpn-bench"):
+            return commands[argv[0]](argv[1:]) if argv[0] in commands else _run(argv)
     except BPNLightningError as error:
         print(f"bpn-bench: error: {error}", file=sys.stderr)
         return USAGE_ERROR

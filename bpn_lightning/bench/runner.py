@@ -31,8 +31,6 @@ __all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start",
 
 State = Literal["finished", "failed", "open"]
 
-INTERRUPTED = 130
-
 ATTEMPTS = 3
 """How often a cell is begun whose process is killed, each time from its last checkpoint."""
 

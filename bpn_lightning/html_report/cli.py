@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings
 
 __all__ = ["main"]
 
@@ -48,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif argv == ["--version"]:
             print(f"bpn-report {_version()}")
         else:
-            print(_report(_parse(argv)))
+            with plain_warnings("bpn-report"):
+                print(_report(_parse(argv)))
     except BPNLightningError as error:
         print(f"bpn-report: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("bpn-report: Interrupted. No page was written.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
