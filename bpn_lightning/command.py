@@ -118,13 +118,16 @@ def read_command(argv: Sequence[str]) -> Command:
     paths = [_find_config(name) for name in flags.config]
     layers = [_read(path) for path in paths]
     stated = _last(layers, "method")
-    experiment = str(
-        flags.experiment or _last(layers, "experiment") or (paths[0].stem if paths else "unnamed")
-    )
+    # Under a name of its own, an experiment keeps what was tuned for the one that it is made from.
+    tuned_for = [flags.experiment, _last(layers, "experiment"), *(path.stem for path in paths[:1])]
+    experiments = list(dict.fromkeys(str(name) for name in tuned_for if name)) or ["unnamed"]
+    experiment = experiments[0]
     method = flags.method or stated
-    check_name("experiment", experiment)
+    for name in experiments:
+        check_name("experiment", name)
     folders = list(dict.fromkeys([*(path.parent for path in paths[:1]), CONFIGS]))
-    known_methods = sorted({name for folder in folders for name in methods_of(experiment, folder)})
+    places = [folder / "methods" / name for name in experiments for folder in folders]
+    known_methods = sorted({path.stem for place in places for path in place.glob("*.yaml")})
     if method is None:
         raise ConfigurationError(
             "Expected --method (or `method:` in a config) to name a method, but got none. "
@@ -139,7 +142,7 @@ def read_command(argv: Sequence[str]) -> Command:
             notices.append(f"--method {method} leaves out the `strategies:` of {layer.name}.")
         layers = [layer.without_strategies() if layer.strategies else layer for layer in layers]
 
-    chosen, method_layer = _choose(method, experiment, folders, known_methods, layers, rest)
+    chosen, method_layer = _choose(method, places, known_methods, layers, rest)
     if method_layer is None or method_layer.name == method:
         given = {name for layer in layers for name in layer.strategies}
         if not set(chosen) <= given:
@@ -147,6 +150,8 @@ def read_command(argv: Sequence[str]) -> Command:
                 f"There are no tuned values of {method} for {experiment}: "
                 "its strategies run on their defaults."
             )
+    elif (source := Path(method_layer.name).parent.name) != experiment:
+        notices.append(f"The values of {method} are those tuned for {source}.")
     _check_overrides(chosen, method, layers, rest)
 
     first = next((i for i, layer in enumerate(layers) if layer.strategies), len(layers))
@@ -298,8 +303,7 @@ def _read(path: Path) -> _Layer:
 
 def _choose(
     method: str,
-    experiment: str,
-    folders: Sequence[Path],
+    places: Sequence[Path],
     known_methods: Sequence[str],
     layers: Sequence[_Layer],
     rest: Sequence[str],
@@ -309,8 +313,8 @@ def _choose(
     by_path = _with_class_path(layers, rest)
     given = [name for layer in layers for name in layer.strategies]
     known |= _by_class_path(method)
-    for folder in folders:
-        path = folder / "methods" / experiment / f"{method}.yaml"
+    for place in places:
+        path = place / f"{method}.yaml"
         if path.is_file():
             layer = _read(path)
             return _look_up(list(layer.strategies), method, known, by_path, known_methods), layer

@@ -65,6 +65,30 @@ def test_methods_are_looked_up_beside_the_experiment_too() -> None:
     assert list(command.strategies) == ["ewc", "bd"]
 
 
+def test_another_name_keeps_what_was_tuned_for_the_config() -> None:
+    def read(*flags: str) -> Command:
+        return read_command(["--config", "digits_inc.yaml", "--experiment", "mine", *flags])
+
+    tuned = CONFIGS / "methods" / "digits_inc"
+    for flags, method in (((), "bd+ewc"), (("--method", "ewc_task_mask"), "ewc_task_mask")):
+        command = read(*flags)
+        assert command.experiment == "mine"
+        assert configs(command)[1:] == [str(tuned / f"{method}.yaml")]
+        assert command.notices == [f"The values of {method} are those tuned for digits_inc."]
+    own = write("methods/mine/ewc.yaml", "strategies: {ewc: {strength: 3}}")
+    write("digits_inc.yaml", (CONFIGS / "digits_inc.yaml").read_text())
+    command = read("--method", "ewc")  # of its own before those
+    assert (configs(command)[1:], command.notices) == ([own], [])
+
+
+def test_a_config_that_names_an_experiment_keeps_its_methods_under_another_name() -> None:
+    stated = write("copy.yaml", "experiment: digits_inc\nmethod: ewc")
+    command = read_command(["--config", stated, "--experiment", "mine"])
+    assert configs(command)[1:] == [str(CONFIGS / "methods" / "digits_inc" / "ewc.yaml")]
+    with pytest.raises(ConfigurationError, match="Expected experiment to be a name for a folder"):
+        read_command(["--config", write("x.yaml", "experiment: ../y"), "--experiment", "z"])
+
+
 def test_a_method_without_tuned_values_says_so_and_takes_its_parts_in_order() -> None:
     command = read_command(["--config", "digits_inc.yaml", "--method", "ewc+bd"])
     assert list(command.strategies) == ["ewc", "bd"]
