@@ -2,7 +2,8 @@
 
 A cell's folder says how far it is: ``results.json`` of all tasks, and it is finished and not run
 again; ``failed.json``, and it is reported and run again only on request; a checkpoint, and the next
-call goes on from it. ``log.txt`` beside them has what the process said.
+call goes on from it. ``log.txt`` beside them has what the process said. Several calls may share a grid:
+a cell that another one runs is left to it.
 
 Where the processes run is an :class:`Executor`'s business: :func:`on_this_machine`, or
 :class:`bpn_lightning.bench.ray_executor.OnRay`.
@@ -26,6 +27,7 @@ import yaml
 from bpn_lightning.bench.grid import Cell
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import refuse_outside, write_atomically
+from bpn_lightning.folder_lock import FolderLock, holder
 
 __all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start", "state"]
 
@@ -183,13 +185,24 @@ class Runner:
 
     def _run(self, cell: Cell, total: int, started: float) -> Failure | None:
         folder = cell.folder(self.root)
+        lock = FolderLock(folder, ".cell.lock")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            owner = lock.acquire() or holder(folder)
         except OSError as error:
             raise ResultsError(
                 f"Expected {folder} to be a folder that can be written to, but got: {error}. "
                 "Choose another with --runs."
             ) from error
+        try:
+            if owner:
+                _say(f"{cell.name}: left to {owner}, which runs it")
+            elif state(cell, self.root) != "finished":  # by another call, since this one began
+                return self._run_locked(cell, folder, total, started)
+            return None
+        finally:
+            lock.release()
+
+    def _run_locked(self, cell: Cell, folder: Path, total: int, started: float) -> Failure | None:
         for earlier in ("failed.json", "log.txt"):
             (folder / earlier).unlink(missing_ok=True)
         line = [*self.command, *cell.flags, *self.passed_on]
@@ -198,8 +211,11 @@ class Runner:
         begun = time.monotonic()
         code = self._attempt(cell, line, folder / "log.txt")
         failure = None
-        if code or not _learned_all(folder / "results.json"):
+        if not _learned_all(folder / "results.json"):
             if self._stopped.is_set():
+                return None
+            if owner := holder(folder):  # a bpn-fit that began beside this one
+                _say(f"{cell.name}: left to {owner}, which runs it")
                 return None
             record = {"command": line, "status": code}
             write_atomically(folder / "failed.json", json.dumps(record, indent=2).encode())
@@ -208,6 +224,8 @@ class Runner:
             self._done += 1
             left = (time.monotonic() - started) / self._done * (total - self._done)
             outcome = "failed" if failure else "done"
+            if code and not failure:
+                outcome = f"done, but it ended with status {code} (see its log.txt)"
             seconds = time.monotonic() - begun
             _say(
                 f"[{self._done}/{total}] {cell.name}: {outcome} in {seconds:.0f} s"

@@ -15,6 +15,7 @@ import pytest
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.runner import Runner, on_this_machine, state
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.folder_lock import FolderLock
 
 Write = Callable[..., str]
 
@@ -57,6 +58,45 @@ def test_a_failed_cell_is_reported_with_its_log_and_run_again_only_on_request(
     assert Runner(tmp_path / "runs", retry=True, command=stand_in).run(cells) == []
     assert len(calls(tmp_path)) == 6
     assert {state(cell, runner.root) for cell in cells} == {"finished"}
+
+
+def test_two_calls_share_a_grid(
+    tmp_path: Path, write_grid: Write, stand_in: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the first call runs a cell, a second one comes, and then a third for what it left."""
+    cells = read_grid(write_grid()).cells
+    root = tmp_path / "runs"
+
+    def others_come(line: Sequence[str], log: Path, stopped: Event) -> int:
+        log.write_text("the first call's\n")
+        beside = Runner(root, command=stand_in)
+        assert beside.run(cells) == []
+        assert log.read_text() == "the first call's\n"
+        return on_this_machine(line, log, stopped)
+
+    first = Runner(root, command=stand_in, executor=others_come)
+    assert first.run(cells) == []
+    assert calls(tmp_path) == ["bd+ewc 0", "bd+ewc 1", "ewc 0", "ewc 1"]
+    assert not list(root.rglob("failed.json"))
+    assert f"left to process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_a_cell_that_a_run_of_its_own_holds_has_not_failed(
+    tmp_path: Path, write_grid: Write, stand_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = read_grid(write_grid()).cells[:1]
+    lock = FolderLock(cells[0].folder(tmp_path / "runs"))
+
+    def refused(*_: object) -> int:
+        assert lock.acquire() is None  # a bpn-fit, begun by hand just before
+        return 2
+
+    runner = Runner(tmp_path / "runs", command=stand_in, executor=refused)
+    assert runner.run(cells) == []
+    assert Runner(tmp_path / "runs", command=stand_in).run(cells) == []
+    lock.release()
+    assert calls(tmp_path) == []
+    assert [state(cell, runner.root) for cell in cells] == ["open"]
 
 
 def test_a_cell_whose_process_is_killed_begins_again_three_times_at_most(
