@@ -38,6 +38,7 @@ from bpn_lightning.trust import (
 __all__ = [
     "CONFIGS",
     "Command",
+    "flag_values",
     "methods_of",
     "nearest_file",
     "packaged_configs",
@@ -163,7 +164,7 @@ def read_command(argv: Sequence[str]) -> Command:
     refuse_never(by_files + typed)
     registered = [one.class_path for one in (*plugins, *chosen.values()) if one is not None]
     in_files = top_modules([*(layer.content for layer in layers), *registered])
-    typed_values = [value for key, value in _values(rest) if key not in ("runs", "ckpt_path")]
+    typed_values = [value for key, value in flag_values(rest) if key not in ("runs", "ckpt_path")]
     in_flags = top_modules([flags.method or "", *typed_values])
     trusted = {True: in_files | in_flags, None: in_flags, False: set()}[flags.trust]
     check_named(by_files + typed, trusted)
@@ -426,7 +427,7 @@ def _named_classes(
     """Classes that are named by class path: in files, and on the command line."""
     found = [one for layer in layers for one in named_classes(layer.name, layer.content)]
     in_files = [one for one in found if one.key != "method"]
-    typed = [one for key, value in _values(rest) for one in named_classes(FLAGS, value, key)]
+    typed = [one for key, value in flag_values(rest) for one in named_classes(FLAGS, value, key)]
     if typed_method is None:
         of = next(one.name for one in reversed(layers) if one.content.get("method") is not None)
         in_files += named_classes(of, method, "method")
@@ -435,7 +436,7 @@ def _named_classes(
     return in_files, typed
 
 
-def _values(rest: Sequence[str]) -> list[tuple[str, Any]]:
+def flag_values(rest: Sequence[str]) -> list[tuple[str, Any]]:
     """The flags and their values, as YAML has them."""
     pairs = []
     for token, following in zip(rest, [*rest, ""][1:], strict=True):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["defining", "differences", "flatten", "run_name", "run_names"]
+__all__ = ["decides", "defining", "differences", "flatten", "run_name", "run_names"]
 
 #: The keys that a run has in common with its checkpoints; docs/resume.md says of the others that they
 #: may differ.
@@ -35,12 +35,14 @@ def defining(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> defining({"runs": "here", "data": {"init_args": {"root": "there", "batch_size": 8}}})
     {'data.init_args.batch_size': 8}
     """
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if any(key == part or key.startswith(f"{part}.") for part in DEFINING)
-        and not (key.startswith("data.") and key.rpartition(".")[2] in DATA_PLACES)
-    }
+    return {key: value for key, value in flatten(config).items() if decides(key)}
+
+
+def decides(key: str) -> bool:
+    """Whether a key of a configuration decides what a run computes."""
+    if key.startswith("data.") and key.rpartition(".")[2] in DATA_PLACES:
+        return False
+    return any(key == part or key.startswith(f"{part}.") for part in DEFINING)
 
 
 def run_names(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from typing import Any, TypedDict, cast
 
 from bpn_lightning.bench.grid import Cell, Grid, NotRun
 from bpn_lightning.bench.runner import state
-from bpn_lightning.errors import ResultsError
+from bpn_lightning.command import read_yaml
+from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
+from bpn_lightning.identity import defining, differences
 from bpn_lightning.results import (
     Accuracy,
     BytesHeld,
@@ -126,11 +128,14 @@ def collect(grid: Grid, root: Path) -> Collection:
         root: where they are.
 
     Raises:
-        ResultsError: a folder holds another run than the grid's.
+        ResultsError: a folder holds another run than the grid's, or seeds of a cell differ in more than
+            their seed.
     """
     records = {}
+    finished = [cell for cell in grid.cells if state(cell, root) == "finished"]
+    _check_one_setting(finished, root)
     for cell in grid.cells:
-        if state(cell, root) == "finished":
+        if cell in finished:
             try:
                 # Maps are large, and one seed's are drawn.
                 maps_too = cell.seed == grid.cells[0].seed
@@ -148,6 +153,29 @@ def collect(grid: Grid, root: Path) -> Collection:
         missing=tuple(cell.name for cell in grid.cells if cell.name not in records),
         records=tuple(records.values()),
     )
+
+
+def _check_one_setting(cells: Sequence[Cell], root: Path) -> None:
+    """Seeds differ by their seeds alone, and methods learn one stream: a mean mixes nothing else."""
+    first: dict[object, tuple[Path, dict[str, Any]]] = {}
+    for cell in cells:
+        folder = cell.folder(root)
+        try:
+            config = defining(read_yaml(folder / "config.yaml"))
+        except ConfigurationError:
+            continue  # only the results were kept
+        config.pop("data.init_args.seed", None)
+        of_stream = {key: value for key, value in config.items() if key.startswith("data.")}
+        place = (cell.experiment, cell.label, cell.variant)
+        for group, part in (((*place, cell.method), config), (place, of_stream)):
+            other, there = first.setdefault(group, (folder, part))
+            different = differences(part, there, 3)
+            if different:
+                raise ResultsError(
+                    f"Expected {folder} and {other} to be runs of one setting, but of these "
+                    f"{'; '.join(different)}. Remove the folder that the grid does not mean, so that it "
+                    "runs again."
+                )
 
 
 def write_collection(collection: Collection, folder: Path) -> Path:

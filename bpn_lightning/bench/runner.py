@@ -25,9 +25,11 @@ from typing import Any, Literal, Protocol
 import yaml
 
 from bpn_lightning.bench.grid import Cell
+from bpn_lightning.command import flag_values
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import refuse_outside, write_atomically
 from bpn_lightning.folder_lock import FolderLock, holder
+from bpn_lightning.identity import decides
 
 __all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start", "state"]
 
@@ -38,8 +40,8 @@ ATTEMPTS = 3
 
 BPN_FIT = "bpn-fit"
 
-# What changes when and where a result is looked at, and not the result.
-_OBSERVATION = ("model.evaluate_every", "model.without_oracle", "trainer.")
+# What changes when a result is looked at, and not the result.
+_OBSERVATION = ("model.evaluate_every", "model.without_oracle")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,13 @@ class Failure:
         return f"{self.cell.name}: {when}; the whole log is {self.log}\n{_indented(self.last)}"
 
 
-def state(cell: Cell, root: Path) -> State:
+def state(cell: Cell, root: Path, passed_on: Sequence[str] = ()) -> State:
     """How far a cell is, by its folder.
+
+    Args:
+        cell: of a grid.
+        root: folder of the grid's runs.
+        passed_on: flags that every run of the grid gets besides.
 
     Raises:
         ResultsError: what lies there is another run, with other settings than the grid's, or a link
@@ -73,7 +80,7 @@ def state(cell: Cell, root: Path) -> State:
     folder = cell.folder(root)
     refuse_outside(root, folder)
     if _learned_all(folder / "results.json"):
-        _check_same(cell, folder)
+        _check_same(cell, folder, passed_on)
         return "finished"
     return "failed" if (folder / "failed.json").is_file() else "open"
 
@@ -162,7 +169,7 @@ class Runner:
             ResultsError: a folder holds another run than the grid asks for, before anything runs.
             KeyboardInterrupt: after Ctrl-C, when all processes have ended; what they did is kept.
         """
-        states = [state(cell, self.root) for cell in cells]
+        states = [state(cell, self.root, self.passed_on) for cell in cells]
         again = {"open", "failed"} if self.retry else {"open"}
         todo = [cell for cell, far in zip(cells, states, strict=True) if far in again]
         todo.sort(key=lambda cell: cell.seed)  # a whole table soon, and then its intervals
@@ -196,7 +203,9 @@ class Runner:
         try:
             if owner:
                 _say(f"{cell.name}: left to {owner}, which runs it")
-            elif state(cell, self.root) != "finished":  # by another call, since this one began
+            elif (
+                state(cell, self.root, self.passed_on) != "finished"
+            ):  # by another call, since this one began
                 return self._run_locked(cell, folder, total, started)
             return None
         finally:
@@ -262,15 +271,15 @@ def _learned_all(path: Path) -> bool:
         return False
 
 
-def _check_same(cell: Cell, folder: Path) -> None:
-    """Results of an earlier wording of the grid must not pass for this one's."""
+def _check_same(cell: Cell, folder: Path, passed_on: Sequence[str]) -> None:
+    """Results of an earlier wording of the grid, or of other flags, must not pass for this one's."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return  # only the results were kept
-    for key, wanted in cell.settings + cell.variant:
+    for key, wanted in (*flag_values(passed_on), *cell.settings, *cell.variant):
         found = _at(config, key.split("."))
-        if key.startswith(_OBSERVATION) or found is _MISSING or found == wanted:
+        if key in _OBSERVATION or not decides(key) or _agree(found, wanted):
             continue
         raise ResultsError(
             f"Expected {folder} to hold a run with {key} {wanted!r}, but got one with {found!r}. "
@@ -282,11 +291,30 @@ _MISSING = object()
 
 
 def _at(config: Any, keys: Sequence[str]) -> Any:
+    """The value of a key, in which the ``init_args`` of a class may be left out, as on the command line."""
     for key in keys:
+        if isinstance(config, Mapping) and key not in config:
+            config = config.get("init_args")
         if not isinstance(config, Mapping) or key not in config:
             return _MISSING
         config = config[key]
     return config
+
+
+def _agree(found: Any, wanted: Any) -> bool:
+    """Whether a resolved value may be what a flag or a grid asks for."""
+    if found is _MISSING or found == wanted:
+        return True
+    if isinstance(wanted, str):
+        if isinstance(found, Mapping):  # a class, by its short name or its path
+            return str(found.get("class_path")).endswith(wanted.rpartition(".")[2])
+        if isinstance(found, int | float):
+            try:
+                return float(wanted) == found  # YAML takes 1e-3 for a text
+            except ValueError:
+                pass
+        return "${" in wanted or wanted.startswith("--")
+    return False
 
 
 def _bpn_fit() -> list[str]:

@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
+import yaml
 
+from bpn_lightning.bench.collection import collect
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.runner import Runner, on_this_machine, state
 from bpn_lightning.errors import ResultsError
@@ -148,6 +151,73 @@ def test_results_of_another_setting_are_not_taken_for_this_ones(
     config.write_text("strategies: {ewc: {strength: 7}}")
     with pytest.raises(ResultsError, match=r"strategies\.ewc\.strength 5, but got one with 7"):
         state(cell, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("passed_on", "other"),
+    [
+        (["--data.init_args.num_tasks", "2"], None),
+        (["--data.num_tasks=2"], None),
+        (["--data.init_args.num_tasks", "5", "--trainer.accelerator", "cpu"], "finished"),
+        (["--data.root", "elsewhere", "--model.optimizer", "Adam"], "finished"),
+        (["--model.optimizer.lr", "1e-3", "--trainer.precision=16-mixed"], None),
+        (["--model.optimizer.lr", "1e-3", "--model.evaluate_every", "epoch"], "finished"),
+        (["--model.optimizer", "SGD"], None),
+    ],
+)
+def test_results_of_other_flags_are_not_taken_for_this_calls(
+    passed_on: list[str], other: str | None, tmp_path: Path, write_grid: Write, stand_in: list[str]
+) -> None:
+    cell = read_grid(write_grid()).cells[0]
+    Runner(tmp_path, command=stand_in).run([cell])
+    (cell.folder(tmp_path) / "config.yaml").write_text(
+        "data: {class_path: SplitDigits, init_args: {num_tasks: 5, root: here}}\n"
+        "model: {optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.001}}}\n"
+        "trainer: {accelerator: auto, precision: null}\n"
+    )
+    if other:
+        assert state(cell, tmp_path, passed_on) == other
+    else:
+        with pytest.raises(ResultsError, match="but got one with"):
+            state(cell, tmp_path, passed_on)
+
+
+@pytest.mark.parametrize(
+    ("index", "config", "said"),
+    [
+        (
+            1,
+            {"strategies": {"ewc": {"strength": 7}}},
+            "strategies.ewc.strength is 7 here and 5 there",
+        ),
+        (1, {"data": {"init_args": {"seed": 3, "root": "there"}}}, None),
+        (2, {"data": {"init_args": {"num_tasks": 2}}}, "data.init_args.num_tasks is 2 here"),
+    ],
+)
+def test_a_table_is_of_one_setting(
+    index: int,
+    config: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    write_grid: Write,
+    stand_in: list[str],
+) -> None:
+    grid = read_grid(write_grid())
+    Runner(tmp_path / "runs", command=stand_in).run(grid.cells)
+    base = {"strategies": {"ewc": {"strength": 5}}, "data": {"init_args": {"num_tasks": 5}}}
+    for cell in grid.cells:
+        mine = config if cell == grid.cells[index] else {}
+        whole = {key: {**value, **mine.get(key, {})} for key, value in base.items()}
+        if "data" in mine:
+            whole["data"] = {
+                "init_args": {**base["data"]["init_args"], **mine["data"]["init_args"]}
+            }
+        (cell.folder(tmp_path / "runs") / "config.yaml").write_text(yaml.safe_dump(whole))
+    if said:
+        with pytest.raises(ResultsError, match=said):
+            collect(grid, tmp_path / "runs")
+    else:
+        assert len(collect(grid, tmp_path / "runs").records) == 4
 
 
 def test_half_a_stream_is_no_finished_cell(
