@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["decides", "defining", "differences", "flatten", "run_name", "run_names"]
+__all__ = ["OBSERVED", "decides", "defining", "differences", "flatten", "run_name", "run_names"]
 
 #: The keys that a run has in common with its checkpoints; docs/resume.md says of the others that they
 #: may differ.
@@ -24,6 +24,9 @@ DEFINING = (
 
 #: Arguments of streams that say where their data lie.
 DATA_PLACES = ("root", "path", "cache_dir", "download")
+
+#: Keys that change when and where a result is looked at, and not the result.
+OBSERVED = ("model.evaluate_every", "model.without_oracle")
 
 MOST = 10
 """Differences that a message names."""

@@ -29,7 +29,7 @@ from bpn_lightning.command import flag_values
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import refuse_outside, write_atomically
 from bpn_lightning.folder_lock import FolderLock, holder
-from bpn_lightning.identity import decides
+from bpn_lightning.identity import OBSERVED, decides
 
 __all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start", "state"]
 
@@ -39,9 +39,6 @@ ATTEMPTS = 3
 """How often a cell is begun whose process is killed, each time from its last checkpoint."""
 
 BPN_FIT = "bpn-fit"
-
-# What changes when a result is looked at, and not the result.
-_OBSERVATION = ("model.evaluate_every", "model.without_oracle")
 
 
 @dataclass(frozen=True)
@@ -279,7 +276,7 @@ def _check_same(cell: Cell, folder: Path, passed_on: Sequence[str]) -> None:
         return  # only the results were kept
     for key, wanted in (*flag_values(passed_on), *cell.settings, *cell.variant):
         found = _at(config, key.split("."))
-        if key in _OBSERVATION or not decides(key) or _agree(found, wanted):
+        if key in OBSERVED or not decides(key) or _agree(found, wanted):
             continue
         raise ResultsError(
             f"Expected {folder} to hold a run with {key} {wanted!r}, but got one with {found!r}. "

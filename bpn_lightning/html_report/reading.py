@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,8 @@ from bpn_lightning.bench.collection import CELLS, Collection, Record, read_colle
 from bpn_lightning.bench.grid import Cell, short
 from bpn_lightning.command import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
+from bpn_lightning.html_report.labels import setting_labels
+from bpn_lightning.identity import OBSERVED, decides
 from bpn_lightning.results import read_matrix_rows, read_results
 
 __all__ = ["Curve", "Found", "Problem", "Run", "find_runs"]
@@ -33,6 +35,8 @@ _NUMBERS = (
     ("bytes_held", "inference"),
     ("provenance", "seconds"),
 )
+
+_STREAM_SEED = "data.init_args.seed"
 
 _JOINT = " · "  # between an experiment and what sets its runs apart from others of that name
 
@@ -60,9 +64,10 @@ class Run:
 
     Args:
         source: where it was read, from the folder that was asked for.
-        place: the experiment, and what sets its runs apart from others of that name.
-        method: its name, with the values that a grid varied; runs of one place and method differ by
-            their seed.
+        place: the experiment, and what sets its runs apart from others of that name: folders, and
+            values of the stream.
+        method: its name, with the values that a grid varied, and those in which runs of this name
+            differ; runs of one place and method differ by their seed.
         seed: its seed.
         results: as :class:`bpn_lightning.results.Results`, as far as a cells.json keeps them.
         task_names: a text for each task of the stream.
@@ -184,6 +189,7 @@ def find_runs(folder: Path) -> Found:
             f"Expected {folder} to hold runs, but found no results.json and no {CELLS} at or below "
             "it. Name the folder of a run, one above runs, or one of docs/results."
         )
+    runs = _tell_apart(runs)
     runs.sort(key=lambda run: (run.place, run.method, run.seed))
     grid = collections[0] if len(collections) == 1 else None
     return Found(
@@ -359,6 +365,65 @@ def _not_run(collection: Collection, finished: Iterable[str]) -> Iterator[Proble
             yield Problem(name, "not finished", f"The grid {collection.name} asks for it.")
     for one in collection.not_run:
         yield Problem(f"{one.experiment}: {', '.join(one.methods)}", "not run", one.reason)
+
+
+def _tell_apart(runs: Sequence[Run]) -> list[Run]:
+    """Put what decides about a result into the names of runs that do not share it.
+
+    A place has one stream, and a method in it one setting, whose runs differ by their seeds alone.
+    """
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.place,), []).append(run)
+    apart = [
+        replace(run, place=f"{run.place}{_JOINT}{label}") if label else run
+        for group in groups.values()
+        for run, label in _labelled(group, [_deciding(run, of_stream=True) for run in group])
+    ]
+    groups.clear()
+    for run in apart:
+        groups.setdefault((run.place, run.method), []).append(run)
+    return [
+        replace(run, method=f"{run.method}, {label}") if label else run
+        for group in groups.values()
+        for run, label in _labelled(group, [_of_method(run, group) for run in group])
+    ]
+
+
+def _labelled(
+    runs: Sequence[Run], settings: Sequence[Mapping[str, Any] | None]
+) -> Iterable[tuple[Run, str]]:
+    return zip(runs, setting_labels(settings), strict=True)
+
+
+def _deciding(run: Run, of_stream: bool) -> dict[str, Any] | None:
+    """The settings of the stream, or the others, but for those that the run's name tells already."""
+    told = run.method.split(", ")[1:]
+    if run.settings is None:
+        return None
+    return {
+        key: value
+        for key, value in run.settings.items()
+        if decides(key)
+        and key.startswith("data.") == of_stream
+        and key not in ("method", _STREAM_SEED, *OBSERVED)
+        and f"{short(key)} {value}" not in told
+    }
+
+
+def _of_method(run: Run, group: Sequence[Run]) -> dict[str, Any] | None:
+    """With the stream's own seed, unless all runs have one of their own, or all have the same."""
+    settings = _deciding(run, of_stream=False)
+    seeds = [_stream_seed(one) for one in group]
+    if settings is not None and 1 < len(set(seeds)) < len(seeds):
+        settings[_STREAM_SEED] = _stream_seed(run)
+    return settings
+
+
+def _stream_seed(run: Run) -> Any:
+    """Of classes, splits and batches; that of the run unless it was set."""
+    own = (run.settings or {}).get(_STREAM_SEED)
+    return run.seed if own is None else own
 
 
 def _once(runs: Sequence[Run], problems: list[Problem]) -> list[Run]:

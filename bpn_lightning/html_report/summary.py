@@ -132,8 +132,8 @@ def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
     mixed = [row for row in rows if len({str(_of_method(run)) for run in row.runs}) > 1]
     if mixed:
         yield (
-            f"The seeds of {_some(map(name, mixed))} do not share their settings, so a mean over "
-            "them mixes different experiments: see the settings below."
+            f"The seeds of {_some(map(name, mixed))} do not share all their settings, though all that "
+            "decide what is computed: see the settings below."
         )
     unknown = sum(run.settings is None for run in runs)
     if unknown:

@@ -4,11 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bpn_lightning.bench.collection import CELLS, Collection, Record, write_collection
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.html_report.comparison import compare
 from bpn_lightning.html_report.reading import Curve, Problem, find_runs
 
 Make = Callable[..., Path]
@@ -286,3 +288,48 @@ def test_where_there_are_no_runs(tmp_path: Path) -> None:
         find_runs(tmp_path / "nowhere")
     with pytest.raises(ResultsError, match=r"found no results\.json and no cells\.json"):
         find_runs(tmp_path)
+
+
+def test_seeds_of_other_settings_are_other_rows(make_run: Make, tmp_path: Path) -> None:
+    """A row is a mean over seeds: of one stream, one network and one value of everything."""
+
+    def data(**arguments: Any) -> dict[str, Any]:
+        return {"data": {"class_path": "SplitDigits", "init_args": {"root": "x", **arguments}}}
+
+    make_run("ewc", 0, config=data(num_tasks=5) | {"strategies": {"ewc": {"strength": 5.0}}})
+    make_run("ewc", 1, config=data(num_tasks=5) | {"strategies": {"ewc": {"strength": 7.0}}})
+    make_run("ewc", 2, config=data(num_tasks=2) | {"strategies": {"ewc": {"strength": 7.0}}})
+    make_run("bd", 0, config=data(num_tasks=5, root="y") | {"trainer": {"accelerator": "cpu"}})
+    make_run(
+        "bd", 1, config=data(num_tasks=5) | {"model": {"mask": "all", "evaluate_every": "epoch"}}
+    )
+    comparison = compare(find_runs(tmp_path / "runs").runs)
+    assert [(row.place, row.method, row.seeds) for row in comparison.rows] == [
+        ("digits_inc · num_tasks 2", "ewc", [2]),
+        ("digits_inc · num_tasks 5", "bd", [0, 1]),
+        ("digits_inc · num_tasks 5", "ewc, strength 5.0", [0]),
+        ("digits_inc · num_tasks 5", "ewc, strength 7.0", [1]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "methods"),
+    [
+        ((None, None, 7), {"ewc"}),  # three streams for three seeds
+        ((7, 7, 7), {"ewc"}),  # one stream for all
+        ((7, 7, None), {"ewc, seed 7", "ewc, seed 2"}),  # neither
+    ],
+)
+def test_the_seed_of_the_stream(
+    make_run: Make, tmp_path: Path, seeds: tuple[int | None, ...], methods: set[str]
+) -> None:
+    for seed, of_stream in enumerate(seeds):
+        make_run("ewc", seed, config={"data": {"init_args": {"seed": of_stream}}})
+    assert {run.method for run in find_runs(tmp_path / "runs").runs} == methods
+
+
+def test_values_that_the_folders_tell_are_told_once(make_run: Make, tmp_path: Path) -> None:
+    for rank in (4, 8):
+        config = {"strategies": {"bd": {"rank": rank}}}
+        make_run("bd", root=f"runs/rank={rank}", config=config)
+    assert [run.method for run in find_runs(tmp_path / "runs").runs] == ["bd, rank 4", "bd, rank 8"]

@@ -114,7 +114,7 @@ def test_what_several_runs_do_not_show(make_run: Make, summary: Callable[[], Sum
     assert "One seed only, hence no interval: psp and stl." in words
     assert "Two seeds only, whose intervals are very wide: ewc and gem." in words
     assert "not all methods have the same seeds" in words
-    assert "The seeds of ewc do not share their settings" in words
+    assert "The seeds of ewc do not share all their settings" in words
     assert "The settings of 1 run were not kept" in words
     assert "1 incomplete, 1 not finished" in words
 
