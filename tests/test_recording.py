@@ -62,3 +62,54 @@ def test_a_checkpoint_from_elsewhere_begins_a_new_file(tmp_path: Path) -> None:
         metrics.resume(rows=7, global_step=70)
     metrics.log_metrics({"loss": 1.0}, step=70)
     assert rows(metrics.path) == [{"step": "70", "loss": "1.0"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"step,epoch\n0,0\n", "but it has 1."),
+        (b"", "but it has 0."),
+        (b"\xff\xfe", "but it cannot be read ("),
+        (b"a,b\n1,2\n", "but it cannot be read ('step')"),
+        (b"step,a\nx,2\n", "but it cannot be read (line 2 has no step)"),
+        (b'step,a\n"1,2\n', "but it cannot be read ("),
+        (b"step,a\n1,2,3\n", "but it cannot be read (line 2 has other columns than the first)"),
+        (b"step,a\n1\n", "but it cannot be read (line 2 has other columns than the first)"),
+    ],
+)
+def test_what_is_missing_is_said_and_what_is_no_table_is_kept(
+    text: bytes, said: str, tmp_path: Path
+) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    for other in (b"older\nx\n", text):
+        metrics.path.write_bytes(other)
+        with pytest.warns(UserWarning, match="to have 2 rows of metrics, but it") as caught:
+            metrics.resume(rows=2, global_step=0)
+    assert said in str(caught[0].message)
+    metrics.log_metrics({"loss": 1.0}, step=9)
+    assert rows(metrics.path)[-1]["step"] == "9"
+    kept = [path.read_bytes() for path in sorted(tmp_path.glob("*.damaged*"))]
+    assert kept == [b"older\nx\n", *([text] if "cannot" in said else [])]
+
+
+def test_a_file_that_is_taken_away_begins_again_with_its_header(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    metrics.log_metrics({"loss": 1.0}, step=0)
+    metrics.path.unlink()
+    metrics.log_metrics({"loss": 0.5}, step=1)
+    assert rows(metrics.path) == [{"step": "1", "loss": "0.5"}]
+    with pytest.warns(UserWarning, match="to have 2 rows of metrics, but it has 1"):
+        metrics.log_metrics({"new": 1.0}, step=2)
+
+
+def test_the_rows_of_a_resumed_run_are_written_when_it_begins(tmp_path: Path) -> None:
+    source, text = tmp_path / "other.csv", "step,loss\n0,1.0\n1,0.5\n2,0.25\n"
+    source.write_text(text)
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    metrics.resume(rows=2, global_step=2, source=source)
+    assert not metrics.path.exists()
+    metrics.begin()
+    assert metrics.path.read_text() == "step,loss\n0,1.0\n1,0.5\n"
+    assert source.read_text() == text
+    metrics.log_metrics({"loss": 0.125}, step=2)
+    assert metrics.path.read_text().endswith("1,0.5\n2,0.125\n")
