@@ -601,7 +601,13 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         cli.previous.unlink(missing_ok=True)
     if config.log_artifacts:
         name = f"{config.experiment}-{config.method}-seed_{config.seed_everything}"
-        keep_results(cli.trainer.loggers, name, written_files(cli.folder), cli.last)
+        try:
+            keep_results(cli.trainer.loggers, name, written_files(cli.folder), cli.last)
+        except Exception as error:  # a logger's client may raise any exception
+            raise ResultsError(
+                f"Expected the loggers to keep the run's files, but got: {error}. Its results are whole "
+                f"in {cli.folder}: upload them by hand."
+            ) from error
     if config.json:
         out.write(results.read_text(encoding="utf-8"))
     if config.quiet or config.json:

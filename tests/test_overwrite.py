@@ -178,6 +178,22 @@ def test_ctrl_c_while_results_are_written_says_how_to_go_on(
     assert run("--ckpt_path", "last") == 0
 
 
+def test_results_are_whole_where_a_logger_cannot_keep_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(fit, "keep_results", unreachable)
+    assert run("--runs", "new", "--log_artifacts") == 2
+    here = Path("new", *RUN.parts[1:])
+    assert capsys.readouterr().err == (
+        "bpn-fit: error: Expected the loggers to keep the run's files, but got: no server. Its results "
+        f"are whole in {here}: upload them by hand.\n"
+    )
+    assert files(here).keys() == files().keys()
+
+
 # --- a checkpoint of another folder ---------------------------------------------------------------
 
 

@@ -80,6 +80,10 @@ def _run(argv: Sequence[str]) -> int:
     grid = read_grid(options.grid, passed_on)
     cells = only(grid.cells, options.only) if options.only else list(grid.cells)
     root = Path(options.runs or Path("runs", "bench", grid.name))
+    if options.out and Path(options.out).is_dir():
+        from bpn_lightning.bench.collection import check_kept  # torch comes with it
+
+        check_kept(grid.name, None, Path(options.out))
     with _executor(options, root) as executor:
         # Ends the runs as Ctrl-C does; Ray has a handler of its own.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -111,11 +115,13 @@ def _collect(argv: Sequence[str]) -> int:
 
 def _finish(grid: Grid, root: Path, out: str | None) -> None:
     """Keep what is finished, make the report, and print its tables."""
-    from bpn_lightning.bench.collection import collect, write_collection  # torch comes with them
+    from bpn_lightning.bench.collection import check_kept, collect, write_collection
     from bpn_lightning.bench.report import REPORT, write_report
 
     folder = Path(out) if out else root / "report"
     collection = collect(grid, root)
+    if out:  # beside its runs it can be made again
+        check_kept(grid.name, collection.records, folder)
     write_collection(collection, folder)
     for artefact in write_report(collection, folder):
         print(f"{artefact.markdown()}\n")

@@ -29,7 +29,15 @@ from bpn_lightning.results import (
 )
 from bpn_lightning.scores import AfterLearning, WithoutOracle
 
-__all__ = ["CELLS", "Collection", "Record", "collect", "read_collection", "write_collection"]
+__all__ = [
+    "CELLS",
+    "Collection",
+    "Record",
+    "check_kept",
+    "collect",
+    "read_collection",
+    "write_collection",
+]
 
 CELLS = "cells.json"
 
@@ -176,6 +184,43 @@ def _check_one_setting(cells: Sequence[Cell], root: Path) -> None:
                     f"{'; '.join(different)}. Remove the folder that the grid does not mean, so that it "
                     "runs again."
                 )
+
+
+def check_kept(name: str, records: Sequence[Record] | None, folder: Path) -> None:
+    """Refuse a folder whose cells.json has what a new one would not: it may be all that is left.
+
+    Args:
+        name: of the grid that is to be written there.
+        records: its finished runs; None while they are not known.
+        folder: of the report.
+
+    Raises:
+        ResultsError: it is of another grid, or has runs that the new one lacks.
+    """
+    try:
+        kept = read_collection(folder)
+    except ResultsError:  # none, mostly
+        return
+    path = folder / CELLS
+    if kept.name != name:
+        raise ResultsError(
+            f"Expected {path} to be of the grid {name}, but it is of {kept.name}. Give another --out."
+        )
+    if records is None:
+        return
+    have = {(one.place, one.method, one.seed, str(one.variant)) for one in records}
+    lost = [
+        f"{one.place}, {one.method}, seed {one.seed}"
+        for one in kept.records
+        if (one.place, one.method, one.seed, str(one.variant)) not in have
+    ]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise ResultsError(
+            f"Expected the runs of {path} to be among those collected now, but {len(lost)} of its "
+            f"{len(kept.records)} are not: {'; '.join(lost[:3])}{more}. Give another --out, or remove "
+            "that file if nothing in it is wanted any more."
+        )
 
 
 def write_collection(collection: Collection, folder: Path) -> Path:

@@ -80,13 +80,14 @@ def report_all(folder: Path) -> list[Path]:
             f"Expected {folder} to hold {CELLS}, or folders with one, but found none. "
             "`bpn-bench GRID --out DIR` and `bpn-bench collect` write it."
         )
+    home = folder.resolve() if folder.name in ("", "..") else folder
     sections = []
     for one in sorted(found, key=_order):
         collection = read_collection(one)
         artefacts = write_report(collection, one)
-        sections.append("## " + _section(collection, artefacts, f"{folder.name}/{one.name}/"))
-    page = folder.with_suffix(".md")
-    write_atomically(page, ("\n\n".join([HEAD.format(folder.name), *sections]) + "\n").encode())
+        sections.append("## " + _section(collection, artefacts, f"{home.name}/{one.name}/"))
+    page = home.with_name(f"{home.name}.md")
+    write_atomically(page, ("\n\n".join([HEAD.format(home.name), *sections]) + "\n").encode())
     return [page]
 
 

@@ -32,6 +32,8 @@ Show a run, or all runs below a folder, as one HTML page that a browser opens fr
 
 USAGE_ERROR = 2  # as argparse exits
 
+_PAGE = b"<!DOCTYPE html>"  # how every page begins
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -68,10 +70,11 @@ def _report(options: argparse.Namespace) -> Path:
     from bpn_lightning.html_report.reading import find_runs
 
     folder = Path(options.folder)
-    found = find_runs(folder)
-    page = render(found, compare(found.runs, found.compare, options.reference), _version())
     home = folder if folder.is_dir() else folder.parent
     path = Path(options.out) if options.out else home / "report.html"
+    _check_out(path)
+    found = find_runs(folder)
+    page = render(found, compare(found.runs, found.compare, options.reference), _version())
     try:
         write_atomically(path, page)
     except OSError as error:
@@ -82,6 +85,24 @@ def _report(options: argparse.Namespace) -> Path:
     for problem in found.problems:
         print(f"bpn-report: {problem.where}: {problem.state}. {problem.why}", file=sys.stderr)
     return path
+
+
+def _check_out(path: Path) -> None:
+    """Refuse to put a page in the place of something else, such as a run's results."""
+    if not path.exists():
+        return
+    is_page = False
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                is_page = file.read(len(_PAGE)) == _PAGE
+        except OSError:
+            return  # which writing it will say
+    if not is_page:
+        raise ResultsError(
+            f"Expected --out to be a new file or an earlier page, but got {path}, which is something "
+            "else. Name another file."
+        )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

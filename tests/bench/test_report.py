@@ -87,6 +87,47 @@ def test_a_report_needs_cells_json_only_and_is_the_same_again(
     assert "](results/two/accuracy_digits_inc.png)" in page
 
 
+def test_what_only_a_report_has_left_is_not_replaced(
+    tmp_path: Path,
+    write_grid: Callable[..., str],
+    stand_in: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    grid = write_grid()
+    Runner(tmp_path / "runs", command=stand_in).run(read_grid(grid).cells)
+    out, line = tmp_path / "results" / "two", ["collect", grid, "--runs"]
+    kept = ["--out", str(out)]
+    assert main([*line, str(tmp_path / "runs"), *kept]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main([*line, str(tmp_path / "nowhere"), *kept]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"Expected the runs of {out / 'cells.json'} to be among those collected now, but 4 of its 4 are "
+        "not: digits_inc, ewc, seed 0; digits_inc, ewc, seed 1; digits_inc, bd+ewc, seed 0 and 1 more."
+    ) in said
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(grid).read_text())
+    monkeypatch.setattr(Runner, "run", lambda *_: pytest.fail("nothing is trained before that"))
+    for command in (["collect", str(other)], [str(other)]):
+        assert main([*command, "--runs", str(tmp_path / "runs"), *kept]) == 2
+        assert "to be of the grid other, but it is of two. Give another --out." in (
+            capsys.readouterr().err
+        )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main([*line, str(tmp_path / "runs"), *kept]) == 0
+
+
+def test_the_folder_that_one_is_in_has_a_name(
+    tmp_path: Path, two: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "v1.2" / "one").mkdir(parents=True)
+    write_collection(collection(two), tmp_path / "v1.2" / "one")
+    monkeypatch.chdir(tmp_path / "v1.2")
+    assert main(["report", "."]) == main(["report", str(tmp_path / "v1.2")]) == 0
+    assert (tmp_path / "v1.2.md").is_file()
+
+
 def test_runs_that_are_missing_and_not_run_are_said(tmp_path: Path, two: list[Record]) -> None:
     one = NotRun("cifar10_inc", ("ewc",), "No images.")
     write_report(collection(two, missing=("a, b, seed 0",), not_run=(one,)), tmp_path)

@@ -35,6 +35,7 @@ def test_the_page_lies_in_the_folder_or_where_it_is_wished(
     # a page that lies among the runs is no run
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").read_bytes() == page
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "other.html")]) == 0  # again
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,11 @@ def test_the_page_lies_in_the_folder_or_where_it_is_wished(
         (["runs", "--ot", "x"], "but got '--ot'"),
         (["--out", "x"], "but got 'no folder'"),
         (["runs", "--out"], "expected one argument"),
+        (
+            ["runs", "--out", "runs/digits_inc/ewc/seed_0/results.json"],
+            "Expected --out to be a new file or an earlier page",
+        ),
+        (["runs", "--out", "runs"], "Expected --out to be a new file or an earlier page"),
         (["runs", "--reference", "ewk"], "but got 'ewk'. Did you mean 'ewc'?"),
         (
             ["runs", "--out", "no/such/folder.html"],
@@ -65,11 +71,13 @@ def test_what_cannot_be_is_one_line(
         make_run()
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
+    texts = [path.read_bytes() for path in before if path.is_file()]
     assert main(line) == 2
     said = capsys.readouterr().err
     assert said.startswith("bpn-report: error: ")
     assert message in said
     assert sorted(tmp_path.rglob("*")) == before
+    assert [path.read_bytes() for path in before if path.is_file()] == texts
 
 
 def test_no_torch_is_imported(make_run: Make, tmp_path: Path) -> None:
