@@ -373,9 +373,8 @@ def _look_up(
 ) -> dict[str, registry.Registered | None]:
     for name in names:
         if name not in known and name not in by_path:
-            near = did_you_mean(method, known_methods) or did_you_mean(
-                name, [*known, *registry.ALIASES]
-            )
+            parts = [*known, *registry.ALIASES]
+            near = did_you_mean(name, [*known_methods, *parts] if name == method else parts)
             raise ConfigurationError(
                 f"Expected --method to be strategies joined by '+', but got {method!r} with the "
                 f"unknown {name!r}.{near} `bpn-fit --list` shows methods and strategies; "

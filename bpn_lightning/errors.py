@@ -56,12 +56,18 @@ class ExpectedForgettingWarning(UserWarning):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or nothing.
+    """Return ``" Did you mean 'x'?"`` for the known name that ``name`` begins or nearly is, or nothing.
 
     >>> did_you_mean("epsilom", ["epsilon", "rank"])
     " Did you mean 'epsilon'?"
     >>> did_you_mean("zzz", ["epsilon", "rank"])
     ''
+    >>> did_you_mean("eps", ["epsilon", "rank"])
+    " Did you mean 'epsilon'?"
+    >>> did_you_mean("gpus", ["runs", "plugins"])  # half of the letters are no likeness
+    ''
     """
-    matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    names = sorted(known, key=len)
+    begun = [one for one in names if len(name) > 2 and one.startswith(name)]
+    matches = begun or get_close_matches(name, names, n=1, cutoff=0.65)
     return f" Did you mean {matches[0]!r}?" if matches else ""

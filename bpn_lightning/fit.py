@@ -456,7 +456,7 @@ class ContinualCLI(LightningCLI):
             kwargs["default_root_dir"] = str(self.folder)
         try:
             trainer: Trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError) as error:
             raise ConfigurationError(
                 "Expected the trainer's flags to fit this machine and each other, but Lightning says: "
                 f"{' '.join(str(error).split())}"

@@ -199,7 +199,10 @@ def _wrong_value(message: str, parser: ArgumentParser) -> str | None:
         types, value = subtypes[-1], union[1]
     else:
         return None
-    return f"Expected {_path(message[:end])} to be {_readable(types)}, but got {value}."
+    path, nested = _path(message[:end]), re.match(r"NestedArg\(key='([^']+)'", value)
+    if nested:
+        return f"There is no key {path}.{nested[1]}: {path} is a single value. {_HELP}"
+    return f"Expected {path} to be {_readable(types)}, but got {value}."
 
 
 def _path(text: str) -> str:
@@ -224,6 +227,9 @@ def _nearest_option(key: str, parser: ArgumentParser, prefix: str = "") -> str:
     if key.replace(".init_args.", ".") in known:
         return f" Did you mean {prefix + key.replace('.init_args.', '.')!r}?"
     parent, dot, leaf = key.rpartition(".")
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f" Did you mean {prefix + elsewhere[0]!r}?"
     while True:
         siblings = {
             name.removeprefix(parent + dot).partition(".")[0]

@@ -180,7 +180,7 @@ LIST = " `bpn-fit --list` shows"
             "--config digits_inc --method bd+ewk",
             (
                 "Expected --method to be strategies joined by '+', but got 'bd+ewk' with the unknown "
-                f"'ewk'. Did you mean 'bd+ewc'?{LIST} methods and strategies; "
+                f"'ewk'. Did you mean 'ewc'?{LIST} methods and strategies; "
                 "a class of your own is named by its whole path, package.module.Class."
             ),
         ),

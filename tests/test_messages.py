@@ -54,7 +54,17 @@ def said(
             "--model.init_args.mask task",
             "There is no option --model.init_args.mask. Did you mean '--model.mask'?" + ALL,
         ),
-        ("--modle.mask task", "There is no option --modle.mask. Did you mean '--model'?" + ALL),
+        (
+            "--accelerator cpu",
+            "There is no option --accelerator. Did you mean '--trainer.accelerator'?" + ALL,
+        ),
+        ("--gpus 1", "There is no option --gpus." + ALL),
+        ("--seed 1", "There is no option --seed. Did you mean '--seed_everything'?" + ALL),
+        ("--runs.dir x", "There is no key runs.dir: runs is a single value." + ALL),
+        (
+            "--modle.mask task",
+            "There is no option --modle.mask. Did you mean '--model.mask'?" + ALL,
+        ),
         ("--model.optimizer.momentm 1", SGD),
         (
             "--model.backbone.init_args.hiden [3]",
@@ -150,7 +160,7 @@ def test_a_wrong_flag(
         ),
         (
             "trianer: {max_epochs: 3}",
-            "There is no key trianer.max_epochs. Did you mean 'trainer'?" + ALL,
+            "There is no key trianer.max_epochs. Did you mean 'trainer.max_epochs'?" + ALL,
         ),
         (
             "sede_everything: 3",
