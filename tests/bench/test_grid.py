@@ -85,7 +85,7 @@ ONE = "experiments: [{config: digits_inc, methods: [ewc]}]"
     ("text", "message"),
     [
         ("experiments: [{config: digts_inc, methods: all}]", "Did you mean 'digits_inc.yaml'?"),
-        ("experiments: [{config: digits_inc, methods: [bd+ewk]}]", "Did you mean 'bd+ewc'?"),
+        ("experiments: [{config: digits_inc, methods: [bd+ewk]}]", "Did you mean 'ewc'?"),
         ("experiments: [{config: digits_inc, methods: al}]", "or `all` with tuned values, but got"),
         ("experiments: [{methods: all}]", "Expected config of experiment 1 of two.yaml"),
         ("experiments: []", "Expected experiments of two.yaml to be a list"),
