@@ -439,13 +439,17 @@ class ContinualModule(ContinualSteps):
         self.advance()
 
     def _begin_epoch_anew(self) -> None:
-        """Where a run resumes from an epoch's last batch: let the next epoch have all its batches.
+        """Where a run resumes from an epoch's last batch: let the next epoch begin like any other.
 
-        Lightning has the next epoch's loader by then, and compares the old count with its length.
+        Lightning has the next epoch's loader by then, and compares the old count of batches with its
+        length; and it takes the next epoch for one that has begun, so that this one would have no start,
+        be counted nowhere, and leave checkpoints of its own whose counts contradict each other.
         """
-        loop = self.trainer.fit_loop.epoch_loop
-        if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
-            loop.batch_progress.current.completed = sys.maxsize
+        loop = self.trainer.fit_loop
+        batches = loop.epoch_loop.batch_progress
+        if loop.epoch_loop.restarted_on_train_batch_end and batches.is_last_batch:
+            batches.current.completed = sys.maxsize
+            loop.reset_restart_stage()  # the stage of the epochs; that of the batches stays
 
     def _restore_random_state(self) -> None:
         """Last of all that resuming does: building the structure draws random numbers too."""

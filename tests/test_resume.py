@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from bpn_lightning.checkpoints import read_checkpoint
@@ -146,6 +147,60 @@ def test_no_checkpoint_is_taken_inside_an_update_because_a_run_ends(fit, tmp_pat
     with pytest.warns(UserWarning, match="stopped before its end"):
         fit([EWC(100.0), *callbacks], trainer=trainer)
     assert not (tmp_path / "last.ckpt").exists()
+
+
+#: By Lightning's own callback; each file is named after the moment and the updates before it.
+SAVES = {
+    "after updates": {"after": {"every_n_train_steps": 1}},
+    "at an epoch's end": {"end": {"save_on_train_epoch_end": True}},
+    "after validation": {"validated": {"save_on_train_epoch_end": False}},
+    "after updates and at an epoch's end": {
+        "after": {"every_n_train_steps": 1},
+        "end": {"save_on_train_epoch_end": True},
+    },
+    "at an epoch's end and after updates": {
+        "end": {"save_on_train_epoch_end": True},
+        "after": {"every_n_train_steps": 1},
+    },
+    "both by one": {"both": {"every_n_train_steps": 1, "save_on_train_epoch_end": True}},
+}
+
+
+#: What a checkpoint holds that is not the callbacks' own.
+WHOLE = ("epoch", "global_step", "state_dict", "optimizer_states", "continual")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the resumed run has its own folder
+@pytest.mark.parametrize("saves", SAVES.values(), ids=SAVES)
+def test_a_resumed_run_saves_what_a_run_that_was_never_stopped_saves(fit, tmp_path, saves):
+    """Counters included: whoever resumes a checkpoint of a resumed run does not learn an epoch twice."""
+
+    def run(folder, **options):
+        callbacks = [
+            ModelCheckpoint(folder, f"{name}_{{step}}", save_top_k=-1, **when)
+            for name, when in saves.items()
+        ]
+        stream = SplitDigits(
+            num_tasks=2, epochs_per_task=2, batch_size=150, validation_fraction=0.2, seed=0
+        )
+        trainer = {"enable_checkpointing": True}
+        _, made = fit([EWC(100.0), *callbacks], stream=stream, trainer=trainer, **options)
+        assert made.global_step == 8
+        return {path.name: read_checkpoint(path) for path in folder.glob("*.ckpt")}
+
+    def counters(saved):
+        loop = saved["loops"]["fit_loop"]
+        shown = ("epoch_progress", "epoch_loop.batch_progress")
+        return {name: loop[name] for name in shown} | {key: saved[key] for key in WHOLE}
+
+    reference = run(tmp_path / "reference")
+    assert len(reference) >= 4
+    for name, start in reference.items():
+        again = run(tmp_path / name, seed=9, ckpt_path=tmp_path / "reference" / name)
+        for later, saved in again.items():
+            # A run that goes on from a step has not its epoch's end again.
+            assert saved["global_step"] >= start["global_step"]
+            assert same(counters(saved), counters(reference[later])), (name, later)
 
 
 def test_random_states_survive_a_file_that_loads_weights_only(tmp_path):
