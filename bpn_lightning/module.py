@@ -420,7 +420,7 @@ class ContinualModule(ContinualSteps):
         # A run that resumes in a strategy's own phase has that strategy's optimizer now.
         own = self._phase.trains == "strategy"
         optimizer = self._network_optimizer() if own else self.trainer.optimizers[0]
-        check_optimizer(self.trainer, optimizer)
+        check_optimizer(self.trainer, optimizer, self._strategies, self.stream)
         for strategy in self._strategies:
             strategy.check(self, optimizer)
             strategy.move_state(self)
@@ -463,6 +463,7 @@ class ContinualModule(ContinualSteps):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Enter the task too where a run resumes without an epoch's start."""
+        super().on_train_batch_start(batch, batch_idx)
         epoch = self.trainer.current_epoch
         if self._hooked is not self.trainer.optimizers[0] or self._entered != epoch:
             self.advance()

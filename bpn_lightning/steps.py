@@ -12,12 +12,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.layers import BiasUnits, evaluation_mode
 from bpn_lightning.network import ContinualNetwork
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Mask, Phase, Schedule
+from bpn_lightning.trainer_rules import check_repeated_evaluation
 
 if TYPE_CHECKING:
     from bpn_lightning.datamodules.base import ContinualDataModule
@@ -25,15 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ContinualSteps", "sgd"]
 
-STEP_HOOKS = (
-    "loss_terms",
-    "capture_grad",
-    "penalty_grad",
-    "project_grad",
-    "consume_grad",
-    "on_optimizer_stepped",
-    "logs",
-)
+GRADIENT_EDITS = ("penalty_grad", "project_grad")
+GRADIENT_HOOKS = ("capture_grad", *GRADIENT_EDITS, "consume_grad")
+STEP_HOOKS = ("loss_terms", *GRADIENT_HOOKS, "on_optimizer_stepped", "logs")
 
 
 def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
@@ -81,10 +77,13 @@ class ContinualSteps(ContinualNetwork):
         # What a step needs, gathered when a task opens: nothing is looked up twice.
         self._hooks: dict[str, list[Callable[..., Any]]] = {name: [] for name in STEP_HOOKS}
         self._hooked: Optimizer | None = None
-        self._hook_handle: Any = None
+        self._hook_handles: list[RemovableHandle] = []
+        self._steps_under_way = 0  # a step may call the one of the class it is derived from
         self._groups: dict[int, dict[str, Any]] = {}
         self._step_parameters: dict[str, nn.Parameter] = {}
         self._dropped: list[nn.Parameter] = []
+        self._outside: list[nn.Parameter] = []
+        self._evaluated = False  # whether this update's gradients were asked for before
         self._columns = (0, 0)
         self._world_size = 1
         self._other_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []
@@ -182,15 +181,20 @@ class ContinualSteps(ContinualNetwork):
         return loader.count(batches - 1, batches)
 
     def _follow_optimizer(self) -> None:
-        """Put the step's post-hook on the current optimizer, whichever way it came to be current."""
+        """Put the step's hooks on the current optimizer, whichever way it came to be current."""
         optimizer = self.trainer.optimizers[0]
         if self._hooked is optimizer:
             return
-        if self._hook_handle is not None:
-            self._hook_handle.remove()
-        self._hook_handle = optimizer.register_step_post_hook(self._on_optimizer_stepped)
+        for handle in self._hook_handles:
+            handle.remove()
+        self._steps_under_way = 0
+        self._hook_handles = [
+            optimizer.register_step_pre_hook(self._on_optimizer_stepping),
+            optimizer.register_step_post_hook(self._on_optimizer_stepped),
+        ]
         self._hooked = optimizer
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._outside = [p for p in self.parameters() if id(p) not in self._groups]
         self._columns = self.columns(self.opened)
         self._world_size = self.trainer.world_size
         head = {id(parameter) for parameter in self._head.parameters(recurse=False)}
@@ -310,22 +314,43 @@ class ContinualSteps(ContinualNetwork):
         if self._phase.trains == "strategy":
             self._reduce_gradients(self.trainer.optimizers[0])
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """No gradients of the update that this batch ends were asked for yet."""
+        self._evaluated = False
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Capture, penalise, project, consume: after unscaling and reducing, before clipping."""
+        """Capture, penalise, project, consume: after unscaling and reducing, before clipping.
+
+        An optimizer may ask for the gradients several times in one update, at other weights (LBFGS;
+        sharpness-aware ones). It gets them penalised and projected each time; what is captured and
+        consumed are the first ones, at the weights from which the update starts.
+
+        Raises:
+            ConfigurationError: it asks again for the gradient of one batch where gradients accumulate.
+        """
+        again, self._evaluated = self._evaluated, True
+        if again:
+            check_repeated_evaluation(self.trainer, optimizer)
         if self._phase.trains == "strategy":
             return
+        for parameter in self._outside if again else ():
+            parameter.grad = None  # nobody else does
         for parameter in self._dropped:
             parameter.grad = None
         for parameter, rows, _ in self._other_rows:  # do not move: not captured, not in the norm
             if parameter.grad is not None:
                 parameter.grad[rows] = 0
-        for phase in ("capture_grad", "penalty_grad", "project_grad", "consume_grad"):
+        for phase in GRADIENT_EDITS if again else GRADIENT_HOOKS:
             for hook in self._hooks[phase]:
                 hook(self, self._step_parameters)
 
+    def _on_optimizer_stepping(self, optimizer: Optimizer, *_: Any) -> None:
+        self._steps_under_way += 1
+
     def _on_optimizer_stepped(self, optimizer: Optimizer, *_: Any) -> None:
         """Called by the optimizer itself, so never for an update that a scaler skipped."""
-        if self._phase.trains == "strategy":
+        self._steps_under_way -= 1
+        if self._phase.trains == "strategy" or self._steps_under_way:
             return
         for hook in self._hooks["on_optimizer_stepped"]:
             hook(self, self._step_parameters)

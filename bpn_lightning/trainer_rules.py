@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from bpn_lightning.errors import ConfigurationError, ExpectedForgettingWarning
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -31,6 +31,7 @@ __all__ = [
     "check_optimizer",
     "check_phases",
     "check_precision",
+    "check_repeated_evaluation",
     "check_trainer",
 ]
 
@@ -214,11 +215,16 @@ def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -
         )
 
 
-def check_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuse what Lightning would refuse at the first update.
+def check_optimizer(
+    trainer: Trainer,
+    optimizer: Optimizer,
+    strategies: Sequence[ContinualStrategy],
+    stream: ContinualStream,
+) -> None:
+    """Refuse an optimizer that would do something else than it says beside these flags and strategies.
 
     Raises:
-        ConfigurationError: gradients are to be clipped that a fused optimizer has yet to unscale.
+        ConfigurationError: names the optimizer, the rule and the remedy.
     """
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -226,6 +232,74 @@ def check_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
         raise ConfigurationError(
             "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, "
             f"but got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
+        )
+    if isinstance(optimizer, LBFGS):
+        _check_lbfgs(trainer, optimizer, strategies, stream)
+
+
+def _check_lbfgs(
+    trainer: Trainer,
+    optimizer: Optimizer,
+    strategies: Sequence[ContinualStrategy],
+    stream: ContinualStream,
+) -> None:
+    """LBFGS compares gradients, and losses where it searches a line, from one point to the next."""
+    search = optimizer.param_groups[0]["line_search_fn"]
+    projecting = _names(s for s in strategies if s.projects)
+    penalising = _names(s for s in strategies if _overrides(s, "penalty_grad"))
+    for broken, what, why in (
+        (
+            trainer.accumulate_grad_batches > 1,
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}",
+            "After its first look at an update's batches it would see the last of them only.",
+        ),
+        (
+            getattr(trainer.precision_plugin, "scaler", None) is not None,
+            f"precision={trainer.precision}",
+            "A scaler takes one look at the gradients per update.",
+        ),
+        (
+            bool(trainer.gradient_clip_val),
+            f"gradient_clip_val={trainer.gradient_clip_val}",
+            "It would take the curvature from clipped gradients.",
+        ),
+        (
+            stream.reset_optimizer == "never",
+            "reset_optimizer='never'",
+            "What it remembers of the loss is of the task before.",
+        ),
+        (
+            bool(projecting),
+            " and ".join(projecting),
+            "Projected gradients have no curvature, and its step is not along them.",
+        ),
+        (
+            bool(search and penalising),
+            f"{' and '.join(penalising)} with line_search_fn={search!r}",
+            "It would search along a penalised gradient for the least of a loss without the penalty.",
+        ),
+    ):
+        if broken:
+            raise ConfigurationError(
+                f"Expected the optimizer not to be LBFGS beside {what}, but got LBFGS. {why} "
+                "Leave one of the two out."
+            )
+
+
+def check_repeated_evaluation(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that asks for an update's gradients again where they accumulate.
+
+    Only LBFGS can be told before its first update; nothing is learned by then.
+
+    Raises:
+        ConfigurationError: names the optimizer, the flag and the remedy.
+    """
+    if trainer.accumulate_grad_batches > 1:
+        raise ConfigurationError(
+            "Expected trainer.accumulate_grad_batches to be 1 beside an optimizer that evaluates its "
+            f"closure several times, but got {trainer.accumulate_grad_batches} beside "
+            f"{type(optimizer).__name__}. It would see an update's last batch only. Use a larger "
+            "batch_size."
         )
 
 

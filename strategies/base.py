@@ -24,7 +24,9 @@ class ContinualStrategy(Callback):
     reduced over processes and unscaled but not clipped, ``capture_grad``, ``penalty_grad``,
     ``project_grad``, ``consume_grad``; then, only when the optimizer really stepped,
     ``on_optimizer_stepped``. Each gets the shared parameters that train in the current phase, by name,
-    the head among them.
+    the head among them. An optimizer may ask for an update's gradients several times, at other weights
+    each time: ``penalty_grad`` and ``project_grad`` are called for all of them, ``capture_grad`` and
+    ``consume_grad`` for the first only.
     """
 
     # --- what it is, so that runs which cannot be right are refused when they are built -----------
