@@ -22,7 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -440,6 +440,12 @@ class ContinualCLI(LightningCLI):
             )
             plugins = chosen.plugins if isinstance(chosen.plugins, list) else [chosen.plugins]
             plugins = [plugin for plugin in plugins if plugin is not None]
+            if any(isinstance(plugin, AsyncCheckpointIO) for plugin in plugins):
+                raise ConfigurationError(
+                    "Expected trainer.plugins to be without AsyncCheckpointIO, but got it. A checkpoint "
+                    "gets its name once it is on disk. Leave it out; checkpoint_every_n_steps says how "
+                    "often one is taken."
+                )
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                 plugins.append(WholeCheckpoints())
             kwargs["plugins"] = plugins
@@ -461,6 +467,11 @@ class ContinualCLI(LightningCLI):
                 "Expected the trainer's flags to fit this machine and each other, but Lightning says: "
                 f"{' '.join(str(error).split())}"
             ) from error
+        if str(chosen.precision) in ("16", "16-mixed") and trainer.precision != "16-mixed":
+            raise ConfigurationError(
+                "Expected trainer.precision to be one that the device has, but got 16-mixed, of which "
+                f"Lightning makes {trainer.precision} here. Use bf16-mixed, or a GPU."
+            )
         check_launch(trainer)
         return trainer
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from bpn_lightning.callback_rules import check_callbacks
 from bpn_lightning.checkpoints import read_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
@@ -21,6 +22,7 @@ from bpn_lightning.files import why_unreadable
 from bpn_lightning.identity import differences, flatten
 from bpn_lightning.idle_hooks import leave_out_idle_hooks
 from bpn_lightning.metrics import AccuracyMatrix
+from bpn_lightning.optimizer_rules import check_optimizer
 from bpn_lightning.processes import check_processes
 from bpn_lightning.random_state import random_state, restore_random_state
 from bpn_lightning.steps import ContinualSteps, sgd
@@ -37,7 +39,7 @@ from bpn_lightning.tasks import (
 from bpn_lightning.trainer_rules import (
     check_batches,
     check_composition,
-    check_optimizer,
+    check_lengths,
     check_phases,
     check_precision,
     check_trainer,
@@ -192,7 +194,9 @@ class ContinualModule(ContinualSteps):
                     f"patience is {self.patience} and the stream has no validation split."
                 )
             check_trainer(trainer, self.schedule.total)
+            check_callbacks(trainer)
             check_precision(trainer, self._strategies)
+            check_lengths(trainer, *self._count_updates())
             check_batches(trainer, self.backbone, len(self._tasks), self._smallest_batch)
             trainer.fit_loop.max_epochs = self.schedule.total
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -637,7 +641,8 @@ class ContinualModule(ContinualSteps):
         """Rebuild the structure, with or without a trainer, and take over the cursor.
 
         Raises:
-            CheckpointError: the checkpoint is of another stream, mask or list of strategies.
+            CheckpointError: the checkpoint is of another stream, mask or list of strategies, was taken
+                inside an update, or has weights alone where a run is to go on.
         """
         saved = checkpoint.get("continual")
         if saved is None:
@@ -664,6 +669,11 @@ class ContinualModule(ContinualSteps):
             raise CheckpointError(
                 f"Expected a checkpoint of this run, but they differ: {'; '.join(different)}. "
                 "Resume with the configuration that wrote it, or start a new run."
+            )
+        if resuming and "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                "Expected a checkpoint of a whole run, but this one has the weights alone, without the "
+                "optimizer and the strategies. Resume another one; load_from_checkpoint takes this one."
             )
         if resuming and saved["unfinished"]:
             done, needed = saved["unfinished"]

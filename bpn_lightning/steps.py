@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from math import ceil
+from operator import mul
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -17,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.layers import BiasUnits, evaluation_mode
 from bpn_lightning.network import ContinualNetwork
+from bpn_lightning.optimizer_rules import check_repeated_evaluation
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Mask, Phase, Schedule
-from bpn_lightning.trainer_rules import check_repeated_evaluation
 
 if TYPE_CHECKING:
     from bpn_lightning.datamodules.base import ContinualDataModule
@@ -81,6 +82,7 @@ class ContinualSteps(ContinualNetwork):
         self._steps_under_way = 0  # a step may call the one of the class it is derived from
         self._groups: dict[int, dict[str, Any]] = {}
         self._step_parameters: dict[str, nn.Parameter] = {}
+        self._updates_per_epoch: list[int] = []  # of each task
         self._dropped: list[nn.Parameter] = []
         self._outside: list[nn.Parameter] = []
         self._evaluated = False  # whether this update's gradients were asked for before
@@ -167,6 +169,14 @@ class ContinualSteps(ContinualNetwork):
             _, batches = self._batches_of(task)
             total += epochs * ceil(batches / self.trainer.accumulate_grad_batches)
         return total
+
+    def _count_updates(self) -> tuple[list[int], int]:
+        """Batches of an epoch of each task, and updates of the whole stream."""
+        batches = [self._batches_of(task)[1] for task in range(len(self._tasks))]
+        several = self.trainer.accumulate_grad_batches
+        self._updates_per_epoch = [ceil(number / several) for number in batches]
+        epochs = (sum(phase.epochs for phase in phases) for phases in self.schedule.phases)
+        return batches, sum(map(mul, self._updates_per_epoch, epochs))
 
     def _batches_of(self, task: int) -> "tuple[TrainLoader, int]":
         """A task's loader, and how many of its batches an epoch trains on."""

@@ -9,16 +9,22 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import LBFGS, Optimizer
 
 from bpn_lightning.errors import ConfigurationError, ExpectedForgettingWarning
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -28,10 +34,9 @@ __all__ = [
     "check_batches",
     "check_composition",
     "check_launch",
-    "check_optimizer",
+    "check_lengths",
     "check_phases",
     "check_precision",
-    "check_repeated_evaluation",
     "check_trainer",
 ]
 
@@ -79,17 +84,15 @@ def _refuse(rules: Iterable[Rule]) -> None:
 
 
 def _rules(trainer: Trainer, total: int) -> list[Rule]:
-    epochs = trainer.fit_loop.max_epochs
-    refused = [
-        type(callback).__name__
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping | StochasticWeightAveraging)
-    ]
+    flags: Any = trainer  # Lightning sets most of them elsewhere, unseen by type checkers
+    epochs, several = trainer.fit_loop.max_epochs, trainer.accumulate_grad_batches
+    clip, seconds = trainer.gradient_clip_val, _max_seconds(trainer)
+    every, within = trainer.check_val_every_n_epoch, _val_check_interval(trainer)
     return [
         (
-            bool(trainer.fast_dev_run),  # type: ignore[attr-defined]
+            bool(flags.fast_dev_run),
             "fast_dev_run",
-            trainer.fast_dev_run,  # type: ignore[attr-defined]
+            flags.fast_dev_run,
             "off",
             "It would end the stream inside its first task. Use epochs_per_task=1 for a short run.",
         ),
@@ -101,25 +104,142 @@ def _rules(trainer: Trainer, total: int) -> list[Rule]:
             f"Pass max_epochs=-1 or {total} (unset, Lightning makes it 1000).",
         ),
         (
-            bool(trainer.overfit_batches),  # type: ignore[attr-defined]
+            (trainer.min_epochs or 0) > total,
+            "min_epochs",
+            trainer.min_epochs,
+            f"at most the stream's {total} epochs",
+            "The stream would end before. Leave it out, or raise epochs_per_task.",
+        ),
+        (
+            trainer.max_steps == 0,
+            "max_steps",
+            0,
+            "at least 1, or -1 for the whole stream",
+            "Nothing would be learned. Leave it out.",
+        ),
+        (
+            seconds is not None and seconds <= 0,
+            "max_time",
+            f"{seconds} seconds",
+            "more than 0 seconds",
+            "Nothing would be learned. Leave it out.",
+        ),
+        (
+            bool(flags.overfit_batches),
             "overfit_batches",
-            trainer.overfit_batches,  # type: ignore[attr-defined]
+            flags.overfit_batches,
             "0",
             "It would replace each task's test data by training data. Use limit_train_batches.",
         ),
         (
-            bool(refused),
-            "callbacks",
-            ", ".join(refused),
-            "without EarlyStopping and StochasticWeightAveraging, which act on the whole stream",
-            "ContinualModule(patience=...) stops each task early on the validation split.",
+            flags.limit_train_batches == 0,
+            "limit_train_batches",
+            flags.limit_train_batches,
+            "more than 0",
+            "Nothing would be learned. Leave it out; trainer.test evaluates without training.",
+        ),
+        (
+            not isinstance(several, int) or several < 1,
+            "accumulate_grad_batches",
+            several,
+            "a whole number of at least 1",
+            "1 updates after every batch.",
+        ),
+        (
+            clip is not None and not clip >= 0,
+            "gradient_clip_val",
+            clip,
+            "at least 0",
+            "Lightning would clip nothing, or fail. Leave it out for no clipping.",
+        ),
+        (
+            every is not None and every < 1,
+            "check_val_every_n_epoch",
+            every,
+            "at least 1",
+            "Use limit_val_batches=0 for no validation.",
+        ),
+        (
+            isinstance(within, int) and within < 1,
+            "val_check_interval",
+            within,
+            "at least 1 batch, a fraction of an epoch, or a time",
+            "Use limit_val_batches=0 for no validation.",
+        ),
+        (
+            flags.reload_dataloaders_every_n_epochs > 1,
+            "reload_dataloaders_every_n_epochs",
+            flags.reload_dataloaders_every_n_epochs,
+            "0 or 1",
+            "Every epoch has its own loader, in the order of its task. Leave it out.",
         ),
     ]
+
+
+def _max_seconds(trainer: Trainer) -> float | None:
+    """The shortest time of a Timer, which is what max_time becomes."""
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+    limits = [timer._duration for timer in timers if timer._duration is not None]
+    return min(limits, default=None)
+
+
+def _val_check_interval(trainer: Trainer) -> int | float | None:
+    """Batches, or a fraction of an epoch; None where it is a time, which Lightning keeps elsewhere."""
+    return getattr(trainer, "val_check_interval", None)
+
+
+def check_lengths(trainer: Trainer, batches: Sequence[int], updates: int) -> None:
+    """Refuse what Lightning would find out when a later task begins, or never.
+
+    Args:
+        trainer: before its fit begins.
+        batches: of an epoch of each task.
+        updates: of the whole stream.
+
+    Raises:
+        ConfigurationError: names the flag, the task and the remedy.
+    """
+    limit, least = trainer.limit_train_batches, trainer.min_steps or 0
+    shortest = min(batches)
+    task, within = batches.index(shortest), _val_check_interval(trainer)
+    checks = trainer.limit_val_batches and trainer.check_val_every_n_epoch is not None
+    _refuse(
+        [
+            (
+                shortest == 0,
+                "limit_train_batches",
+                f"{limit}, which leaves it none",
+                f"a number that leaves task {task} a batch",
+                "Raise it, or lower batch_size.",
+            ),
+            (
+                least > updates,
+                "min_steps",
+                least,
+                f"at most the stream's {updates} updates",
+                "The stream would end before. Leave it out, or raise epochs_per_task.",
+            ),
+            (
+                bool(checks) and isinstance(within, int) and within > shortest,
+                "val_check_interval",
+                within,
+                f"at most the {shortest} batches of an epoch of task {task}",
+                "Lower it, use a fraction, or check_val_every_n_epoch=null to count over epochs.",
+            ),
+        ]
+    )
 
 
 def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
     """In this order: a later one may presuppose an earlier one."""
     strategy = trainer.strategy
+    yield (
+        isinstance(strategy, XLAStrategy | SingleDeviceXLAStrategy),
+        "strategy",
+        type(strategy).__name__,
+        "one for a CPU or GPUs",
+        "XLA compiles whole updates, and no method was tried on it. Use accelerator 'cpu' or 'cuda'.",
+    )
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
     yield (
         not whole or isinstance(strategy, DeepSpeedStrategy),
@@ -212,94 +332,6 @@ def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -
             f"Expected trainer.precision to keep weights in full precision beside "
             f"{' and '.join(measuring)}, but got {trainer.precision}: sums of small numbers would be "
             f"lost. Use {trainer.precision.replace('true', 'mixed')}."
-        )
-
-
-def check_optimizer(
-    trainer: Trainer,
-    optimizer: Optimizer,
-    strategies: Sequence[ContinualStrategy],
-    stream: ContinualStream,
-) -> None:
-    """Refuse an optimizer that would do something else than it says beside these flags and strategies.
-
-    Raises:
-        ConfigurationError: names the optimizer, the rule and the remedy.
-    """
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if scaled and fused and trainer.gradient_clip_val:
-        raise ConfigurationError(
-            "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, "
-            f"but got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
-        )
-    if isinstance(optimizer, LBFGS):
-        _check_lbfgs(trainer, optimizer, strategies, stream)
-
-
-def _check_lbfgs(
-    trainer: Trainer,
-    optimizer: Optimizer,
-    strategies: Sequence[ContinualStrategy],
-    stream: ContinualStream,
-) -> None:
-    """LBFGS compares gradients, and losses where it searches a line, from one point to the next."""
-    search = optimizer.param_groups[0]["line_search_fn"]
-    projecting = _names(s for s in strategies if s.projects)
-    penalising = _names(s for s in strategies if _overrides(s, "penalty_grad"))
-    for broken, what, why in (
-        (
-            trainer.accumulate_grad_batches > 1,
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches}",
-            "After its first look at an update's batches it would see the last of them only.",
-        ),
-        (
-            getattr(trainer.precision_plugin, "scaler", None) is not None,
-            f"precision={trainer.precision}",
-            "A scaler takes one look at the gradients per update.",
-        ),
-        (
-            bool(trainer.gradient_clip_val),
-            f"gradient_clip_val={trainer.gradient_clip_val}",
-            "It would take the curvature from clipped gradients.",
-        ),
-        (
-            stream.reset_optimizer == "never",
-            "reset_optimizer='never'",
-            "What it remembers of the loss is of the task before.",
-        ),
-        (
-            bool(projecting),
-            " and ".join(projecting),
-            "Projected gradients have no curvature, and its step is not along them.",
-        ),
-        (
-            bool(search and penalising),
-            f"{' and '.join(penalising)} with line_search_fn={search!r}",
-            "It would search along a penalised gradient for the least of a loss without the penalty.",
-        ),
-    ):
-        if broken:
-            raise ConfigurationError(
-                f"Expected the optimizer not to be LBFGS beside {what}, but got LBFGS. {why} "
-                "Leave one of the two out."
-            )
-
-
-def check_repeated_evaluation(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuse an optimizer that asks for an update's gradients again where they accumulate.
-
-    Only LBFGS can be told before its first update; nothing is learned by then.
-
-    Raises:
-        ConfigurationError: names the optimizer, the flag and the remedy.
-    """
-    if trainer.accumulate_grad_batches > 1:
-        raise ConfigurationError(
-            "Expected trainer.accumulate_grad_batches to be 1 beside an optimizer that evaluates its "
-            f"closure several times, but got {trainer.accumulate_grad_batches} beside "
-            f"{type(optimizer).__name__}. It would see an update's last batch only. Use a larger "
-            "batch_size."
         )
 
 

@@ -21,7 +21,16 @@ LAYERS = [
     {"importance", "penalties"},
     {"checkpoints", "network", "preemption", "processes", "random_state"},
     set(ROOMS),
-    {"evaluation", "idle_hooks", "module", "registry", "steps", "trainer_rules"},
+    {
+        "callback_rules",
+        "evaluation",
+        "idle_hooks",
+        "module",
+        "optimizer_rules",
+        "registry",
+        "steps",
+        "trainer_rules",
+    },
     {"trust"},
     {
         "command",

@@ -392,11 +392,31 @@ LINES: list[tuple[str, str]] = [
         ),
     ),
     (
+        "--config digits_inc.yaml --trainer.limit_train_batches 0",
+        (
+            "Expected trainer.limit_train_batches to be more than 0, but got 0. Nothing would be learned. "
+            "Leave it out; trainer.test evaluates without training."
+        ),
+    ),
+    (
+        "--config digits_inc.yaml --trainer.gradient_clip_val -1",
+        (
+            "Expected trainer.gradient_clip_val to be at least 0, but got -1. Lightning would clip nothing, "
+            "or fail. Leave it out for no clipping."
+        ),
+    ),
+    (
+        "--config digits_inc.yaml --trainer.precision 16-mixed --trainer.accelerator cpu",
+        (
+            "Expected trainer.precision to be one that the device has, but got 16-mixed, of which Lightning "
+            "makes bf16-mixed here. Use bf16-mixed, or a GPU."
+        ),
+    ),
+    (
         "--config digits_inc.yaml --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/loss",
         (
-            "Expected trainer.callbacks to be without EarlyStopping and "
-            "StochasticWeightAveraging, which act on the whole stream, but got EarlyStopping. "
-            "ContinualModule(patience=...) stops each task early on the validation split."
+            "Expected trainer.callbacks to be without EarlyStopping, but got EarlyStopping. It would end the "
+            "whole stream. ContinualModule(patience=...) stops each task early on its validation split."
         ),
     ),
     (

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import Logger
 
 from bpn_lightning import ContinualModule, evaluate
@@ -238,7 +237,6 @@ def test_patience_without_a_validation_split_is_refused(fit):
         ({"max_epochs": 3}, "but got 3. Pass max_epochs=-1 or 4"),
         ({"fast_dev_run": True}, "Expected trainer.fast_dev_run to be off, but got"),
         ({"overfit_batches": 1}, "Expected trainer.overfit_batches to be 0, but got 1."),
-        ({"callbacks": [EarlyStopping("val/loss")]}, "but got EarlyStopping. ContinualModule(pat"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

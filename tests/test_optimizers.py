@@ -193,7 +193,7 @@ SCALED = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
             {},
             {"optimizer": partial(LBFGS, line_search_fn="strong_wolfe")},
             "SynapticIntelligence with line_search_fn='strong_wolfe'",
-            "It would search along a penalised gradient for the least of a loss without the penalty.",
+            "It would search along a penalized gradient for the least of a loss without the penalty.",
         ),
     ],
 )

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
@@ -117,6 +119,17 @@ def test_what_shards_parameters_is_refused(strategy, name):
     assert str(error.value) == (
         f"Expected trainer.strategy to be 'auto' or 'ddp', but got {name}. Sharded parameters cannot be "
         "penalised, biased or restored one by one."
+    )
+
+
+@pytest.mark.parametrize("kind", [XLAStrategy, SingleDeviceXLAStrategy])
+def test_xla_is_refused(kind):
+    """Neither can be made here: both want a package."""
+    with pytest.raises(ConfigurationError) as error:
+        check_launch(SimpleNamespace(strategy=kind.__new__(kind)))
+    assert str(error.value) == (
+        f"Expected trainer.strategy to be one for a CPU or GPUs, but got {kind.__name__}. XLA "
+        "compiles whole updates, and no method was tried on it. Use accelerator 'cpu' or 'cuda'."
     )
 
 
