@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
     SpikeDetection,
@@ -22,7 +23,7 @@ from lightning.pytorch.callbacks import (
 
 from bpn_lightning.errors import ConfigurationError
 
-__all__ = ["REFUSED", "check_callbacks"]
+__all__ = ["REFUSED", "check_callbacks", "check_rate_monitor"]
 
 #: Callbacks that cannot be right over a stream, with the classes derived from them: why, and what instead.
 REFUSED: Mapping[type[Callback], tuple[str, str]] = MappingProxyType(
@@ -107,4 +108,29 @@ def check_callbacks(trainer: Trainer) -> None:
                 f"Expected {type(callback).__name__} to monitor nothing that is measured on the task "
                 f"being learned, but got {monitor!r}. The best model by it is one of an easy or an early "
                 "task, and knows no later one. Leave monitor out: the newest checkpoint knows most tasks."
+            )
+
+
+def check_rate_monitor(trainer: Trainer) -> None:
+    """Refuse a LearningRateMonitor that would log the rate of the task before.
+
+    An epoch's start reaches callbacks before the module, which then makes the next task's optimizer.
+
+    Args:
+        trainer: with the optimizer and scheduler of the first task.
+
+    Raises:
+        ConfigurationError: it logs by epoch, and a scheduler changes the rate.
+    """
+    schedulers = trainer.lr_scheduler_configs
+    by_epoch = any(config.interval == "epoch" for config in schedulers)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, LearningRateMonitor):
+            continue
+        interval = callback.logging_interval
+        if schedulers and (interval == "epoch" or (interval is None and by_epoch)):
+            raise ConfigurationError(
+                "Expected LearningRateMonitor to have logging_interval 'step' beside a scheduler, but got "
+                f"{interval!r}. At an epoch's start it would read the last rate of the task before. "
+                "Pass logging_interval='step'."
             )

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from bpn_lightning.callback_rules import check_callbacks
+from bpn_lightning.callback_rules import check_callbacks, check_rate_monitor
 from bpn_lightning.checkpoints import read_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
@@ -57,9 +58,12 @@ class ContinualModule(ContinualSteps):
     Args:
         backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
         optimizer: called with the parameters at the start of every task (LightningCLI's convention).
-        scheduler: called with the optimizer, and with ``num_steps``, the number of updates that it
-            will see, if it has an argument of that name.
-        scheduler_interval: whether the scheduler steps after every update or every epoch.
+        scheduler: called with the optimizer at the same moments. Its ``num_steps``, ``total_steps``,
+            ``T_max`` or ``total_iters``, if left without a value or -1, is the number of times that it
+            will step. A ``ReduceLROnPlateau`` takes the open task's loss after every epoch: on the
+            validation split, or in training where there is none; ``monitor`` of Lightning's class of that name
+            says which.
+        scheduler_interval: whether other schedulers step after every update or every epoch.
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
@@ -350,8 +354,13 @@ class ContinualModule(ContinualSteps):
         if epochs_done <= self._judged or self.closed == self.opened:
             return
         done, name, _ = self.schedule.locate(epochs_done - 1)
-        if self.patience is not None and self.schedule.phase(done, name).trains != "strategy":
-            loss = validation_loss(self, self.opened)
+        learns = self.schedule.phase(done, name).trains != "strategy"
+        wanted = learns and (self.patience is not None or self._plateau == "val/loss")
+        loss = validation_loss(self, self.opened) if wanted else float("nan")
+        if learns and self._plateau is not None:
+            scheduler = cast(ReduceLROnPlateau, self.trainer.lr_scheduler_configs[0].scheduler)
+            scheduler.step(loss if self._plateau == "val/loss" else self._take_epoch_loss())
+        if self.patience is not None and learns:
             improved = loss < self._best_loss
             self._bad_epochs = 0 if improved else self._bad_epochs + 1
             self._best_loss = min(loss, self._best_loss)
@@ -425,6 +434,7 @@ class ContinualModule(ContinualSteps):
         own = self._phase.trains == "strategy"
         optimizer = self._network_optimizer() if own else self.trainer.optimizers[0]
         check_optimizer(self.trainer, optimizer, self._strategies, self.stream)
+        check_rate_monitor(self.trainer)
         for strategy in self._strategies:
             strategy.check(self, optimizer)
             strategy.move_state(self)
@@ -571,6 +581,7 @@ class ContinualModule(ContinualSteps):
             "lengths": list(self.schedule.lengths),
             "patience": [self._judged, self._best_loss, self._bad_epochs],
             "curve": [dict(point) for point in self._curve],
+            "epoch_loss": self.all_reduce(self._epoch_loss).tolist(),
             "mask": self._mask,
             "tasks": [(t.id, t.columns, t.class_names, t.epochs) for t in self._tasks],
             "num_classes": self._head.out_features,
@@ -694,6 +705,8 @@ class ContinualModule(ContinualSteps):
             self.schedule.load_lengths(saved["lengths"])
             if self.opened >= 0:
                 self._phase = self.schedule.phase(self.opened, saved["phase"])
+            summed = saved["epoch_loss"] if self.global_rank == 0 else [0.0, 0.0]
+            self._epoch_loss = torch.tensor(summed, dtype=torch.float64)
             states, processes = saved["random"], self.trainer.world_size
             same = len(states) == processes
             self._saved_random = states[self.global_rank if same else 0]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from inspect import signature
 from math import ceil
 from operator import mul
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,12 +12,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.layers import BiasUnits, evaluation_mode
 from bpn_lightning.network import ContinualNetwork
 from bpn_lightning.optimizer_rules import check_repeated_evaluation
+from bpn_lightning.schedulers import build_scheduler, plateau_monitor, scheduler_config
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Mask, Phase, Schedule
 
@@ -45,7 +46,7 @@ class ContinualSteps(ContinualNetwork):
         backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
         mask: the columns of the head that take part.
         optimizer: called with the parameters.
-        scheduler: called with the optimizer, and with ``num_steps`` if it has such an argument.
+        scheduler: called with the optimizer; see :func:`~bpn_lightning.schedulers.build_scheduler`.
         scheduler_interval: whether the scheduler steps after every update or every epoch.
 
     Raises:
@@ -83,6 +84,10 @@ class ContinualSteps(ContinualNetwork):
         self._groups: dict[int, dict[str, Any]] = {}
         self._step_parameters: dict[str, nn.Parameter] = {}
         self._updates_per_epoch: list[int] = []  # of each task
+        self._plateau: str | None = (
+            None  # the loss that decides over the learning rate, if one does
+        )
+        self._epoch_loss = torch.zeros(2, dtype=torch.float64)  # its sum, and of how many samples
         self._dropped: list[nn.Parameter] = []
         self._outside: list[nn.Parameter] = []
         self._evaluated = False  # whether this update's gradients were asked for before
@@ -129,21 +134,20 @@ class ContinualSteps(ContinualNetwork):
 
         In a phase that trains a strategy, that strategy's own.
         """
+        self._plateau = None
         if self._phase.trains == "strategy":
             return self._phase_owner.phase_optimizer(self, self._phase)
         optimizer = self._network_optimizer()
         if self.scheduler is None:
             return optimizer
-        scheduler: Callable[..., Any] = self.scheduler
-        wants_steps = "num_steps" in signature(scheduler).parameters
-        made = (
-            scheduler(optimizer, num_steps=self._num_steps())
-            if wants_steps
-            else scheduler(optimizer)
-        )
+        made = build_scheduler(self.scheduler, optimizer, *self._scheduler_lengths())
+        if isinstance(made, ReduceLROnPlateau):
+            self._plateau = plateau_monitor(
+                made, self.stream.has_validation, self.stream.reset_optimizer
+            )
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": made, "interval": self.scheduler_interval},
+            "lr_scheduler": scheduler_config(made, self.scheduler_interval, self._plateau),
         }
 
     def _network_optimizer(self) -> Optimizer:
@@ -158,17 +162,22 @@ class ContinualSteps(ContinualNetwork):
                 f"{type(error).__name__}: {error}. Correct that argument."
             ) from error
 
-    def _num_steps(self) -> int:
-        """Updates until the optimizer is replaced: of the phase, or of the whole stream."""
-        lengths = {max(self.opened, 0): self._phase.epochs}
+    def _scheduler_lengths(self) -> tuple[int, int]:
+        """How often a scheduler steps until its optimizer is replaced: this one, and the longest."""
+        by_epoch = self.scheduler_interval == "epoch"
+
+        def steps(task: int, phase: Phase) -> int:
+            return phase.epochs * (1 if by_epoch else self._updates_per_epoch[task])
+
+        lengths = [
+            steps(task, phase)
+            for task, phases in enumerate(self.schedule.phases)
+            for phase in phases
+            if phase.trains != "strategy"
+        ]
         if self.stream.reset_optimizer == "never":
-            phases = enumerate(self.schedule.phases)
-            lengths = {task: sum(phase.epochs for phase in of_task) for task, of_task in phases}
-        total = 0
-        for task, epochs in lengths.items():
-            _, batches = self._batches_of(task)
-            total += epochs * ceil(batches / self.trainer.accumulate_grad_batches)
-        return total
+            return sum(lengths), sum(lengths)
+        return steps(max(self.opened, 0), self._phase), max(lengths)
 
     def _count_updates(self) -> tuple[list[int], int]:
         """Batches of an epoch of each task, and updates of the whole stream."""
@@ -270,6 +279,9 @@ class ContinualSteps(ContinualNetwork):
             for name, term in hook(self, batch, logits).items():
                 terms[f"loss/{name}"] = term.sum() * scale
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
+        if self._plateau == "train/loss" and not self._evaluated:
+            sums = torch.stack([loss.detach(), torch.ones_like(loss)]) / scale
+            self._epoch_loss = self._epoch_loss.to(sums.device) + sums
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
             right = (active.detach().argmax(1) == targets).sum()
@@ -284,6 +296,12 @@ class ContinualSteps(ContinualNetwork):
             self.log_dict(whole, prog_bar=True, sync_dist=True)
             self.log("stream/task", float(self.opened + 1))
         return loss if share == 1 else loss * share
+
+    def _take_epoch_loss(self) -> float:
+        """Mean training loss since it was last taken, over all processes."""
+        total, samples = self.all_reduce(self._epoch_loss)
+        self._epoch_loss = torch.zeros_like(self._epoch_loss)
+        return float(total / samples)
 
     def _share_of_update(self, batch: Batch, batch_idx: int) -> float:
         """What makes an update the mean over all its samples where gradients accumulate; else 1.

@@ -28,6 +28,7 @@ LAYERS = [
         "module",
         "optimizer_rules",
         "registry",
+        "schedulers",
         "steps",
         "trainer_rules",
     },
