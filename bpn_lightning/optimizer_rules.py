@@ -1,6 +1,7 @@
 """Which optimizers may run beside which flags and strategies."""
 
 from collections.abc import Sequence
+from inspect import Parameter, signature
 
 from lightning.pytorch import Trainer
 from torch.optim import LBFGS, Optimizer
@@ -30,8 +31,20 @@ def check_optimizer(
             "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, "
             f"but got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
         )
+    if scaled and _needs_closure(optimizer):
+        raise ConfigurationError(
+            "Expected the optimizer to step without a closure in 16-mixed precision, whose scaler looks at "
+            f"the gradients once per update, but got {type(optimizer).__name__}. Use bf16-mixed."
+        )
     if isinstance(optimizer, LBFGS):
         _check_lbfgs(trainer, optimizer, strategies, stream)
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step has an argument without a default: nothing but a closure can be meant."""
+    first = next(iter(signature(optimizer.step).parameters.values()), None)
+    named = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return first is not None and first.kind in named and first.default is Parameter.empty
 
 
 def _check_lbfgs(
@@ -53,11 +66,6 @@ def _check_lbfgs(
             trainer.accumulate_grad_batches > 1,
             f"accumulate_grad_batches={trainer.accumulate_grad_batches}",
             "After its first look at an update's batches it would see the last of them only.",
-        ),
-        (
-            getattr(trainer.precision_plugin, "scaler", None) is not None,
-            f"precision={trainer.precision}",
-            "A scaler takes one look at the gradients per update.",
         ),
         (
             bool(trainer.gradient_clip_val),

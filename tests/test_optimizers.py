@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from bpn_lightning.datamodules import SplitDigits
@@ -147,9 +148,6 @@ def test_a_penalty_is_part_of_every_look(fit):
         torch.testing.assert_close(value, found[name], rtol=1e-4, atol=1e-6)
 
 
-SCALED = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-
-
 @pytest.mark.parametrize(
     ("strategy", "trainer", "options", "beside", "why"),
     [
@@ -159,13 +157,6 @@ SCALED = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
             {},
             "accumulate_grad_batches=2",
             "After its first look at an update's batches it would see the last of them only.",
-        ),
-        (
-            FineTuning(),
-            {"plugins": [SCALED]},
-            {},
-            "precision=16-mixed",
-            "A scaler takes one look at the gradients per update.",
         ),
         (
             FineTuning(),
@@ -212,6 +203,33 @@ def test_lbfgs_may_search_where_nothing_is_penalised(fit):
         [BeneficialPerturbation(4, 0.02)], optimizer=partial(LBFGS, line_search_fn="strong_wolfe")
     )
     assert module.closed == 1
+
+
+@pytest.mark.parametrize("optimizer", [LBFGS, OPTIMIZERS["sharpness-aware"]])
+def test_a_scaler_gives_no_closure(fit, optimizer):
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigurationError) as error:
+        fit(optimizer=optimizer, trainer={"plugins": [scaled]})
+    assert str(error.value) == (
+        "Expected the optimizer to step without a closure in 16-mixed precision, whose scaler looks at the "
+        f"gradients once per update, but got {optimizer.func.__name__}. Use bf16-mixed."
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_resumed_path_is_one_that_was_never_left(fit, tmp_path):
+    def run(folder, **options):
+        si = SynapticIntelligence(1.0)
+        save = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=100, seed=0)
+        flags = {"enable_checkpointing": True}
+        fit([si, save], stream=stream, optimizer=LBFGS, trainer=flags, **options)
+        return si.penalty.importance
+
+    reference = run(tmp_path / "reference")
+    for path in sorted((tmp_path / "reference").glob("*.ckpt")):
+        again = run(tmp_path / path.name, seed=9, ckpt_path=path)
+        assert all(torch.equal(again[name], value) for name, value in reference.items())
 
 
 def test_an_unknown_optimizer_that_looks_twice_is_refused_where_gradients_accumulate(fit):

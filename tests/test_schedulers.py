@@ -193,15 +193,25 @@ def test_a_plateau_is_found_in_the_open_tasks_loss(fit, make, fraction, monitor)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("monitor", ["val/loss", "train/loss"])
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(LightningsPlateau, monitor="val/loss", **PLATEAU.keywords),
+        partial(LightningsPlateau, monitor="train/loss", **PLATEAU.keywords),
+        warm_up_then_cosine,
+        once,
+    ],
+    ids=["val/loss", "train/loss", "SequentialLR", "OneCycleLR"],
+)
 @pytest.mark.parametrize("saved", [{"every_n_train_steps": 1}, {"save_on_train_epoch_end": True}])
-def test_a_resumed_plateau_is_one_that_was_never_left(fit, tmp_path, monitor, saved):
+def test_a_resumed_scheduler_is_one_that_was_never_left(fit, tmp_path, make, saved):
     def run(folder, **options):
         save = ModelCheckpoint(folder, "{step}", save_top_k=-1, **saved)
         module, _ = fit(
             [save],
             stream=stream(validation_fraction=0.2),
-            scheduler=partial(LightningsPlateau, monitor=monitor, **PLATEAU.keywords),
+            scheduler=make,
             trainer={"enable_checkpointing": True},
             **options,
         )
