@@ -60,10 +60,11 @@ class ContinualModule(ContinualSteps):
         optimizer: called with the parameters at the start of every task (LightningCLI's convention).
         scheduler: called with the optimizer at the same moments. Its ``num_steps``, ``total_steps``,
             ``T_max`` or ``total_iters``, if left without a value or -1, is the number of times that it
-            will step. A ``ReduceLROnPlateau`` takes the open task's loss after every epoch: on the
-            validation split, or in training where there is none; ``monitor`` of Lightning's class of that name
-            says which.
-        scheduler_interval: whether other schedulers step after every update or every epoch.
+            will step.
+        scheduler_interval: whether the scheduler steps after every update or every epoch.
+        scheduler_monitor: the loss of the open task that a ``ReduceLROnPlateau``, which steps after every
+            epoch, is given: ``val/loss`` or ``train/loss``; by default the former where a part is held
+            out for validation, and the latter where none is.
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
@@ -99,6 +100,7 @@ class ContinualModule(ContinualSteps):
         optimizer: OptimizerCallable = sgd,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
+        scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
         mask: Mask = "all",
         evaluate_every: Literal["task", "epoch"] = "task",
         evaluate_on: Literal["all", "seen_and_next", "current"] = "all",
@@ -112,6 +114,7 @@ class ContinualModule(ContinualSteps):
             optimizer=optimizer,
             scheduler=scheduler,
             scheduler_interval=scheduler_interval,
+            scheduler_monitor=scheduler_monitor,
         )
         if evaluate_every not in ("task", "epoch"):
             raise ConfigurationError(
@@ -581,7 +584,7 @@ class ContinualModule(ContinualSteps):
             "lengths": list(self.schedule.lengths),
             "patience": [self._judged, self._best_loss, self._bad_epochs],
             "curve": [dict(point) for point in self._curve],
-            "epoch_loss": self.all_reduce(self._epoch_loss).tolist(),
+            "epoch_loss": self.all_reduce(self._epoch_loss.to(self.device)).tolist(),
             "mask": self._mask,
             "tasks": [(t.id, t.columns, t.class_names, t.epochs) for t in self._tasks],
             "num_classes": self._head.out_features,

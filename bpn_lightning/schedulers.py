@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from bpn_lightning.errors import ConfigurationError
 
-__all__ = ["LENGTHS", "build_scheduler", "plateau_monitor", "scheduler_config"]
+__all__ = ["LENGTHS", "MONITORS", "build_scheduler", "plateau_monitor", "scheduler_config"]
 
 #: The arguments of schedulers that say how often they step.
 LENGTHS = ("num_steps", "total_steps", "T_max", "total_iters")
@@ -71,23 +71,34 @@ def build_scheduler(
 
 
 def plateau_monitor(
-    scheduler: ReduceLROnPlateau, has_validation: bool, reset_optimizer: Literal["always", "never"]
+    scheduler: ReduceLROnPlateau,
+    wanted: str | None,
+    has_validation: bool,
+    reset_optimizer: Literal["always", "never"],
 ) -> str:
     """The loss of the open task that a plateau is found in.
 
-    Its ``monitor``, which Lightning's class of that name has; else the validation loss where a part is
-    held out, and the training loss where none is.
+    What is wanted, or the ``monitor`` that Lightning's class of that name has; else the validation loss
+    where a part is held out, and the training loss where none is.
 
     Args:
         scheduler: torch's, or Lightning's.
+        wanted: ``val/loss``, ``train/loss``, or None.
         has_validation: whether the stream holds a part out.
         reset_optimizer: of the stream.
 
     Raises:
-        ConfigurationError: the value is not known, does not fall while a task is learned, or goes on over tasks.
+        ConfigurationError: the value is not known, does not fall while a task is learned, goes on over
+            tasks, or two are wanted.
     """
     default = "val/loss" if has_validation else "train/loss"
-    monitor: str = getattr(scheduler, "monitor", default)
+    own: str | None = getattr(scheduler, "monitor", None)
+    if wanted and own and wanted != own:
+        raise ConfigurationError(
+            f"Expected scheduler_monitor to be what ReduceLROnPlateau monitors, {own!r}, but got "
+            f"{wanted!r}. Leave one of the two out."
+        )
+    monitor = wanted or own or default
     if monitor not in MONITORS:
         raise ConfigurationError(
             f"Expected monitor of ReduceLROnPlateau to be one of {', '.join(MONITORS)}, of the task "

@@ -19,7 +19,12 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.layers import BiasUnits, evaluation_mode
 from bpn_lightning.network import ContinualNetwork
 from bpn_lightning.optimizer_rules import check_repeated_evaluation
-from bpn_lightning.schedulers import build_scheduler, plateau_monitor, scheduler_config
+from bpn_lightning.schedulers import (
+    MONITORS,
+    build_scheduler,
+    plateau_monitor,
+    scheduler_config,
+)
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Mask, Phase, Schedule
 
@@ -48,6 +53,7 @@ class ContinualSteps(ContinualNetwork):
         optimizer: called with the parameters.
         scheduler: called with the optimizer; see :func:`~bpn_lightning.schedulers.build_scheduler`.
         scheduler_interval: whether the scheduler steps after every update or every epoch.
+        scheduler_monitor: the loss that a ``ReduceLROnPlateau`` takes after every epoch.
 
     Raises:
         ConfigurationError: a choice is unknown.
@@ -61,6 +67,7 @@ class ContinualSteps(ContinualNetwork):
         optimizer: OptimizerCallable = sgd,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
+        scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
     ) -> None:
         super().__init__(backbone, mask)
         if scheduler_interval not in ("step", "epoch"):
@@ -70,7 +77,13 @@ class ContinualSteps(ContinualNetwork):
             )
         self.optimizer = optimizer
         self.scheduler = scheduler
+        if scheduler_monitor not in (None, *MONITORS):
+            raise ConfigurationError(
+                f"Expected scheduler_monitor to be one of {', '.join(MONITORS)}, but got "
+                f"{scheduler_monitor!r}. null takes the validation loss where a part is held out."
+            )
         self.scheduler_interval = scheduler_interval
+        self.scheduler_monitor = scheduler_monitor
         self._strategies: list[ContinualStrategy] = []
         self.schedule = Schedule([[Phase("train", 1)]])
         self._phase = self.schedule.phases[0][0]
@@ -143,7 +156,10 @@ class ContinualSteps(ContinualNetwork):
         made = build_scheduler(self.scheduler, optimizer, *self._scheduler_lengths())
         if isinstance(made, ReduceLROnPlateau):
             self._plateau = plateau_monitor(
-                made, self.stream.has_validation, self.stream.reset_optimizer
+                made,
+                self.scheduler_monitor,
+                self.stream.has_validation,
+                self.stream.reset_optimizer,
             )
         return {
             "optimizer": optimizer,
@@ -299,7 +315,7 @@ class ContinualSteps(ContinualNetwork):
 
     def _take_epoch_loss(self) -> float:
         """Mean training loss since it was last taken, over all processes."""
-        total, samples = self.all_reduce(self._epoch_loss)
+        total, samples = self.all_reduce(self._epoch_loss.to(self.device))
         self._epoch_loss = torch.zeros_like(self._epoch_loss)
         return float(total / samples)
 

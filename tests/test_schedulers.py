@@ -171,21 +171,27 @@ class Plateau(Callback):
 
 
 @pytest.mark.parametrize(
-    ("make", "fraction", "monitor"),
+    ("make", "fraction", "wanted", "monitor"),
     [
-        (PLATEAU, 0.2, "val/loss"),
-        (PLATEAU, 0.0, "train/loss"),
-        (partial(LightningsPlateau, monitor="train/loss", **PLATEAU.keywords), 0.2, "train/loss"),
-        (partial(LightningsPlateau, monitor="val/loss", **PLATEAU.keywords), 0.2, "val/loss"),
+        (PLATEAU, 0.2, None, "val/loss"),
+        (PLATEAU, 0.0, None, "train/loss"),
+        (PLATEAU, 0.2, "train/loss", "train/loss"),
+        (
+            partial(LightningsPlateau, monitor="train/loss", **PLATEAU.keywords),
+            0.2,
+            None,
+            "train/loss",
+        ),
     ],
 )
-def test_a_plateau_is_found_in_the_open_tasks_loss(fit, make, fraction, monitor):
+def test_a_plateau_is_found_in_the_open_tasks_loss(fit, make, fraction, wanted, monitor):
     """Of all samples of an epoch, whatever is logged, and of each task anew."""
     watch = Plateau(monitor)
     fit(
         [watch],
         stream=stream(validation_fraction=fraction, batch_size=100),
         scheduler=make,
+        scheduler_monitor=wanted,
         lr=0.05,
         trainer={"limit_val_batches": 0, "log_every_n_steps": 0},
     )
@@ -298,6 +304,20 @@ def test_schedulers_that_cannot_be_right_are_refused_before_training(fit, make, 
     assert str(error.value) == message
 
 
+def test_two_monitors_are_one_too_many(fit):
+    make = partial(LightningsPlateau, monitor="train/loss")
+    with pytest.raises(ConfigurationError) as error:
+        fit(stream=stream(), scheduler=make, scheduler_monitor="val/loss")
+    assert str(error.value) == (
+        "Expected scheduler_monitor to be what ReduceLROnPlateau monitors, 'train/loss', but got 'val/loss'. "
+        "Leave one of the two out."
+    )
+    with pytest.raises(
+        ConfigurationError, match="scheduler_monitor to be one of val/loss, train/loss, b"
+    ):
+        fit(scheduler_monitor="val/accuracy")
+
+
 @pytest.mark.parametrize(
     ("make", "interval", "logging", "refused"),
     [
@@ -358,11 +378,12 @@ def test_a_config_names_a_scheduler_and_not_its_length(tmp_path, monkeypatch, na
 def test_a_config_names_a_plateau(tmp_path, monkeypatch):
     """After the first epoch of a task, none lowers the loss by nine tenths."""
     given = {"patience": 0, "threshold": 0.9}
-    found = last_rate(tmp_path, monkeypatch, "ReduceLROnPlateau", given)
+    more = {"model.scheduler_monitor": "train/loss", "data.init_args.validation_fraction": 0.1}
+    found = last_rate(tmp_path, monkeypatch, "ReduceLROnPlateau", given, more)
     assert found == pytest.approx(0.05 * 0.1**2)
 
 
-def last_rate(tmp_path, monkeypatch, name, given):
+def last_rate(tmp_path, monkeypatch, name, given, more=()):
     found = []
     monkeypatch.setattr(
         "bpn_lightning.module.ContinualModule.on_train_end",
@@ -377,6 +398,7 @@ def last_rate(tmp_path, monkeypatch, name, given):
         "data.init_args.num_tasks": 2,
         "data.init_args.batch_size": 32,
         "runs": tmp_path,
+        **dict(more),
     }
     flags = [str(part) for key, value in arguments.items() for part in (f"--{key}", value)]
     command = ["--config", "digits_inc.yaml", "--method", "finetune", "--quiet"]
