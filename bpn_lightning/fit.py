@@ -676,6 +676,8 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
             # Updates are counted over the whole stream: an epoch need not be as long as the interval.
             warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
+            # Refused in the place of it.
+            warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")
             yield
     finally:
         for logger, level in zip(loggers, before, strict=True):

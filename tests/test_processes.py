@@ -55,6 +55,7 @@ def test_three_processes_learn_what_one_learns(rows: dict[str, list[str]], name:
 
 SCRIPT = '''
 import json, sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ from bpn_lightning.conformance.runs import Setting, fit
 from bpn_lightning.errors import ProcessesError
 from bpn_lightning.strategies import (
     EWC, AveragedGEM, BeneficialPerturbation, EncoderBasedLifelongLearning, GradientEpisodicMemory,
-    ParameterSuperposition,
+    ParameterSuperposition, SynapticIntelligence,
 )
 from bpn_lightning.strategies.base import ContinualStrategy
 
@@ -93,13 +94,14 @@ torch.distributed.all_reduce = strict_all_reduce
 EVEN = {"num_tasks": 2, "batch_size": 67}  # 288 samples: shares of 33 and 34, and of 10 and 10
 
 
-def setting(together, backbone=None, module=(), trainer=(), **ddp):
+def setting(together, backbone=None, optimizer=None, module=(), trainer=(), **ddp):
     flags = {"devices": 1, **dict(trainer)}
     if together:
         flags |= {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo", **ddp)}
     else:
         flags.pop("plugins", None)
-    kinds = {} if backbone is None else {"backbone": backbone}
+    kinds = {"backbone": backbone, "optimizer": optimizer}
+    kinds = {name: kind for name, kind in kinds.items() if kind is not None}
     return Setting(stream=EVEN, module=dict(module), trainer=flags, **kinds)
 
 
@@ -126,6 +128,13 @@ for switch, flags in (
         lambda: [EncoderBasedLifelongLearning(autoencoder_epochs=2, warm_up_epochs=1)],
         trainer=flags, **{switch: True},
     )
+
+# --- an optimizer that looks at an update several times, and a scheduler that looks at the training loss
+
+twice = partial(torch.optim.LBFGS, lr=0.1, max_iter=2)
+compare("bd+si lbfgs", lambda: [BeneficialPerturbation(8), SynapticIntelligence()], optimizer=twice)
+plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.5)
+compare("plateau", lambda: [EWC(20.0, update="clamped")], module={"scheduler": plateau})
 
 # --- batch normalisation
 
@@ -229,6 +238,13 @@ def test_switches_of_ddp_change_nothing(folder: Path, method: str, switch: str) 
     one, first, second = learned(folder, f"{method} {switch}")
     assert not differences(first, second)
     assert not differences(first, one, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bd+si lbfgs", "plateau"])
+def test_steps_that_look_more_than_once_are_those_of_one_process(folder: Path, name: str) -> None:
+    one, first, second = learned(folder, name)
+    assert not differences(first, second)
+    assert not differences(first, one, tolerance=1e-4)
 
 
 def test_statistics_of_own_shares_are_alike_but_not_those_of_one_process(folder: Path) -> None:
