@@ -203,7 +203,8 @@ class ContinualModule(ContinualSteps):
             check_trainer(trainer, self.schedule.total)
             check_callbacks(trainer)
             check_precision(trainer, self._strategies)
-            check_lengths(trainer, *self._count_updates())
+            held_out = len(stream.val_dataloader()) if stream.has_validation else 0
+            check_lengths(trainer, *self._count_updates(), held_out)
             check_batches(trainer, self.backbone, len(self._tasks), self._smallest_batch)
             trainer.fit_loop.max_epochs = self.schedule.total
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]

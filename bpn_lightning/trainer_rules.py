@@ -188,13 +188,16 @@ def _val_check_interval(trainer: Trainer) -> int | float | None:
     return getattr(trainer, "val_check_interval", None)
 
 
-def check_lengths(trainer: Trainer, batches: Sequence[int], updates: int) -> None:
+def check_lengths(
+    trainer: Trainer, batches: Sequence[int], updates: int, validation_batches: int
+) -> None:
     """Refuse what Lightning would find out when a later task begins, or never.
 
     Args:
         trainer: before its fit begins.
         batches: of an epoch of each task.
         updates: of the whole stream.
+        validation_batches: of the first task; 0 where nothing is held out.
 
     Raises:
         ConfigurationError: names the flag, the task and the remedy.
@@ -211,6 +214,13 @@ def check_lengths(trainer: Trainer, batches: Sequence[int], updates: int) -> Non
                 f"{limit}, which leaves it none",
                 f"a number that leaves task {task} a batch",
                 "Raise it, or lower batch_size.",
+            ),
+            (
+                0 < validation_batches * trainer.limit_val_batches < 1,
+                "limit_val_batches",
+                f"{trainer.limit_val_batches}, which leaves it none",
+                "0, or a number that leaves task 0 a batch",
+                "Raise it, or lower eval_batch_size.",
             ),
             (
                 least > updates,

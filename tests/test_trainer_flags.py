@@ -64,6 +64,15 @@ REFUSED = [
         ),
     ),
     (
+        "limit_val_batches",
+        0.5,
+        (
+            "0, or a number that leaves task 0 a batch",
+            "0.5, which leaves it none",
+            "Raise it, or lower eval_batch_size.",
+        ),
+    ),
+    (
         "accumulate_grad_batches",
         0,
         ("a whole number of at least 1", 0, "1 updates after every batch."),
