@@ -363,10 +363,10 @@ class ContinualSteps(ContinualNetwork):
         self._evaluated = False
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Capture, penalise, project, consume: after unscaling and reducing, before clipping.
+        """Capture, penalize, project, consume: after unscaling and reducing, before clipping.
 
         An optimizer may ask for the gradients several times in one update, at other weights (LBFGS;
-        sharpness-aware ones). It gets them penalised and projected each time; what is captured and
+        sharpness-aware ones). It gets them penalized and projected each time; what is captured and
         consumed are the first ones, at the weights from which the update starts.
 
         Raises:

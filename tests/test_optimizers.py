@@ -198,7 +198,7 @@ def test_what_lbfgs_cannot_stand_beside(fit, strategy, trainer, options, beside,
     )
 
 
-def test_lbfgs_may_search_where_nothing_is_penalised(fit):
+def test_lbfgs_may_search_where_nothing_is_penalized(fit):
     module, _ = fit(
         [BeneficialPerturbation(4, 0.02)], optimizer=partial(LBFGS, line_search_fn="strong_wolfe")
     )
