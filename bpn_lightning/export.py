@@ -29,7 +29,7 @@ from bpn_lightning.errors import (
 )
 from bpn_lightning.files import write_atomically
 from bpn_lightning.module import ContinualModule
-from bpn_lightning.tasks import Task
+from bpn_lightning.tasks import Task, named_dtype
 
 __all__ = ["export_module", "load_exported"]
 
@@ -75,6 +75,7 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
         "tasks": [vars(task) for task in module.tasks],
         "num_classes": module.head.out_features,
         "input_shape": module._input_shape,
+        "input_dtype": str(module._input_dtype),
         "attached": module._attached,
         "opened": module.opened,
         "closed": module.closed,
@@ -128,7 +129,8 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
         if not all(type(size) is int and 0 < size < 2**24 for size in sizes):
             raise ValueError(f"sizes {sizes}")
         module = ContinualModule(backbone, mask=record["mask"])
-        module._build(tasks, record["num_classes"], tuple(record["input_shape"]))
+        dtype = named_dtype(record["input_dtype"])
+        module._build(tasks, record["num_classes"], tuple(record["input_shape"]), dtype)
         for kind, *arguments in attached:
             getattr(module, f"attach_{kind}")(*arguments)
         module.opened, module.closed = record["opened"], record["closed"]

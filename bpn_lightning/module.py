@@ -36,6 +36,7 @@ from bpn_lightning.tasks import (
     Schedule,
     Split,
     Task,
+    named_dtype,
 )
 from bpn_lightning.trainer_rules import (
     check_batches,
@@ -151,8 +152,10 @@ class ContinualModule(ContinualSteps):
 
         self._counts = torch.zeros(3, 0)
 
-    def _build(self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...]) -> None:
-        super()._build(tasks, num_classes, input_shape)
+    def _build(
+        self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        super()._build(tasks, num_classes, input_shape, dtype)
         if not hasattr(self, "accuracy_matrix"):
             self.accuracy_matrix = AccuracyMatrix(len(tasks))
 
@@ -591,6 +594,7 @@ class ContinualModule(ContinualSteps):
             "num_classes": self._head.out_features,
             "seed": self.stream.seed,
             "input_shape": self._input_shape,
+            "input_dtype": str(self._input_dtype),
             "attached": [list(part) for part in self._attached],
             "strategies": self._state_keys(),
             "random": self._random_states(),
@@ -697,7 +701,8 @@ class ContinualModule(ContinualSteps):
                 f"after {done} of its {needed} batches, whose gradients are in no checkpoint. Resume "
                 "another one; bpn-fit takes them after updates only."
             )
-        self._build(tasks, saved["num_classes"], tuple(saved["input_shape"]))
+        dtype = named_dtype(saved["input_dtype"])
+        self._build(tasks, saved["num_classes"], tuple(saved["input_shape"]), dtype)
         for kind, *arguments in saved["attached"]:
             getattr(self, f"attach_{kind}")(*arguments)
         self.opened, self.closed = saved["opened"], saved["closed"]

@@ -51,6 +51,7 @@ class ContinualNetwork(L.LightningModule):
         self._mask: Mask = mask
         self._tasks: list[Task] = []
         self._input_shape: tuple[int, ...] = ()
+        self._input_dtype = torch.float32
         self.weight_bank: WeightBank | None = None
         self._attached: list[list[Any]] = []  # what was attached: kind and arguments
         self._stream: ContinualStream | None = None
@@ -115,42 +116,53 @@ class ContinualNetwork(L.LightningModule):
                 f"Expected mask to be {wanted} for a stream that {why}, but got {self._mask!r}. Set "
                 "model.mask, or choose another stream."
             )
-        self._build(list(stream.tasks), stream.num_classes, tuple(stream.input_shape))
+        self._build(
+            list(stream.tasks), stream.num_classes, tuple(stream.input_shape), stream.input_dtype
+        )
 
-    def _build(self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...]) -> None:
+    def _build(
+        self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
         """Make head and matrix with one dry forward through the backbone."""
         if self.head is not None:
-            built = (len(self._tasks), self.head.out_features, self._input_shape)
-            if built != (len(tasks), num_classes, input_shape):
+            built = (len(self._tasks), self.head.out_features, self._input_shape, self._input_dtype)
+            wanted = (len(tasks), num_classes, input_shape, dtype)
+            if built != wanted:
                 raise ConfigurationError(
                     "Expected the stream that this module was built for, with (tasks, classes, input "
-                    f"shape) of {built}, but got {(len(tasks), num_classes, input_shape)}. "
-                    "Make a new module for another stream."
+                    f"shape, input dtype) of {built}, but got {wanted}. Make a new module for another "
+                    "stream."
                 )
             self._tasks = tasks
             return
-        features = self._features(input_shape)
-        self._tasks, self._input_shape = tasks, input_shape
+        features = self._features(input_shape, dtype)
+        self._tasks, self._input_shape, self._input_dtype = tasks, input_shape, dtype
         self.head = nn.Linear(features, num_classes, device=self.device)
         nn.init.normal_(self.head.weight, std=features**-0.5)
         nn.init.zeros_(self.head.bias)
 
-    def _features(self, input_shape: tuple[int, ...]) -> int:
-        """Width of the backbone's output for inputs of this shape."""
-        remedy = "End it with nn.Flatten(), or pass a network for inputs of this shape."
+    def _features(self, input_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Width of the backbone's output for inputs of this shape and dtype."""
+        inputs = torch.zeros(1, *input_shape, dtype=dtype, device=self.device)
+        wanted = f"(batch, {', '.join(map(str, input_shape))})"
         with torch.no_grad(), evaluation_mode(self.backbone):
             try:
-                output = self.backbone(torch.zeros(1, *input_shape, device=self.device))
+                output = self.backbone(inputs)
             except Exception as error:
                 raise ConfigurationError(
-                    f"Expected backbone to accept inputs of shape (batch, {_shape(input_shape)}), but "
-                    f"its forward raised {type(error).__name__}: {error}. {remedy}"
+                    f"Expected backbone to accept {_kind(dtype)} of shape {wanted}, but its forward "
+                    f"raised {type(error).__name__}: {str(error).rstrip('.')}. "
+                    f"{_remedy(str(error), inputs)}"
                 ) from error
         if not isinstance(output, Tensor) or output.dim() != 2:
-            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output)
+            tensor = isinstance(output, Tensor)
+            got = f"shape {tuple(output.shape)}" if tensor else f"a {type(output).__name__}"
+            remedy = "Let it return a tensor with a row for each sample."
+            if tensor and output.dim() > 2:
+                remedy = "End it with nn.Flatten(), or with a mean over what is neither sample nor feature."
             raise ConfigurationError(
-                f"Expected backbone to map (batch, {_shape(input_shape)}) to (batch, features), but "
-                f"got {got} for a batch of 1. {remedy}"
+                f"Expected backbone to map {wanted} to (batch, features), but got {got} for a batch of "
+                f"1. {remedy}"
             )
         return output.shape[1]
 
@@ -356,5 +368,29 @@ class ContinualNetwork(L.LightningModule):
             hook(self, task)
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return ", ".join(map(str, shape))
+def _kind(dtype: torch.dtype) -> str:
+    return "inputs" if dtype.is_floating_point else f"integer tokens ({dtype})"
+
+
+def _remedy(said: str, inputs: Tensor) -> str:
+    """What helps against an error that a forward raised on these inputs."""
+    if not inputs.is_floating_point():
+        return "Begin it with nn.Embedding, which turns tokens into floats."
+    if "indices" in said:  # of an embedding
+        return (
+            "An embedding needs a stream of integer tokens: this one's inputs are floats. Pass another "
+            "network, or tokens as integers."
+        )
+    if "more than 1 value per channel" in said:
+        return (
+            "A layer that normalizes batches has no running statistics to answer a single sample with: "
+            "make it with track_running_stats=True, or normalize each sample."
+        )
+    if "channels" in said and inputs.dim() == 4 and inputs.shape[1] in (1, 3):
+        return (
+            f"Set the stream's channels to {4 - inputs.shape[1]}, or pass a network for images of "
+            f"{inputs.shape[1]}."
+        )
+    if inputs.dim() > 2 and "mat1 and mat2" in said:
+        return "Begin it with nn.Flatten(), or pass a network for inputs of this shape."
+    return "Pass a network for inputs of this shape."

@@ -25,6 +25,8 @@ __all__ = [
     "Schedule",
     "Split",
     "Task",
+    "dry_inputs",
+    "named_dtype",
 ]
 
 Split = Literal["train", "val", "test"]
@@ -80,7 +82,8 @@ class Batch(NamedTuple):
     """What loaders yield: a slice of a global batch.
 
     Attributes:
-        inputs: ``(batch, *input_shape)``; uint8 from a loader, float32 once prepared.
+        inputs: ``(batch, *input_shape)``; from a loader as the stream stores them, images as uint8; of
+            the stream's ``input_dtype`` once prepared.
         targets: ``(batch,)`` int64, columns of the head.
         task: the task id that all samples share, or ``(batch,)`` int64, one id per sample.
         global_size: samples in the whole batch over all processes; losses are divided by it.
@@ -197,6 +200,7 @@ class ContinualStream(Protocol):
     tasks: list[Task]
     num_classes: int
     input_shape: tuple[int, ...]
+    input_dtype: torch.dtype
     seed: int
     reset_optimizer: Literal["always", "never"]
     has_validation: bool
@@ -213,6 +217,29 @@ class ContinualStream(Protocol):
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """Raw images to normalised floats, on the device that they lie on."""
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype of prepared inputs by its name in a file, ``torch.float32`` or ``torch.int64``.
+
+    Raises:
+        KeyError: it is none of the two.
+    """
+    return {str(dtype): dtype for dtype in (torch.float32, torch.int64)}[name]
+
+
+def dry_inputs(stream: ContinualStream, count: int, device: torch.device) -> Tensor:
+    """Inputs for a dry forward, which finds shapes: zeros, of a stream of tokens the token 0.
+
+    Args:
+        stream: says the shape and the dtype of a prepared input.
+        count: how many samples.
+        device: where the network lies.
+
+    Returns:
+        ``(count, *input_shape)`` of ``input_dtype``.
+    """
+    return torch.zeros(count, *stream.input_shape, dtype=stream.input_dtype, device=device)
 
 
 class ContinualHost(Protocol):

@@ -12,7 +12,15 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, device
 
 from bpn_lightning.datamodules.augmentation import CropAndFlip
+from bpn_lightning.datamodules.division import (
+    Division,
+    SamplesOfTasks,
+    check_data,
+    columns_of_classes,
+    members_of_tasks,
+)
 from bpn_lightning.datamodules.loading import EvaluationLoader, Samples, Share, TrainLoader
+from bpn_lightning.datamodules.pixels import with_channels
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.splitting import hold_out
 from bpn_lightning.errors import ConfigurationError, DataError
@@ -23,22 +31,38 @@ __all__ = ["ContinualDataModule", "Normalisation"]
 
 
 class Normalisation(NamedTuple):
-    """Mean and standard deviation of each channel, in units of the brightest pixel (0 to 1)."""
+    """Mean and standard deviation of each channel of images, or of each feature.
+
+    Those of images are in units of the brightest pixel (0 to 1), those of features in their own.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
     def of(cls, samples: Samples, indices: Tensor) -> "Normalisation":
-        """Measured over some samples, exactly: from counts of the 256 values."""
-        values = torch.arange(256, dtype=torch.float64) / 255
-        images = samples.images[indices].transpose(0, 1).flatten(1)
-        shares = torch.stack([channel.bincount(minlength=256) for channel in images]).double()
-        shares /= images.shape[1]
-        mean = shares @ values
-        std = (shares @ values.square() - mean.square()).clamp(min=0).sqrt()
-        std[std == 0] = 1  # a channel of one colour only
+        """Measured over some samples, in double precision; 0 and 1 of tokens, which are no quantities.
+
+        Those of images are exact: from counts of the 256 values.
+        """
+        inputs = samples.images[indices]
+        if inputs.dtype == torch.int64:
+            return NOTHING
+        values = inputs.transpose(0, 1).flatten(1)
+        if inputs.dtype == torch.uint8:
+            shades = torch.arange(256, dtype=torch.float64) / 255
+            shares = torch.stack([channel.bincount(minlength=256) for channel in values]).double()
+            shares /= values.shape[1]
+            mean = shares @ shades
+            std = (shares @ shades.square() - mean.square()).clamp(min=0).sqrt()
+        else:
+            std, mean = torch.std_mean(values.double(), dim=1, correction=0)
+        std[std <= 1e-10 * mean.abs()] = 1  # a channel of one color, a feature of one value
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+NOTHING = Normalisation(mean=(0.0,), std=(1.0,))
+"""Inputs stay as they are."""
 
 
 class _NoLoader(CombinedLoader):
@@ -61,7 +85,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     """A stream of tasks as an ordinary LightningDataModule.
 
     Images stay in memory as uint8, once; batches are taken by index and become normalised floats
-    on the device. A stream says how its data are read (``read``), how they make tasks (``divide``)
+    on the device. Inputs may be features (floats) or tokens (int64) as well. A stream says how its data are read (``read``), how they make tasks (``divide``)
     and, where tasks differ in more than their classes, what a task does to its inputs
     (``transform``).
 
@@ -73,6 +97,8 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         validation_fraction: fraction of each class's training images that is held out for
             validation, in [0, 1). The test set is never touched.
         augment: randomly crop (and, where it makes sense, mirror) training images on the device.
+        channels: 1 makes grey images of color ones (Rec. 601's luma, as Pillow), 3 repeats grey ones as
+            red, green and blue; by default they stay as they are.
         seed: of the order of the samples, the held-out part and the augmentation; by default what
             seed_everything set (the variable PL_GLOBAL_SEED), else 0.
         reset_optimizer: whether each task begins with a fresh optimizer or keeps the last one's
@@ -84,6 +110,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         tasks: the tasks in order, once set up.
         num_classes: the width of the head.
         input_shape: ``(channels, height, width)``, or what else a sample's shape is.
+        input_dtype: of what ``prepare`` gives: float32, or int64 of tokens.
         has_validation: whether a part of the training data is held out.
         normalisation: what ``prepare`` subtracts and divides by.
     """
@@ -93,6 +120,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     eval_batch_size: int = 1000
     validation_fraction: float = 0.0
     augment: bool = False
+    channels: Literal[1, 3] | None = None
     # None until it is set up, as that may be before or after seed_everything; an int ever after.
     seed: int = None  # type: ignore[assignment]
     reset_optimizer: Literal["always", "never"] = "always"
@@ -101,13 +129,15 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     tasks: list[Task] = field(init=False)
     num_classes: int = field(init=False)
     input_shape: tuple[int, ...] = field(init=False)
+    input_dtype: torch.dtype = field(init=False)
     has_validation: bool = field(init=False)
     normalisation: Normalisation = field(init=False)
 
     title: ClassVar[str] = "the data set"
     """The data set's name in messages."""
     constants: ClassVar[Normalisation | None] = None
-    """Known mean and standard deviation; None: measured on the first task's training images."""
+    """Known mean and standard deviation, of the channels that the data set itself has; None: measured
+    on the first task's training samples."""
     mirrored: ClassVar[bool] = True
     """Whether an image's mirror image is of the same class; if not, augmentation only crops."""
 
@@ -123,6 +153,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
                 "Expected validation_fraction to be at least 0 and below 1, but got "
                 f"{self.validation_fraction}. Use 0 for no validation part, 0.1 for a tenth."
             )
+        if self.channels not in (1, 3, None):
+            raise ConfigurationError(
+                f"Expected channels to be 1, 3 or null, but got {self.channels!r}. 1 is grey, 3 is color."
+            )
         self.has_validation = self.validation_fraction > 0
         known = get_args(Literal["always", "never"])
         if self.reset_optimizer not in known:
@@ -136,14 +170,26 @@ class ContinualDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def read(self) -> ImageData:
-        """Read all images and labels into memory."""
+        """Read all inputs and labels into memory.
+
+        Images are uint8, ``(n, channels, height, width)``; features are floats, ``(n, features, ...)``;
+        tokens are int64, ``(n, ...)``.
+        """
 
     @abstractmethod
-    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
-        """Make tasks of classes.
+    def divide(
+        self, data: ImageData
+    ) -> (
+        tuple[list[Task], list[list[int]]]
+        | tuple[list[Task], list[list[int]], SamplesOfTasks | None]
+    ):
+        """Make tasks of classes, or of samples.
 
         Returns:
-            The tasks, and for each the data set's numbers of its classes, in the order of its columns.
+            The tasks; for each the data set's numbers of its classes, in the order of its columns; and,
+            where a task has not all samples of its classes, ``{"train": [...], "test": [...]}``, for each
+            task its samples as places in that part, ``(n,)`` int64. Tasks that share a class give it the
+            same column; they may share samples.
         """
 
     def transform(self, images: Tensor, task: int | Tensor) -> Tensor:
@@ -154,6 +200,13 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             task: the task that all of them share, or ``(batch,)`` int64, one per image.
         """
         return images
+
+    def known_normalization(self, data: ImageData) -> Normalisation | None:
+        """The ``constants``, if they are there for images of these channels; None: to be measured."""
+        known, channels = self.constants, self.channels
+        if known is None or channels in (None, self._native_channels):
+            return known
+        return Normalisation(known.mean * 3, known.std * 3) if channels == 3 else None
 
     @property
     def augmentation(self) -> CropAndFlip:
@@ -180,47 +233,77 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             return
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        data = self.read()
-        self.tasks, classes = self.divide(data)
+        data = self._in_channels(self.read())
+        division = Division(*self.divide(data))
+        self.tasks = division.tasks
         self.num_classes = max(task.columns[1] for task in self.tasks)
-        self.input_shape = tuple(data.train.images.shape[1:])
+        inputs = data.train.images
+        self.input_shape = tuple(inputs.shape[1:])
+        self.input_dtype = torch.int64 if inputs.dtype == torch.int64 else torch.float32
+        self._brightest = 255.0 if inputs.dtype == torch.uint8 else 1.0
 
-        columns = torch.full((len(data.class_names),), -1)
-        for task, of_task in zip(self.tasks, classes, strict=True):
-            columns[of_task] = torch.arange(*task.columns)
+        columns = columns_of_classes(division, data.class_names)
         held = hold_out(data.train.labels, self.validation_fraction, "validation", self.seed)
         train = Samples(data.train.images, columns[data.train.labels])
         test = Samples(data.test.images, columns[data.test.labels])
         everything = torch.ones(len(test.labels), dtype=torch.bool)
         parts: dict[Split, _Part] = {
-            "train": _Part(train, _members(classes, data.train.labels, ~held)),
-            "val": _Part(train, _members(classes, data.train.labels, held)),
-            "test": _Part(test, _members(classes, data.test.labels, everything)),
+            "train": _Part(train, members_of_tasks(division, "train", data.train, ~held)),
+            "val": _Part(train, members_of_tasks(division, "train", data.train, held)),
+            "test": _Part(test, members_of_tasks(division, "test", data.test, everything)),
         }
-        self._refuse_empty_classes(parts, data.source)
-        self.normalisation = self.constants or Normalisation.of(train, parts["train"].members[0])
+        for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
+            if division.samples is None:
+                self._refuse_empty_classes(split, parts[split], data.source)
+            else:
+                self._refuse_empty_tasks(split, parts[split], data.source)
+        self.normalisation = self.known_normalization(data) or Normalisation.of(
+            train, parts["train"].members[0]
+        )
         self._parts = parts
 
-    def _refuse_empty_classes(self, parts: dict[Split, _Part], source: str) -> None:
-        for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
-            samples, members = parts[split]
-            checked = set()
-            for task, indices in zip(self.tasks, members, strict=True):
-                if (key := (id(indices), task.columns)) in checked:  # the same samples once more
-                    continue
-                checked.add(key)
-                found = torch.unique(samples.labels[indices]).tolist()
-                empty = [
-                    name
-                    for column, name in enumerate(task.class_names, task.columns[0])
-                    if column not in found
-                ]
-                if empty:
-                    raise DataError(
-                        f"Expected every class of the stream to have {_PART_NAMES[split]} images in "
-                        f"{source}, but got none of {empty[0]!r}. Add images, or leave the class out "
-                        "with class_order."
-                    )
+    def _in_channels(self, data: ImageData) -> ImageData:
+        """The data as read, checked, its images of as many channels as are asked for."""
+        check_data(data)
+        if self.augment and (
+            data.train.images.dtype != torch.uint8 or data.train.images.dim() != 4
+        ):
+            raise ConfigurationError(
+                "Expected augment to be off, but it is on: these inputs are no images. Leave it out."
+            )
+        self._native_channels = data.train.images.shape[1] if data.train.images.dim() > 1 else 0
+        train, test = (
+            Samples(with_channels(part.images, self.channels), part.labels)
+            for part in (data.train, data.test)
+        )
+        return data._replace(train=train, test=test)
+
+    def _refuse_empty_classes(self, split: Split, part: _Part, source: str) -> None:
+        checked = set()
+        for task, indices in zip(self.tasks, part.members, strict=True):
+            if (key := (id(indices), task.columns)) in checked:  # the same samples once more
+                continue
+            checked.add(key)
+            found = torch.unique(part.samples.labels[indices]).tolist()
+            empty = [
+                name
+                for column, name in enumerate(task.class_names, task.columns[0])
+                if column not in found
+            ]
+            if empty:
+                raise DataError(
+                    f"Expected every class of the stream to have {_PART_NAMES[split]} images in "
+                    f"{source}, but got none of {empty[0]!r}. Add images, or leave the class out "
+                    "with class_order."
+                )
+
+    def _refuse_empty_tasks(self, split: Split, part: _Part, source: str) -> None:
+        for task, indices in zip(self.tasks, part.members, strict=True):
+            if not len(indices):
+                raise DataError(
+                    f"Expected every task to have {_PART_NAMES[split]} samples of {source}, but got none "
+                    f"for task {task.id}. Let divide give it some, or make fewer tasks."
+                )
 
     def members(self, task_id: int, split: Split) -> Tensor:
         """Which samples of the store belong to a task: ``(n,)`` int64, in the order of the store."""
@@ -365,31 +448,36 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         return batch._replace(inputs=inputs, augmentation=None)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """``(batch, channels, height, width)`` uint8 to float32 of mean 0 and deviation 1."""
+        """Inputs as the stream stores them to what has mean 0 and deviation 1; tokens as they are.
+
+        Args:
+            images: ``(batch, *input_shape)``; images in 0 to 255, of any dtype.
+
+        Returns:
+            The same shape, of ``input_dtype``.
+        """
+        if self.input_dtype == torch.int64:
+            return images
         scale, shift = self._scale_and_shift(images.device)
-        return images.float().mul_(scale).add_(shift)  # (x / 255 - mean) / std
+        if self._brightest == 1:  # features, whose mean may be many times their deviation
+            wide = images.to(torch.promote_types(images.dtype, torch.float32))
+            return ((wide + shift) * scale).float()
+        pixels = images.to(torch.float32, copy=True)
+        return pixels.mul_(scale).add_(shift)  # (x / 255 - mean) / std
 
     def _scale_and_shift(self, where: device) -> tuple[Tensor, Tensor]:
         if where not in self._affine:  # a copy to the GPU at every step would stall it
-            mean, std = torch.tensor(self.normalisation, dtype=torch.float64)[:, :, None, None]
-            self._affine[where] = (
-                (1 / (255 * std)).float().to(where),
-                (-mean / std).float().to(where),
+            of_one = (
+                -1,
+                *[1] * (len(self.input_shape) - 1),
+            )  # a value for each entry of the first axis
+            mean, std = (
+                torch.tensor(one, dtype=torch.float64).view(of_one) for one in self.normalisation
             )
+            scale = 1 / (self._brightest * std)
+            shift = -mean if self._brightest == 1 else -mean / std
+            self._affine[where] = (scale.float().to(where), shift.float().to(where))
         return self._affine[where]
-
-
-def _members(classes: list[list[int]], labels: Tensor, taking_part: Tensor) -> list[Tensor]:
-    """Of the samples that take part, those of each task, in the order of the store.
-
-    Tasks of the same classes share one tensor.
-    """
-    known: dict[tuple[int, ...], Tensor] = {}
-    for of_task in map(tuple, classes):
-        if of_task not in known:
-            own = torch.isin(labels, torch.tensor(of_task))
-            known[of_task] = (taking_part & own).nonzero().flatten()
-    return [known[tuple(of_task)] for of_task in classes]
 
 
 _PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}

@@ -1,10 +1,12 @@
 """Streams whose tasks are made of different classes of one data set."""
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from bpn_lightning.datamodules.base import ContinualDataModule, at_least_one
+from bpn_lightning.datamodules.division import SamplesOfTasks
 from bpn_lightning.datamodules.readers import ImageData
-from bpn_lightning.datamodules.splitting import choose_classes
+from bpn_lightning.datamodules.splitting import choose_classes, spread
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.tasks import Task
 
@@ -13,53 +15,113 @@ __all__ = ["ClassIncrementalDataModule"]
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class ClassIncrementalDataModule(ContinualDataModule):
-    """A data set that is split by class: task k has the k-th ``classes_per_task`` of the order.
+    """A data set that is split by class: every task has the next ``classes_per_task`` of the order.
 
-    Task k's classes are the head's columns ``k * classes_per_task`` and up, whatever their labels
+    A task's classes are the head's columns after those of the tasks before it, whatever their labels
     in the data set; classes beyond the last task are left out. In a domain-incremental stream all
-    tasks have the same columns, and the question is only which of its classes an image is.
+    tasks have the same columns, and the question is only which of its classes an image is. Where
+    boundaries are blurry, all tasks have all classes, each in a column of its own, and differ in how
+    many samples they have of each.
 
     Args:
         num_tasks: how many tasks; by default as many as the classes make.
-        classes_per_task: how many classes each task brings.
+        classes_per_task: how many classes each task brings, one number for all tasks or a list with one
+            number per task.
         class_order: the classes in the order of the tasks, each by its name or by its number in the
             data set; classes that are not listed are left out. By default all, in the data set's
             own order (alphabetical for folders).
         class_order_seed: shuffles that order, by a generator of its own; by default it is kept.
         domain_incremental: whether every task's j-th class is the head's column j; the module's mask
             is ``shared`` then.
+        blurry: fraction of each class's training samples that lie in other tasks than its own, spread at
+            random, in [0, 1); test samples stay. Above 0, the module's mask is ``shared``.
     """
 
     num_tasks: int | None = None
-    classes_per_task: int = 2
+    classes_per_task: int | list[int] = 2
     class_order: list[str | int] | None = None
     class_order_seed: int | None = None
     domain_incremental: bool = False
+    blurry: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("classes_per_task", self.classes_per_task)
+        sizes = self.classes_per_task
+        for size in sizes if isinstance(sizes, list) else [sizes]:
+            at_least_one("classes_per_task", size)
         if self.num_tasks is not None:
             at_least_one("num_tasks", self.num_tasks)
             self.epochs_of(self.num_tasks)
+        wanted = self.num_tasks or (len(sizes) if isinstance(sizes, list) else 0) or 1
+        if isinstance(sizes, list) and len(sizes) != wanted:
+            raise ConfigurationError(
+                f"Expected classes_per_task to have one entry for each task, {wanted} in all, but got "
+                f"{len(sizes)}. Give one number for all tasks, or {wanted} of them."
+            )
+        if self.domain_incremental and isinstance(sizes, list) and len(set(sizes)) > 1:
+            raise ConfigurationError(
+                "Expected classes_per_task to be the same for all tasks in a domain-incremental stream, "
+                f"whose tasks share their columns, but got {sizes}. Give one number, or set "
+                "domain_incremental to false."
+            )
+        if not 0 <= self.blurry < 1 or (self.blurry and self.domain_incremental):
+            raise ConfigurationError(
+                "Expected blurry to be at least 0 and below 1, and 0 in a domain-incremental stream, but "
+                f"got {self.blurry}. Use 0.1 to move a tenth of each class to other tasks."
+            )
 
-    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
+    def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]], SamplesOfTasks | None]:
         """Cut the order of classes into tasks."""
-        size = self.classes_per_task
         order = choose_classes(data.class_names, self.class_order, self.class_order_seed)
-        num_tasks = len(order) // size if self.num_tasks is None else self.num_tasks
-        if not 0 < num_tasks * size <= len(order):
+        sizes = self._sizes(data, order)
+        ends = [*accumulate(sizes, initial=0)]
+        classes = [order[first:stop] for first, stop in pairwise(ends)]
+        if self.blurry:
+            return self._blurred(data, classes)
+        tasks = []
+        for k, epochs in enumerate(self.epochs_of(len(sizes))):
+            first = 0 if self.domain_incremental else ends[k]
+            names = tuple(data.class_names[c] for c in classes[k])
+            tasks.append(Task(k, (first, first + sizes[k]), names, epochs))
+        return tasks, classes, None
+
+    def _sizes(self, data: ImageData, order: list[int]) -> list[int]:
+        """How many classes each task has."""
+        sizes, num_tasks = self.classes_per_task, self.num_tasks
+        if isinstance(sizes, int):
+            number = len(order) // sizes if num_tasks is None else num_tasks
+            rule, got = "num_tasks * classes_per_task", f"{max(number, 1)} * {sizes}"
+            sizes = [sizes] * number
+        else:
+            rule, got = (
+                "the sum of classes_per_task",
+                f"{' + '.join(map(str, sizes))} = {sum(sizes)}",
+            )
+        if not 0 < sum(sizes) <= len(order):
             where = f"the {len(order)} classes of {self.title} in {data.source}"
             if self.class_order is not None:
                 where = f"the {len(order)} classes that class_order lists"
+            remedy = "Lower one of the two" if "*" in got else "Lower some of them"
             raise ConfigurationError(
-                f"Expected num_tasks * classes_per_task to be at most {where}, but got "
-                f"{max(num_tasks, 1)} * {size}. Lower one of the two, or add classes."
+                f"Expected {rule} to be at most {where}, but got {got}. {remedy}, or add classes."
             )
-        classes = [order[k * size : (k + 1) * size] for k in range(num_tasks)]
-        tasks = []
-        for k, epochs in enumerate(self.epochs_of(num_tasks)):
-            first = 0 if self.domain_incremental else k * size
-            names = tuple(data.class_names[c] for c in classes[k])
-            tasks.append(Task(k, (first, first + size), names, epochs))
-        return tasks, classes
+        return sizes
+
+    def _blurred(
+        self, data: ImageData, classes: list[list[int]]
+    ) -> tuple[list[Task], list[list[int]], SamplesOfTasks]:
+        """Tasks of all classes, whose samples are mostly those of some."""
+        if len(classes) < 2:
+            raise ConfigurationError(
+                f"Expected two or more tasks where boundaries are blurry, but got {len(classes)}. Lower "
+                "classes_per_task, or leave blurry out."
+            )
+        order = [one for of_task in classes for one in of_task]
+        names = tuple(data.class_names[one] for one in order)
+        epochs = self.epochs_of(len(classes))
+        tasks = [Task(k, (0, len(order)), names, epochs[k]) for k in range(len(classes))]
+        samples: SamplesOfTasks = {
+            "train": spread(data.train.labels, classes, self.blurry, self.seed),
+            "test": spread(data.test.labels, classes, 0.0, self.seed),
+        }
+        return tasks, [order] * len(classes), samples

@@ -1,12 +1,12 @@
 """Clusters in the plane: the smallest stream, and one whose decisions can be drawn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, at_least_one
+from bpn_lightning.datamodules.base import NOTHING, ContinualDataModule, at_least_one
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
@@ -43,8 +43,10 @@ class Gaussians(ContinualDataModule):
     train_samples: int = 500
     test_samples: int = 500
 
+    channels: Literal[1, 3] | None = field(init=False, default=None)  # points have none
+
     title = "the clusters"
-    constants = Normalisation(mean=(0.0,), std=(1.0,))
+    constants = NOTHING
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,10 +60,6 @@ class Gaussians(ContinualDataModule):
         if not self.deviation > 0:
             raise ConfigurationError(
                 f"Expected deviation to be more than 0, but got {self.deviation}."
-            )
-        if self.augment:
-            raise ConfigurationError(
-                "Expected augment to be off, but it is on: points are no images. Leave it out."
             )
         self.epochs_of(len(self.centres) - 1)
 
@@ -86,7 +84,3 @@ class Gaussians(ContinualDataModule):
         epochs = self.epochs_of(len(others))
         tasks = [Task(k, (0, 2), (first, other), epochs[k]) for k, other in enumerate(others)]
         return tasks, [[0, k + 1] for k in range(len(others))]
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Leave the points as they are: ``(batch, 2)`` float32."""
-        return images

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from bpn_lightning.datamodules.image_sets.listing import Entry
+from bpn_lightning.datamodules.limits import Fault, refuse_damaged
 from bpn_lightning.errors import ConfigurationError, DataError
 
 __all__ = ["CachedImages", "Damage", "cached_images"]
@@ -198,12 +199,11 @@ def _resized(image: Image.Image, size: int, fit: Fit) -> Any:
 
 
 def _refuse(damaged: dict[int, Damage], on_corrupt: str) -> None:
-    if damaged and on_corrupt == "error":
-        first = damaged[min(damaged)]
-        more = f" ({len(damaged) - 1:,} more are damaged)" if len(damaged) > 1 else ""
-        raise DataError(
-            f"Expected {first.path} to be a whole image, but got {first.reason}{more}. Replace the "
-            "file, or set on_corrupt to skip to leave damaged images out."
+    if on_corrupt == "error":
+        refuse_damaged(
+            [Fault(Path(one.path), one.reason) for _, one in sorted(damaged.items())],
+            "a whole image",
+            "Replace the file, or set on_corrupt to skip to leave damaged images out.",
         )
 
 

@@ -1,7 +1,7 @@
 """One image set as a stream of a single task, over a cache of decoded images."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +49,8 @@ class ImageSetStream(ContinualDataModule):
     flip: bool = True
     on_corrupt: Literal["error", "skip"] = "error"
     expect_counts: bool = True
+
+    channels: Literal[1, 3] | None = field(init=False, default=None)  # always color
 
     constants = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 

@@ -1,7 +1,7 @@
 """Readers: files to uint8 tensors, and every way in which files can be wrong to one clear error."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +11,15 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from bpn_lightning.datamodules.limits import open_image, refuse_bomb, refuse_ways_out
+from bpn_lightning.datamodules.limits import (
+    Fault,
+    open_image,
+    refuse_bomb,
+    refuse_damaged,
+    refuse_ways_out,
+    warn_if_dark,
+)
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.errors import DataError
 
@@ -82,32 +88,52 @@ def read_class_folders(
     class_names = sorted(files["train"].keys() | files["test"].keys())
     size = (channels, height, width)
 
-    def read(part: str) -> Samples:
-        labelled = [
+    labelled = {
+        part: [
             (path, label)
             for label, name in enumerate(class_names)
             for path in files[part].get(name, [])
         ]
-        images = np.empty((len(labelled), *size), dtype=np.uint8)
+        for part in files
+    }
+    images = {part: np.empty((len(of), *size), dtype=np.uint8) for part, of in labelled.items()}
+    deep: list[int] = []  # the brightest pixel of each image of 16 bits
 
-        def decode(place: int) -> None:
-            images[place] = _decode(labelled[place][0], *size, resize)
+    def decode(place: tuple[str, int]) -> Fault | None:
+        part, number = place
+        path = labelled[part][number][0]
+        try:
+            images[part][number] = _decode(path, *size, resize, deep)
+        # A damaged file makes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error,
+        # zlib.error and more.
+        except Exception as error:  # noqa: BLE001
+            return Fault(path, f"{type(error).__name__}: {error}")
+        return None
 
-        # Pillow lets go of the interpreter while it decodes, and reading waits for the disk.
-        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-            for _ in pool.map(decode, range(len(labelled))):
-                pass
-        labels = torch.tensor([label for _, label in labelled], dtype=torch.int64)
-        return Samples(torch.from_numpy(images), labels)
+    places = [(part, number) for part in labelled for number in range(len(labelled[part]))]
+    # Pillow lets go of the interpreter while it decodes, and reading waits for the disk.
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        refuse_damaged(
+            [fault for fault in pool.map(decode, places) if fault],
+            "a whole image that fits the data set",
+            "Replace the file or delete it.",
+        )
 
-    return ImageData(read("train"), read("test"), class_names, str(folder))
+    if deep:
+        warn_if_dark(max(deep), str(folder))
+
+    def samples(part: str) -> Samples:
+        labels = torch.tensor([label for _, label in labelled[part]], dtype=torch.int64)
+        return Samples(torch.from_numpy(images[part]), labels)
+
+    return ImageData(samples("train"), samples("test"), class_names, str(folder))
 
 
 def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[Path]]:
     if not part.is_dir():
         raise DataError(
-            f"Expected the folder {part} with one folder of images for each class, but there is "
-            f"none. Arrange the images as {part.parent}{os.sep}{{train,test}}{os.sep}<class>{os.sep}."
+            f"Expected the folder {part} with one folder of images for each class, but there is none. "
+            f"{_what_helps(part, suffixes)}"
         )
     with _readable(part):
         return {
@@ -121,43 +147,66 @@ def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[
         }
 
 
-def _decode(path: Path, channels: int, height: int, width: int, resize: bool) -> Any:
-    try:
-        with open_image(path) as file:
-            image: Image.Image = file
-            if image.size != (width, height) and not resize:
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels where {width} x {height} are expected"
-                )
-            image = image.convert("L" if channels == 1 else "RGB")
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = np.asarray(image).reshape(height, width, channels)
-    # A damaged file makes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error,
-    # zlib.error and more.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"Expected {path} to be a whole image that fits the data set, but got {reason}. "
-            "Replace the file or delete it."
-        ) from error
-    return pixels.transpose(2, 0, 1)
+def _what_helps(missing: Path, suffixes: frozenset[str]) -> str:
+    """How the images come to lie in ``train/`` and ``test/``, by what lies there now."""
+    root = missing.parent
+    arranged = f"{root}{os.sep}{{train,test}}{os.sep}<class>{os.sep}"
+    if not root.is_dir():
+        return f"There is no folder {root}: name the one that holds train and test."
+    with _readable(root):
+        if root.name in ("train", "test") and (root.parent / "train").is_dir():
+            return f"Name {root.parent} instead, the folder that holds train and test."
+        folders = [one for one in sorted(root.iterdir()) if one.is_dir()]
+        inner = [
+            one for one in folders if {"train", "test"} <= {part.name for part in one.iterdir()}
+        ]
+        if inner:
+            return f"Name {inner[0]} instead, which holds train and test."
+        classes = [
+            one.name
+            for one in folders
+            if one.name not in ("train", "test")
+            and any(file.suffix.lower() in suffixes for file in one.iterdir())
+        ]
+        other = {"train": "test", "test": "train"}[missing.name]
+        if (root / other).is_dir():
+            return (
+                f"There is {root / other}: move a part of each class's images from there to {missing}"
+                f"{os.sep}<class>{os.sep}."
+            )
+    if classes:
+        return (
+            f"The classes {', '.join(classes[:3])}{', ...' if classes[3:] else ''} lie in {root} itself: "
+            f"move each one's images to {arranged}, some to learn from and some to test on."
+        )
+    return f"Arrange the images as {arranged}."
+
+
+def _decode(
+    path: Path, channels: int, height: int, width: int, resize: bool, deep: list[int]
+) -> Any:
+    with open_image(path) as file:
+        image: Image.Image = file
+        if "brightest" in image.info:
+            deep.append(image.info["brightest"])
+        if image.size != (width, height) and not resize:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels where {width} x {height} are expected"
+            )
+        image = image.convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 # ------------------------------------------------------------------------------- npz archives
 
-_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
-
-def read_npz(path: Path) -> ImageData:
-    """Read an archive with train_images, train_labels, test_images and test_labels.
-
-    Images are uint8, ``(n, height, width)`` or ``(n, height, width, channels)``, labels are
-    integers, ``(n,)`` or ``(n, 1)``. Each value of a label is a class, in ascending order. Further
-    arrays, such as MedMNIST's val_images, are not read.
+def read_npz(path: Path, wanted: Collection[str]) -> dict[str, Any]:
+    """Load arrays of an archive by name; others are not read.
 
     Raises:
-        DataError: the archive is missing, damaged or holds something else.
+        DataError: the archive is missing or damaged, or one of these arrays is of objects.
     """
     with _readable(path):
         file = path.open("rb")
@@ -170,69 +219,20 @@ def read_npz(path: Path) -> ImageData:
     file.seek(0)
     try:
         with file, np.load(file, allow_pickle=False) as archive:
-            read = [m for m in archive.zip.infolist() if m.filename.removesuffix(".npy") in _KEYS]
+            read = [m for m in archive.zip.infolist() if m.filename.removesuffix(".npy") in wanted]
             refuse_bomb(path, sum(m.compress_size for m in read), sum(m.file_size for m in read))
-            missing = [key for key in _KEYS if key not in archive]
-            arrays = {key: archive[key] for key in _KEYS if key in archive}
-            held = list(archive)
+            return {key: archive[key] for key in archive if key in wanted}
     except DataError:
         raise
     # A damaged archive makes numpy and zipfile raise OSError, ValueError, BadZipFile, zlib.error...
     # and a single array in an .npy file is no context manager.
     except Exception as error:
+        remedy = "Fetch it again, or write it with numpy.savez."
+        if "Object arrays" in str(error):
+            remedy = (
+                "Arrays of objects hold code: write strings with .astype(str), numbers as numbers."
+            )
         raise DataError(
             f"Expected {path} to be a whole .npz archive of plain arrays, but got "
-            f"{type(error).__name__}: {str(error).rstrip('.')}. Fetch it again, or write it with "
-            "numpy.savez."
+            f"{type(error).__name__}: {str(error).rstrip('.')}. {remedy}"
         ) from error
-    if missing:
-        raise DataError(
-            f"Expected {path} to hold the arrays {', '.join(_KEYS)}, but got {', '.join(held)}. "
-            f"Add {', '.join(missing)}."
-        )
-    values = {part: _labels(path, f"{part}_labels", arrays) for part in ("train", "test")}
-    classes = np.unique(np.concatenate([values["train"], values["test"]]))
-
-    def samples(part: str) -> Samples:
-        images = _images(path, f"{part}_images", arrays)
-        labels = torch.from_numpy(np.searchsorted(classes, values[part]).astype(np.int64))
-        if len(images) != len(labels):
-            raise DataError(
-                f"Expected {part}_labels in {path} to have one entry for each of the {len(images)} "
-                f"images, but got {len(labels)}. Write the archive again with both complete."
-            )
-        return Samples(images, labels)
-
-    train, test = samples("train"), samples("test")
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise DataError(
-            f"Expected train_images and test_images in {path} to be of one size, but got "
-            f"{tuple(train.images.shape[1:])} and {tuple(test.images.shape[1:])} (channels, height, "
-            "width). Bring both to the same size."
-        )
-    return ImageData(train, test, [str(value) for value in classes.tolist()], str(path))
-
-
-def _images(path: Path, key: str, arrays: dict[str, Any]) -> Tensor:
-    array = arrays[key]
-    if array.dtype != np.uint8 or array.ndim not in (3, 4):
-        raise DataError(
-            f"Expected {key} in {path} to be uint8 of shape (n, height, width) or (n, height, "
-            f"width, channels), but got {array.dtype} of shape {array.shape}. Scale the images to "
-            "0 .. 255 and convert them with .astype('uint8')."
-        )
-    images = torch.from_numpy(array)
-    return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-
-
-def _labels(path: Path, key: str, arrays: dict[str, Any]) -> Any:
-    array = arrays[key]
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(
-            f"Expected {key} in {path} to be integers of shape (n,) or (n, 1), one class per image, "
-            f"but got {array.dtype} of shape {arrays[key].shape}. Images with several labels each "
-            "cannot be split into tasks by class."
-        )
-    return array

@@ -9,7 +9,7 @@ from torch import Tensor
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.random_state import seeded_generator
 
-__all__ = ["choose_classes", "hold_out"]
+__all__ = ["choose_classes", "hold_out", "spread"]
 
 
 def choose_classes(
@@ -79,6 +79,34 @@ def hold_out(labels: Tensor, fraction: float, *key: int | str) -> Tensor:
         shuffle = torch.randperm(len(members), generator=seeded_generator(*key, label))
         held[members[shuffle[:count]]] = True
     return held
+
+
+def spread(
+    labels: Tensor, classes: Sequence[Sequence[int]], fraction: float, seed: int
+) -> list[Tensor]:
+    """The samples of tasks whose boundaries are blurry.
+
+    Each class has a task of its own. A random ``fraction`` of its samples is elsewhere: each in one of
+    the other tasks, any as likely as the others.
+
+    Args:
+        labels: ``(n,)`` int64.
+        classes: for each task, two or more, the classes whose own it is.
+        fraction: in [0, 1); 0 leaves every sample in its class's task.
+        seed: of the draw.
+
+    Returns:
+        For each task its samples, ``(samples,)`` int64; together every sample of these classes once.
+    """
+    own = torch.full((len(labels),), -1)
+    for task, of_task in enumerate(classes):
+        own[torch.isin(labels, torch.tensor(of_task))] = task
+    generator = seeded_generator("blurry: tasks", seed)
+    others = torch.randint(len(classes) - 1, (len(labels),), generator=generator)
+    others += others >= own
+    moved = hold_out(labels, fraction, "blurry", seed) & (own >= 0)
+    found = torch.where(moved, others, own)
+    return [(found == task).nonzero().flatten() for task in range(len(classes))]
 
 
 def _listing(names: Sequence[str], most: int = 12) -> str:

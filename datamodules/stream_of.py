@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,6 +128,7 @@ class StreamOf(ContinualDataModule):
     eval_batch_size: int = field(init=False, default=1)
     validation_fraction: float = field(init=False, default=0.0)
     augment: bool = field(init=False, default=False)
+    channels: Literal[1, 3] | None = field(init=False, default=None)
 
     title = "the streams"
 
@@ -173,6 +174,7 @@ class StreamOf(ContinualDataModule):
         self.tasks = tasks
         self.num_classes = max(task.columns[1] for task in tasks)
         self.input_shape = self.streams[0].input_shape
+        self.input_dtype = self.streams[0].input_dtype
         self._places = places
 
     def _refuse_differences(self) -> None:
@@ -180,7 +182,13 @@ class StreamOf(ContinualDataModule):
         if len(set(shapes)) > 1:
             raise ConfigurationError(
                 f"Expected all streams to give inputs of one shape, but got {shapes}. Use the "
-                "streams' own arguments, such as padding or image_size, to make them equal."
+                "streams' own arguments, such as padding, image_size or channels, to make them equal."
+            )
+        dtypes = [stream.input_dtype for stream in self.streams]
+        if len(set(dtypes)) > 1:
+            raise ConfigurationError(
+                f"Expected all streams to give floats, or all of them tokens, but got {dtypes}. Join "
+                "streams of one kind."
             )
         widths = [stream.num_classes for stream in self.streams]
         if self.shared_columns and len(set(widths)) > 1:

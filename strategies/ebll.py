@@ -21,7 +21,7 @@ from bpn_lightning.strategies.lwf import (
     side_by_side,
     student_answer,
 )
-from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
+from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task, dry_inputs
 
 __all__ = ["Autoencoder", "EncoderBasedLifelongLearning", "code_loss", "codes"]
 
@@ -283,7 +283,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         network, outputs = host.network(), []
         layer = network.get_submodule(self.layer)
         handle = layer.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
-        sample = torch.zeros(1, *host.stream.input_shape, device=host.device)
+        sample = dry_inputs(host.stream, 1, host.device)
         try:
             with torch.no_grad(), evaluation_mode(network):
                 network(sample)

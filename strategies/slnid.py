@@ -17,7 +17,7 @@ from bpn_lightning.importance import mean_over_task, squared_lengths
 from bpn_lightning.layers import evaluation_mode, full_precision
 from bpn_lightning.penalties import Update
 from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
-from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Task
+from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Task, dry_inputs
 
 __all__ = ["SLNID", "Discount", "inhibition", "inhibition_weights"]
 
@@ -171,7 +171,7 @@ class SLNID(MemoryAwareSynapses):
             shapes[name].append(call[-1].shape)
 
         handles = [parts[name].register_forward_hook(partial(note, name)) for name in names]
-        inputs = torch.zeros(1, *stream.input_shape, device=host.device)
+        inputs = dry_inputs(stream, 1, host.device)
         with torch.no_grad(), evaluation_mode(host.network()):
             host.network()(inputs)
         for handle in handles:

@@ -12,7 +12,7 @@ from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import ContinualHost, ContinualStream
+from bpn_lightning.tasks import ContinualHost, ContinualStream, dry_inputs
 
 __all__ = ["KeyKind", "ParameterSuperposition", "binary_key", "phase_key", "turned"]
 
@@ -127,7 +127,11 @@ class ParameterSuperposition(ContinualStrategy):
         kind = "complex" if self.kind == "complex" else "binary"
         self.keys = {name: cast(Keys, host.attach_keys(name, kind)) for name in names}
         if kind == "complex":
-            check_elementwise(host.network(), stream.input_shape, host.device)
+            inputs = dry_inputs(stream, 2, host.device)
+            if inputs.is_floating_point():
+                draw = torch.rand(inputs.shape, generator=seeded_generator("dry forward"))
+                inputs = draw.to(host.device)
+            check_elementwise(host.network(), inputs)
 
     def _default_layers(self, host: ContinualHost) -> list[str]:
         weighted = (
@@ -203,7 +207,7 @@ class ParameterSuperposition(ContinualStrategy):
         return floats * (8 if self.kind == "complex" else 4)
 
 
-def check_elementwise(network: nn.Module, input_shape: Sequence[int], device: torch.device) -> None:
+def check_elementwise(network: nn.Module, inputs: Tensor) -> None:
     """Whether what stands between complex layers treats real and imaginary parts alike.
 
     Every part without children that runs after a complex layer is tried on both halves of what it
@@ -211,8 +215,7 @@ def check_elementwise(network: nn.Module, input_shape: Sequence[int], device: to
 
     Args:
         network: its linear layers are complex.
-        input_shape: of one sample.
-        device: where it lies.
+        inputs: ``(batch, ...)``, for a dry forward.
 
     Raises:
         ConfigurationError: names the part that does not.
@@ -234,7 +237,6 @@ def check_elementwise(network: nn.Module, input_shape: Sequence[int], device: to
         if isinstance(part, ComplexLinear)
         or not (isinstance(part, TaskModule) or any(True for _ in part.children()))
     ]
-    inputs = torch.rand(2, *input_shape, generator=seeded_generator("dry forward")).to(device)
     try:
         with torch.no_grad(), evaluation_mode(network):
             network(inputs)

@@ -544,7 +544,8 @@ LINES: list[tuple[str, str]] = [
         "--config digits_inc.yaml --data SplitImageFolder --data.root nowhere",
         (
             "Expected the folder {here}/nowhere/train with one folder of images for each class, "
-            "but there is none. Arrange the images as {here}/nowhere/{train,test}/<class>/."
+            "but there is none. There is no folder {here}/nowhere: name the one that holds train and "
+            "test."
         ),
     ),
     (
@@ -1325,7 +1326,8 @@ FOLDERS: list[tuple[str, Prepare, str]] = [
         lambda _: image("set/train/ant/1.png"),
         (
             "Expected the folder {here}/set/test with one folder of images for each class, but "
-            "there is none. Arrange the images as {here}/set/{train,test}/<class>/."
+            "there is none. There is {here}/set/train: move a part of each class's images from there to "
+            "{here}/set/test/<class>/."
         ),
     ),
     (
@@ -1367,11 +1369,11 @@ FOLDERS: list[tuple[str, Prepare, str]] = [
     ),
     (
         "deep pixels",
-        with_folders(lambda: image(BEE, mode="I;16")),
+        with_folders(lambda: image("set/train/bee/1.tiff", mode="F")),
         (
-            "Expected {here}/set/train/bee/1.png to be a whole image that fits the data set, but "
-            "got ValueError: more than 8 bits per channel (mode I;16). Replace the file or delete"
-            " it."
+            "Expected {here}/set/train/bee/1.tiff to be a whole image that fits the data set, but "
+            "got ValueError: pixels that are not of 8 or 16 bits (mode F). Replace the file or "
+            "delete it."
         ),
     ),
     (
@@ -1522,8 +1524,8 @@ ARRAYS: list[tuple[str, Prepare, str]] = [
         "several labels each",
         arrays(train_labels=np.zeros((4, 2), int)),
         (
-            "Expected train_labels in {here}/x.npz to be integers of shape (n,) or (n, 1), one "
-            "class per image, but got int64 of shape (4, 2). Images with several labels each "
+            "Expected train_labels in {here}/x.npz to be integers or strings of shape (n,) or (n, 1), "
+            "one class per sample, but got int64 of shape (4, 2). Samples with several labels each "
             "cannot be split into tasks by class."
         ),
     ),

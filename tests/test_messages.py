@@ -9,9 +9,9 @@ from bpn_lightning.messages import shorten_help
 
 ALL = " `bpn-fit --help_all` shows all."
 DIGITS = (
-    "It takes epochs_per_task, batch_size, eval_batch_size, validation_fraction, augment, seed, "
-    "reset_optimizer, task_id_at_test, num_tasks, classes_per_task, class_order, "
-    "class_order_seed, domain_incremental."
+    "It takes epochs_per_task, batch_size, eval_batch_size, validation_fraction, augment, channels, "
+    "seed, reset_optimizer, task_id_at_test, num_tasks, classes_per_task, class_order, "
+    "class_order_seed, domain_incremental, blurry."
 )
 NO_TASKS = f"SplitDigits has no argument 'num_taks' (data). Did you mean 'num_tasks'? {DIGITS}"
 SGD = (
@@ -144,6 +144,17 @@ def test_a_wrong_flag(
     flags: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert said(flags.split(), capsys, tmp_path) == message
+
+
+@pytest.mark.parametrize("flag", ["--data.init_args.num_workers", "--data.num_workers"])
+def test_workers_are_not_taken_for_tasks(
+    flag: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    message = said(["--config", "digits_inc.yaml", flag, "4"], capsys, tmp_path)
+    assert message.startswith(
+        "SplitDigits has no argument 'num_workers' (data): a stream has its samples"
+    )
+    assert "num_tasks" not in message
 
 
 @pytest.mark.parametrize(

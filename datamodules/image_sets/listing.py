@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat, whosmat
 
-from bpn_lightning.datamodules.limits import open_image, refuse_bomb, refuse_ways_out
+from bpn_lightning.datamodules.limits import MOST_NAMED, open_image, refuse_bomb, refuse_ways_out
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
 
 __all__ = ["Counts", "Entry", "ImageSet", "Listing", "one_of"]
@@ -150,10 +150,12 @@ class ImageSet(ABC):
         refuse_ways_out(self.folder, paths)
         missing = [path for path in paths if not path.is_file()]
         if missing:
-            more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+            named = ", ".join(map(str, missing[:MOST_NAMED]))
+            more = f" and {len(missing) - MOST_NAMED:,} more" if len(missing) > MOST_NAMED else ""
+            verb = "is" if len(missing) == 1 else "are"
             raise DataError(
-                f"Expected every image that the lists of {self.title} name, but {missing[0]} is "
-                f"missing{more}. {self.origin}"
+                f"Expected every image that the lists of {self.title} name, but {named}{more} {verb} "
+                f"missing. {self.origin}"
             )
 
     def open(self, entry: Entry) -> Image.Image:

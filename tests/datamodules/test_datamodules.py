@@ -26,7 +26,9 @@ CLASSES = {
     "class_order": ["ant", 2],
     "class_order_seed": 5,
     "domain_incremental": True,
+    "blurry": 0.0,
     "augment": True,
+    "channels": 3,
 }
 TRANSFORMED = {
     "root": "here",
@@ -36,6 +38,7 @@ TRANSFORMED = {
     "train_samples": 20,
     "test_samples": 10,
     "augment": True,
+    "channels": 3,
 }
 OWN = {
     "SplitDigits": {},
@@ -43,8 +46,8 @@ OWN = {
     "SplitFashionMNIST": {"root": "here", "download": False, "padding": 1},
     "SplitCIFAR10": {"root": "here", "download": False},
     "SplitCIFAR100": {"root": "here", "download": False},
-    "SplitImageFolder": {"root": "here", "image_size": 32, "grayscale": True},
-    "SplitArrays": {"path": "a.npz"},
+    "SplitImageFolder": {"root": "here", "image_size": 32, "channels": 1},
+    "SplitArrays": {"path": "a.npz", "standardize": False},
 }
 OWN = {name: COMMON | CLASSES | own for name, own in OWN.items()}
 OWN["PermutedMNIST"] = COMMON | TRANSFORMED | {"permute_first_task": False}
@@ -122,7 +125,10 @@ def test_every_argument_goes_from_the_command_line_to_the_stream(name: str) -> N
 
 def test_what_is_not_given_stays_out_of_the_constructor() -> None:
     computed = {field.name for field in fields(ContinualDataModule) if not field.init}
-    assert computed == {"tasks", "num_classes", "input_shape", "has_validation", "normalisation"}
+    assert computed == {
+        *("tasks", "num_classes", "input_shape", "input_dtype"),
+        *("has_validation", "normalisation"),
+    }
 
 
 def test_one_positional_argument_says_where_the_data_are() -> None:

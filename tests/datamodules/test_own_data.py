@@ -1,6 +1,5 @@
 """People's own images: trees of folders and archives, whole and broken."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import to_dtype
 
 from bpn_lightning.datamodules import SplitArrays, SplitImageFolder
 from bpn_lightning.datamodules.readers import read_class_folders
@@ -61,7 +61,7 @@ def test_every_kind_of_image_is_read_and_other_files_are_passed_over(tmp_path: P
 
 def test_grayscale_reads_one_channel(tmp_path: Path, write_tree: Write) -> None:
     written = write_tree(tmp_path, ("a", "b"), (8, 8, 3), count=1)
-    stream = SplitImageFolder(str(tmp_path), image_size=8, grayscale=True)
+    stream = SplitImageFolder(str(tmp_path), image_size=8, channels=1)
     stream.setup()
     (batch,) = stream.loader(0, "train")
     expected = np.asarray(Image.fromarray(written["train/a/0"]).convert("L"))
@@ -102,19 +102,74 @@ def test_a_broken_image_is_named(
         SplitImageFolder(str(tmp_path)).setup()
 
 
-def test_an_image_with_deeper_pixels_is_refused(tmp_path: Path, write_tree: Write) -> None:
-    write_tree(tmp_path, ("a", "b"))
+def test_every_broken_image_is_named(tmp_path: Path, write_tree: Write) -> None:
+    write_tree(tmp_path, ("a", "b"), count=8)
+    broken = sorted((tmp_path / "train").rglob("[1-6].png"))
+    broken.append(tmp_path / "test" / "a" / "0.png")
+    for file in broken:
+        file.write_text("no image")
+    with pytest.raises(DataError, match=rf"{broken[0]} to be a whole image .* 12 more: ") as error:
+        SplitImageFolder(str(tmp_path)).setup()
+    named = [file for file in broken if f"{file} (Unidentified" in str(error.value)]
+    assert named == broken[1:10]
+    assert "and 3 that are not named here. Replace the file" in str(error.value)
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".pgm"])
+def test_images_of_16_bits_are_read_as_torchvision_does(
+    tmp_path: Path, suffix: str, order: str
+) -> None:
+    pixels = np.random.default_rng(0).integers(2**16, size=(9, 7), dtype=np.uint16)
+    pixels[0, :2] = 0, 2**16 - 1
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            image = Image.fromarray(pixels.astype(order) if suffix == ".tiff" else pixels)
+            image.save(tmp_path / part / name / f"0{suffix}")
+    data = read_class_folders(tmp_path, 1, 9, 7, resize=False)
+    scaled = to_dtype(torch.from_numpy(pixels), torch.uint8, scale=True)
+    assert torch.equal(data.train.images, scaled.expand(2, 1, 9, 7))
+
+
+def test_dark_images_of_16_bits_are_warned_of(tmp_path: Path, write_tree: Write) -> None:
+    write_tree(tmp_path, ("a", "b"), (8, 8), count=1)
     file = tmp_path / "train" / "a" / "0.png"
-    Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(file)
-    with pytest.raises(DataError, match=rf"{file} .* more than 8 bits per channel"):
+    Image.fromarray(np.full((8, 8), 4095, dtype=np.uint16)).save(file)
+    with pytest.warns(UserWarning, match=r"is 4,095 of 65,535, so that they become 16 of 256"):
         SplitImageFolder(str(tmp_path)).setup()
 
 
-def test_a_missing_part_is_named_with_the_layout(tmp_path: Path) -> None:
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    expected = rf"{tmp_path / 'test'} .* {tmp_path}{os.sep}{{train,test}}{os.sep}<class>"
-    with pytest.raises(DataError, match=expected):
-        SplitImageFolder(str(tmp_path)).setup()
+def test_pixels_of_other_depths_are_refused(tmp_path: Path, write_tree: Write) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    for kind, mode in ((np.int32, "I"), (np.float32, "F")):
+        file = tmp_path / "train" / "a" / "0.tiff"
+        Image.fromarray(np.full((8, 8), 1000, dtype=kind)).save(file)
+        with pytest.raises(DataError, match=rf"{file} .* not of 8 or 16 bits \(mode {mode}\)"):
+            SplitImageFolder(str(tmp_path)).setup()
+
+
+@pytest.mark.parametrize(
+    ("folders", "root", "said"),
+    [
+        (["train/a"], ".", "There is {root}/train: move a part .* to {root}/test/<class>/"),
+        (["test/a"], ".", "There is {root}/test: move a part .* to {root}/train/<class>/"),
+        (["a", "b"], ".", "The classes a, b lie in {root} itself: move each one's images to"),
+        (["train/a", "test/a"], "train", "Name {root} instead, the folder that holds train and"),
+        (["x/train/a", "x/test/a"], ".", "Name {root}/x instead, which holds train and test"),
+        ([], "none", "There is no folder {root}/none: name the one that holds train and test"),
+        (["empty"], ".", "Arrange the images as {root}/.train,test./<class>/"),
+    ],
+)
+def test_folders_without_parts_are_told_what_helps(
+    tmp_path: Path, folders: list[str], root: str, said: str
+) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        if folder != "empty":
+            Image.new("L", (8, 8)).save(tmp_path / folder / "0.png")
+    with pytest.raises(DataError, match=said.format(root=tmp_path)):
+        SplitImageFolder(str(tmp_path / root)).setup()
 
 
 def test_a_class_without_test_images_is_named(tmp_path: Path, write_tree: Write) -> None:
@@ -194,16 +249,35 @@ def broken(change: Callable[[dict[str, np.ndarray]], object]) -> dict[str, np.nd
         ),
         (
             broken(lambda a: a.update(train_labels=np.zeros((12, 14), dtype=int))),
-            r"train_labels .* one class per image, but got int64 of shape \(12, 14\)",
+            r"train_labels .* but got int64 of shape \(12, 14\)\. Samples with several labels",
         ),
-        (broken(lambda a: a.update(test_labels=np.array(["a"] * 6))), "test_labels .* got <U1"),
+        (
+            broken(lambda a: a.update(test_labels=np.array(["a"] * 6))),
+            "of one kind, but got int64 and <U1. Let both be integers, or both strings",
+        ),
+        (
+            broken(lambda a: a.update(train_labels=a["train_labels"] / 3)),
+            "Numbers to be predicted are no classes: cut them .* numpy.digitize",
+        ),
+        (
+            broken(lambda a: a.update(train_labels=a["train_labels"] / 1)),
+            r"train_labels .* but got float64 of shape \(12,\)\. Convert them with \.astype",
+        ),
+        (
+            broken(lambda a: a.update(test_labels=np.array([b"\xff"] * 6))),
+            "test_labels in .* to be strings in UTF-8",
+        ),
+        (
+            broken(lambda a: a.update(train_images=a["train_images"].astype(np.int32))),
+            "uint8 or uint16 .* but got int32",
+        ),
         (
             broken(lambda a: a.update(test_images=a["test_images"][:, :5])),
             r"one size, but got \(1, 9, 7\) and \(1, 5, 7\)",
         ),
         (
             broken(lambda a: a.update(train_labels=np.array([{}] * 12))),
-            "plain arrays, but got ValueError: .*allow_pickle=False",
+            "plain arrays, but got ValueError: .*allow_pickle=False. .* strings with .astype",
         ),
         (
             broken(lambda a: a.update(test_labels=a["test_labels"] * 0 + 4)),

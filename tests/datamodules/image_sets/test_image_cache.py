@@ -125,7 +125,7 @@ def test_damaged_images_are_left_out_and_counted(entries: list[Entry]) -> None:
         assert torch.equal(left.images, expected)
         assert left.kept.tolist() == [0, 3]
         assert [damage.path for damage in left.damaged] == [str(e.path) for e in entries[1:3]]
-    with pytest.raises(DataError, match=r"\(1 more are damaged\)"):
+    with pytest.raises(DataError, match=rf"1 more: {entries[2].path} \(Unid"):
         cached(entries)
 
 

@@ -441,6 +441,8 @@ def test_a_palette_and_deep_pixels(tmp_path: Path) -> None:
     image_set = Indoor67(tmp_path)
     Image.new("P", (4, 4)).save(tmp_path / "gif.gif")
     assert image_set.open(Entry(tmp_path / "gif.gif", 0)).mode == "RGB"
-    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        image_set.open(Entry(tmp_path / "deep.png", 0))
+    Image.new("I;16", (4, 4), 257 * 200).save(tmp_path / "deep.png")
+    assert image_set.open(Entry(tmp_path / "deep.png", 0)).getpixel((0, 0)) == (200, 200, 200)
+    Image.new("F", (4, 4)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"not of 8 or 16 bits \(mode F\)"):
+        image_set.open(Entry(tmp_path / "float.tiff", 0))

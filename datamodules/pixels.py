@@ -1,0 +1,54 @@
+"""Grey images of color ones, and back."""
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.errors import ConfigurationError
+
+__all__ = ["luma", "with_channels"]
+
+#: Rec. 601's weights of red, green and blue in units of 2**-16, as Pillow has them.
+_WEIGHTS = (19595, 38470, 7471)
+_AT_ONCE = 4096  # images whose integers of 32 bits are held at a time
+
+
+def luma(images: Tensor) -> Tensor:
+    """Grey of color, bit for bit as Pillow's ``convert("L")``.
+
+    Args:
+        images: ``(n, 3, height, width)`` uint8.
+
+    Returns:
+        ``(n, 1, height, width)`` uint8.
+    """
+    grey = torch.empty_like(images[:, :1])
+    weights = torch.tensor(_WEIGHTS, dtype=torch.int32)[:, None, None]
+    for start in range(0, len(images), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        summed = (images[part].int() * weights).sum(1, keepdim=True, dtype=torch.int32)
+        grey[part] = ((summed + 0x8000) >> 16).byte()
+    return grey
+
+
+def with_channels(images: Tensor, channels: int | None) -> Tensor:
+    """Images of one or three channels, whichever they have.
+
+    Args:
+        images: ``(n, channels, height, width)`` uint8.
+        channels: 1 makes grey of color, 3 repeats grey as red, green and blue, without a copy; None
+            leaves them as they are.
+
+    Raises:
+        ConfigurationError: they have neither one nor three channels, or are no images.
+    """
+    if channels is None:
+        return images
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+        got = "no images" if images.dtype != torch.uint8 else f"{tuple(images.shape[1:])}"
+        raise ConfigurationError(
+            "Expected channels to be null where inputs are no images of 1 or 3 channels, but got "
+            f"{channels} for {got}. Leave it out."
+        )
+    if images.shape[1] == channels:
+        return images
+    return luma(images) if channels == 1 else images.expand(-1, 3, -1, -1)
