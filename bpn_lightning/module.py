@@ -36,6 +36,7 @@ from bpn_lightning.tasks import (
     Schedule,
     Split,
     Task,
+    dry_inputs,
     named_dtype,
 )
 from bpn_lightning.trainer_rules import (
@@ -208,7 +209,8 @@ class ContinualModule(ContinualSteps):
             check_precision(trainer, self._strategies)
             held_out = len(stream.val_dataloader()) if stream.has_validation else 0
             check_lengths(trainer, *self._count_updates(), held_out)
-            check_batches(trainer, self.backbone, len(self._tasks), self._smallest_batch)
+            inputs = dry_inputs(stream, 1, self.device)
+            check_batches(trainer, self.backbone, inputs, len(self._tasks), self._smallest_batch)
             trainer.fit_loop.max_epochs = self.schedule.total
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 

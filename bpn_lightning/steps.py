@@ -211,9 +211,9 @@ class ContinualSteps(ContinualNetwork):
         return loader, min(limit, batches) if isinstance(limit, int) else int(batches * limit)
 
     def _smallest_batch(self, task: int) -> int:
-        """Samples of a task's last batch, of all processes: no other is smaller."""
+        """Samples of a task's smallest batch, of all processes."""
         loader, batches = self._batches_of(task)
-        return loader.count(batches - 1, batches)
+        return loader.smallest(batches)
 
     def _follow_optimizer(self) -> None:
         """Put the step's hooks on the current optimizer, whichever way it came to be current."""

@@ -8,9 +8,11 @@ experiment of it; ``docs/trainer_flags.md`` has the table. Strategies say what t
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -23,10 +25,11 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bpn_lightning.errors import ConfigurationError, ExpectedForgettingWarning
+from bpn_lightning.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualHost, ContinualStream, Schedule
 
@@ -346,13 +349,18 @@ def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -
 
 
 def check_batches(
-    trainer: Trainer, network: nn.Module, tasks: int, smallest_batch: Callable[[int], int]
+    trainer: Trainer,
+    network: nn.Module,
+    inputs: Tensor,
+    tasks: int,
+    smallest_batch: Callable[[int], int],
 ) -> None:
     """Refuse batches of which some process could not take the statistics.
 
     Args:
         trainer: before its fit begins.
         network: which may normalise batches.
+        inputs: ``(1, ...)``, for a dry forward.
         tasks: how many.
         smallest_batch: samples, over all processes, of the smallest batch of a task.
 
@@ -361,11 +369,17 @@ def check_batches(
     """
     together = getattr(trainer.strategy, "_layer_sync", None) is not None
     processes = 1 if together else trainer.world_size
-    layers = [(n, part) for n, part in network.named_modules() if isinstance(part, _BatchNorm)]
-    for name, layer in layers:
-        # Features have one place per sample and channel; an image has many.
-        needed = 2 if isinstance(layer, nn.BatchNorm1d) else 1
-        for task in range(tasks if layer.training else 0):
+    layers = {
+        name: part
+        for name, part in network.named_modules()
+        if isinstance(part, _BatchNorm) and part.training
+    }
+    if not layers:
+        return
+    values = _values_per_channel(network, inputs, layers)
+    for name in layers:
+        needed = 2 if values.get(name) == 1 else 1
+        for task in range(tasks):
             smallest = smallest_batch(task)
             if smallest // processes < needed:
                 raise ConfigurationError(
@@ -374,6 +388,27 @@ def check_batches(
                     f"{smallest} for {processes} process{'es' if processes > 1 else ''}. Choose another "
                     "batch_size, or a layer that normalises each sample."
                 )
+
+
+def _values_per_channel(
+    network: nn.Module, inputs: Tensor, layers: Mapping[str, nn.Module]
+) -> dict[str, int]:
+    """How many values each layer gets of a sample and channel: 1 of features, many of an image."""
+    found = {}
+
+    def look(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found[name] = args[0][:, 0].numel()
+
+    handles = [
+        layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad(), evaluation_mode(network):
+            network(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrategy]) -> None:
@@ -420,6 +455,7 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
             "Set task_id_at_test to True, or choose another method."
         )
     _warn_of_forgetting(host, strategies)
+    _warn_of_lone_classes(host)
 
 
 def _warn_of_forgetting(host: ContinualHost, strategies: Sequence[ContinualStrategy]) -> None:
@@ -433,6 +469,25 @@ def _warn_of_forgetting(host: ContinualHost, strategies: Sequence[ContinualStrat
             f"task id is expected to forget all but the last task, and to end near 1/{number} = "
             f"{1 / number:.2f} of accuracy. mask='task' or --method bd+... use the task's id.",
             ExpectedForgettingWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_lone_classes(host: ContinualHost) -> None:
+    """Where only one class can be the answer, it is always right."""
+    one = [
+        task.name
+        for task in host.tasks
+        if (task.num_classes if host.mask == "task" else host.stream.num_classes) == 1
+    ]
+    if one:
+        remedy = "mask='all' or 'seen' choose among the classes of several tasks"
+        if host.mask != "task":
+            remedy = "Add classes"
+        warnings.warn(
+            f"With mask={host.mask!r}, {len(one)} of {len(host.tasks)} tasks, such as {one[0]!r}, have one "
+            f"class to choose from: their loss is 0 and their accuracy 1.0 before and after any training, "
+            f"and mean nothing. {remedy}, or give each task two or more classes.",
             stacklevel=2,
         )
 

@@ -15,14 +15,15 @@ from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Batch
 
-__all__ = ["ALONE", "EvaluationLoader", "Samples", "Share", "TrainLoader"]
+__all__ = ["ALONE", "EvaluationLoader", "Samples", "Share", "TrainLoader", "training_batches"]
 
 
 class Samples(NamedTuple):
-    """Images and their labels, the store that loaders index into.
+    """Inputs and their labels, the store that loaders index into.
 
     Attributes:
-        images: ``(samples, channels, height, width)`` uint8, or what the stream's ``prepare`` takes.
+        images: ``(samples, channels, height, width)`` uint8; or features, ``(samples, features, ...)``
+            floating point; or tokens, ``(samples, ...)`` int64.
         labels: ``(samples,)`` int64.
     """
 
@@ -51,6 +52,20 @@ ALONE = Share()
 """The share of a process that has no others beside it: everything."""
 
 
+def training_batches(samples: int, batch_size: int) -> int:
+    """How many batches an epoch has: a single sample that would be left for the last joins the one before.
+
+    A batch of one sample has no statistics for a layer that normalizes batches, and a gradient that no
+    other batch's is like. The rule looks neither at the network nor at the number of processes, so that
+    any of them learns from the same batches.
+
+    >>> [training_batches(samples, 32) for samples in (1, 32, 33, 34, 448, 449)]
+    [1, 1, 1, 2, 14, 14]
+    """
+    left_over = samples % batch_size == 1 and batch_size > 1 and samples > batch_size
+    return ceil(samples / batch_size) - left_over
+
+
 def _batches(
     samples: Samples,
     indices: Tensor,
@@ -58,12 +73,13 @@ def _batches(
     places: Tensor,
     batch_size: int,
     share: Share,
-    first_batch: int = 0,
+    batches: range,
     augmentation: Tensor | None = None,
 ) -> Iterator[Batch]:
-    """This process's share of the global batches that ``indices`` is cut into, in its order."""
-    for start in range(first_batch * batch_size, len(indices), batch_size):
-        stop = min(start + batch_size, len(indices))
+    """This process's share of some global batches of ``indices``; the last one takes what is left."""
+    for batch in batches:
+        start = batch * batch_size
+        stop = len(indices) if batch == batches.stop - 1 else start + batch_size
         own = share.of(start, stop)
         chosen = indices[own]
         yield Batch(
@@ -107,14 +123,22 @@ class EvaluationLoader:
         return ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        places = torch.arange(len(self.indices))
-        return _batches(self.samples, self.indices, self.task, places, self.batch_size, self.share)
+        return _batches(
+            self.samples,
+            self.indices,
+            self.task,
+            torch.arange(len(self.indices)),
+            self.batch_size,
+            self.share,
+            range(len(self)),
+        )
 
 
 class TrainLoader:
     """One epoch of one task, in an order that follows from (seed, task, epoch) alone.
 
-    The last batch may be short; nothing is dropped. Lightning asks ``state_dict`` for the position
+    The last batch may be short, or have one sample more than the others where it would have been left
+    alone (:func:`training_batches`); nothing is dropped. Lightning asks ``state_dict`` for the position
     when it saves, and hands it to ``load_state_dict`` of the new loader when it resumes.
 
     Args:
@@ -160,11 +184,16 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """How many global batches the whole epoch has, on every process and after a resume too."""
-        return ceil(len(self.indices) / self.batch_size)
+        return training_batches(len(self.indices), self.batch_size)
 
     def count(self, first: int, stop: int) -> int:
         """Samples of some consecutive batches, of all processes."""
-        return min(stop * self.batch_size, len(self.indices)) - first * self.batch_size
+        end = len(self.indices) if stop == len(self) else stop * self.batch_size
+        return end - first * self.batch_size
+
+    def smallest(self, batches: int) -> int:
+        """Samples, of all processes, of the smallest of the first batches."""
+        return min(self.count(one, one + 1) for one in (0, batches - 1))
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the start, or from where the loaded state stood.
@@ -184,7 +213,7 @@ class TrainLoader:
             order,
             self.batch_size,
             self.share,
-            self.first_batch,
+            range(self.first_batch, len(self)),
             draws,
         )
 

@@ -76,15 +76,36 @@ class ShuffledLoader:
         """How many global batches the whole epoch has."""
         return sum(len(loader) for _, loader in self.parts)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches from the start, or from where the loaded state stood."""
+    def count(self, first: int, stop: int) -> int:
+        """Samples of some consecutive batches, of all processes."""
+        ends = zip(self._done(first), self._done(stop), strict=True)
+        return sum(
+            loader.count(*of_part) for (_, loader), of_part in zip(self.parts, ends, strict=True)
+        )
+
+    def smallest(self, batches: int) -> int:
+        """Samples of the smallest batch that may be among the first, whatever their order."""
+        if len(self.parts) == 1:
+            return self.parts[0][1].smallest(batches)
+        return min(loader.smallest(len(loader)) for _, loader in self.parts)
+
+    def _order(self) -> Tensor:
+        """Which part each batch is from."""
         sizes = torch.tensor([len(loader) for _, loader in self.parts])
         order = torch.arange(len(self.parts)).repeat_interleave(sizes)
         if len(self.parts) > 1:
             generator = seeded_generator("batches", self.seed, self.task, self.epoch)
             order = order[torch.randperm(len(order), generator=generator)]
-        done = order[: self.first_batch].bincount(minlength=len(self.parts)).tolist()
-        for (_, loader), first_batch in zip(self.parts, done, strict=True):
+        return order
+
+    def _done(self, batches: int) -> list[int]:
+        """How many of the first batches are from each part."""
+        return self._order()[:batches].bincount(minlength=len(self.parts)).tolist()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from the start, or from where the loaded state stood."""
+        order = self._order()
+        for (_, loader), first_batch in zip(self.parts, self._done(self.first_batch), strict=True):
             loader.load_state_dict({"processed": first_batch})
         batches = [map(place.renumber, loader) for place, loader in self.parts]
         if len(self.parts) > 1:  # a batch of another task than the epoch's says so for each sample

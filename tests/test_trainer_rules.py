@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from bpn_lightning.cli import main
-from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.datamodules import SplitDigits, StreamOf
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.strategies import EncoderBasedLifelongLearning
+from bpn_lightning.strategies import EncoderBasedLifelongLearning, JointTraining
 from bpn_lightning.trainer_rules import check_batches, check_launch
 
 LOST = (
@@ -160,7 +160,15 @@ def test_the_command_refuses_before_it_starts_processes(tmp_path, capfd):
 # --- the network and the batches -----------------------------------------------------------------
 
 
+def one_place(channels):
+    """A BatchNorm2d that gets one place of each image, as those in the depths of a ResNet do."""
+    return nn.BatchNorm2d(channels)
+
+
 def normalising(kind=nn.BatchNorm1d):
+    if kind in (nn.BatchNorm2d, one_place):
+        size = 8 if kind is one_place else 3
+        return nn.Sequential(nn.Identity(), nn.Conv2d(1, 16, size), kind(16), nn.Flatten())
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), kind(16), nn.ReLU())
 
 
@@ -171,14 +179,22 @@ def normalising(kind=nn.BatchNorm1d):
         (nn.BatchNorm1d, 3, 2, "2 or more samples of each batch"),
         (nn.BatchNorm1d, 1, 1, "2 or more samples of each batch"),
         (nn.BatchNorm2d, 2, 2, None),
+        (nn.BatchNorm2d, 1, 1, None),
         (nn.BatchNorm2d, 1, 2, "1 or more samples of each batch"),
+        (one_place, 3, 2, "2 or more samples of each batch"),
+        (one_place, 4, 2, None),
         (nn.LayerNorm, 1, 2, None),
     ],
 )
 def test_batches_too_small_for_their_statistics(kind, smallest, processes, said):
     driver = SimpleNamespace(strategy=None, world_size=processes)
     check = partial(
-        check_batches, driver, normalising(kind), 2, lambda task: 64 - task * (64 - smallest)
+        check_batches,
+        driver,
+        normalising(kind),
+        torch.zeros(1, 1, 8, 8),
+        2,
+        lambda task: 64 - task * (64 - smallest),
     )
     if said is None:
         return check()
@@ -193,20 +209,32 @@ def test_batches_too_small_for_their_statistics(kind, smallest, processes, said)
 
 def test_layers_that_are_frozen_take_no_statistics():
     driver = SimpleNamespace(strategy=None, world_size=2)
-    check_batches(driver, normalising().eval(), 1, lambda task: 1)
+    check_batches(driver, normalising().eval(), torch.zeros(1, 64), 1, lambda task: 1)
 
 
-@pytest.mark.parametrize("limit", [None, 7])
-def test_the_last_batch_counts_unless_it_is_left_out(fit, limit):
-    """288 samples in batches of 41: the eighth has one."""
+def test_a_single_sample_that_is_left_over_is_learned_with_the_batch_before(fit):
+    """288 samples in batches of 41: seven, and one more. BatchNorm would have no statistics of it."""
     stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=41)
-    learn = partial(fit, stream=stream, backbone=normalising())
-    if limit is not None:
-        module, _ = learn(trainer={"limit_train_batches": limit})
-        assert module.closed == 1
-        return
+    module, _ = fit(stream=stream, backbone=normalising())
+    assert module.closed == 1
+    assert [batch.global_size for batch in stream.train_loader(0, 0)] == [41] * 6 + [42]
+
+
+def test_a_batch_that_cannot_be_avoided_is_refused_and_may_be_left_out(fit):
+    stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=1)
     with pytest.raises(ConfigurationError, match=r"task 0 has one of 1 for 1 process\."):
-        learn()
+        fit(stream=stream, backbone=normalising())
+
+
+@pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 3}])
+def test_batches_of_a_stream_of_streams_are_counted(fit, flags):
+    """BatchNorm asks for the smallest, accumulation for those of an update."""
+    parts = [
+        SplitDigits(num_tasks=1, epochs_per_task=1, batch_size=size, class_order=order)
+        for size, order in ((16, [0, 1]), (41, [2, 3]))
+    ]
+    module, _ = fit(stream=StreamOf(parts), backbone=normalising(), trainer=flags)
+    assert module.closed == 1
 
 
 @pytest.fixture
@@ -250,3 +278,36 @@ def test_a_fused_optimizer_is_not_clipped_in_half_precision(fit):
         "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, but "
         "got a fused SGD. Set fused to False, or use bf16-mixed."
     )
+
+
+# --- tasks of one class --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "stream", "said"),
+    [
+        ("task", {"classes_per_task": 1, "num_tasks": 2}, "2 of 2 tasks, such as '0'"),
+        ("task", {"classes_per_task": [2, 1]}, "1 of 2 tasks, such as '2'"),
+        (
+            "shared",
+            {"classes_per_task": 1, "num_tasks": 2, "domain_incremental": True},
+            "2 of 2 tasks",
+        ),
+        ("all", {"classes_per_task": 1, "num_tasks": 1}, "1 of 1 tasks"),
+    ],
+)
+def test_a_class_with_nothing_beside_it_is_warned_of(fit, mask, stream, said):
+    with pytest.warns(UserWarning, match=f"With mask='{mask}', {said}, .*accuracy 1.0 before and"):
+        module, _ = fit(stream=SplitDigits(epochs_per_task=1, **stream), mask=mask)
+    alone = [k for k, task in enumerate(module.tasks) if task.num_classes == 1]
+    assert module.accuracy_matrix.accuracy[0, alone].tolist() == [1.0] * len(alone)
+
+
+@pytest.mark.parametrize("mask", ["all", "seen"])
+def test_one_class_at_a_time_is_learned_among_the_others(fit, mask):
+    """Without a warning, and not by having no choice: joint training learns to tell them apart."""
+    stream = SplitDigits(classes_per_task=1, num_tasks=3, epochs_per_task=4, seed=0)
+    module, _ = fit([JointTraining()], stream=stream, mask=mask)
+    assert module.accuracy_matrix.accuracy[-1].min() > 0.8
+    module, _ = fit(stream=stream, mask=mask)
+    assert module.accuracy_matrix.accuracy[-1, :2].max() < 0.2, "fine-tuning forgets"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
 
 from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.loading import (
@@ -15,10 +16,10 @@ from bpn_lightning.datamodules.loading import (
     Share,
     TrainLoader,
 )
+from bpn_lightning.random_state import seeded_generator
 
 STORE = Samples(torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1), torch.arange(40) % 7)
 INDICES = torch.arange(3, 40, 2)[:17]  # a task's samples are some of the store's
-from bpn_lightning.random_state import seeded_generator
 
 
 def loader(share: Share = Share(), processed: int = 0, **changes: int) -> TrainLoader:  # noqa: B008
@@ -54,6 +55,39 @@ def test_an_epoch_is_every_sample_once_and_the_last_batch_is_short() -> None:
     assert torch.equal(torch.cat([batch.targets for batch in batches]), seen.long() % 7)
     assert batches[0].inputs.dtype == torch.uint8
     assert batches[0].targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 16, 17, 20])
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 16, 17])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_no_batch_has_one_sample_where_it_can_be_helped(
+    batch_size: int, count: int, world_size: int
+) -> None:
+    """Batches are those of torch's ``split``, but for a last one of a single sample."""
+
+    def made(rank: int, indices: Tensor, processed: int = 0) -> TrainLoader:
+        share = Share(rank, world_size)
+        keys = {"seed": 3, "batch_size": batch_size, "processed": lambda: processed}
+        return TrainLoader(STORE, indices, 1, 2, share=share, **keys)
+
+    expected = [len(part) for part in torch.arange(count).split(batch_size)]
+    if len(expected) > 1 and batch_size > 1 and expected[-1] == 1:
+        expected[-2:] = [batch_size + 1]
+    loaders = [made(rank, INDICES[:count]) for rank in range(world_size)]
+    for one in loaders:
+        assert [batch.global_size for batch in one] == expected
+        assert len(one) == len(expected)
+        assert [one.count(k, k + 1) for k in range(len(one))] == expected
+        assert one.count(0, len(one)) == count
+        assert [one.smallest(k) for k in (1, len(one))] == [expected[0], min(expected)]
+    assert min(expected) > 1 or count == 1 or batch_size == 1
+    for done in range(len(expected) + 1):
+        resumed = made(0, INDICES[:count])
+        resumed.load_state_dict({"processed": done})
+        assert numbers(resumed) == numbers(loaders[0])[done:]
+    together = [[*chain(*parts)] for parts in zip(*map(numbers, loaders), strict=True)]
+    assert [len(batch) for batch in together] == expected
+    assert sorted(chain.from_iterable(together)) == sorted(INDICES[:count].tolist())
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -10,13 +10,15 @@ import torch
 
 SCRIPT = """
 import sys
+import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 from bpn_lightning import ContinualModule
 from bpn_lightning.backbones import MLP
-from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.datamodules import SplitArrays, SplitDigits
 from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.gem import GradientEpisodicMemory
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.independent import IndependentNetworks
 from bpn_lightning.strategies.joint import JointTraining
@@ -30,10 +32,25 @@ def normalising():
 def plain():
     return MLP([16, 16])
 
-def run(name, strategy, mask="all", backbone=plain, augment=True):
+def embedding():
+    # Drawn when the head is: Lightning seeds again where it has several processes.
+    vectors = torch.eye(10)[:, :4] + torch.arange(40).view(10, 4) / 40
+    return nn.Sequential(nn.Embedding.from_pretrained(vectors, freeze=False), MLP([16]))
+
+def arrays(kind):
+    # 61 samples of each task in batches of 12: shares of 6, and a last batch of 13.
+    generator = np.random.default_rng(0)
+    made = {}
+    for part, count in (("train", 122), ("test", 40)):
+        made[f"{part}_labels"] = labels = np.arange(count) % 4
+        tokens = (2 * labels[:, None] + generator.integers(3, size=(count, 6))) % 10
+        made[f"{part}_{kind}"] = tokens if kind == "tokens" else tokens + generator.random((count, 6))
+    return SplitArrays(made, epochs_per_task=2, batch_size=12, eval_batch_size=11)
+
+def run(name, strategy, mask="all", backbone=plain, augment=True, stream=None):
     seed_everything(0)
     # 287 samples in batches of 33: shares of 17 and 16, and a last batch of 23.
-    stream = SplitDigits(
+    stream = stream or SplitDigits(
         num_tasks=2, epochs_per_task=2, batch_size=33, eval_batch_size=101, augment=augment
     )
     module = ContinualModule(backbone(), mask=mask, optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
@@ -54,13 +71,15 @@ run("lwf", LearningWithoutForgetting(), augment=False)  # what the teacher says 
 run("stl", IndependentNetworks())
 run("mean", IncrementalMomentMatching("mean", 0.1))
 run("mode", IncrementalMomentMatching("mode", 0.1, fisher="empirical"), mask="task")
+run("tokens", GradientEpisodicMemory(16), backbone=embedding, stream=arrays("tokens"))
+run("features", GradientEpisodicMemory(16), stream=arrays("features"))
 # Not what one process learns: each normalises its own share of a batch.
 run("norm_tuned", FineTuning(), backbone=normalising)
 run("norm_stl", IndependentNetworks(), backbone=normalising)
 run("norm_mean", IncrementalMomentMatching("mean"), backbone=normalising)
 run("norm_sampled", IncrementalMomentMatching("mode", fisher="sampled"), backbone=normalising)
 """
-EQUAL = ("joint_all", "joint_task", "lwf", "stl", "mean", "mode")
+EQUAL = ("joint_all", "joint_task", "lwf", "stl", "mean", "mode", "tokens", "features")
 OTHERS = ("norm_tuned", "norm_stl", "norm_mean", "norm_sampled")
 
 
