@@ -17,6 +17,19 @@ __all__ = ["explain", "shorten_help"]
 _HELP = "`bpn-fit --help_all` shows all."
 _CHOOSE = " Name another class."
 
+#: Arguments of torch's DataLoader that people give to data modules.
+_OF_DATALOADERS = (
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "prefetch_factor",
+    "multiprocessing_context",
+)
+_NO_WORKERS = (
+    "a stream has its samples in memory and takes batches by index, so there are no processes to load them "
+    "and nothing to wait for. Leave it out"
+)
+
 #: Where the classes are that go by their short names.
 _SHORT_NAMES = (
     "torch.optim",
@@ -96,6 +109,8 @@ def _unknown_option(message: str, parser: ArgumentParser) -> str | None:
         classes[-1] if message[: option.start()].count("class_path '") else next(iter(classes), "")
     )
     wrong = option[1].partition(".")[0]
+    if wrong in _OF_DATALOADERS and path.startswith("data"):
+        return f"{name.rpartition('.')[2] or 'A stream'} has no argument {wrong!r} ({path}): {_NO_WORKERS}."
     if not name:
         return f"There is no key {path}.{wrong}. {_HELP}"
     known = _arguments(name)
