@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from bpn_lightning.datamodules.base import Normalisation
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.loading import Samples
+from bpn_lightning.datamodules.misplaced import elsewhere
 from bpn_lightning.datamodules.readers import ImageData, has_class_folders, read_class_folders
 from bpn_lightning.errors import ConfigurationError, DataError
 
@@ -104,17 +105,30 @@ class _NamedDataModule(ClassIncrementalDataModule):
         else:
             fetched = "nothing was downloaded, as download is off"
         again = " Delete damaged files to have them fetched again." if "damaged" in faults else ""
+        names = [file.name for file in self._files(dataset) if not file.is_file()]
+        others = [root / self.tree, root / self.tree / "raw"]
+        remedy = elsewhere(root, folder, names, self._archives(dataset), others) or (
+            "Name the folder that has them with `--data.init_args.root DIR` or `export BPN_DATA=DIR`, or "
+            f"fetch them from {self._address(dataset)} into {folder}."
+        )
         return (
             f"Expected the images of {self.title} in {root}, but could not get them. Tried: the "
             f"folders {root / self.tree}{os.sep}{{train,test}}{os.sep}<class> (there are none); "
-            f"torchvision's files in {folder} ({faults or said}); {fetched}. Name the folder that "
-            "has them with `--data.init_args.root DIR` or `export BPN_DATA=DIR`, or fetch them from "
-            f"{self._address(dataset)} into {folder}.{again}"
+            f"torchvision's files in {folder} ({faults or said}); {fetched}. {remedy}{again}"
         )
 
-    @abstractmethod
     def _faults(self, dataset: Any) -> tuple[Path, str]:
         """Torchvision's folder, and which of its files are missing or damaged."""
+        whole = self._files(dataset)
+        return next(iter(whole)).parent, _describe(whole)
+
+    @abstractmethod
+    def _files(self, dataset: Any) -> dict[Path, bool]:
+        """Torchvision's files, unpacked, and whether each is whole."""
+
+    @abstractmethod
+    def _archives(self, dataset: Any) -> list[str]:
+        """The names that the files are fetched by."""
 
     @abstractmethod
     def _address(self, dataset: Any) -> str:
@@ -171,10 +185,13 @@ class _IdxDataModule(_NamedDataModule):
         )
         return data._replace(train=train, test=test)
 
-    def _faults(self, dataset: Any) -> tuple[Path, str]:
+    def _files(self, dataset: Any) -> dict[Path, bool]:
         folder = self.root_folder / self.class_in_torchvision / "raw"
-        files = [folder / Path(name).stem for name, _ in dataset.resources]
-        return folder, _describe({file: _is_whole_idx(file) for file in files})
+        files = [folder / Path(name).stem for name in self._archives(dataset)]
+        return {file: _is_whole_idx(file) for file in files}
+
+    def _archives(self, dataset: Any) -> list[str]:
+        return [name for name, _ in dataset.resources]
 
     def _address(self, dataset: Any) -> str:
         return str(dataset.mirrors[0])
@@ -185,13 +202,16 @@ class _PickledDataModule(_NamedDataModule):
 
     shape = (3, 32, 32)
 
-    def _faults(self, dataset: Any) -> tuple[Path, str]:
+    def _files(self, dataset: Any) -> dict[Path, bool]:
         from torchvision.datasets.utils import check_integrity
 
         folder = self.root_folder / dataset.base_folder
         sums = [*dataset.train_list, *dataset.test_list]
         sums.append([dataset.meta["filename"], dataset.meta["md5"]])
-        return folder, _describe({folder / n: check_integrity(folder / n, md5) for n, md5 in sums})
+        return {folder / name: check_integrity(folder / name, md5) for name, md5 in sums}
+
+    def _archives(self, dataset: Any) -> list[str]:
+        return [str(dataset.filename)]
 
     def _address(self, dataset: Any) -> str:
         return str(dataset.url)

@@ -1,5 +1,6 @@
 """Well-known data sets from made files in torchvision's layouts and from folders; no network."""
 
+import gzip
 import os
 import pickle
 import struct
@@ -231,6 +232,48 @@ def test_no_data_and_no_network_is_one_clear_error(
     ]:
         assert part in message
     assert "damaged" not in message
+
+
+@pytest.mark.parametrize(
+    ("place", "root", "said"),
+    [
+        (
+            "MNIST/raw",
+            ".",
+            r"are in {root}/MNIST/raw: unpack them with `gunzip -k {root}/MNIST/raw",
+        ),
+        (".", ".", r"are in {root}: move them to {root}/MNIST/raw and unpack them"),
+        ("MNIST", ".", r"are in {root}/MNIST: move them to {root}/MNIST/raw and unpack them"),
+        ("mnist", ".", r"are in {root}/mnist: move them to"),
+        ("MNIST/raw", "MNIST", r"are in {root}/MNIST/raw: move them to {root}/MNIST/MNIST/raw and"),
+    ],
+)
+def test_packed_files_are_not_fetched_again(
+    tmp_path: Path, place: str, root: str, said: str
+) -> None:
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in mnist_files().items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    with pytest.raises(DataError, match=said.format(root=tmp_path)) as error:
+        SplitMNIST(str(tmp_path / root), download=False).setup()
+    assert "fetch them from" not in str(error.value)
+
+
+def test_unpacked_files_in_another_place_are_found(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "MNIST" / "raw")
+    with pytest.raises(DataError, match=rf"set the root with `--data.init_args.root {tmp_path}`"):
+        SplitMNIST(str(tmp_path / "MNIST"), download=False).setup()
+    with pytest.raises(
+        DataError, match="fetch them from"
+    ):  # other images, whose files' names are equal
+        SplitFashionMNIST(str(tmp_path), download=False).setup()
+
+
+def test_a_packed_cifar_is_not_fetched_again(tmp_path: Path) -> None:
+    (tmp_path / datasets.CIFAR10.filename).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"unpack them with `tar -xzf {tmp_path}/cifar-10-python"):
+        SplitCIFAR10(str(tmp_path), download=False).setup()
 
 
 def test_download_off_leaves_the_network_alone(tmp_path: Path) -> None:
