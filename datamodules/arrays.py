@@ -99,12 +99,11 @@ def _kind(arrays: Mapping[str, Any], source: str) -> Kind:
 
 def _images(key: str, array: Any, source: str) -> Tensor:
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (3, 4):
-        remedy = (
-            "Scale the images to 0 .. 255 and convert them with .astype('uint8'); 16 bits are from 0 to "
-            "65,535."
-        )
+        remedy = "Scale them to 0 .. 255 and convert them with .astype('uint8')."
         if array.ndim == 2:
             remedy = f"Rows of numbers are named {key.replace('images', 'features')}."
+        elif array.ndim not in (3, 4):
+            remedy = "Bring them into one of these shapes."
         raise DataError(
             f"Expected {key} in {source} to be uint8 or uint16 of shape (n, height, width) or (n, height, "
             f"width, channels), but got {array.dtype} of shape {array.shape}. {remedy}"

@@ -1473,8 +1473,8 @@ ARRAYS: list[tuple[str, Prepare, str]] = [
         arrays(train_labels=np.array([Payload()] * 4, object)),
         (
             "Expected {here}/x.npz to be a whole .npz archive of plain arrays, but got "
-            "ValueError: Object arrays cannot be loaded when allow_pickle=False. Fetch it again, "
-            "or write it with numpy.savez."
+            "ValueError: Object arrays cannot be loaded when allow_pickle=False. Arrays of "
+            "objects hold code: write strings with .astype(str), numbers as numbers."
         ),
     ),
     (
@@ -1489,18 +1489,18 @@ ARRAYS: list[tuple[str, Prepare, str]] = [
         "floats",
         arrays(train_images=np.zeros((4, 8, 8))),
         (
-            "Expected train_images in {here}/x.npz to be uint8 of shape (n, height, width) or (n,"
-            " height, width, channels), but got float64 of shape (4, 8, 8). Scale the images to 0"
-            " .. 255 and convert them with .astype('uint8')."
+            "Expected train_images in {here}/x.npz to be uint8 or uint16 of shape (n, height, "
+            "width) or (n, height, width, channels), but got float64 of shape (4, 8, 8). Scale "
+            "them to 0 .. 255 and convert them with .astype('uint8')."
         ),
     ),
     (
         "five dimensions",
         arrays(train_images=np.zeros((4, 8, 8, 3, 1), np.uint8)),
         (
-            "Expected train_images in {here}/x.npz to be uint8 of shape (n, height, width) or (n,"
-            " height, width, channels), but got uint8 of shape (4, 8, 8, 3, 1). Scale the images "
-            "to 0 .. 255 and convert them with .astype('uint8')."
+            "Expected train_images in {here}/x.npz to be uint8 or uint16 of shape (n, height, "
+            "width) or (n, height, width, channels), but got uint8 of shape (4, 8, 8, 3, 1). Bring "
+            "them into one of these shapes."
         ),
     ),
     (
@@ -1512,12 +1512,20 @@ ARRAYS: list[tuple[str, Prepare, str]] = [
         ),
     ),
     (
-        "labels that are no numbers",
+        "labels of two kinds",
         arrays(train_labels=np.array(list("abab"))),
         (
-            "Expected train_labels in {here}/x.npz to be integers of shape (n,) or (n, 1), one "
-            "class per image, but got <U1 of shape (4,). Images with several labels each cannot "
-            "be split into tasks by class."
+            "Expected train_labels and test_labels in {here}/x.npz to be of one kind, but got <U1 "
+            "and int64. Let both be integers, or both strings."
+        ),
+    ),
+    (
+        "targets of regression",
+        arrays(train_labels=np.arange(4) / 4),
+        (
+            "Expected train_labels in {here}/x.npz to be integers or strings of shape (n,) or (n, 1), "
+            "one class per sample, but got float64 of shape (4,). Numbers to be predicted are no "
+            "classes: cut them into some, for example with numpy.digitize."
         ),
     ),
     (
@@ -1668,7 +1676,8 @@ LISTS: list[tuple[str, Prepare, str]] = [
         birds(images="".join(f"{k} \0{k}.png\n" for k in range(1, 7))),
         (
             "Expected every image that the lists of CUB-200-2011 name, but "
-            "{here}/birds/images/\u00001.png is missing (and 5 more). Get CUB_200_2011.tgz from "
+            + ", ".join(f"{{here}}/birds/images/\0{k}.png" for k in range(1, 7))
+            + " are missing. Get CUB_200_2011.tgz from "
             "https://www.vision.caltech.edu/datasets/cub_200_2011/."
         ),
     ),

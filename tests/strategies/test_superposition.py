@@ -633,7 +633,7 @@ def test_refuses_networks_that_mix_real_and_imaginary_parts(
     for layer in layers:
         ComplexLinear.make_complex(layer, ComplexKeys(2, layer.in_features), layer is layers[1])
     with pytest.raises(ConfigurationError) as error:
-        check_elementwise(network, (2, 3), torch.device("cpu"))
+        check_elementwise(network, torch.rand(2, 2, 3))
     assert str(error.value) == (
         "Expected a network that works element by element between linear layers where keys are "
         f"'complex', but {named} does not. Set keys to 'binary', or use activations and dropout only."
