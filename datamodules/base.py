@@ -22,7 +22,7 @@ from bpn_lightning.datamodules.division import (
 from bpn_lightning.datamodules.loading import EvaluationLoader, Samples, Share, TrainLoader
 from bpn_lightning.datamodules.pixels import with_channels
 from bpn_lightning.datamodules.readers import ImageData
-from bpn_lightning.datamodules.splitting import hold_out
+from bpn_lightning.datamodules.splitting import hold_out, listing
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Batch, Position, Split, Task
@@ -291,9 +291,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
                 if column not in found
             ]
             if empty:
+                what = "images" if part.samples.images.dtype == torch.uint8 else "samples"
                 raise DataError(
-                    f"Expected every class of the stream to have {_PART_NAMES[split]} images in "
-                    f"{source}, but got none of {empty[0]!r}. Add images, or leave the class out "
+                    f"Expected every class of the stream to have {_PART_NAMES[split]} {what} in "
+                    f"{source}, but got none of {listing(empty)}. Add {what}, or leave the class out "
                     "with class_order."
                 )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.random_state import seeded_generator
 
-__all__ = ["choose_classes", "hold_out", "spread"]
+__all__ = ["choose_classes", "hold_out", "listing", "spread"]
 
 
 def choose_classes(
@@ -41,13 +41,13 @@ def choose_classes(
             raise ConfigurationError(
                 f"Expected class_order to list names of classes or numbers from 0 to "
                 f"{len(class_names) - 1}, but got {entry!r}.{did_you_mean(str(entry), class_names)} "
-                f"The classes are {_listing(class_names)}."
+                f"The classes are {listing(class_names)}."
             )
         chosen.append(place)
     repeated = [class_names[place] for place, count in Counter(chosen).items() if count > 1]
     if repeated:
         raise ConfigurationError(
-            f"Expected class_order to list each class once, but got {_listing(repeated)} more than "
+            f"Expected class_order to list each class once, but got {listing(repeated)} more than "
             "once. Remove the repetitions."
         )
     if order_seed is not None:
@@ -109,6 +109,11 @@ def spread(
     return [(found == task).nonzero().flatten() for task in range(len(classes))]
 
 
-def _listing(names: Sequence[str], most: int = 12) -> str:
+def listing(names: Sequence[str], most: int = 12) -> str:
+    """Names in quotes, the first few of many.
+
+    >>> listing(["bee", "cat", "dog"], most=2)
+    "'bee', 'cat' and 1 more"
+    """
     shown = ", ".join(repr(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
