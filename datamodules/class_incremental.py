@@ -56,7 +56,7 @@ class ClassIncrementalDataModule(ContinualDataModule):
         if isinstance(sizes, list) and len(sizes) != wanted:
             raise ConfigurationError(
                 f"Expected classes_per_task to have one entry for each task, {wanted} in all, but got "
-                f"{len(sizes)}. Give one number for all tasks, or {wanted} of them."
+                f"{len(sizes)}. Give one number for all tasks, {wanted} of them, or another num_tasks."
             )
         if self.domain_incremental and isinstance(sizes, list) and len(set(sizes)) > 1:
             raise ConfigurationError(

@@ -62,7 +62,7 @@ def test_equal_sizes_are_those_of_one_number(toy: Make) -> None:
         ),
         (
             {"classes_per_task": [2, 2], "num_tasks": 3},
-            "one entry for each task, 3 in all, but got 2. Give one number for all tasks, or 3 of them",
+            "one entry for each task, 3 in all, but got 2. Give one number for all tasks, 3 of them, or another",
         ),
         ({"classes_per_task": []}, "one entry for each task, 1 in all, but got 0"),
         (
