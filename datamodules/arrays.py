@@ -174,7 +174,7 @@ def _labels(key: str, held: Mapping[str, Any], source: str) -> Any:
                 f"Expected {key} in {source} to be strings in UTF-8, but got {error}. Write them with "
                 ".astype(str)."
             ) from error
-    if array.ndim != 1 or array.dtype.kind not in "iuU":
+    if array.ndim != 1 or array.dtype.kind not in "biuU":
         remedy = "Samples with several labels each cannot be split into tasks by class."
         if array.dtype.kind == "O":
             remedy = _OBJECTS
@@ -189,4 +189,4 @@ def _labels(key: str, held: Mapping[str, Any], source: str) -> Any:
             f"Expected {key} in {source} to be integers or strings of shape (n,) or (n, 1), one class per "
             f"sample, but got {held[key].dtype} of shape {held[key].shape}. {remedy}"
         )
-    return array
+    return array.astype(np.int64) if array.dtype.kind in "iu" else array

@@ -328,6 +328,18 @@ def test_strings_are_classes_in_order(tmp_path: Path, kind: Any, column: bool) -
     assert batch.targets.tolist() == load_iris().target[::3].tolist()
 
 
+def test_whole_numbers_of_two_widths_and_truth_values_are_classes() -> None:
+    made = sentences(classes=2)
+    truth = {key: value.astype(bool) for key, value in made.items() if "labels" in key}
+    widths = {"train_labels": made["train_labels"].astype(np.uint8)}
+    for labels, names in ((truth, ("False", "True")), (widths, ("0", "1"))):
+        stream = SplitArrays(made | labels)
+        stream.setup()
+        assert stream.tasks[0].class_names == names
+        (batch,) = stream.loader(0, "train")
+        assert batch.targets.tolist() == [0, 1] * 20
+
+
 def test_deep_images_are_read_by_their_upper_bits(tmp_path: Path) -> None:
     made: dict[str, Any] = {
         f"{p}_images": np.arange(0, 2**16, 64, dtype=np.uint16).reshape(16, 8, 8)
