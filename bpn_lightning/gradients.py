@@ -8,7 +8,8 @@ of each sample n: for a linear layer :math:`y = W a + b` it is :math:`\delta_n a
 - the gradient of a group g of samples is :math:`\delta_g^T a_g` (episodic memories).
 
 Convolutions and batch normalisation have closed forms too. Whether they hold in a network is tried on
-one sample; everything else goes through ``torch.func`` or plain autograd.
+one sample, and whether the layers' records are all that a batch made of their parameters is read from
+its graph; everything else goes through ``torch.func`` or plain autograd.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, grad, vmap
 from torch.nn.grad import conv2d_weight
 
+from bpn_lightning.execution import differentiable, graph_uses
 from bpn_lightning.layers import SwitchableLinear, taken_input
 
 __all__ = [
@@ -97,8 +99,9 @@ def recorded_forward(
 
     Returns:
         None where the records do not hold each sample's gradient: a layer of another kind, one that
-        runs twice, tied weights, samples that are not the first dimension. What no hook can see
-        (weights used by functions too, reparametrised ones) needs a trial on one sample.
+        runs twice, tied weights, samples that are not the first dimension, a parameter that something
+        else than its layer's recorded run has used. Weights that are made from others need a trial on
+        one sample.
     """
     names = sorted({name.rpartition(".")[0] for name in parameters})
     layers = [module.get_submodule(name) for name in names]
@@ -111,6 +114,13 @@ def recorded_forward(
     ran = {id(record.layer) for record in records}
     if len(ran) < len(records) or any(len(record.taken) != len(inputs) for record in records):
         return None
+    edges = graph_uses(logits)
+    noted = {id(record.layer) for record in records if record.edge.node in edges}
+    for name, parameter in parameters.items():
+        layer = module.get_submodule(name.rpartition(".")[0])
+        found = edges[get_gradient_edge(parameter).node] if parameter.requires_grad else 0
+        if found != (id(layer) in noted):
+            return None
     return logits, records
 
 
@@ -308,16 +318,17 @@ def sample_gradient_sums(
     arguments = (module, parameters, inputs, choose, columns, loss, measure)
     if closed_forms is None:
         closed_forms = sums_have_closed_forms(module, parameters, inputs[:1], columns, measure)
-    if closed_forms:
-        sums = _closed_sums(*arguments)
-        if sums is not None:
-            return sums
-    try:
-        return _mapped_sums(*arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # torch.func cannot transform everything that autograd can
-        return _sums_one_by_one(*arguments)
+    with differentiable(module):
+        if closed_forms:
+            sums = _closed_sums(*arguments)
+            if sums is not None:
+                return sums
+        try:
+            return _mapped_sums(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # torch.func cannot transform everything that autograd can
+            return _sums_one_by_one(*arguments)
 
 
 def sums_have_closed_forms(
@@ -345,11 +356,12 @@ def sums_have_closed_forms(
         return labels, torch.ones_like(labels, dtype=logits.dtype)
 
     arguments = (module, parameters, sample, choose, columns, cross_entropies, measure)
-    try:
-        sums = _closed_sums(*arguments)
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    return sums is not None and _agree(sums, _sums_one_by_one(*arguments))
+    with differentiable(module):
+        try:
+            sums = _closed_sums(*arguments)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return sums is not None and _agree(sums, _sums_one_by_one(*arguments))
 
 
 def _least_likely(logits: Tensor) -> Tensor:
@@ -501,8 +513,9 @@ def segment_gradients(
         first = None if tasks is None else tasks[:1]
         closed_forms = segments_have_closed_forms(module, parameters, inputs[:1], tasks=first)
     arguments = (module, parameters, inputs, losses_of, sizes, tasks)
-    gradients = _closed_segments(*arguments) if closed_forms else None
-    return _segments_one_by_one(*arguments) if gradients is None else gradients
+    with differentiable(module):
+        gradients = _closed_segments(*arguments) if closed_forms else None
+        return _segments_one_by_one(*arguments) if gradients is None else gradients
 
 
 def segments_have_closed_forms(
@@ -525,13 +538,14 @@ def segments_have_closed_forms(
         return cross_entropies(logits, _least_likely(logits.detach()))
 
     arguments = (module, parameters, sample, loss, [1], tasks)
-    try:
-        found = _closed_segments(*arguments)
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    if found is None:
-        return False
-    wanted = _segments_one_by_one(*arguments)
+    with differentiable(module):
+        try:
+            found = _closed_segments(*arguments)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        if found is None:
+            return False
+        wanted = _segments_one_by_one(*arguments)
     sizes = [value.numel() for value in parameters.values()]
     parts = [dict(zip(parameters, torch.split(g[0], sizes), strict=True)) for g in (found, wanted)]
     return _agree(*parts)

@@ -182,6 +182,12 @@ class ContinualModule(ContinualSteps):
     def setup(self, stage: str) -> None:
         """Build the structure, and check that the trainer, the stream and the strategies fit."""
         trainer = self.trainer
+        if self._compiler_ctx is not None:
+            raise ConfigurationError(
+                f"Expected trainer.{trainer.state.fn} to get the module itself, but got "
+                "torch.compile(module), which is compiled again at every update. Compile its backbone: "
+                "ContinualModule(torch.compile(backbone))."
+            )
         stream = getattr(trainer, "datamodule", None)
         if stream is None or not hasattr(stream, "tasks"):
             raise ConfigurationError(

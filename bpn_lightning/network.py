@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.execution import compiled_in_place
 from bpn_lightning.layers import (
     BiasUnits,
     ComplexKeys,
@@ -45,7 +46,7 @@ class ContinualNetwork(L.LightningModule):
             raise ConfigurationError(
                 f"Expected mask to be one of {', '.join(MASKS)}, but got {mask!r}."
             )
-        self.backbone = backbone
+        self.backbone = compiled_in_place(backbone)
         self.head: nn.Linear | None = None
         self.opened = -1
         self._mask: Mask = mask
@@ -145,7 +146,8 @@ class ContinualNetwork(L.LightningModule):
         """Width of the backbone's output for inputs of this shape and dtype."""
         inputs = torch.zeros(1, *input_shape, dtype=dtype, device=self.device)
         wanted = f"(batch, {', '.join(map(str, input_shape))})"
-        with torch.no_grad(), evaluation_mode(self.backbone):
+        eagerly = torch.compiler.set_stance("force_eager")  # a graph of before the layers switch
+        with torch.no_grad(), evaluation_mode(self.backbone), eagerly:
             try:
                 output = self.backbone(inputs)
             except Exception as error:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.execution import differentiable
 from bpn_lightning.importance import mean_over_task, squared_lengths
 from bpn_lightning.layers import evaluation_mode, full_precision
 from bpn_lightning.penalties import Update
@@ -239,7 +240,7 @@ class SLNID(MemoryAwareSynapses):
 
         def absolutes(batch: Batch, columns: slice) -> dict[str, Tensor]:
             parts = {name: network.get_submodule(name) for name in self.units}
-            with torch.enable_grad(), _before(parts) as edges:
+            with torch.enable_grad(), differentiable(network), _before(parts) as edges:
                 logits = network(batch.inputs)[:, columns]
                 lengths = squared_lengths(logits, logits).sum()
                 found = torch.autograd.grad(lengths, list(edges.values()))
