@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 __all__ = [
     "BiasUnits",
@@ -21,6 +22,7 @@ __all__ = [
     "WeightBank",
     "evaluation_mode",
     "full_precision",
+    "is_linear",
     "taken_input",
 ]
 
@@ -278,7 +280,14 @@ class SwitchableLinear(nn.Linear):
     ) -> "SwitchableLinear":
         """Give a linear layer bias units or keys, beside what it has."""
         if not isinstance(layer, SwitchableLinear):
-            layer.__class__ = SwitchableLinear
+            kind = type(
+                layer
+            )  # of a parametrized layer a class of its own, where its weight is made
+            layer.__class__ = (
+                type(kind.__name__, (SwitchableLinear, kind), {})
+                if is_parametrized(layer)
+                else SwitchableLinear
+            )
             layer.register_module("bias_units", None)
             layer.register_module("keys", None)
         assert isinstance(layer, SwitchableLinear)
@@ -387,6 +396,17 @@ class SwitchableConv2d(nn.Conv2d):
         )
         output: Tensor = self._conv_forward(input, by_group.flatten(0, 1), self.bias)
         return output
+
+
+def is_linear(part: nn.Module) -> bool:
+    """Whether a part is a linear layer, switchable or not, its weight parametrized or not.
+
+    By exact type: a subclass may have a forward of its own, or none that is called.
+    """
+    kind = type(part)
+    if is_parametrized(part):
+        kind = kind.__bases__[0]
+    return kind in (nn.Linear, SwitchableLinear, ComplexLinear)
 
 
 def _aligned(vectors: Tensor, input: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from bpn_lightning.checkpoints import read_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
+from bpn_lightning.execution import check_layers_are_called
 from bpn_lightning.files import why_unreadable
 from bpn_lightning.identity import differences, flatten
 from bpn_lightning.idle_hooks import leave_out_idle_hooks
@@ -202,6 +203,7 @@ class ContinualModule(ContinualSteps):
         for strategy in self._strategies:
             strategy.configure(self, stream)
         self._switch(max(self.opened, 0))
+        check_layers_are_called(self, dry_inputs(stream, 2, self.device))
         if stage == "fit":
             check_composition(self, self._strategies)
             self._plan()

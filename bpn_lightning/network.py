@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.execution import compiled_in_place
+from bpn_lightning.execution import compiled_in_place, leave_fast_paths
 from bpn_lightning.layers import (
     BiasUnits,
     ComplexKeys,
@@ -21,6 +21,7 @@ from bpn_lightning.layers import (
     TaskModule,
     WeightBank,
     evaluation_mode,
+    is_linear,
 )
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Split, Task
 
@@ -177,7 +178,7 @@ class ContinualNetwork(L.LightningModule):
         layers = {
             name: part
             for name, part in self.backbone.named_modules(prefix="backbone")
-            if type(part) in (nn.Linear, SwitchableLinear, ComplexLinear)
+            if is_linear(part)
         }
         return {**cast(dict[str, nn.Linear], layers), "head": self._head}
 
@@ -188,6 +189,7 @@ class ContinualNetwork(L.LightningModule):
         if units is None:
             units = BiasUnits(len(self._tasks), rank, linear.out_features)
             SwitchableLinear.convert(linear, bias_units=units)
+            leave_fast_paths(self.backbone)
             self._attached.append(["bias_units", layer, rank])
         if units.M.shape[1] != rank:
             raise ConfigurationError(
@@ -220,7 +222,8 @@ class ContinualNetwork(L.LightningModule):
             )
         keys = getattr(known[layer], "keys", None)
         if keys is None:
-            keys = self._make_keys(known[layer], kind)
+            keys = self._make_keys(layer, known[layer], kind)
+            leave_fast_paths(self.backbone)
             self._attached.append(["keys", layer, kind])
         if keys.kind != kind:
             raise ConfigurationError(
@@ -228,7 +231,7 @@ class ContinualNetwork(L.LightningModule):
             )
         return cast(Keys, keys)
 
-    def _make_keys(self, part: nn.Module, kind: str) -> Keys:
+    def _make_keys(self, layer: str, part: nn.Module, kind: str) -> Keys:
         tasks = len(self._tasks)
         if isinstance(part, nn.Conv2d):
             return SwitchableConv2d.convert(
@@ -236,6 +239,12 @@ class ContinualNetwork(L.LightningModule):
             ).keys
         assert isinstance(part, nn.Linear)
         if kind == "complex":
+            if "weight" not in dict(part.named_parameters(recurse=False)):
+                raise ConfigurationError(
+                    "Expected layers with weights of their own where keys are 'complex', but layer "
+                    f"{layer} makes its weights from others. Set keys to 'binary', or take weight_norm "
+                    "and other parametrizations away."
+                )
             keys = ComplexKeys(tasks, part.in_features)
             return ComplexLinear.make_complex(part, keys, real_output=part is self.head).keys
         return cast(Keys, SwitchableLinear.convert(part, keys=Keys(tasks, part.in_features)).keys)

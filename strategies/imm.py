@@ -169,7 +169,7 @@ class IncrementalMomentMatching(ContinualStrategy):
             return None
         weights = {
             key: self.previous[f"{name}.{key}"]
-            for key, _ in layer.named_parameters(recurse=False)
+            for key, _ in layer.named_parameters()  # a parametrized weight's lie in a part of it
             if f"{name}.{key}" in self.previous
         }
         if not weights:

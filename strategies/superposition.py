@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bpn_lightning.costs import Bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
@@ -137,7 +138,7 @@ class ParameterSuperposition(ContinualStrategy):
         weighted = (
             name
             for name, part in host.network().named_modules()
-            if next(part.parameters(recurse=False), None) is not None
+            if next(part.parameters(recurse=False), None) is not None or is_parametrized(part)
         )
         left_out = set() if self.key_input else {next(weighted)}
         left_out |= set() if self.key_output else {"head"}
