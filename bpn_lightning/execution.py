@@ -86,14 +86,22 @@ class _EagerWhereHooked:
 def differentiable(network: nn.Module) -> Iterator[None]:
     """Whatever runs inside can be differentiated in evaluation mode, and its layers are seen by hooks.
 
-    Nothing is compiled.
+    Nothing is compiled. cuDNN's recurrent layers are backpropagated through in training mode only, so
+    a network that has some on a GPU uses torch's own kernels.
 
     Args:
         network: that is to be differentiated.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(part, nn.RNNBase) and _on_cuda(part) for part in network.modules()):
+            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
         yield
+
+
+def _on_cuda(part: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in part.parameters())
 
 
 def graph_uses(tensor: Tensor) -> Counter[Node]:

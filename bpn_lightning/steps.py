@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.execution import differentiable
 from bpn_lightning.layers import BiasUnits, evaluation_mode
 from bpn_lightning.network import ContinualNetwork
 from bpn_lightning.optimizer_rules import check_repeated_evaluation
@@ -335,8 +336,9 @@ class ContinualSteps(ContinualNetwork):
 
     def _training_logits(self, inputs: Tensor, tasks: "int | Tensor | None") -> Tensor:
         """Of all columns; on features that stay as they are where only the head trains."""
-        fixed = evaluation_mode(self.backbone) if self._phase.trains == "head" else nullcontext()
-        with fixed:
+        fixed = self._phase.trains == "head"
+        mode = evaluation_mode(self.backbone) if fixed else nullcontext()
+        with mode, differentiable(self.backbone) if fixed else nullcontext():
             return self._logits(inputs) if tasks is None else self(inputs, task=tasks)
 
     @property
@@ -345,7 +347,7 @@ class ContinualSteps(ContinualNetwork):
 
     def _strategy_step(self, batch: Batch, scale: float) -> Tensor:
         """The loss of a phase in which only the strategy that declared it learns."""
-        with evaluation_mode(self):
+        with evaluation_mode(self), differentiable(self):
             loss = self._phase_owner.phase_loss(self, self._phase, batch).sum() * scale
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from bpn_lightning import execution
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.execution import check_layers_are_called, graph_uses
-from bpn_lightning.gradients import segment_gradients
-from bpn_lightning.layers import SwitchableLinear
+from bpn_lightning.execution import check_layers_are_called, differentiable, graph_uses
+from bpn_lightning.gradients import sample_gradient_sums, segment_gradients
+from bpn_lightning.layers import SwitchableLinear, evaluation_mode
 from bpn_lightning.module import ContinualModule
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
+from bpn_lightning.strategies.lwf import LearningWithoutForgetting
+from bpn_lightning.strategies.slnid import SLNID
 from bpn_lightning.strategies.superposition import ParameterSuperposition
 
 
@@ -373,3 +377,98 @@ def test_every_batch_is_compared_with_what_was_recorded(forward: Any) -> None:
     )
     rows = torch.stack([torch.cat([g.flatten() for g in gradients]) for gradients in each])
     torch.testing.assert_close(found, torch.stack([rows[:4].mean(0), rows[4:].mean(0)]))
+
+
+# --- cuDNN ---------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """Notes at each forward whether cuDNN may be used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 4, batch_first=True)
+        self.relu = nn.ReLU()
+        self.allowed: list[bool] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.allowed.append(torch.backends.cudnn.enabled)
+        return self.relu(self.lstm(images.flatten(1).view(-1, 8, 8))[0][:, -1])
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the parameters of every part lay on a GPU."""
+    monkeypatch.setattr(execution, "_on_cuda", lambda part: True)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_importances_of_a_recurrent_network_do_without_cudnn() -> None:
+    network = nn.Sequential(Recurrent(), nn.Linear(4, 3)).double()
+    parameters = dict(network.named_parameters())
+    inputs = torch.randn(4, 1, 8, 8).double()
+    labels = torch.tensor([0, 1, 2, 0])
+    with evaluation_mode(network):
+        found = sample_gradient_sums(
+            network,
+            parameters,
+            inputs,
+            lambda logits: (labels[: len(logits), None], torch.ones(len(logits), 1).double()),
+            slice(0, 3),
+        )
+        assert network[0].allowed
+        assert not any(network[0].allowed)
+        assert torch.backends.cudnn.enabled
+        wanted = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for x, y in zip(inputs.split(1), labels.split(1), strict=True):
+            loss = F.cross_entropy(network(x), y)
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            for total, gradient in zip(wanted.values(), gradients, strict=True):
+                total += gradient.square()
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_cudnn_comes_back_after_an_error_and_is_left_alone_without_recurrent_layers() -> None:
+    def fail() -> None:
+        with differentiable(nn.LSTM(2, 2)):
+            assert not torch.backends.cudnn.enabled
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.backends.cudnn.enabled
+    with differentiable(nn.Linear(2, 2)):
+        assert torch.backends.cudnn.enabled
+
+
+WARNS_OF_SPEED = "ignore:There is a performance drop:UserWarning"  # torch.func's, of the CPU's LSTM
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.filterwarnings(WARNS_OF_SPEED)
+def test_units_importances_do_without_cudnn_too(fit: Any) -> None:
+    stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=256, seed=0)
+    backbone, strategy = Recurrent(), SLNID(layers=["backbone.relu"])
+    module, _ = fit([strategy], backbone=backbone, stream=stream)
+    assert True in backbone.allowed  # training and scores
+    backbone.allowed.clear()
+    strategy._unit_importance(module, module.tasks[0])
+    assert backbone.allowed
+    assert not any(backbone.allowed)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        LearningWithoutForgetting(warm_up_epochs=1),
+        EncoderBasedLifelongLearning(layer="backbone.1", code_size=2, autoencoder_epochs=1),
+    ],
+)
+def test_phases_that_learn_in_evaluation_mode_do_without_cudnn(fit: Any, strategy: Any) -> None:
+    stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=256, seed=0)
+    recurrent = Recurrent()
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), recurrent)
+    fit([strategy], backbone=backbone, stream=stream, mask="task")
+    assert set(recurrent.allowed) == {True, False}
