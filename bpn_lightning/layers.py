@@ -312,7 +312,7 @@ class SwitchableLinear(nn.Linear):
         if units is None:
             return F.linear(taken, weight, self.bias)
         shift: Tensor = units()
-        if len(shift) == 1:
+        if shift.shape[0] == 1:  # len() would fix the size of a batch while a network is exported
             # Adding two vectors of K before the product is cheaper than adding to a batch after it,
             # and a row of a matrix serves as well: taking it out would cost as much again backwards.
             bias = shift if self.bias is None else self.bias + shift
@@ -413,7 +413,7 @@ def _aligned(vectors: Tensor, input: Tensor) -> Tensor:
     """``(size,)``, or ``(batch, size)`` with as many dimensions as ``(batch, ..., size)`` has."""
     if vectors.dim() == 1:
         return vectors
-    return vectors.reshape(len(vectors), *(1,) * (input.dim() - 2), vectors.shape[1])
+    return vectors.reshape(vectors.shape[0], *(1,) * (input.dim() - 2), vectors.shape[1])
 
 
 def taken_input(layer: nn.Module, input: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.execution import compiled_in_place, leave_fast_paths
+from bpn_lightning.inference import FixedModeNetwork, PerSampleNetwork
 from bpn_lightning.layers import (
     BiasUnits,
     ComplexKeys,
@@ -341,6 +342,50 @@ class ContinualNetwork(L.LightningModule):
             return 0, max(task.columns[1] for task in self._tasks[: self.opened + 1])
         return 0, self._head.out_features
 
+    def for_inference(self, task: int | None = None) -> nn.Module:
+        """A copy of the network that only answers, for ``torch.export`` and ``torch.onnx.export``.
+
+        Args:
+            task: whose mode it is in for good; None: each sample names its own.
+
+        Returns:
+            In evaluation mode, with ``forward(inputs)`` or ``forward(inputs, tasks)``: prepared inputs
+            ``(batch, *input_shape)``, task IDs ``(batch,)`` int64, logits ``(batch, num_classes)``.
+
+        Raises:
+            ConfigurationError: the stream has no such task, the backbone cannot be copied, or task is
+                None where a batch can only have one task.
+        """
+        if task is not None:
+            with self.task_mode(task):
+                return FixedModeNetwork(self.backbone, self._head, self.columns(task))
+        whole = [type(part).__name__ for part in self._task_modules() if not part.per_sample]
+        if whole:
+            raise ConfigurationError(
+                "Expected task to be a task ID where a batch can only have one task, but got None, and "
+                f"the network has {whole[0]}. Make one network for each task."
+            )
+        columns = [self.columns(task.id) for task in self._tasks]
+        return PerSampleNetwork(self.backbone, self._head, columns)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: nothing says for which task."""
+        raise _no_task_named(
+            "to_onnx", "torch.onnx.export(module.for_inference(task), (inputs,), dynamo=True)"
+        )
+
+    def to_torchscript(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: TorchScript is at its end, and takes no modes."""
+        raise _no_task_named(
+            "to_torchscript", "torch.export.export(module.for_inference(task), (inputs,))"
+        )
+
+    def to_tensorrt(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: nothing says for which task."""
+        raise _no_task_named(
+            "to_tensorrt", "torch_tensorrt.compile(module.for_inference(task), inputs=[inputs])"
+        )
+
     @contextmanager
     def task_mode(self, task: "int | Tensor") -> Iterator[None]:
         """Whatever runs inside uses this task's mode; the one before returns, also on an error.
@@ -360,6 +405,11 @@ class ContinualNetwork(L.LightningModule):
             self._switch(before)
 
     def _check_tasks(self, task: "int | Tensor") -> None:
+        if isinstance(task, Tensor) and torch.compiler.is_compiling():
+            raise ConfigurationError(
+                "Expected task to be a number where the module itself is exported, but got a tensor, "
+                "whose values are not known then. Export module.for_inference()."
+            )
         if isinstance(task, Tensor) and task.dim() != 1:
             raise ConfigurationError(
                 f"Expected task to be a number or (batch,) numbers, but got {task.dim()} dimensions."
@@ -405,3 +455,10 @@ def _remedy(said: str, inputs: Tensor) -> str:
     if inputs.dim() > 2 and "mat1 and mat2" in said:
         return "Begin it with nn.Flatten(), or pass a network for inputs of this shape."
     return "Pass a network for inputs of this shape."
+
+
+def _no_task_named(method: str, remedy: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"Expected a network in a task's mode to be exported, but got {method} of a module that has one "
+        f"for each task. Use {remedy}."
+    )

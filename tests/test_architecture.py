@@ -17,7 +17,7 @@ LAYERS = [
     {"errors"},
     {"files", "folder_lock", "identity", "tasks", "terminal"},
     {"backbones", "costs", "layers", "messages", "metrics", "scores"},
-    {"execution"},
+    {"execution", "inference"},
     {"gradients"},
     {"importance", "penalties"},
     {"checkpoints", "network", "preemption", "processes", "random_state"},
