@@ -10,7 +10,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.layers import evaluation_mode
 from bpn_lightning.tasks import ContinualHost, Split
 
-__all__ = ["evaluate", "evaluate_without_oracle", "validation_loss"]
+__all__ = ["evaluate", "evaluate_without_oracle", "most_confident", "validation_loss"]
 
 
 @torch.no_grad()
@@ -77,17 +77,34 @@ def evaluate_without_oracle(
     with evaluation_mode(network):
         for index, task in enumerate(tasks):
             for batch in module.batches(task, split, at_most):
-                confidences, answers = [], []
-                for mode in modes:
-                    with module.task_mode(mode):
-                        confidence, answer = network(batch.inputs).softmax(1).max(1)
-                    confidences.append(confidence)
-                    answers.append(answer)
-                best = torch.stack(confidences).argmax(0, keepdim=True)
-                chosen = torch.stack(answers).gather(0, best)[0]
+                chosen = most_confident(module, batch.inputs, modes).argmax(1)
                 counts[0, index] += (chosen == batch.targets).sum()
                 counts[1, index] += len(batch.targets)
     return _accuracy(module, counts)
+
+
+def most_confident(module: ContinualHost, inputs: Tensor, modes: Sequence[int]) -> Tensor:
+    """Each sample's logits in the mode, among these, whose largest softmax is the largest.
+
+    Args:
+        module: with one head for all tasks.
+        inputs: ``(batch, *input_shape)``, prepared.
+        modes: task ids, at least one; the first of equals answers.
+
+    Returns:
+        ``(batch, num_classes)``.
+    """
+    network = module.network()
+    with module.task_mode(modes[0]):
+        logits: Tensor = network(inputs)
+    confidence = logits.softmax(1).amax(1) if len(modes) > 1 else None
+    for mode in modes[1:]:
+        with module.task_mode(mode):
+            others = network(inputs)
+        surer = others.softmax(1).amax(1)
+        logits = torch.where((surer > confidence)[:, None], others, logits)
+        confidence = torch.maximum(surer, confidence)  # type: ignore[arg-type]
+    return logits
 
 
 @torch.no_grad()

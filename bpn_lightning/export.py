@@ -4,7 +4,8 @@
 
     <folder>/
     ├── model.safetensors    every tensor: weights, bias bank, keys, the accuracy matrix
-    └── model.json           task table, mask, structure, and where each tensor belongs
+    └── model.json           task table, mask, structure, how inputs are prepared, and where each tensor
+                         belongs
 
 A checkpoint goes on with a run; this is what is handed on. The backbone is the reader's own code: the
 files say what its tensors are called and not how it computes.
@@ -29,6 +30,7 @@ from bpn_lightning.errors import (
 )
 from bpn_lightning.files import write_atomically
 from bpn_lightning.module import ContinualModule
+from bpn_lightning.preparation import read_preparations
 from bpn_lightning.tasks import Task, named_dtype
 
 __all__ = ["export_module", "load_exported"]
@@ -76,6 +78,7 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
         "num_classes": module.head.out_features,
         "input_shape": module._input_shape,
         "input_dtype": str(module._input_dtype),
+        "preparation": [one.record() for one in module._preparations],
         "attached": module._attached,
         "opened": module.opened,
         "closed": module.closed,
@@ -131,6 +134,7 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
         module = ContinualModule(backbone, mask=record["mask"])
         dtype = named_dtype(record["input_dtype"])
         module._build(tasks, record["num_classes"], tuple(record["input_shape"]), dtype)
+        module._check_preparation(read_preparations(record["preparation"], len(tasks)))
         for kind, *arguments in attached:
             getattr(module, f"attach_{kind}")(*arguments)
         module.opened, module.closed = record["opened"], record["closed"]

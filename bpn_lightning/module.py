@@ -25,6 +25,8 @@ from bpn_lightning.identity import differences, flatten
 from bpn_lightning.idle_hooks import leave_out_idle_hooks
 from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.optimizer_rules import check_optimizer
+from bpn_lightning.prediction import check_predictable, predict, raw_inputs
+from bpn_lightning.preparation import read_preparations
 from bpn_lightning.processes import check_processes
 from bpn_lightning.random_state import random_state, restore_random_state
 from bpn_lightning.steps import ContinualSteps, sgd
@@ -178,6 +180,10 @@ class ContinualModule(ContinualSteps):
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.evaluation.evaluate`."""
         return evaluate(self, tasks, split)
 
+    def predict(self, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+        """Logits of raw inputs; see :func:`bpn_lightning.prediction.predict`."""
+        return predict(self, images, task)
+
     # --- launch ----------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -191,9 +197,13 @@ class ContinualModule(ContinualSteps):
             )
         stream = getattr(trainer, "datamodule", None)
         if stream is None or not hasattr(stream, "tasks"):
+            if stage == "predict":
+                return  # of raw inputs, whose preparation the module knows
+            verb = getattr(stage, "value", stage)  # Lightning's own are of an enumeration
             raise ConfigurationError(
-                f"Expected trainer.{trainer.state.fn} to get a ContinualDataModule, but got "
-                f"{type(stream).__name__}. Streams are in bpn_lightning.datamodules."
+                f"Expected trainer.{verb} to get a ContinualDataModule, whose batches say their task, but "
+                f"got {'dataloaders alone' if stream is None else type(stream).__name__}. Pass a "
+                "stream of bpn_lightning.datamodules; module.predict(images, task) answers other images."
             )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
@@ -581,9 +591,22 @@ class ContinualModule(ContinualSteps):
         self.log_dict({f"test/accuracy/task_{k + 1}": float(a) for k, a in enumerate(accuracy)})
         self.log("test/accuracy", float(accuracy.nanmean()))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Logits ``(batch, num_classes)``, each sample in the mode of its task id."""
-        return cast(Tensor, self(batch.inputs, task=batch.task))
+    def on_predict_start(self) -> None:
+        """Refuse raw inputs that nobody could prepare, before the first."""
+        if not hasattr(getattr(self.trainer, "datamodule", None), "tasks"):
+            check_predictable(self)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits ``(batch, num_classes)``.
+
+        Args:
+            batch: of a stream, whose samples are answered each in the mode of its task id; or raw inputs,
+                alone or first in a tuple or list, which are prepared and answered as by :meth:`predict`.
+            batch_idx: its number.
+        """
+        if isinstance(batch, Batch):
+            return cast(Tensor, self(batch.inputs, task=batch.task))
+        return self.predict(raw_inputs(batch))
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -605,6 +628,7 @@ class ContinualModule(ContinualSteps):
             "seed": self.stream.seed,
             "input_shape": self._input_shape,
             "input_dtype": str(self._input_dtype),
+            "preparation": [one.record() for one in self._preparations],
             "attached": [list(part) for part in self._attached],
             "strategies": self._state_keys(),
             "random": self._random_states(),
@@ -687,7 +711,7 @@ class ContinualModule(ContinualSteps):
         resuming = attached and self.trainer.state.fn == "fit"
         here: dict[str, Any] = {"mask": self._mask}
         there = {"mask": saved["mask"]}
-        if attached:
+        if attached and self._tasks:
             here |= _table(self._tasks)
             there |= _table(tasks)
         if resuming:
@@ -713,6 +737,7 @@ class ContinualModule(ContinualSteps):
             )
         dtype = named_dtype(saved["input_dtype"])
         self._build(tasks, saved["num_classes"], tuple(saved["input_shape"]), dtype)
+        self._check_preparation(read_preparations(saved["preparation"], len(tasks)))
         for kind, *arguments in saved["attached"]:
             getattr(self, f"attach_{kind}")(*arguments)
         self.opened, self.closed = saved["opened"], saved["closed"]

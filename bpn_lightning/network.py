@@ -24,6 +24,7 @@ from bpn_lightning.layers import (
     evaluation_mode,
     is_linear,
 )
+from bpn_lightning.preparation import Preparation, differing_preparation
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Split, Task
 
 __all__ = ["ContinualNetwork"]
@@ -55,6 +56,7 @@ class ContinualNetwork(L.LightningModule):
         self._tasks: list[Task] = []
         self._input_shape: tuple[int, ...] = ()
         self._input_dtype = torch.float32
+        self._preparations: list[Preparation] = []  # of all tasks, in order
         self.weight_bank: WeightBank | None = None
         self._attached: list[list[Any]] = []  # what was attached: kind and arguments
         self._stream: ContinualStream | None = None
@@ -109,7 +111,6 @@ class ContinualNetwork(L.LightningModule):
             ConfigurationError: the backbone's output is no feature matrix, the mask and the stream's
                 classes do not fit, or the module was built for another stream.
         """
-        self._stream = stream
         shared = len({task.columns for task in stream.tasks}) == 1
         if len(stream.tasks) > 1 and shared != (self._mask == "shared"):
             wanted, why = "'all', 'seen' or 'task'", "brings new classes with every task"
@@ -122,6 +123,19 @@ class ContinualNetwork(L.LightningModule):
         self._build(
             list(stream.tasks), stream.num_classes, tuple(stream.input_shape), stream.input_dtype
         )
+        self._check_preparation(stream.preparations())
+        self._stream = stream
+
+    def _check_preparation(self, found: list[Preparation]) -> None:
+        """Take how a stream prepares inputs, or refuse another way than the one that was learned."""
+        different = differing_preparation(self._preparations, found) if self._preparations else None
+        if different:
+            raise ConfigurationError(
+                "Expected the stream to prepare its inputs as the one that this module was built for, "
+                f"{different[0]}, but got {different[1]}. Give it the data and the seed of that stream; "
+                "module.predict takes other images."
+            )
+        self._preparations = self._preparations or found
 
     def _build(
         self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...], dtype: torch.dtype
@@ -326,6 +340,11 @@ class ContinualNetwork(L.LightningModule):
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """Of all columns, in the mode that holds."""
+        if inputs.dtype == torch.uint8:
+            raise ConfigurationError(
+                "Expected inputs that the stream has prepared, but got uint8. module.predict(images) "
+                "prepares raw images, and answers for them."
+            )
         if inputs.is_floating_point():
             inputs = inputs.to(
                 self.dtype

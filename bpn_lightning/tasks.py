@@ -1,6 +1,6 @@
 """A stream's tasks, their schedule over epochs, and what strategies see of a module and a stream.
 
-Everything above leans on this file; it leans on nothing but torch.
+Everything above leans on this file; it leans on little but torch.
 """
 
 from bisect import bisect_right
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import CheckpointError
+from bpn_lightning.preparation import Preparation
 
 __all__ = [
     "Batch",
@@ -217,6 +218,9 @@ class ContinualStream(Protocol):
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """Raw images to normalised floats, on the device that they lie on."""
+
+    def preparations(self) -> list[Preparation]:
+        """The same without augmentation, as what a module keeps of all tasks in order."""
 
 
 def named_dtype(name: str) -> torch.dtype:

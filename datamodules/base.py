@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import lightning as L
@@ -24,10 +24,21 @@ from bpn_lightning.datamodules.pixels import with_channels
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.splitting import hold_out, listing
 from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.preparation import (
+    Preparation,
+    Step,
+    kind_of,
+    normalize,
+    scale_and_shift,
+)
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Batch, Position, Split, Task
 
 __all__ = ["ContinualDataModule", "Normalisation"]
+
+
+MAX_VERIFIED = 64
+"""Tasks, evenly spaced, on which the description of a stream's preparation is compared with it."""
 
 
 class Normalisation(NamedTuple):
@@ -459,26 +470,53 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         """
         if self.input_dtype == torch.int64:
             return images
-        scale, shift = self._scale_and_shift(images.device)
-        if self._brightest == 1:  # features, whose mean may be many times their deviation
-            wide = images.to(torch.promote_types(images.dtype, torch.float32))
-            return ((wide + shift) * scale).float()
-        pixels = images.to(torch.float32, copy=True)
-        return pixels.mul_(scale).add_(shift)  # (x / 255 - mean) / std
-
-    def _scale_and_shift(self, where: device) -> tuple[Tensor, Tensor]:
+        where = images.device
         if where not in self._affine:  # a copy to the GPU at every step would stall it
-            of_one = (
-                -1,
-                *[1] * (len(self.input_shape) - 1),
-            )  # a value for each entry of the first axis
-            mean, std = (
-                torch.tensor(one, dtype=torch.float64).view(of_one) for one in self.normalisation
-            )
-            scale = 1 / (self._brightest * std)
-            shift = -mean if self._brightest == 1 else -mean / std
-            self._affine[where] = (scale.float().to(where), shift.float().to(where))
-        return self._affine[where]
+            of_one, rank = (*self.normalisation, self._brightest), len(self.input_shape)
+            self._affine[where] = scale_and_shift(*of_one, rank, where)
+        return normalize(images, *self._affine[where], self._brightest)
+
+    def preparation_steps(self) -> list[Step]:
+        """What ``prepare`` does without augmentation, by the names of :mod:`bpn_lightning.preparation`.
+
+        A stream that overrides ``prepare``, ``normalise`` or ``transform`` describes it here, if these
+        functions can; else only the stream itself prepares its inputs.
+        """
+        if self.input_dtype == torch.int64:
+            return []
+        mean, std = self.normalisation
+        return [["normalize", list(mean), list(std), self._brightest]]
+
+    def raw_samples(self, task_id: int) -> Tensor:
+        """A few raw inputs of the store that a task's are from, as ``prepare`` takes them."""
+        return self._parts["train"].samples.images[:2]
+
+    def raw_shape(self) -> tuple[int, ...]:
+        """The shape of one raw input; 0 for a size that does not matter."""
+        return tuple(self.raw_samples(0).shape[1:])
+
+    def preparations(self) -> list[Preparation]:
+        """What a module keeps, to prepare raw inputs of every task without the stream."""
+        kind = kind_of(self.raw_samples(0))
+        steps = self.preparation_steps()
+        return self._verified([Preparation(len(self.tasks), kind, self.raw_shape(), steps)])
+
+    def _verified(self, described: list[Preparation]) -> list[Preparation]:
+        """The same, without steps where these do not give what ``prepare`` gives."""
+        verified, first = [], 0
+        for one in described:
+            stride = -(-one.tasks // MAX_VERIFIED)
+            if not all(self._is_right(one, first, task) for task in range(0, one.tasks, stride)):
+                one = replace(one, steps=None, code=f"{type(self).__name__}.prepare")
+            verified.append(one)
+            first += one.tasks
+        return verified
+
+    def _is_right(self, one: Preparation, first: int, task: int) -> bool:
+        raw = self.raw_samples(first + task)
+        targets = torch.zeros(len(raw), dtype=torch.long)
+        prepared = self.prepare(Batch(raw, targets, first + task, len(raw))).inputs
+        return one.steps is not None and torch.equal(prepared, one.apply(raw, task))
 
 
 _PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.functional import interpolate
 
 from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, at_least_one
@@ -15,6 +14,7 @@ from bpn_lightning.datamodules.image_sets import Entry, ImageSet
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.preparation import Step, center_crop, resize
 from bpn_lightning.tasks import Batch, Task
 
 __all__ = ["ImageSetStream"]
@@ -111,15 +111,19 @@ class ImageSetStream(ContinualDataModule):
             batch: as a loader gave it.
             augment: take the windows that the batch's random numbers say, if it carries any.
         """
-        images = batch.inputs
-        if images.shape[-1] != self.resize:
-            size = (self.resize, self.resize)
-            images = interpolate(images.float(), size, mode="bilinear", align_corners=False)
+        images = resize(batch.inputs, self.resize)
         if not augment or batch.augmentation is None:
-            start = (self.resize - self.image_size) // 2
-            window = slice(start, start + self.image_size)
-            images = images[:, :, window, window]
+            images = center_crop(images, self.image_size)
         return super().prepare(batch._replace(inputs=images), augment)
+
+    def preparation_steps(self) -> list[Step]:
+        """Scaled, and the middle cut out."""
+        sizes: list[Step] = [["resize", self.resize], ["center_crop", self.image_size]]
+        return [*sizes, *super().preparation_steps()]
+
+    def raw_shape(self) -> tuple[int, ...]:
+        """Square images of any size."""
+        return (3, 0, 0)
 
 
 def check_sizes(image_size: int, resize: int) -> None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, at_least_one
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.torchvision_sets import SplitMNIST
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.preparation import Step, permutation, permute, rotate
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Split, Task
 
@@ -108,6 +108,9 @@ class _TransformedMNIST(ContinualDataModule):
         """What a task makes of normalised images, ``(batch, 1, height, width)``."""
 
 
+PROBE = 16
+"""Pixels of a permutation that tell whether another version of torch draws the same one."""
+
 _DRAWN: dict[str, Split] = {"train_samples": "train", "test_samples": "test"}
 
 
@@ -142,7 +145,7 @@ class PermutedMNIST(_TransformedMNIST):
         pixels = self.input_shape[1] * self.input_shape[2]
         if task_id == 0 and not self.permute_first_task:
             return torch.arange(pixels)
-        return torch.randperm(pixels, generator=seeded_generator("permutation", self.seed, task_id))
+        return permutation(self.seed, task_id, pixels)
 
     def transform_of(self, task_id: int, images: Tensor) -> Tensor:
         """Gather the pixels in the task's order."""
@@ -151,7 +154,14 @@ class PermutedMNIST(_TransformedMNIST):
         used = getattr(self, "_used", None)
         if used is None or used.task_id != task_id or used.pixels.device != images.device:
             self._used = used = _Used(task_id, self.permutation(task_id).to(images.device))
-        return images.flatten(2).index_select(2, used.pixels).view_as(images)
+        return permute(images, used.pixels)
+
+    def preparation_steps(self) -> list[Step]:
+        """Normalized, then permuted; with the first pixels of task 1, in case torch draws otherwise."""
+        pixels = self.input_shape[1] * self.input_shape[2]
+        probe = permutation(self.seed, 1, pixels)[:PROBE].tolist()
+        own: Step = ["permute", self.seed, self.permute_first_task, probe]
+        return [*super().preparation_steps(), own]
 
 
 @dataclass(eq=False, repr=False)
@@ -176,15 +186,11 @@ class RotatedMNIST(_TransformedMNIST):
 
     def transform_of(self, task_id: int, images: Tensor) -> Tensor:
         """Turn around the middle of the image."""
-        if task_id == 0:
-            return images
-        angle = torch.deg2rad(torch.tensor(self.angle(task_id), dtype=torch.float64))
-        cos, sin = float(angle.cos()), float(angle.sin())
-        # From places in the turned image to places in the original, both from -1 to 1.
-        turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], device=images.device)
-        grid = F.affine_grid(
-            turn.expand(len(images), 2, 3), list(images.shape), align_corners=False
-        )
         black = self.normalise(torch.zeros_like(images[:1, :, :1, :1]))
-        turned = F.grid_sample(images - black, grid, align_corners=False)
-        return turned + black
+        return rotate(images, self.angle(task_id), black)
+
+    def preparation_steps(self) -> list[Step]:
+        """Normalized, then turned."""
+        black = float(self.normalise(torch.zeros(1, 1, 1, 1)))
+        own: Step = ["rotate", self.max_angle, self.num_tasks, black]
+        return [*super().preparation_steps(), own]

@@ -12,6 +12,7 @@ from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.loading import EvaluationLoader, TrainLoader
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.preparation import Preparation
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Batch, Split, Task
 
@@ -331,6 +332,15 @@ class StreamOf(ContinualDataModule):
     def _prepare_of(self, place: _Place, batch: Batch, augment: bool) -> Batch:
         own = place.stream.prepare(batch._replace(task=batch.task - place.first_task), augment)
         return own._replace(task=batch.task)
+
+    def raw_samples(self, task_id: int) -> Tensor:
+        """Of the task's own stream."""
+        place = self._place(task_id)
+        return place.stream.raw_samples(task_id - place.first_task)
+
+    def preparations(self) -> list[Preparation]:
+        """Those of the streams, in order."""
+        return self._verified([one for stream in self.streams for one in stream.preparations()])
 
 
 def _one_id_per_sample(batch: Batch) -> Batch:
