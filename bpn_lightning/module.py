@@ -24,6 +24,7 @@ from bpn_lightning.files import why_unreadable
 from bpn_lightning.identity import differences, flatten
 from bpn_lightning.idle_hooks import leave_out_idle_hooks
 from bpn_lightning.metrics import AccuracyMatrix
+from bpn_lightning.module_rules import check_overrides
 from bpn_lightning.optimizer_rules import check_optimizer
 from bpn_lightning.prediction import check_predictable, predict, raw_inputs
 from bpn_lightning.preparation import read_preparations
@@ -215,6 +216,7 @@ class ContinualModule(ContinualSteps):
         self._switch(max(self.opened, 0))
         check_layers_are_called(self, dry_inputs(stream, 2, self.device))
         if stage == "fit":
+            check_overrides(self, ContinualModule)
             check_composition(self, self._strategies)
             self._plan()
             if self.patience and not stream.has_validation:
