@@ -1,6 +1,6 @@
 """Accuracy over a stream: one plain function, the same before, during and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,16 @@ from bpn_lightning.tasks import ContinualHost, Split
 
 __all__ = ["evaluate", "evaluate_without_oracle", "most_confident", "validation_loss"]
 
+Observe = Callable[[int, Tensor, Tensor], None]
+"""Gets a task's number, and of each of its batches the logits and the targets."""
+
 
 @torch.no_grad()
 def evaluate(
-    module: ContinualHost, tasks: Sequence[int] | None = None, split: Split = "test"
+    module: ContinualHost,
+    tasks: Sequence[int] | None = None,
+    split: Split = "test",
+    observe: Observe | None = None,
 ) -> Tensor:
     """Accuracy on some tasks, each in its own mode: the task oracle is at work.
 
@@ -25,6 +31,7 @@ def evaluate(
         module: a module with a stream; under DDP every process calls this and gets the same.
         tasks: task ids; all of the stream by default.
         split: which part of their data.
+        observe: whoever wants to see the same answers.
 
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
@@ -36,8 +43,11 @@ def evaluate(
         for index, task in enumerate(ids):
             with module.task_mode(task):
                 for batch in module.batches(task, split):
-                    counts[0, index] += (network(batch.inputs).argmax(1) == batch.targets).sum()
+                    logits = network(batch.inputs)
+                    counts[0, index] += (logits.argmax(1) == batch.targets).sum()
                     counts[1, index] += len(batch.targets)
+                    if observe is not None:
+                        observe(task, logits, batch.targets)
     return _accuracy(module, counts)
 
 

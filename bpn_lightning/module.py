@@ -32,6 +32,7 @@ from bpn_lightning.processes import check_processes
 from bpn_lightning.random_state import random_state, restore_random_state
 from bpn_lightning.steps import ContinualSteps, sgd
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.task_metrics import Metrics, TaskMetrics, named_metrics
 from bpn_lightning.tasks import (
     Batch,
     Mask,
@@ -74,6 +75,8 @@ class ContinualModule(ContinualSteps):
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
+        metrics: of torchmetrics, by name or in a list, taken of each task wherever its test accuracy is:
+            they see probabilities ``(batch, num_classes)`` and targets ``(batch,)``.
         evaluate_every: test accuracies are taken after every ``task``, or also after every ``epoch``.
         evaluate_on: the tasks that are tested after every task: ``all`` of the stream, those
             ``seen_and_next``, which halves the work on long streams, or the ``current`` one alone, for
@@ -108,6 +111,7 @@ class ContinualModule(ContinualSteps):
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
         mask: Mask = "all",
+        metrics: Metrics | None = None,
         evaluate_every: Literal["task", "epoch"] = "task",
         evaluate_on: Literal["all", "seen_and_next", "current"] = "all",
         patience: int | None = None,
@@ -146,8 +150,10 @@ class ContinualModule(ContinualSteps):
         self.patience = patience
         self.without_oracle = without_oracle
         self.check_processes = check_processes
+        self._metrics = named_metrics(metrics)
 
         self.closed = -1
+        self._measured: list[dict[str, Any]] = []  # of metrics
         self._curve: list[dict[str, Any]] = []  # only what the matrix lacks
         self._done: list[str] = []  # what closing the open task has finished
         self._judged = 0  # epochs that early stopping has looked at
@@ -185,6 +191,15 @@ class ContinualModule(ContinualSteps):
         """Logits of raw inputs; see :func:`bpn_lightning.prediction.predict`."""
         return predict(self, images, task)
 
+    @property
+    def task_metrics(self) -> list[dict[str, Any]]:
+        """What ``metrics`` measured.
+
+        Dictionaries with ``after`` (tasks learned by then), ``task`` (the one that was tested) and
+        ``values`` (by name: a number, or for the newest moment also lists of numbers).
+        """
+        return self._measured
+
     # --- launch ----------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -217,6 +232,7 @@ class ContinualModule(ContinualSteps):
         check_layers_are_called(self, dry_inputs(stream, 2, self.device))
         if stage == "fit":
             check_overrides(self, ContinualModule)
+            self._check_metrics()
             check_composition(self, self._strategies)
             self._plan()
             if self.patience and not stream.has_validation:
@@ -233,6 +249,15 @@ class ContinualModule(ContinualSteps):
             check_batches(trainer, self.backbone, inputs, len(self._tasks), self._smallest_batch)
             trainer.fit_loop.max_epochs = self.schedule.total
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def _check_metrics(self) -> None:
+        """Refuse metrics that would fail in the first evaluation."""
+        if not self._metrics:
+            return
+        processes = self.trainer.world_size
+        tasks = self._tasks if processes > 1 else []
+        firsts = (next(iter(self.stream.loader(task.id, "test"))).global_size for task in tasks)
+        TaskMetrics(self._metrics).check(self._head.out_features, firsts, processes)
 
     def _plan(self) -> None:
         """Lay out the schedule; a module that learned before keeps the one it has."""
@@ -283,7 +308,7 @@ class ContinualModule(ContinualSteps):
         if task_id == 0:
             for strategy in self._strategies:
                 strategy.on_stream_start(self, self.stream)
-            untrained = evaluate(self)
+            untrained = self._test(range(len(self._tasks)), after=0)
             self.accuracy_matrix.update(0, untrained)
             self._add_to_curve(untrained, task_id, epoch=0)
             self._log_stream(self._stream_metrics())
@@ -326,7 +351,7 @@ class ContinualModule(ContinualSteps):
         self._switch(task_id)
         self._serve_merged_weights()
         last = task_id + 1 == len(self._tasks)
-        row = self._test(self._tested_after(task_id))
+        row = self._test(self._tested_after(task_id), after=task_id + 1)
         if last and self.without_oracle and self._mask != "task":
             at_most = None if self.without_oracle is True else self.without_oracle
             alone = evaluate_without_oracle(self, range(len(self._tasks)), at_most=at_most)
@@ -411,10 +436,27 @@ class ContinualModule(ContinualSteps):
             return tasks
         return tasks[: task_id + 2] if self.evaluate_on == "seen_and_next" else tasks[task_id:][:1]
 
-    def _test(self, tasks: range) -> Tensor:
-        """A row of the matrix: accuracies of these tasks, NaN for the others."""
+    def _test(self, tasks: range, after: int | None = None) -> Tensor:
+        """A row of the matrix: accuracies of these tasks, NaN for the others.
+
+        Args:
+            tasks: what is tested.
+            after: how many tasks are learned, where the metrics are taken too.
+        """
         row = torch.full((len(self._tasks),), float("nan"), dtype=torch.float64)
-        row[tasks.start : tasks.stop] = evaluate(self, tasks)
+        taken = TaskMetrics(self._metrics) if self._metrics and after is not None else None
+        observe = None if taken is None else taken.update
+        row[tasks.start : tasks.stop] = evaluate(self, tasks, "test", observe)
+        if taken is not None:
+            self._measured = [
+                {**one, "values": _numbers(one["values"])}
+                for one in self._measured
+                if one["after"] != after
+            ]
+            self._measured += [
+                {"after": after, "task": task, "values": values}
+                for task, values in taken.compute().items()
+            ]
         return row
 
     def _add_to_curve(self, accuracy: Tensor, task: int, epoch: int) -> None:
@@ -632,6 +674,7 @@ class ContinualModule(ContinualSteps):
             "input_dtype": str(self._input_dtype),
             "preparation": [one.record() for one in self._preparations],
             "attached": [list(part) for part in self._attached],
+            "metrics": [dict(one) for one in self._measured],
             "strategies": self._state_keys(),
             "random": self._random_states(),
             "unfinished": self._unfinished(),
@@ -747,6 +790,7 @@ class ContinualModule(ContinualSteps):
         self._training_weights = dict(saved["training_weights"])
         self._judged, self._best_loss, self._bad_epochs = saved["patience"]
         self._curve = [dict(point) for point in saved["curve"]]
+        self._measured = [dict(one) for one in saved["metrics"]]
         if resuming:
             self.schedule.load_lengths(saved["lengths"])
             if self.opened >= 0:
@@ -767,6 +811,11 @@ class ContinualModule(ContinualSteps):
 
     def _state_keys(self) -> list[str]:
         return [strategy.state_key for strategy in self._strategies]
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are single numbers: lists are kept of the newest moment only."""
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def _point(accuracy: Tensor, task: int, epoch: int) -> dict[str, Any]:

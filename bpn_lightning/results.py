@@ -7,6 +7,8 @@
     ├── accuracy_matrix.csv   header after_task,task_1,task_2,...; one row per measured moment
     │                         (0: before training, k: after the k-th task); an empty cell was not
     │                         measured
+    ├── task_metrics.csv      after_task,task,<name>,...; one row per measured moment and task, of metrics
+    │                         that are single numbers; there only where the module has `metrics`
     ├── figures/              accuracy_over_stream and accuracy_matrix, each as .png and .svg
     └── config.yaml  metrics.csv  checkpoints/     written elsewhere while the run goes on
 
@@ -158,6 +160,9 @@ class Results(TypedDict):
     """The same without any task id (class-incremental); null where it was not measured."""
     accuracy_after_learning: AfterLearning
     """On each task at the moment when it had just been learned, with its id."""
+    metrics: dict[str, list[Any]]
+    """By name, of the module's ``metrics``: for every task what it came to after the last learned task, a
+    number or lists of numbers; null for tasks that were not learned."""
     bytes_per_task: BytesPerTask
     bytes_held: BytesHeld
     """Beside the network's own weights, after the last learned task, from the strategies' tensors."""
@@ -168,6 +173,7 @@ class Results(TypedDict):
 
 _RESULTS = "results.json"
 _MATRIX = "accuracy_matrix.csv"
+_TASK_METRICS = "task_metrics.csv"
 _OVER_STREAM = "figures/accuracy_over_stream"
 _HEATMAP = "figures/accuracy_matrix"
 
@@ -186,6 +192,7 @@ def write_results(
     bytes_per_task: Mapping[str, int | None],
     bytes_held: "Bytes",
     provenance: Provenance,
+    metrics: Sequence[Mapping[str, Any]] = (),
     config: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -202,6 +209,7 @@ def write_results(
         bytes_per_task: what a task adds to what is stored, ``measured`` and by the ``paper``.
         bytes_held: what the strategies hold in the end, beside the network's weights.
         provenance: what may differ between equal runs, see :func:`collect_provenance`.
+        metrics: what the module's ``task_metrics`` are.
         config: the text of config.yaml; None where somebody else writes that file.
         extra: more results, of types that JSON knows; NaN becomes null.
 
@@ -242,6 +250,7 @@ def write_results(
         },
         "accuracy_without_oracle": summary["without_oracle"],
         "accuracy_after_learning": summary["after_learning"],
+        "metrics": _final_metrics(metrics, len(tasks), learned),
         "bytes_per_task": {
             "measured": bytes_per_task["measured"],
             "paper": bytes_per_task["paper"],
@@ -261,6 +270,8 @@ def write_results(
         if config is not None:
             write_atomically(folder / "config.yaml", config.encode())
         write_atomically(folder / _MATRIX, _matrix_csv(matrix.accuracy).encode())
+        if metrics:
+            write_atomically(folder / _TASK_METRICS, _metrics_csv(metrics).encode())
         save_figure(over_stream, folder / _OVER_STREAM)
         save_figure(accuracy_heatmap(matrix.accuracy, title=title), folder / _HEATMAP)
         write_atomically(folder / _RESULTS, _json(results).encode())
@@ -393,6 +404,36 @@ def _matrix_csv(accuracy: "Tensor") -> str:
     for moment, row in enumerate(accuracy.tolist()):
         if not all(map(math.isnan, row)):
             writer.writerow([moment, *("" if math.isnan(x) else repr(x) for x in row)])
+    return text.getvalue()
+
+
+def _final_metrics(
+    measured: Sequence[Mapping[str, Any]], tasks: int, learned: int
+) -> dict[str, list[Any]]:
+    """By name, a value for each task as it was after the last learned one."""
+    last = {one["task"]: one["values"] for one in measured if one["after"] == learned}
+    names = dict.fromkeys(name for values in last.values() for name in values)
+    return {
+        name: [last.get(task, {}).get(name) if task < learned else None for task in range(tasks)]
+        for name in names
+    }
+
+
+def _metrics_csv(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Those that are single numbers, each by its repr; an empty cell is not a number."""
+    names = dict.fromkeys(
+        name
+        for one in measured
+        for name, value in one["values"].items()
+        if isinstance(value, int | float)
+    )
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["after_task", "task", *names])
+    for one in measured:
+        values = [one["values"].get(name, math.nan) for name in names]
+        cells = ["" if math.isnan(value) else repr(value) for value in values]
+        writer.writerow([one["after"], one["task"] + 1, *cells])
     return text.getvalue()
 
 

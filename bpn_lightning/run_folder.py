@@ -22,7 +22,13 @@ from bpn_lightning.folder_lock import FolderLock
 
 __all__ = ["RunFolder", "written_files"]
 
-_FILES = ("results.json", "accuracy_matrix.csv", "config.yaml", "metrics.csv")
+_FILES = (
+    "results.json",
+    "accuracy_matrix.csv",
+    "task_metrics.csv",
+    "config.yaml",
+    "metrics.csv",
+)
 _FOLDERS = ("figures", "checkpoints")
 
 # What a run writes, by whatever hand: --overwrite replaces these and nothing else. results.json

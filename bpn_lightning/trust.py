@@ -78,8 +78,8 @@ TYPE_IT = "type the name on the command line, or "
 
 #: Keys whose value may be a class path by itself, or a list of them.
 _PLACES = frozenset(
-    {"accelerator", "backbone", "callbacks", "data", "logger", "optimizer", "plugins", "profiler"}
-    | {"scheduler", "strategy", "streams"}
+    {"accelerator", "backbone", "callbacks", "data", "logger", "loss", "metrics", "optimizer"}
+    | {"plugins", "profiler", "scheduler", "strategy", "streams"}
 )
 
 _allowed: set[str] = set()  # by an earlier run of this process, whose trust has ended
@@ -119,7 +119,8 @@ def named_classes(where: str, content: Any, key: str = "") -> Iterator[Named]:
             yield from named_classes(where, value, key)
     elif isinstance(content, str):
         paths = content.split("+") if key == "method" else [content]
-        if key == "method" or last == "class_path" or last in _PLACES:
+        of_metrics = key.rpartition(".")[0] == "model.metrics"
+        if key == "method" or last == "class_path" or last in _PLACES or of_metrics:
             yield from (
                 Named(where, key, path)
                 for path in paths

@@ -22,6 +22,7 @@ from bpn_lightning.html_report.comparison import (
     Setting,
     differing_settings,
 )
+from bpn_lightning.html_report.metric_tables import metric_tables
 from bpn_lightning.html_report.reading import Found, Run
 from bpn_lightning.html_report.summary import summarise
 
@@ -57,6 +58,7 @@ def render(found: Found, comparison: Comparison, version: str) -> bytes:
         ("tests", "Differences between methods", _tests(comparison)),
         ("bytes", "Bytes against accuracy", _bytes(comparison.rows, places)),
         ("stream", "Over the stream", _stream(found.runs, drawn)),
+        ("metrics", "Other metrics", _metrics(found.runs)),
         ("settings", "Settings that differ", _settings(comparison.rows)),
         ("provenance", "Provenance", _provenance(found.runs)),
         ("left-out", "Left out", _left_out(found)),
@@ -475,6 +477,30 @@ def _picture(key: str, label: str, reading: str) -> ET.Element:
         aria_label=label,
         aria_describedby=reading,
     )
+
+
+def _metrics(runs: Sequence[Run]) -> list[Child]:
+    tables, left_out = metric_tables(runs)
+    if not tables:
+        return []
+    children: list[Child] = [
+        _e(
+            "p",
+            "What the module's metrics came to on each task's test set after the last task, with the "
+            "task given. Rows and columns that have numbers only are the head's columns, from 0.",
+        )
+    ]
+    for table in tables:
+        columns = [(name, "number" if index else "") for index, name in enumerate(table.columns)]
+        rows = [[_head(name), *map(_number, values)] for name, values in table.rows]
+        shown = _table(table.caption, columns, rows, sortable=len(rows) > 1 and not table.folded)
+        if table.folded:
+            shown = _e("details", _e("summary", table.caption), shown)
+        children.append(shown)
+    if left_out:
+        text = f"{left_out} tables are left out, for size: their numbers are in each results.json."
+        children.append(_e("p", text, class_="note"))
+    return children
 
 
 def _settings(rows: Sequence[Row]) -> list[Child]:
