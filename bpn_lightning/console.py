@@ -15,6 +15,7 @@ from rich.text import Text
 
 from bpn_lightning.costs import Bytes
 from bpn_lightning.metrics import Summary
+from bpn_lightning.settling import Unsettled
 from bpn_lightning.tasks import Task
 
 __all__ = ["StreamProgress", "final_table"]
@@ -192,6 +193,7 @@ def final_table(
     bytes_per_task: Mapping[str, int | None],
     bytes_held: Bytes,
     folder: Path,
+    unsettled: Sequence[Unsettled] = (),
 ) -> None:
     """Show the accuracies of a run, three ways side by side, and where its files are.
 
@@ -203,6 +205,7 @@ def final_table(
         bytes_per_task: ``measured``, and by the ``paper``'s accounting.
         bytes_held: by all strategies in the end.
         folder: of the run.
+        unsettled: tasks that lost accuracy in their last epoch.
     """
     blind = summary["without_oracle"]
     after = summary["after_learning"]
@@ -230,6 +233,8 @@ def final_table(
         "no task id: the network has to find the task by itself",
         highlight=False,
     )
+    for one in unsettled:
+        _line(console, format_unsettled(one))
     figures = {
         "ACC": summary["average"],
         "BWT": summary["bwt"],
@@ -256,6 +261,19 @@ def final_table(
         _line(console, line)
     for line in (f"results: {folder / 'results.json'}", f"pictures: {folder / 'figures'}"):
         _line(console, line, soft_wrap=True)  # a path stays whole
+
+
+def format_unsettled(one: Unsettled) -> str:
+    """One line about a task that had not settled.
+
+    >>> format_unsettled(Unsettled(2, "train", 0.981, 0.6))
+    'task 3 had not settled: its training accuracy fell from 0.981 to 0.600 in its last epoch'
+    """
+    samples = "training" if one.split == "train" else "validation"
+    return (
+        f"task {one.task + 1} had not settled: its {samples} accuracy fell from {one.before:.3f} to "
+        f"{one.after:.3f} in its last epoch"
+    )
 
 
 def _line(console: Console, *args: Any, soft_wrap: bool = False, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.layers import evaluation_mode
 from bpn_lightning.tasks import ContinualHost, Split
 
-__all__ = ["evaluate", "evaluate_without_oracle", "most_confident", "validation_loss"]
+__all__ = ["evaluate", "evaluate_without_oracle", "most_confident", "validation_scores"]
 
 Observe = Callable[[int, Tensor, Tensor], None]
 """Gets a task's number, and of each of its batches the logits and the targets."""
@@ -118,16 +118,18 @@ def most_confident(module: ContinualHost, inputs: Tensor, modes: Sequence[int]) 
 
 
 @torch.no_grad()
-def validation_loss(module: ContinualHost, task: int) -> float:
-    """Mean cross-entropy on a task's validation split, in its mode."""
+def validation_scores(module: ContinualHost, task: int) -> tuple[float, float]:
+    """Mean loss and accuracy on a task's validation split, in its mode."""
     network = module.network()
-    sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=module.device)
     with evaluation_mode(network), module.task_mode(task):
         for batch in module.batches(task, "val"):
-            sums[0] += F.cross_entropy(network(batch.inputs), batch.targets, reduction="sum")
-            sums[1] += len(batch.targets)
-    loss, total = module.all_reduce(sums)
-    return float(loss / total)
+            logits = network(batch.inputs)
+            sums[0] += F.cross_entropy(logits, batch.targets, reduction="sum")
+            sums[1] += (logits.argmax(1) == batch.targets).sum()
+            sums[2] += len(batch.targets)
+    loss, right, total = module.all_reduce(sums).tolist()
+    return loss / total, right / total
 
 
 def _accuracy(module: ContinualHost, counts: Tensor) -> Tensor:

@@ -605,6 +605,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         tasks=module.tasks,
         bytes_per_task=stored,
         bytes_held=held,
+        unsettled=module.unsettled,
         metrics=module.task_metrics,
         provenance=collect_provenance(seconds),
         extra={"curve": module.curve} if module.evaluate_every == "epoch" else {},
@@ -633,6 +634,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         stored,
         held,
         results.parent,
+        module.unsettled,
     )
 
 

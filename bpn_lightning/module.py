@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +18,7 @@ from bpn_lightning.callback_rules import check_callbacks, check_rate_monitor
 from bpn_lightning.checkpoints import read_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
-from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
+from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_scores
 from bpn_lightning.execution import check_layers_are_called
 from bpn_lightning.files import why_unreadable
 from bpn_lightning.identity import differences, flatten
@@ -30,6 +30,7 @@ from bpn_lightning.prediction import check_predictable, predict, raw_inputs
 from bpn_lightning.preparation import read_preparations
 from bpn_lightning.processes import check_processes
 from bpn_lightning.random_state import random_state, restore_random_state
+from bpn_lightning.settling import Unsettled
 from bpn_lightning.steps import ContinualSteps, sgd
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.task_metrics import Metrics, TaskMetrics, named_metrics
@@ -192,6 +193,15 @@ class ContinualModule(ContinualSteps):
         return predict(self, images, task)
 
     @property
+    def unsettled(self) -> Sequence[Unsettled]:
+        """The tasks whose accuracy fell by more than 0.1 in the last epoch of their training.
+
+        Of the training samples, as they were answered in the updates themselves; of the held-out part
+        where there is one.
+        """
+        return self._settling.unsettled
+
+    @property
     def task_metrics(self) -> list[dict[str, Any]]:
         """What ``metrics`` measured.
 
@@ -300,6 +310,8 @@ class ContinualModule(ContinualSteps):
         self._enter_phase(phase)
         self._follow_optimizer()
         self._entered = self.trainer.current_epoch
+        counted = self._may_settle(self.trainer.current_epoch)
+        self._settling.counting = counted and not self.stream.has_validation
 
     def _open(self, task_id: int) -> None:
         if task_id <= self.opened:
@@ -358,6 +370,7 @@ class ContinualModule(ContinualSteps):
             self.accuracy_matrix.update_without_oracle(alone)
         self.accuracy_matrix.update(task_id + 1, row)
         self._add_to_curve(row, task_id, self.schedule.last_epoch(task_id) + 1)
+        self._settling.end_task(task_id, "val" if self.stream.has_validation else "train")
         self.closed = task_id
         if self.check_processes and self.trainer.world_size > 1:
             check_processes(self._held_alike(), f"after task {task_id}")
@@ -410,7 +423,9 @@ class ContinualModule(ContinualSteps):
         done, name, _ = self.schedule.locate(epochs_done - 1)
         learns = self.schedule.phase(done, name).trains != "strategy"
         wanted = learns and (self.patience is not None or self._plateau == "val/loss")
-        loss = validation_loss(self, self.opened) if wanted else float("nan")
+        accuracy, loss = self._epoch_scores(epochs_done - 1, with_loss=wanted)
+        if accuracy is not None:
+            self._settling.end_epoch(accuracy)
         if learns and self._plateau is not None:
             scheduler = cast(ReduceLROnPlateau, self.trainer.lr_scheduler_configs[0].scheduler)
             scheduler.step(loss if self._plateau == "val/loss" else self._take_epoch_loss())
@@ -429,6 +444,32 @@ class ContinualModule(ContinualSteps):
         self._judged = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
         self.trainer.fit_loop.max_epochs = self.schedule.total
+
+    def _may_settle(self, epoch: int) -> bool:
+        """Whether it may be one of the last two in which its task trains the whole network.
+
+        With patience any epoch of that phase may be.
+        """
+        task, name, _ = self.schedule.locate(epoch)
+        phases = [phase.name for phase in self.schedule.phases[task] if phase.trains == "network"]
+        late = epoch >= self.schedule.phase_epochs(epoch).stop - 2
+        return phases[-1:] == [name] and (late or self.patience is not None)
+
+    def _epoch_scores(self, epoch: int, with_loss: bool) -> tuple[float | None, float]:
+        """Accuracy of an epoch that may be one of a task's last two, and the validation loss if asked for."""
+        settles = self._may_settle(epoch)
+        if not self.stream.has_validation:
+            return self._settling.accuracy(self._right()), nan
+        if not (settles or with_loss):
+            return None, nan
+        loss, accuracy = validation_scores(self, self.opened)
+        return (accuracy if settles else None), loss
+
+    def _right(self) -> int:
+        """Answers of all processes that were right since counting, or this run, began."""
+        if not self._settling.counting:
+            return 0
+        return int(self.all_reduce(self._settling.right.to(self.device)))
 
     def _tested_after(self, task_id: int) -> range:
         tasks = range(len(self._tasks))
@@ -674,6 +715,7 @@ class ContinualModule(ContinualSteps):
             "input_dtype": str(self._input_dtype),
             "preparation": [one.record() for one in self._preparations],
             "attached": [list(part) for part in self._attached],
+            "settling": self._settling.state(self._right()),
             "metrics": [dict(one) for one in self._measured],
             "strategies": self._state_keys(),
             "random": self._random_states(),
@@ -790,6 +832,7 @@ class ContinualModule(ContinualSteps):
         self._training_weights = dict(saved["training_weights"])
         self._judged, self._best_loss, self._bad_epochs = saved["patience"]
         self._curve = [dict(point) for point in saved["curve"]]
+        self._settling.load(saved["settling"])
         self._measured = [dict(one) for one in saved["metrics"]]
         if resuming:
             self.schedule.load_lengths(saved["lengths"])

@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it bel
 
     from bpn_lightning.costs import Bytes
     from bpn_lightning.metrics import AccuracyMatrix
+    from bpn_lightning.settling import Unsettled
     from bpn_lightning.tasks import Task
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Provenance",
     "Results",
     "TaskRecord",
+    "UnsettledTask",
     "collect_provenance",
     "read_matrix_csv",
     "read_matrix_rows",
@@ -117,6 +119,19 @@ class TaskRecord(TypedDict):
     """Epochs planned for its own training; early stopping may have ended it before."""
 
 
+class UnsettledTask(TypedDict):
+    """A task whose accuracy fell by more than 0.1 in the last epoch of its own training."""
+
+    id: int
+    """From 0."""
+    split: str
+    """What was counted: "train", as answered in the updates themselves, or "val"."""
+    before: float
+    """In its last epoch but one."""
+    after: float
+    """In its last epoch."""
+
+
 class Host(TypedDict):
     """The machine of a run."""
 
@@ -160,6 +175,8 @@ class Results(TypedDict):
     """The same without any task id (class-incremental); null where it was not measured."""
     accuracy_after_learning: AfterLearning
     """On each task at the moment when it had just been learned, with its id."""
+    unsettled_tasks: list[UnsettledTask]
+    """Tasks whose last epoch took away what the one before had; their scores are a matter of chance."""
     metrics: dict[str, list[Any]]
     """By name, of the module's ``metrics``: for every task what it came to after the last learned task, a
     number or lists of numbers; null for tasks that were not learned."""
@@ -192,6 +209,7 @@ def write_results(
     bytes_per_task: Mapping[str, int | None],
     bytes_held: "Bytes",
     provenance: Provenance,
+    unsettled: Sequence["Unsettled"] = (),
     metrics: Sequence[Mapping[str, Any]] = (),
     config: str | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -209,6 +227,7 @@ def write_results(
         bytes_per_task: what a task adds to what is stored, ``measured`` and by the ``paper``.
         bytes_held: what the strategies hold in the end, beside the network's weights.
         provenance: what may differ between equal runs, see :func:`collect_provenance`.
+        unsettled: tasks that lost accuracy in their last epoch.
         metrics: what the module's ``task_metrics`` are.
         config: the text of config.yaml; None where somebody else writes that file.
         extra: more results, of types that JSON knows; NaN becomes null.
@@ -250,6 +269,10 @@ def write_results(
         },
         "accuracy_without_oracle": summary["without_oracle"],
         "accuracy_after_learning": summary["after_learning"],
+        "unsettled_tasks": [
+            {"id": one.task, "split": one.split, "before": one.before, "after": one.after}
+            for one in unsettled
+        ],
         "metrics": _final_metrics(metrics, len(tasks), learned),
         "bytes_per_task": {
             "measured": bytes_per_task["measured"],

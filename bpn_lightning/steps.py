@@ -26,6 +26,7 @@ from bpn_lightning.schedulers import (
     plateau_monitor,
     scheduler_config,
 )
+from bpn_lightning.settling import Settling
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Mask, Phase, Schedule
 
@@ -85,6 +86,7 @@ class ContinualSteps(ContinualNetwork):
             )
         self.scheduler_interval = scheduler_interval
         self.scheduler_monitor = scheduler_monitor
+        self._settling = Settling()
         self._strategies: list[ContinualStrategy] = []
         self.schedule = Schedule([[Phase("train", 1)]])
         self._phase = self.schedule.phases[0][0]
@@ -291,6 +293,10 @@ class ContinualSteps(ContinualNetwork):
         if (first, stop) != (0, logits.shape[1]):
             active, targets = logits[:, first:stop], targets - first
         loss = F.cross_entropy(active, targets, reduction="sum") * scale
+        right = None
+        if self._settling.counting and not self._evaluated:
+            right = (active.detach().argmax(1) == targets).sum()
+            self._settling.add(right, batch.global_size)
         terms = {"loss/task": loss}
         for hook in self._hooks["loss_terms"]:
             for name, term in hook(self, batch, logits).items():
@@ -301,7 +307,8 @@ class ContinualSteps(ContinualNetwork):
             self._epoch_loss = self._epoch_loss.to(sums.device) + sums
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
-            right = (active.detach().argmax(1) == targets).sum()
+            if right is None:
+                right = (active.detach().argmax(1) == targets).sum()
             for hook in self._hooks["logs"]:
                 terms.update(hook(self))
             # Means over processes, each of which has the whole batch's size in its scale.

@@ -1947,6 +1947,7 @@ def whole(**change: Any) -> str:
         "accuracy": {**accuracy, "forgetting": None},
         "accuracy_without_oracle": None,
         "accuracy_after_learning": {"average": 0.5, "per_task": [0.5]},
+        "unsettled_tasks": [],
         "metrics": {},
         "bytes_per_task": {"measured": 0, "paper": None},
         "bytes_held": {"training": 0, "inference": 0},

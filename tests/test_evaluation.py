@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
-from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_loss
+from bpn_lightning.evaluation import evaluate, evaluate_without_oracle, validation_scores
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 
 TASKS = 3
@@ -143,13 +143,15 @@ def test_the_batch_size_is_irrelevant(learned: Any, size: int) -> None:
     torch.testing.assert_close(after, before[1], rtol=0, atol=0)
 
 
-def test_validation_loss_is_the_mean_cross_entropy(learned: Any) -> None:
+def test_validation_scores_are_the_mean_cross_entropy_and_the_accuracy(learned: Any) -> None:
     module = learned(validation_fraction=0.2)
     for task in range(TASKS):
         inputs, targets = samples(module, task, "val")
         logits = by_hand(module, inputs, task).astype(np.float64)
         losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(targets)), targets]
-        assert validation_loss(module, task) == pytest.approx(losses.mean(), rel=1e-5)
+        loss, accuracy = validation_scores(module, task)
+        assert loss == pytest.approx(losses.mean(), rel=1e-5)
+        assert [accuracy] == evaluate(module, [task], "val").tolist()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_validation_loss_is_the_mean_cross_entropy(learned: Any) -> None:
     [
         evaluate,
         partial(evaluate_without_oracle, tasks=range(TASKS)),
-        partial(validation_loss, task=0),
+        partial(validation_scores, task=0),
     ],
     ids=["evaluate", "without oracle", "loss"],
 )

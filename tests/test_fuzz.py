@@ -403,6 +403,7 @@ RESULTS = {
     | {"per_task": [0.5]},
     "accuracy_without_oracle": None,
     "accuracy_after_learning": {"average": 0.5, "per_task": [0.5]},
+    "unsettled_tasks": [],
     "metrics": {},
     "bytes_per_task": {"measured": 0, "paper": None},
     "bytes_held": {"training": 0, "inference": 0},

@@ -218,8 +218,8 @@ def test_patience_ends_a_task_on_the_validation_split_alone(fit):
 
 
 def test_every_phase_is_judged_by_its_own_best_loss(fit, monkeypatch):
-    losses = iter([1.0, 2.0, 3.0])  # the second task is harder, and does not improve
-    monkeypatch.setattr("bpn_lightning.module.validation_loss", lambda *_: next(losses))
+    scores = iter([(1.0, 0.9), (2.0, 0.8), (3.0, 0.8)])  # the second task does not improve
+    monkeypatch.setattr("bpn_lightning.module.validation_scores", lambda *_: next(scores))
     stream = digits(epochs_per_task=[1, 3], validation_fraction=0.2)
     module, _ = fit([FineTuning()], stream=stream, patience=1)
     assert module.schedule.lengths == [1, 2]

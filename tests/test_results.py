@@ -101,6 +101,7 @@ def test_results_json(tmp_path: Path) -> None:
             "average": pytest.approx(0.8),
             "per_task": [0.9, 0.8, 0.7],
         },
+        "unsettled_tasks": [],
         "metrics": {},
         "bytes_per_task": {"measured": 6040, "paper": 4808},
         "bytes_held": {"training": 30000, "inference": 20000},

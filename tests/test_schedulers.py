@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from bpn_lightning.cli import main
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.evaluation import validation_loss
+from bpn_lightning.evaluation import validation_scores
 from bpn_lightning.recording import MetricsFile
 
 EPOCHS, BATCHES = 3, 2  # of each of two tasks
@@ -164,7 +164,7 @@ class Plateau(Callback):
         if len(self.losses) < trainer.num_training_batches:
             return
         if self.monitor == "val/loss":
-            self.scheduler.step(validation_loss(module, module.opened))
+            self.scheduler.step(validation_scores(module, module.opened)[0])
         else:
             weights = torch.tensor(self.sizes, dtype=torch.float64)
             self.scheduler.step(float(torch.stack(self.losses).double() @ weights / weights.sum()))

@@ -128,6 +128,12 @@ def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
             f"Not all tasks were learned in {_some(ends)}: their scores are over the tasks learned, "
             "and not comparable with those of whole streams."
         )
+    unsettled = [_unsettled(run) for run in runs if run.at("unsettled_tasks")]
+    if unsettled:
+        yield (
+            f"Training had not settled in {_some(unsettled)}: accuracy fell by more than 0.1 in the last "
+            "epoch of those tasks, and with another number of epochs it might be another."
+        )
     yield from _subsets(rows, name)
     mixed = [row for row in rows if len({str(_of_method(run)) for run in row.runs}) > 1]
     if mixed:
@@ -145,6 +151,11 @@ def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
             states[problem.state] = states.get(problem.state, 0) + 1
         counted = ", ".join(f"{n} {state}" for state, n in states.items())
         yield f"Not shown, or not whole: {counted}. They are named under “Left out”."
+
+
+def _unsettled(run: Run) -> str:
+    tasks = [f"{one['id'] + 1}" for one in run.at("unsettled_tasks")]
+    return f"{run.name} (task{'s' if len(tasks) > 1 else ''} {_some(tasks)})"
 
 
 def _why_blind(row: Row) -> str:

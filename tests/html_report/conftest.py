@@ -47,6 +47,7 @@ def results(method: str, seed: int, matrix: Matrix, **more: Any) -> dict[str, An
         },
         "accuracy_without_oracle": {"average": 0.3, "first_task": 0.1, "per_task": last},
         "accuracy_after_learning": {"average": mean(right_after), "per_task": right_after},
+        "unsettled_tasks": [],
         "metrics": {},
         "bytes_per_task": {"measured": 552, "paper": 520},
         "bytes_held": {"training": 1000, "inference": 1104},
