@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError
@@ -125,7 +124,7 @@ def validation_scores(module: ContinualHost, task: int) -> tuple[float, float]:
     with evaluation_mode(network), module.task_mode(task):
         for batch in module.batches(task, "val"):
             logits = network(batch.inputs)
-            sums[0] += F.cross_entropy(logits, batch.targets, reduction="sum")
+            sums[0] += module.losses(logits, batch.targets, task).sum()
             sums[1] += (logits.argmax(1) == batch.targets).sum()
             sums[2] += len(batch.targets)
     loss, right, total = module.all_reduce(sums).tolist()

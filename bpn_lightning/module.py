@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -23,6 +22,7 @@ from bpn_lightning.execution import check_layers_are_called
 from bpn_lightning.files import why_unreadable
 from bpn_lightning.identity import differences, flatten
 from bpn_lightning.idle_hooks import leave_out_idle_hooks
+from bpn_lightning.losses import LossFunction
 from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.module_rules import check_overrides
 from bpn_lightning.optimizer_rules import check_optimizer
@@ -76,6 +76,9 @@ class ContinualModule(ContinualSteps):
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
+        loss: maps logits ``(batch, columns)`` and targets ``(batch,)``, both of the active columns only, to
+            losses ``(batch,)``; a module of torch.nn, whose class weights are those of the stream's
+            classes, or a function. None: cross-entropy.
         metrics: of torchmetrics, by name or in a list, taken of each task wherever its test accuracy is:
             they see probabilities ``(batch, num_classes)`` and targets ``(batch,)``.
         evaluate_every: test accuracies are taken after every ``task``, or also after every ``epoch``.
@@ -112,6 +115,7 @@ class ContinualModule(ContinualSteps):
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
         mask: Mask = "all",
+        loss: LossFunction | None = None,
         metrics: Metrics | None = None,
         evaluate_every: Literal["task", "epoch"] = "task",
         evaluate_on: Literal["all", "seen_and_next", "current"] = "all",
@@ -126,6 +130,7 @@ class ContinualModule(ContinualSteps):
             scheduler=scheduler,
             scheduler_interval=scheduler_interval,
             scheduler_monitor=scheduler_monitor,
+            loss=loss,
         )
         if evaluate_every not in ("task", "epoch"):
             raise ConfigurationError(
@@ -242,6 +247,7 @@ class ContinualModule(ContinualSteps):
         check_layers_are_called(self, dry_inputs(stream, 2, self.device))
         if stage == "fit":
             check_overrides(self, ContinualModule)
+            self._loss.check(self._head.out_features, self._column_sets())
             self._check_metrics()
             check_composition(self, self._strategies)
             self._plan()
@@ -647,7 +653,7 @@ class ContinualModule(ContinualSteps):
         """Count losses and right answers, each sample in its own task's mode."""
         logits = self(batch.inputs, task=batch.task)
         tasks = torch.as_tensor(batch.task, device=self.device).expand(len(batch.targets))
-        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        losses = self.losses(logits, batch.targets, tasks)
         right = logits.argmax(1) == batch.targets
         values = torch.stack([losses, right, torch.ones_like(losses)]).double()
         self._counts.index_add_(1, tasks, values)

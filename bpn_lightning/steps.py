@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from math import ceil
 from operator import mul
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.execution import differentiable
 from bpn_lightning.layers import BiasUnits, evaluation_mode
+from bpn_lightning.losses import LossFunction, SampleLoss
 from bpn_lightning.network import ContinualNetwork
 from bpn_lightning.optimizer_rules import check_repeated_evaluation
 from bpn_lightning.schedulers import (
@@ -56,9 +58,10 @@ class ContinualSteps(ContinualNetwork):
         scheduler: called with the optimizer; see :func:`~bpn_lightning.schedulers.build_scheduler`.
         scheduler_interval: whether the scheduler steps after every update or every epoch.
         scheduler_monitor: the loss that a ``ReduceLROnPlateau`` takes after every epoch.
+        loss: of each sample; see :class:`~bpn_lightning.losses.SampleLoss`.
 
     Raises:
-        ConfigurationError: a choice is unknown.
+        ConfigurationError: a choice is unknown, or the loss is none.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ContinualSteps(ContinualNetwork):
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
+        loss: LossFunction | None = None,
     ) -> None:
         super().__init__(backbone, mask)
         if scheduler_interval not in ("step", "epoch"):
@@ -86,6 +90,7 @@ class ContinualSteps(ContinualNetwork):
             )
         self.scheduler_interval = scheduler_interval
         self.scheduler_monitor = scheduler_monitor
+        self._loss = SampleLoss(loss)
         self._settling = Settling()
         self._strategies: list[ContinualStrategy] = []
         self.schedule = Schedule([[Phase("train", 1)]])
@@ -144,6 +149,39 @@ class ContinualSteps(ContinualNetwork):
             return tensor
         own = tensor.clone(memory_format=torch.contiguous_format)  # nccl takes no other
         return cast(Tensor, self.trainer.strategy.reduce(own, reduce_op="sum"))
+
+    def losses(self, logits: Tensor, targets: Tensor, task: "int | Tensor") -> Tensor:
+        """Each sample's loss on the columns of its task.
+
+        Args:
+            logits: ``(batch, num_classes)``; where samples have several tasks, with -inf outside of each
+                one's columns.
+            targets: ``(batch,)`` int64, columns of the head.
+            task: of all samples, or ``(batch,)``, one of each.
+
+        Returns:
+            ``(batch,)``.
+        """
+        if isinstance(task, int):
+            first, stop = self.columns(task)
+            return self._loss(logits[:, first:stop], targets - first, first)
+        if self._loss.loss is None or self._mask not in ("seen", "task"):
+            return self._loss(logits, targets)
+        losses = torch.zeros_like(targets, dtype=logits.dtype)
+        ids = sorted(set(task.tolist()))
+        for first, stop in sorted({self.columns(one) for one in ids}):
+            same = [one for one in ids if self.columns(one) == (first, stop)]
+            own = torch.isin(task.to(targets.device), torch.tensor(same, device=targets.device))
+            of_own = self._loss(logits[own, first:stop], targets[own] - first, first)
+            losses = losses.to(of_own.dtype).masked_scatter(own, of_own)
+        return losses
+
+    def _column_sets(self) -> set[tuple[int, int]]:
+        """Every set of columns that a loss will be of."""
+        if self._mask != "seen":
+            return {self.columns(task.id) for task in self._tasks}
+        stops = accumulate((task.columns[1] for task in self._tasks), max)
+        return {(0, stop) for stop in stops}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer, over everything trainable but M, and its scheduler.
@@ -276,7 +314,7 @@ class ContinualSteps(ContinualNetwork):
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of the active columns, and the strategies' terms.
+        """The loss on the active columns, and the strategies' terms.
 
         The slice's sum is divided by the size of the batch over all processes, so that any number of
         processes follows the same gradient, on uneven slices too.
@@ -292,7 +330,11 @@ class ContinualSteps(ContinualNetwork):
         active, targets = logits, batch.targets
         if (first, stop) != (0, logits.shape[1]):
             active, targets = logits[:, first:stop], targets - first
-        loss = F.cross_entropy(active, targets, reduction="sum") * scale
+        if self._loss.loss is None:
+            loss = F.cross_entropy(active, targets, reduction="sum") * scale
+        else:
+            task = batch.task if several else self.opened
+            loss = self.losses(logits, batch.targets, task).sum() * scale
         right = None
         if self._settling.counting and not self._evaluated:
             right = (active.detach().argmax(1) == targets).sum()

@@ -319,5 +319,8 @@ class ContinualHost(Protocol):
     def batches(self, task_id: int, split: Split, at_most: int | None = None) -> Iterable[Batch]:
         """The stream's loader, moved to the device and prepared."""
 
+    def losses(self, logits: Tensor, targets: Tensor, task: "int | Tensor") -> Tensor:
+        """Each sample's loss ``(batch,)``, of logits ``(batch, num_classes)`` in its task's columns."""
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -342,10 +342,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         """The reconstruction error and the task's loss on what is reconstructed: ``(batch,)``."""
         assert self.autoencoder is not None
         logits, errors = reconstructed(host.network(), self.layer, self.autoencoder, batch.inputs)
-        first, stop = host.columns(host.opened)
-        losses = F.cross_entropy(
-            full_precision(logits[:, first:stop]), batch.targets - first, reduction="none"
-        )
+        losses = host.losses(full_precision(logits), batch.targets, host.opened)
         return self.reconstruction * errors + losses
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:

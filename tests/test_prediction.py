@@ -106,7 +106,7 @@ def check_answers(
         assert torch.equal(again.predict(images, task), wanted)
         assert torch.equal(module.predict(images, task), wanted)
         one = again.predict(images[2], task)
-        torch.testing.assert_close(one, wanted[2])
+        torch.testing.assert_close(one, wanted[2], rtol=1e-4, atol=1e-4)  # a batch of another size
         if images.dtype == torch.uint8:
             for floats in (images / 255, images.double() / 255):
                 assert torch.equal(again.predict(floats, task), wanted)

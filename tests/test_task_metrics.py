@@ -167,10 +167,13 @@ model:
     confusion:
       class_path: torchmetrics.classification.MulticlassConfusionMatrix
       init_args: {num_classes: 4}
+  loss:
+    class_path: bpn_lightning.losses.CrossEntropy
+    init_args: {class_weights: [1, 2, 3, 4], label_smoothing: 0.1}
 """
 
 
-def test_a_config_names_metrics_and_results_have_them(
+def test_a_config_names_metrics_and_a_loss_and_results_have_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

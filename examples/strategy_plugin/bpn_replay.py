@@ -5,7 +5,6 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -105,14 +104,14 @@ class Replay(ContinualStrategy):
         return torch.cat(images), torch.cat(targets)
 
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """The cross-entropy of this process's share of R, each sample in its task's mode."""
+        """The loss of this process's share of R, each sample in its task's mode."""
         if not self.memory or host.phase.trains != "network":
             return {}
         rows = self._next(host, batch.global_size)[self.share.of(0, batch.global_size)]
         images, targets, tasks = (self.memory[n][rows] for n in ("images", "targets", "tasks"))
         old = host.stream.prepare(Batch(images, targets, tasks, batch.global_size))
         answers = host.network()(old.inputs, task=tasks)
-        return {"replay": F.cross_entropy(answers, targets, reduction="sum")}
+        return {"replay": host.losses(answers, targets, tasks)}
 
     def _next(self, host: ContinualHost, number: int) -> Tensor:
         """The next rows of an endless sequence of random orders, however it is cut into batches."""

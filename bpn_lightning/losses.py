@@ -1,0 +1,187 @@
+"""The loss of each sample: cross-entropy over the columns that take part, or one of one's own there."""
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpn_lightning.errors import ConfigurationError
+
+__all__ = ["CrossEntropy", "LossFunction", "SampleLoss"]
+
+if TYPE_CHECKING:
+    LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
+else:
+    LossFunction = nn.Module  # all that a config may name: a function may be anything
+
+
+class CrossEntropy(nn.CrossEntropyLoss):
+    """torch's, with class weights as a list, so that a config can say them.
+
+    Args:
+        class_weights: one for each class of the stream, by the head's columns; None weighs all alike.
+        label_smoothing: from 0 to 1, the part of the target that is spread over the active columns.
+    """
+
+    def __init__(
+        self, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0
+    ) -> None:
+        weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float)
+        super().__init__(weight, label_smoothing=label_smoothing)
+
+
+class SampleLoss:
+    r"""Losses of single samples, of which an update takes the mean over all samples of its batch.
+
+    .. math:: L = \frac{1}{N} \sum_n \ell(f(x_n), y_n)
+
+    A module of ``torch.nn`` is applied with ``reduction="none"``, and its class weights, one for each
+    class of the stream, are cut to the active columns. Differs from torch: class weights multiply
+    losses, whose mean is over samples; ``reduction="mean"`` divides by the sum of the weights, which
+    differs from batch to batch and is in no process's own part of a batch.
+
+    It is no part of the network: its tensors are in no checkpoint, and nothing of it learns.
+
+    Args:
+        loss: maps active logits ``(batch, columns)`` and targets ``(batch,)`` int64, counted from the
+            first of these columns, to losses ``(batch,)``; None: cross-entropy.
+
+    Raises:
+        ConfigurationError: it is nothing of that kind, sums, or has parameters.
+    """
+
+    def __init__(self, loss: LossFunction | None) -> None:
+        self.loss = loss
+        self._parts: dict[tuple[object, ...], nn.Module] = {}  # by columns, device and dtype
+        if loss is None:
+            return
+        if not callable(loss) or isinstance(loss, type):
+            raise ConfigurationError(
+                f"Expected loss to be a module or a function of (logits, targets), but got {loss!r}. "
+                "Pass an object, such as torch.nn.CrossEntropyLoss(label_smoothing=0.1)."
+            )
+        if isinstance(loss, nn.Module):
+            _check_module(loss)
+
+    def __call__(self, logits: Tensor, targets: Tensor, first: int = 0) -> Tensor:
+        """Losses ``(batch,)``.
+
+        Args:
+            logits: ``(batch, columns)``, of the active columns.
+            targets: ``(batch,)`` int64, counted from the first of these.
+            first: which column of the head that is.
+        """
+        if self.loss is None:
+            return F.cross_entropy(logits, targets, reduction="none")
+        if not isinstance(self.loss, nn.Module):
+            return self.loss(logits, targets)
+        where = logits.device
+        # What autocast computes in full precision takes weights in full precision, too.
+        dtype = torch.float32 if torch.is_autocast_enabled(where.type) else logits.dtype
+        key = (first, logits.shape[1], where, dtype)
+        if key not in self._parts:
+            columns = slice(first, first + logits.shape[1])
+            self._parts[key] = _of_columns(self.loss, columns).to(where, dtype)
+        losses: Tensor = self._parts[key](logits, targets)
+        return losses
+
+    def check(self, num_classes: int, columns: Collection[tuple[int, int]]) -> None:
+        """Try it on two made-up samples of each set of columns.
+
+        Args:
+            num_classes: of the stream.
+            columns: ``(start, stop)`` of each set that may be active.
+
+        Raises:
+            ConfigurationError: it has weights for other classes, or gives no losses of single samples.
+        """
+        if self.loss is None:
+            return
+        for name, part in _weighted(self.loss):
+            if part.shape != (num_classes,):
+                raise ConfigurationError(
+                    f"Expected {name} of loss to hold a weight for each of the {num_classes} classes of "
+                    f"the stream, but got the shape {tuple(part.shape)}. Order them as the head's columns."
+                )
+        for first, stop in columns:
+            logits = torch.linspace(-1, 1, 2 * (stop - first)).view(2, -1).requires_grad_()
+            targets = torch.tensor([0, stop - first - 1])
+            rule = (
+                f"Expected loss to map logits (batch, {stop - first}) and targets (batch,) to losses "
+                "(batch,)"
+            )
+            try:
+                with warnings.catch_warnings(), torch.enable_grad():
+                    warnings.simplefilter("ignore")  # the error below says what is wrong
+                    losses: object = self(logits, targets, first)
+            except Exception as error:  # it may be anybody's
+                said = " ".join(str(error).split())
+                raise ConfigurationError(
+                    f"{rule}, but it raised {type(error).__name__}: {said}. Pass one for class indices, "
+                    "such as torch.nn.CrossEntropyLoss."
+                ) from error
+            if not isinstance(losses, Tensor) or losses.shape != (2,):
+                shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise ConfigurationError(
+                    f"{rule}, but got {shape} for 2 samples. Return a loss for each sample, as "
+                    "reduction='none' does."
+                )
+            if not (losses.requires_grad and losses.isfinite().all()):
+                raise ConfigurationError(
+                    f"{rule} that are finite and have a gradient, but got {losses}. Compute them from "
+                    "the logits, by functions that autograd follows."
+                )
+        self._parts.clear()
+
+
+def _check_module(loss: nn.Module) -> None:
+    learning = [name for name, parameter in loss.named_parameters() if parameter.requires_grad]
+    if learning:
+        raise ConfigurationError(
+            f"Expected loss to have no parameters, but got {type(loss).__name__} with {learning[0]}. "
+            "Put what learns into the backbone, or freeze it with requires_grad_(False)."
+        )
+    if isinstance(loss, nn.NLLLoss):
+        raise ConfigurationError(
+            "Expected loss to be a function of logits, but got NLLLoss, which takes log-probabilities. "
+            "Use torch.nn.CrossEntropyLoss."
+        )
+    for part in loss.modules():
+        if getattr(part, "reduction", "none") not in ("mean", "none"):
+            raise ConfigurationError(
+                "Expected loss to have reduction 'mean' or 'none', but got "
+                f"{part.reduction!r}. An update is the mean over its samples: use 'mean', and a higher "
+                "learning rate."
+            )
+
+
+def _weighted(loss: LossFunction) -> list[tuple[str, Tensor]]:
+    """The class weights of torch's losses, by name."""
+    parts = loss.named_modules() if isinstance(loss, nn.Module) else ()
+    weighted = [
+        (f"{name}.weight".lstrip("."), getattr(part, "weight", None))
+        for name, part in parts
+        if isinstance(part, nn.modules.loss._WeightedLoss)
+    ]
+    return [(name, weight) for name, weight in weighted if isinstance(weight, Tensor)]
+
+
+def _of_columns(loss: nn.Module, columns: slice) -> nn.Module:
+    """A copy that gives losses of single samples, for some columns only."""
+    copy = deepcopy(loss)
+    for part in copy.modules():
+        if isinstance(getattr(part, "reduction", None), str):
+            part.__dict__["reduction"] = "none"
+        if not isinstance(part, nn.modules.loss._WeightedLoss):
+            continue
+        if isinstance(part.weight, Tensor):
+            part.weight = part.weight[columns].to(
+                torch.promote_types(part.weight.dtype, torch.half)
+            )
+        if isinstance(getattr(part, "ignore_index", None), int):
+            part.ignore_index -= columns.start
+    return copy
