@@ -40,7 +40,7 @@ __all__ = ["ContinualSteps", "sgd"]
 
 GRADIENT_EDITS = ("penalty_grad", "project_grad")
 GRADIENT_HOOKS = ("capture_grad", *GRADIENT_EDITS, "consume_grad")
-STEP_HOOKS = ("loss_terms", *GRADIENT_HOOKS, "on_optimizer_stepped", "logs")
+STEP_HOOKS = ("loss_terms", *GRADIENT_HOOKS, "on_optimizer_stepped", "observe_step", "logs")
 
 
 def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
@@ -113,6 +113,7 @@ class ContinualSteps(ContinualNetwork):
         self._outside: list[nn.Parameter] = []
         self._evaluated = False  # whether this update's gradients were asked for before
         self._columns = (0, 0)
+        self._in_step_forward = False
         self._world_size = 1
         self._other_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
@@ -387,8 +388,17 @@ class ContinualSteps(ContinualNetwork):
         """Of all columns; on features that stay as they are where only the head trains."""
         fixed = self._phase.trains == "head"
         mode = evaluation_mode(self.backbone) if fixed else nullcontext()
-        with mode, differentiable(self.backbone) if fixed else nullcontext():
-            return self._logits(inputs) if tasks is None else self(inputs, task=tasks)
+        self._in_step_forward = True
+        try:
+            with mode, differentiable(self.backbone) if fixed else nullcontext():
+                return self._logits(inputs) if tasks is None else self(inputs, task=tasks)
+        finally:
+            self._in_step_forward = False
+
+    @property
+    def in_step_forward(self) -> bool:
+        """Whether the forward that runs is the training step's own, on its batch in its mode."""
+        return self._in_step_forward
 
     @property
     def _phase_owner(self) -> ContinualStrategy:
@@ -452,6 +462,8 @@ class ContinualSteps(ContinualNetwork):
         for parameter, rows, values in self._other_rows:
             with torch.no_grad():
                 parameter[rows] = values
+        for hook in self._hooks["observe_step"]:
+            hook(self, self._step_parameters)
 
     def _reduce_gradients(self, optimizer: Optimizer) -> None:
         """The mean over processes, which DDP takes of the module's own parameters only."""

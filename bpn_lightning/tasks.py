@@ -285,6 +285,14 @@ class ContinualHost(Protocol):
     def has_modes(self) -> bool:
         """Whether the network answers differently in different tasks' modes."""
 
+    @property
+    def in_step_forward(self) -> bool:
+        """Whether the forward that runs is the training step's own, on its batch in its mode.
+
+        A hook on a layer hears others too: of teachers, memories and importances, and of whatever
+        other strategies add to the loss.
+        """
+
     def network(self) -> nn.Module:
         """The module itself: inputs ``(batch, ...)`` to logits ``(batch, columns)``."""
 

@@ -23,10 +23,11 @@ class ContinualStrategy(Callback):
     The hooks of an update run in this order: ``loss_terms`` in the forward; then, on gradients that are
     reduced over processes and unscaled but not clipped, ``capture_grad``, ``penalty_grad``,
     ``project_grad``, ``consume_grad``; then, only when the optimizer really stepped,
-    ``on_optimizer_stepped``. Each gets the shared parameters that train in the current phase, by name,
-    the head among them. An optimizer may ask for an update's gradients several times, at other weights
-    each time: ``penalty_grad`` and ``project_grad`` are called for all of them, ``capture_grad`` and
-    ``consume_grad`` for the first only.
+    ``on_optimizer_stepped`` and, after that of every strategy, ``observe_step``. Each gets the shared
+    parameters that train in the current phase, by name, the head among them. An optimizer may ask for
+    an update's gradients several times, at other weights each time: ``penalty_grad`` and
+    ``project_grad`` are called for all of them, ``capture_grad`` and ``consume_grad`` for the first
+    only.
     """
 
     # --- what it is, so that runs which cannot be right are refused when they are built -----------
@@ -124,7 +125,10 @@ class ContinualStrategy(Callback):
     def on_optimizer_stepped(
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
     ) -> None:
-        """The parameters have moved."""
+        """The parameters have moved; move them on, if that is the method."""
+
+    def observe_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
+        """The update is over, whatever strategies have added to it: look, and move nothing."""
 
     # --- what it costs, what it says -------------------------------------------------------------
 

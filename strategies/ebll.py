@@ -1,6 +1,7 @@
 """Encoder-based lifelong learning."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -239,7 +240,6 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         self.autoencoder: Autoencoder | None = None
         self._last_task = 0
         self._handle: RemovableHandle | None = None
-        self._awaited = False  # the forward of a training step is about to come
         self._features: Tensor | None = None
 
     @property
@@ -267,7 +267,8 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             )
         self._stop_listening()
         if self.alpha > 0:
-            self._handle = known[self.layer].register_forward_hook(self._listen)
+            listen = partial(self._listen, host)
+            self._handle = known[self.layer].register_forward_hook(listen)
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse a code that is not smaller than the features, once all strategies are in place."""
@@ -303,18 +304,13 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
     def _stop_listening(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-        self._handle, self._features, self._awaited = None, None, False
+        self._handle = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    def _listen(
+        self, host: ContinualHost, layer: nn.Module, arguments: Any, output: Tensor
     ) -> None:
-        """The next forward in training is the step's; others may follow before the next step."""
-        self._awaited = self.num_encoders > 0
-
-    def _listen(self, layer: nn.Module, arguments: Any, output: Tensor) -> None:
-        if self._awaited and layer.training:
+        if host.in_step_forward and self.encoders:
             self._features = output.flatten(1).clone()  # the next layer may write into it
-            self._awaited = False
 
     # --- the autoencoder of a task ---------------------------------------------------------------
 
@@ -373,7 +369,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             return {}
         layer = self.layer if self.encoders else None
         answer = Answer(logits, features)
-        if layer and features is None:  # the layer is kept in evaluation mode, or was not run
+        if layer and features is None:  # the layer was not run
             answer = student_answer(host, batch.inputs, layer)
         students = self.students(host, batch, answer, layer)
         teachers = self.teachers(host, batch.inputs, layer)

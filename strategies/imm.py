@@ -143,8 +143,10 @@ class IncrementalMomentMatching(ContinualStrategy):
                 "Expected the backbone to have linear layers where drop is set, but it has none. "
                 "Set drop to 0."
             )
+        # Before those who listen to a layer: the last that they hear of it is what goes on from it.
         self._handles = [
-            layer.register_forward_hook(partial(self._drop, name)) for name, layer in hidden.items()
+            layer.register_forward_hook(partial(self._drop, name), prepend=True)
+            for name, layer in hidden.items()
         ]
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:

@@ -136,7 +136,7 @@ def _ask(
     finally:
         if handle is not None:
             handle.remove()
-    return Answer(logits, *features)
+    return Answer(logits, *features[-1:])  # another strategy's hook may have called the layer too
 
 
 def _shared(host: ContinualHost, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -150,7 +150,9 @@ class SLNID(MemoryAwareSynapses):
             return
         self.units = self._find_units(host, stream)
         self._handles = [
-            host.network().get_submodule(name).register_forward_hook(partial(self._note, name))
+            host.network()
+            .get_submodule(name)
+            .register_forward_hook(partial(self._note, host, name))
             for name in self.units
         ]
 
@@ -187,9 +189,11 @@ class SLNID(MemoryAwareSynapses):
             )
         return fit
 
-    def _note(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
-        if layer.training:
-            self._activations[name] = output
+    def _note(
+        self, host: ContinualHost, name: str, layer: nn.Module, args: Any, output: Tensor
+    ) -> None:
+        if host.in_step_forward and layer.training:
+            self._activations[name] = output.clone()  # the next layer may write into it
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the layers as they were."""

@@ -53,9 +53,8 @@ class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
     Zenke et al. (2017), https://arxiv.org/abs/1703.04200. The sum over s runs over the updates of task
     k, and Delta is how far they moved the parameter. g is the gradient of the task's loss alone, over
     all processes and accumulated batches, before any penalty, projection or clipping; the change is
-    the one that really happened, with momentum, weight decay, clipping and this strategy's own pull,
-    also where that is an implicit step. What strategies later in the list do to weights after the
-    update is not in it: put SI behind them. An update that a scaler skips adds nothing.
+    the one that really happened, with momentum, weight decay, clipping and the pulls of this strategy
+    and of others, also where they are implicit steps. An update that a scaler skips adds nothing.
 
     Differs from the paper: negative sums are set to 0, as in the authors' code (``clamp``). The pull
     has an upper limit by default: below it the two are the same, and beyond twice of it the explicit
@@ -135,11 +134,8 @@ class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
         self._gradients = [p.grad.clone() for p in moving.values() if p.grad is not None]
         self._before = [p.detach().clone() for p in moving.values()]
 
-    def on_optimizer_stepped(
-        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
-        """Take the implicit step, if that is the update, and walk on along the path."""
-        super().on_optimizer_stepped(host, parameters)
+    def observe_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Walk on along the path."""
         if not self._names:
             return
         after = [parameters[name].detach() for name in self._names]

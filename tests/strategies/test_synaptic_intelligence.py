@@ -73,6 +73,7 @@ class Quadratics:
                 nn.utils.clip_grad_norm_([self.theta], clip)
             optimizer.step()
             si.on_optimizer_stepped(host, parameters)
+            si.observe_step(host, parameters)
             yield gradient, self.theta.detach() - before
 
     def joint(self, number: int) -> Tensor:
@@ -205,7 +206,7 @@ def test_an_update_that_is_skipped_adds_nothing() -> None:
     si.capture_grad(host, {"theta": world.theta})
     with torch.no_grad():
         world.theta.sub_(0.5)
-    si.on_optimizer_stepped(host, {"theta": world.theta})
+    si.observe_step(host, {"theta": world.theta})
     torch.testing.assert_close(si.path["theta"], before + 0.5)
 
 
@@ -218,9 +219,9 @@ def test_what_has_no_gradient_adds_nothing() -> None:
     si.capture_grad(host, {"theta": world.theta})
     with torch.no_grad():
         world.theta.sub_(1.0)
-    si.on_optimizer_stepped(host, {"theta": world.theta})
+    si.observe_step(host, {"theta": world.theta})
     si.capture_grad(host, {})  # in a phase that trains something else
-    si.on_optimizer_stepped(host, {})
+    si.observe_step(host, {})
     assert not si.path["theta"].any()
 
 
