@@ -84,8 +84,8 @@ class SLNID(MemoryAwareSynapses):
         sparsity: lambda of the inhibition, dimensionless; 0 is MAS.
         scale: a layer's units over the width sigma of the neighbourhood.
         discount: ``product`` or ``minimum``.
-        layers: names of the modules of the backbone whose outputs, ``(batch, units)``, are inhibited;
-            by default every ReLU with such an output.
+        layers: names of the activations of the backbone whose outputs, ``(batch, units)``, are
+            inhibited; by default every ReLU with such an output.
         update: as in MAS.
         include_head: as in MAS.
 
@@ -170,8 +170,9 @@ class SLNID(MemoryAwareSynapses):
         names = self.layers or names
         shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
 
-        def note(name: str, *call: Any) -> None:
-            shapes[name].append(call[-1].shape)
+        def note(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            activates = args[0].shape == output.shape and not [*layer.parameters()]
+            shapes[name].append(output.shape if activates else torch.Size())
 
         handles = [parts[name].register_forward_hook(partial(note, name)) for name in names]
         inputs = dry_inputs(stream, 1, host.device)
@@ -184,8 +185,9 @@ class SLNID(MemoryAwareSynapses):
         if unfit or not fit:
             got = f"{unfit[0]!r} does not" if unfit else "no ReLU does"
             raise ConfigurationError(
-                "Expected layers to run once in a forward and to put out (batch, units), but "
-                f"{got}. Name modules of fully connected layers, or set sparsity to 0."
+                "Expected layers to be activations, which have no weights, to run once in a forward and "
+                f"to put out (batch, units), but {got}. Name activations of fully connected layers, or "
+                "set sparsity to 0."
             )
         return fit
 

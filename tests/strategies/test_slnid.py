@@ -192,6 +192,8 @@ def test_wrong_arguments_are_errors(arguments: dict[str, Any], message: str) -> 
         ),
         (None, None, "but no ReLU does"),
         (["backbone.0"], None, r"put out \(batch, units\), but 'backbone.0' does not"),
+        (["backbone.1"], MLP, r"activations, which have no weights, .* but 'backbone.1' does not"),
+        (["backbone.0"], MLP, r"activations, .* but 'backbone.0' does not"),
     ],
 )
 def test_layers_that_are_not_there_are_errors(
