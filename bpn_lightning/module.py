@@ -241,6 +241,9 @@ class ContinualModule(ContinualSteps):
         self._find_hooks()
         leave_out_idle_hooks(trainer)
         self.attach(stream)
+        if stage == "fit" and self.opened < 0:  # else it goes on with what it has learned
+            for strategy in self._strategies:
+                strategy.reset()
         for strategy in self._strategies:
             strategy.configure(self, stream)
         self._switch(max(self.opened, 0))

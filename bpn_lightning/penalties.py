@@ -262,6 +262,10 @@ class PenaltyStrategy:
         self.strength = strength
         self.update: Update = update
         self.include_head = include_head
+        self.reset()
+
+    def reset(self) -> None:
+        """Hold nothing."""
         self.penalty = QuadraticPenalty()
         # What gaps are multiplied by: a function of these importances, names and learning rates.
         self._factors: list[Tensor] = []

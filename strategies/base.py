@@ -55,6 +55,15 @@ class ContinualStrategy(Callback):
 
     # --- the stream ------------------------------------------------------------------------------
 
+    def reset(self) -> None:
+        """Forget every earlier fit: a strategy defines all of its state here.
+
+        The constructor calls it, and so does the module at the launch of a fit that begins or goes on
+        from a checkpoint, before ``configure`` and before the checkpoint is loaded. So one object may
+        take part in many fits, such as a loop over seeds. A fit that goes on with its own module, and
+        validation, test and prediction, keep what was learned.
+        """
+
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Build structure (layers, banks) at every launch, before any checkpoint is loaded."""
 

@@ -134,6 +134,10 @@ class BeneficialPerturbation(ContinualStrategy):
         self.layers = None if layers is None else list(layers)
         self.m_start = m_start or ("normal" if direction == "frozen" else "zero")
         self.w_scale = w_scale
+        self.reset()
+
+    def reset(self) -> None:
+        """Let go of the module that has the bias units, and of an update under way."""
         self.units: dict[str, BiasUnits] = {}
         self._all_m: list[nn.Parameter] = []
         self._moving: list[nn.Parameter] = []  # in the update that is under way, and their steps

@@ -186,6 +186,8 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
 
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "alpha": 0.0}
 
+    _handle: RemovableHandle | None = None  # of the hook on the layer
+
     def __init__(
         self,
         strength: float = 1.0,
@@ -236,11 +238,15 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         self.autoencoder_epochs = autoencoder_epochs
         self.autoencoder_lr = autoencoder_lr
         self.reconstruction = reconstruction
+
+    def reset(self) -> None:
+        """Know no teacher and no encoder, and listen to no layer."""
+        super().reset()
         self.encoders: dict[str, Tensor] = {}  # weight (tasks, c, d) and bias (tasks, c)
         self.autoencoder: Autoencoder | None = None
         self._last_task = 0
-        self._handle: RemovableHandle | None = None
-        self._features: Tensor | None = None
+        self._features: Tensor | None = None  # of the step's batch, until its loss is taken
+        self._stop_listening()
 
     @property
     def needs_teacher(self) -> bool:

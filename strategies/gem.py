@@ -379,6 +379,10 @@ class GradientEpisodicMemory(ContinualStrategy):
         self.margin_mode: MarginMode = margin_mode
         self.ridge = ridge
         self.replay_batch_size = replay_batch_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty the memory."""
         self.memory = EpisodicMemory()
         self._violated = 0  # memories, in the last update
         self._lowest: float | None = None  # cosine of its gradient with a memory's
@@ -641,6 +645,10 @@ class AveragedGEM(GradientEpisodicMemory):
             _at_least_one("sample_size", sample_size, "null takes the whole memory.")
         self.sample_size = sample_size
         self.ridge = 0.0  # one gradient depends on no other
+
+    def reset(self) -> None:
+        """Empty the memory, and draw from the beginning."""
+        super().reset()
         self.draws = 0
 
     def replayed(self, host: ContinualHost) -> tuple[Tensor, Tensor]:

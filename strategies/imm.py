@@ -86,6 +86,8 @@ class IncrementalMomentMatching(ContinualStrategy):
     regulariser: ClassVar[bool] = True
     needs_full_precision: ClassVar[bool] = True
 
+    _handles: Sequence[RemovableHandle] = ()  # of the hooks on the layers
+
     def __init__(
         self,
         mode: Literal["mean", "mode"] = "mode",
@@ -120,11 +122,15 @@ class IncrementalMomentMatching(ContinualStrategy):
         self.drop = drop
         self.weights = None if weights is None else list(weights)
         self.fisher: FisherLabels = fisher
+        self.reset()
+
+    def reset(self) -> None:
+        """Average nothing yet, and leave the layers as they were."""
         self.mean: dict[str, Tensor] = {}
         self.mass: dict[str, Tensor] = {}  # of what has one number for each element
         self.masses: dict[str, float] = {}  # of what has one for all
         self.previous: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._remove_hooks()
         self._comparing = False  # while a hook runs its own layer
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
@@ -161,7 +167,7 @@ class IncrementalMomentMatching(ContinualStrategy):
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles = ()
 
     def _drop(
         self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor

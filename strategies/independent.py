@@ -43,6 +43,10 @@ class IndependentNetworks(ContinualStrategy):
     needs_task_id: ClassVar[bool] = True
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Let go of the module that has the networks."""
         self.bank: WeightBank | None = None
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:

@@ -298,6 +298,10 @@ class LearningWithoutForgetting(ContinualStrategy):
         self.heads = heads
         self.warm_up_epochs = warm_up_epochs
         self.record = record
+        self.reset()
+
+    def reset(self) -> None:
+        """Know no teacher."""
         self.teacher = Teacher()
         self._recorded: Tensor | None = None  # (samples of the open task, old classes)
         self._shared_head = False

@@ -100,6 +100,8 @@ class SLNID(MemoryAwareSynapses):
     plain_first_task: ClassVar[bool] = False
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "sparsity": 0.0}
 
+    _handles: Sequence[RemovableHandle] = ()  # of the hooks on the layers
+
     def __init__(
         self,
         strength: float = 1.0,
@@ -134,11 +136,15 @@ class SLNID(MemoryAwareSynapses):
         self.scale = scale
         self.discount: Discount = discount
         self.layers = None if layers is None else list(layers)
+
+    def reset(self) -> None:
+        """Hold nothing, know no unit, and listen to no layer."""
+        super().reset()
         self.units: dict[str, int] = {}
         self.alpha: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._activations: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._remove_hooks()
 
     # --- the layers ------------------------------------------------------------------------------
 
@@ -204,7 +210,7 @@ class SLNID(MemoryAwareSynapses):
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles = ()
 
     # --- the cost of a batch ---------------------------------------------------------------------
 

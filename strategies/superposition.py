@@ -118,6 +118,10 @@ class ParameterSuperposition(ContinualStrategy):
         self.key_input = key_input
         self.key_output = key_output
         self.first_key = first_key
+        self.reset()
+
+    def reset(self) -> None:
+        """Let go of the module that has the keys."""
         self.keys: dict[str, Keys] = {}
 
     # --- structure -------------------------------------------------------------------------------

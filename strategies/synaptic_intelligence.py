@@ -109,6 +109,10 @@ class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
             )
         self.damping = damping
         self.clamp: Clamp = clamp
+
+    def reset(self) -> None:
+        """Hold nothing, and stand nowhere on a path."""
+        super().reset()
         self.path: dict[str, Tensor] = {}
         # Of the update that is under way: names, gradients of the task's loss, weights before it.
         self._names: list[str] = []

@@ -45,6 +45,9 @@ class Pull(ContinualStrategy):
 
     def __init__(self, strength=0.01):
         self.strength = strength
+        self.reset()
+
+    def reset(self):
         self.anchor = {}
         self.size = torch.zeros(())
 
@@ -118,7 +121,9 @@ class ActsAtOnce(Pull):
 
 
 class CountsVisits(Pull):
-    visits = 0
+    def reset(self):
+        super().reset()
+        self.visits = 0
 
     def on_task_switch(self, host, task):
         self.visits += 1
@@ -229,6 +234,12 @@ class ForgetsWhereItWas(Pull):
             parameters[name].grad.mul_(1 + 0.1 * self.steps)
 
 
+class RemembersAnEarlierFit(Pull):
+    def __init__(self, strength=0.01):
+        super().__init__(strength)
+        self.reset = lambda: None
+
+
 class TrainsWhileMeasuring(Pull):
     def on_task_end(self, host, task):
         if self.strength:
@@ -277,8 +288,8 @@ class CountsBytesWrong(Pull):
 
 
 class Grows(Pull):
-    def __init__(self, strength=0.01):
-        super().__init__(strength)
+    def reset(self):
+        super().reset()
         self.sizes = []
 
     def on_task_end(self, host, task):
@@ -316,7 +327,9 @@ class MeansOfSlices(Pull):
 
 
 class CountsBatches(Pull):
-    batches_seen = 0
+    def reset(self):
+        super().reset()
+        self.batches_seen = 0
 
     def loss_terms(self, host, batch, logits):
         self.batches_seen += 1
@@ -351,6 +364,7 @@ NULL = "null_arguments_are_fine_tuning_bit_for_bit"
 FIRST = "the_first_task_is_plain_training"
 EVALUATING = "evaluating_changes_nothing"
 RESUMING = "resuming_is_bit_identical"
+SECOND = "a_second_fit_begins_fresh"
 LEFT_ALONE = "consolidation_leaves_the_network_as_it_was"
 RANDOM = "consolidation_draws_no_global_random_numbers"
 MEASURED = "consolidation_measures_the_network_that_answers"
@@ -377,6 +391,7 @@ FAULTS = {
     "KeepsObjects": {"state_loads_without_trust"},
     "ForgetsItsAnchor": {RESUMING},
     "ForgetsWhereItWas": {RESUMING},
+    "RemembersAnEarlierFit": {SECOND},
     "TrainsWhileMeasuring": {LEFT_ALONE, RANDOM, MEASURED},
     "DrawsGlobally": {RANDOM},
     "LeavesGradients": {LEFT_ALONE},

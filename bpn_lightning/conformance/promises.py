@@ -280,14 +280,41 @@ def test_state_loads_without_trust(trial: Trial) -> None:
 def test_resuming_is_bit_identical(trial: Trial) -> None:
     """A run that goes on from a checkpoint, inside any phase or at a task's end, ends the same."""
     found: list[str] = []
-    for moment, path in trial.checkpoints.items():
-        again = Diary(fit(trial.subject.make(), MESSY, seed=9, checkpoint=path)).finish()
-        found += [f"{moment}: {d}" for d in differences(_whole(again), _whole(trial.undisturbed))]
+    moments = list(trial.checkpoints.items())
+    used = trial.subject.make()
+    for number, (moment, path) in enumerate([*moments, *moments[:1]]):
+        strategies = trial.subject.make() if 0 < number < len(moments) else used
+        said = f"{moment}, by objects of an earlier fit" if number == len(moments) else moment
+        again = Diary(fit(strategies, MESSY, seed=9, checkpoint=path)).finish()
+        found += [f"{said}: {d}" for d in differences(_whole(again), _whole(trial.undisturbed))]
     expect_nothing(
         found,
         "Runs that were resumed ended differently. Saved in",
         "Look at state_dict and load_state_dict: everything that outlives a hook belongs there, or in "
         "the module; move_state moves its tensors to the device.",
+    )
+
+
+class _BrokenOff(Exception):
+    """An end that no strategy was told of."""
+
+
+@promise()
+def test_a_second_fit_begins_fresh(trial: Trial) -> None:
+    """After a fit of another stream, which broke off inside a task, it learns as a new object does."""
+
+    def break_off(run: Run, at: Position, batch: int, last: bool) -> None:
+        if at.task == 2 and batch == 2:
+            raise _BrokenOff
+
+    used = trial.subject.make()
+    with pytest.raises(_BrokenOff):
+        fit(used, replace(MESSY, stream={"augment": True, "seed": 1}), at_batch=break_off)
+    expect_nothing(
+        differences(_whole(Diary(fit(used, MESSY)).finish()), _whole(trial.undisturbed)),
+        "In a second fit it differs from a new object",
+        "Define everything that it holds in reset, and call that in the constructor: the module calls "
+        "it when a fit begins.",
     )
 
 

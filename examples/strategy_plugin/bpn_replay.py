@@ -53,6 +53,10 @@ class Replay(ContinualStrategy):
                 "0 is fine-tuning."
             )
         self.size = size
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty the memory: a fit that begins has replayed nothing."""
         self.memory: dict[str, Tensor] = {}
         self.replayed = 0  # samples since the memory last grew, over all processes
         self.share = ALONE
