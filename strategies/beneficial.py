@@ -209,10 +209,11 @@ class BeneficialPerturbation(ContinualStrategy):
         return [tensor for units in self.units.values() for tensor in (units.M, units.W)]
 
     def declared_bytes(self, host: ContinualHost) -> Bytes:
-        """Inference: 4 T K per layer, for all tasks from the start; training: 4 (H + H K) more."""
+        """In numbers of 4 bytes: T K per layer, for all tasks from the start; training: H + H K more."""
         outputs = [units.bank.shape[1] for units in self.units.values()]
-        banks = 4 * len(host.tasks) * sum(outputs)
-        return Bytes(banks + 4 * self.rank * (len(outputs) + sum(outputs)), banks)
+        size = next(iter(self.units.values())).bank.element_size()  # 8 in double precision
+        banks = size * len(host.tasks) * sum(outputs)
+        return Bytes(banks + size * self.rank * (len(outputs) + sum(outputs)), banks)
 
     def bytes_per_task(self, host: Any) -> int:
         """One row of each bank."""

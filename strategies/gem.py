@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
@@ -175,8 +176,8 @@ class EpisodicMemory:
     """Samples of past tasks, as their stream stores them.
 
     State:
-        ``inputs`` ``(samples, *input_shape)`` uint8 and ``targets`` ``(samples,)`` int64, those of task
-        0 first; ``sizes``, samples of each task. Bytes of an image plus 8 for each sample.
+        ``inputs`` ``(samples, *input_shape)``, uint8 of images, and ``targets`` ``(samples,)`` int64,
+        those of task 0 first; ``sizes``, samples of each task. Bytes of an input plus 8 for each sample.
     """
 
     def __init__(self) -> None:
@@ -296,6 +297,12 @@ def gather(host: ContinualHost, task_id: int, share: Share, chosen: Tensor) -> T
     return host.all_reduce(gathered.to(host.device))
 
 
+def stored_type(host: ContinualHost, tasks: Sequence[Task]) -> torch.dtype:
+    """The type that holds the inputs of some tasks as their streams store them: uint8 of images."""
+    samples = (next(iter(host.stream.loader(task.id, "train", at_most=1))).inputs for task in tasks)
+    return reduce(torch.promote_types, (sample.dtype for sample in samples))
+
+
 # --- the methods ---------------------------------------------------------------------------------
 
 
@@ -329,8 +336,8 @@ class GradientEpisodicMemory(ContinualStrategy):
         replay_batch_size: samples of the memory in one forward of one process; None: all.
 
     State:
-        the samples as the stream stores them, uint8, and their labels: bytes of an image plus 8 for
-        each sample. While a gradient is projected, G: 4 bytes per parameter and past task.
+        the samples as the stream stores them, images as uint8, and their labels: bytes of an input
+        plus 8 for each sample. While a gradient is projected, G: 4 bytes per parameter and past task.
 
     Raises:
         ConfigurationError: an argument breaks its rule, a memory is larger than a task, or gradients
@@ -578,18 +585,22 @@ class GradientEpisodicMemory(ContinualStrategy):
         return self.memory_size * (task.num_classes if self.memory_per == "class" else 1)
 
     def bytes_per_task(self, host: Any) -> int:
-        """Images of one byte per value, and labels; kept for as long as further tasks are learned."""
-        return self._samples(host.tasks[0]) * (_values(host) + 8)
+        """Inputs as the stream stores them, and labels; kept for as long as further tasks are learned."""
+        first = host.tasks[0]
+        return self._samples(first) * (_values(host) * stored_type(host, [first]).itemsize + 8)
 
     def paper_bytes_per_task(self, host: Any) -> int:
-        """Three bytes per value, as the paper's Table I implies: 47,040 for 20 images of 784 values."""
+        """Three bytes per value of an image, as the paper's Table I implies: 47,040 for 20 images of 784 values."""
         return self._samples(host.tasks[0]) * _values(host) * 3
 
     def declared_bytes(self, host: ContinualHost) -> Bytes:
         """The memories of the learned tasks, none of which is needed to answer."""
         learned = host.tasks[: len(self.memory.sizes)]
+        if not learned:
+            return Bytes(0, 0)
         samples = sum(self._samples(task) for task in learned)
-        return Bytes(training=samples * (_values(host) + 8), inference=0)
+        of_input = _values(host) * stored_type(host, learned).itemsize
+        return Bytes(training=samples * (of_input + 8), inference=0)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """How many memories objected to the last gradient, and the worst conflict with one.

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import Bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.importance import FisherLabels, fisher_diagonal
 from bpn_lightning.layers import TaskModule
@@ -238,10 +238,9 @@ class IncrementalMomentMatching(ContinualStrategy):
     def declared_bytes(self, host: ContinualHost) -> Bytes:
         """Training: 4 bytes per number, twice for the averages, and as in ``State``."""
         shared = host.shared_parameters(include_head=host.mask != "task").values()
-        parameters = sum(parameter.numel() for parameter in shared)
-        buffers = sum(buffer.numel() for buffer in _float_buffers(host).values())
+        parameters, buffers = tensor_bytes(shared), tensor_bytes(_float_buffers(host).values())
         sums = parameters * ((self.mode == "mode") + bool(self.strength or self.drop))
-        return Bytes(4 * (2 * (parameters + buffers) + sums), 0)
+        return Bytes(2 * (parameters + buffers) + sums, 0)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """The value of the L2-transfer, strength included."""

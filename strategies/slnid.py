@@ -263,10 +263,11 @@ class SLNID(MemoryAwareSynapses):
     # --- state and costs -------------------------------------------------------------------------
 
     def declared_bytes(self, host: ContinualHost) -> Bytes:
-        """MAS's, and 4 bytes per unit once a task is learned."""
+        """MAS's, and a number per unit once a task is learned, of 4 bytes as the weights."""
         weights = super().declared_bytes(host)
-        units = 4 * sum(self.units.values()) if self.alpha else 0
-        return weights._replace(training=weights.training + units)
+        units = sum(self.units.values()) if self.alpha else 0
+        size = next(host.network().parameters()).element_size()
+        return weights._replace(training=weights.training + size * units)
 
     def state_dict(self) -> dict[str, Any]:
         """MAS's, and the units' importances."""

@@ -191,9 +191,8 @@ class ParameterSuperposition(ContinualStrategy):
 
     def declared_bytes(self, host: ContinualHost) -> Bytes:
         """For training as for inference, T n per layer; complex: 4 T n, and 4 per complex weight."""
-        inputs = sum(keys.bank.shape[1] for keys in self.keys.values())
-        weights = sum(layer.weight.numel() for layer in self._complex_layers(host).values())
-        total = len(host.tasks) * inputs * (4 if self.kind == "complex" else 1) + 4 * weights
+        weights = [layer.weight for layer in self._complex_layers(host).values()]
+        total = len(host.tasks) * self.bytes_per_task(host) + tensor_bytes(weights)
         return Bytes(total, total)
 
     def bytes_per_task(self, host: Any) -> int:

@@ -37,8 +37,8 @@ class Replay(ContinualStrategy):
         size: samples of each class; 0 is fine-tuning.
 
     State:
-        memory: images ``(samples, *input_shape)`` uint8, targets and tasks ``(samples,)`` int64: the
-        bytes of an image plus 16 for each sample; nothing that is needed after training.
+        memory: inputs ``(samples, *input_shape)`` as the stream stores them, images as uint8, targets
+        and tasks ``(samples,)`` int64: the bytes of an input plus 16 for each sample; nothing that is needed after training.
 
     Raises:
         ConfigurationError: size is negative, or a class has fewer training samples.
@@ -127,9 +127,11 @@ class Replay(ContinualStrategy):
         return torch.cat(orders)[first % size :][:number].to(host.device)
 
     def declared_bytes(self, host: ContinualHost) -> Bytes:
-        """The memory after the task that was opened last, by its shape."""
+        """The memory after the task that was opened last, by its shape and the type of what is stored."""
         classes = sum(task.num_classes for task in host.tasks[: host.opened + 1])
-        return Bytes(classes * self.size * (prod(host.stream.input_shape) + 16), inference=0)
+        sample = next(iter(host.stream.loader(0, "train", at_most=1))).inputs
+        of_input = prod(host.stream.input_shape) * sample.element_size()
+        return Bytes(classes * self.size * (of_input + 16), inference=0)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, and how far replay has come."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -877,7 +878,12 @@ def test_the_papers_bytes_are_those_of_its_table(memory_size: int, shape: Any, p
         class stream:
             input_shape = shape
 
+            @staticmethod
+            def loader(*_: Any, **__: Any) -> list[Any]:
+                return [SimpleNamespace(inputs=torch.zeros(1, *shape, dtype=torch.uint8))]
+
         class _Task:
+            id = 0
             num_classes = 2
 
         tasks = (_Task,)
