@@ -181,7 +181,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
 
     Raises:
         ConfigurationError: a value is out of range or unknown, the layer does not exist or is not used
-            once in a forward, or the code is not smaller than the features.
+            once in a forward, the code is not smaller than the features, or as in LwF.
     """
 
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "alpha": 0.0}
@@ -278,6 +278,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse a code that is not smaller than the features, once all strategies are in place."""
+        super().check(host, optimizer)
         features = self._num_features(host)
         if self.code_size is not None and self.code_size >= features:
             raise ConfigurationError(

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 
 from bpn_lightning.costs import Bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
@@ -246,7 +247,8 @@ class LearningWithoutForgetting(ContinualStrategy):
         temperature: T, dimensionless; the paper's is 2. There is no factor of its square, so a larger
             one also weakens the gradient.
         heads: ``per_task`` takes a softmax over each old task's classes, ``joint`` one over all old
-            classes, as other implementations do with a single head.
+            classes, as other implementations do with a single head. Where every task brings one class,
+            only ``joint`` distills anything, from the third task on.
         warm_up_epochs: epochs at a task's beginning in which only its own rows of the head learn, with
             an optimizer of their own; none in the first task and under ``mask="shared"``.
         record: false asks the teacher at every update whatever the stream. The two agree to rounding:
@@ -258,7 +260,7 @@ class LearningWithoutForgetting(ContinualStrategy):
         recorded: 4 bytes for each of its samples and each old class; it is in no checkpoint.
 
     Raises:
-        ConfigurationError: a value is out of range or unknown.
+        ConfigurationError: a value is out of range or unknown, or every softmax is over one class.
     """
 
     regulariser: ClassVar[bool] = True
@@ -315,6 +317,21 @@ class LearningWithoutForgetting(ContinualStrategy):
         """Note whether tasks have rows of their own."""
         self._shared_head = host.mask == "shared"
 
+    def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
+        """Refuse where every softmax would be over one column, and so 1 whatever the network says."""
+        heads = [task.columns for task in host.tasks[:-1]]
+        if self.strength == 0 or not heads or max(self._widths(heads)) > 1:
+            return
+        if self._shared_head or len(heads) == 1 or self.heads == "joint":
+            raise ConfigurationError(
+                "Expected the tasks before the last to have more than one class together where old "
+                f"outputs are distilled, but got one. Set the strength of {type(self).__name__} to 0."
+            )
+        raise ConfigurationError(
+            "Expected heads to be 'joint' where every old task has one class, but got 'per_task', with "
+            "which nothing is distilled: a softmax over one class is always 1. Set heads to 'joint'."
+        )
+
     def phases(self, task: Task, phases: list[Phase]) -> list[Phase]:
         """Prepend the warm-up."""
         if task.id == 0 or self._shared_head or self.warm_up_epochs == 0:
@@ -363,10 +380,13 @@ class LearningWithoutForgetting(ContinualStrategy):
 
     def distilled(self, student: Tensor, teacher: Tensor, heads: Sequence[Columns]) -> Tensor:
         """The loss of what they say of the old heads, strength included: ``(batch,)``."""
-        widths = [stop - first for first, stop in heads]
-        if self.heads == "joint" and not self._shared_head:
-            widths = [sum(widths)]
+        widths = self._widths(heads)
         return self.strength * distillation_of_heads(student, teacher, widths, self.temperature)
+
+    def _widths(self, heads: Sequence[Columns]) -> list[int]:
+        """Columns under each softmax."""
+        widths = [stop - first for first, stop in heads]
+        return [sum(widths)] if self.heads == "joint" and not self._shared_head else widths
 
     # --- what was recorded -----------------------------------------------------------------------
 

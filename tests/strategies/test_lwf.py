@@ -17,6 +17,7 @@ from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import Bytes, measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.lwf import (
@@ -587,3 +588,73 @@ def test_refuses_what_it_cannot_do(arguments: dict[str, Any], message: str | Non
     with pytest.raises(ConfigurationError) as error:
         LearningWithoutForgetting(**arguments)
     assert message is None or str(error.value) == message
+
+
+# --- tasks of one class --------------------------------------------------------------------------
+
+ONE_EACH = {"num_tasks": 4, "classes_per_task": 1, "batch_size": 16}
+
+
+def test_of_one_class_each_all_old_ones_are_distilled_together(prepare: Any, watch: Any) -> None:
+    """The gradient of a batch's cross-entropy and of one softmax over all old classes, by torch."""
+    noted: list[dict[str, Tensor]] = []
+    teachers: dict[int, nn.Module] = {}
+
+    def start(host: Any, task: Any) -> None:
+        teachers[task.id] = deepcopy(nn.Sequential(host.backbone, host.head)).eval()
+
+    def terms(host: Any, batch: Any, _: Tensor) -> dict[str, Tensor]:
+        first, stop = host.columns(host.opened)
+        logits = host.head(host.backbone(batch.inputs))
+        loss = F.cross_entropy(logits[:, first:stop], batch.targets - first)
+        if host.opened > 1:  # one old class says nothing
+            old = slice(0, host.opened)
+            with torch.no_grad():
+                said = teachers[host.opened](batch.inputs)
+            loss = loss + 2.0 * softened(logits[:, old], said[:, old]).mean()
+        parameters = dict(host.named_parameters())
+        found = torch.autograd.grad(loss, list(parameters.values()))
+        noted.append(dict(zip(parameters, found, strict=True)))
+        return {}
+
+    def capture(host: Any, parameters: Any) -> None:
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.grad, noted[-1][name], rtol=1e-4, atol=1e-6)
+
+    lwf = LearningWithoutForgetting(2.0, heads="joint")
+    seen = watch(start=start, terms=terms, capture=capture)
+    prepare(seen, lwf, stream=ONE_EACH, mask="seen", optimizer=sgd).fit()
+    assert len(noted) > 20
+
+
+@pytest.mark.parametrize("make", [LearningWithoutForgetting, EncoderBasedLifelongLearning])
+@pytest.mark.parametrize("mask", ["all", "seen", "task"])
+def test_a_softmax_over_one_class_is_refused(prepare: Any, make: Any, mask: Any) -> None:
+    """With it the run would be fine-tuning bit for bit."""
+    said = "Expected heads to be 'joint' where every old task has one class, but got 'per_task'"
+    with pytest.raises(ConfigurationError, match=said):
+        prepare(make(), stream=ONE_EACH, mask=mask).fit()
+
+
+@pytest.mark.parametrize("heads", ["per_task", "joint"])
+def test_one_old_class_is_refused(prepare: Any, heads: Any) -> None:
+    said = "Expected the tasks before the last to have more than one class together .* but got one"
+    with pytest.raises(ConfigurationError, match=said):
+        prepare(LearningWithoutForgetting(heads=heads), stream={**ONE_EACH, "num_tasks": 2}).fit()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stream"),
+    [
+        (LearningWithoutForgetting(0.0), ONE_EACH),
+        (EncoderBasedLifelongLearning(0.0, autoencoder_epochs=1), ONE_EACH),
+        (LearningWithoutForgetting(), {**ONE_EACH, "num_tasks": 1}),
+        (LearningWithoutForgetting(), {"num_tasks": 1}),
+        (LearningWithoutForgetting(heads="joint"), {"num_tasks": 2}),
+    ],
+)
+def test_what_distills_nothing_or_more_than_one_class_runs(
+    learn: Any, strategy: Any, stream: Any
+) -> None:
+    run = learn(strategy, stream=stream)
+    assert run.module.closed == stream["num_tasks"] - 1
