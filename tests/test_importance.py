@@ -90,6 +90,21 @@ def test_drawn_labels_have_the_exact_expectation() -> None:
     assert torch.equal(again["head.bias"], drawn[0])
 
 
+def test_drawn_labels_are_drawn_anew_in_every_batch() -> None:
+    """Of the outputs, by one generator that goes through all batches; here the others hold the same."""
+    host = made(classes_per_task=1, eval_batch_size=16)
+    x, p, _ = in_numpy(host, 1)
+    generator, labels = seeded_generator("one"), []
+    for batch in host.batches(1, "train"):
+        number = torch.rand(len(batch.targets), generator=generator).double().numpy()
+        at = slice(len(labels), len(labels) + len(number))
+        labels += [int((row.cumsum() <= u).sum()) for row, u in zip(p[at], number, strict=True)]
+    residual = (p - np.eye(p.shape[1])[labels]) ** 2
+    found = fisher_diagonal(host, 1, shared(host), "sampled", seeded_generator("one"))
+    np.testing.assert_allclose(found["head.bias"], residual.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found["head.weight"], residual.T @ x**2 / len(x), rtol=1e-6)
+
+
 def test_trace_of_the_biases_is_what_is_left_of_certainty() -> None:
     """Sum of p (1 - p) = 1 - |p|^2, for any network."""
     host = made(MLP([12, 9]))

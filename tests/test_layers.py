@@ -228,6 +228,16 @@ def test_multiplies_what_enters_by_the_key_of_the_mode(
         torch.testing.assert_close(layer(x), wanted)
 
 
+def test_a_key_is_on_what_enters_a_square_layer() -> None:
+    """Where on what leaves it would have the right shape, too."""
+    layer = SwitchableLinear.convert(nn.Linear(8, 8).double(), keys=drawn_keys(8))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    for task in range(TASKS):
+        layer.keys.switch(task)
+        wanted = (x * layer.keys.bank[task]) @ layer.weight.T + layer.bias
+        torch.testing.assert_close(layer(x), wanted)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_units", [True, False])
 def test_multiplies_each_sample_by_its_own_key(shape: tuple[int, ...], with_units: bool) -> None:

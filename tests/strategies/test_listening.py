@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bpn_lightning.conformance.runs import PLAIN, Run, differences, fit
+from bpn_lightning.conformance.runs import PLAIN, Run, Setting, differences, fit
 from bpn_lightning.strategies import (
     SLNID,
     AveragedGEM,
@@ -61,9 +61,9 @@ class Asks(ContinualStrategy):
 class Listens(SLNID):
     """Notes the term of every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, discount: Any = "product") -> None:
         self.said: list[Tensor] = []
-        super().__init__(0.1, 0.02, scale=SCALE)
+        super().__init__(0.1, 0.02, scale=SCALE, discount=discount)
 
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         terms = super().loss_terms(host, batch, logits)
@@ -87,13 +87,26 @@ MODES: dict[str, list[Callable[[], ContinualStrategy]]] = {
 }
 
 
-def pairs(h: Tensor, alpha: Tensor) -> Tensor:
-    """Of every sample, over ordered pairs of units, as the paper writes it."""
+def pairs(h: Tensor, alpha: Tensor, discount: str) -> Tensor:
+    """Of every sample, over ordered pairs of units, as the paper and the published code write it."""
     place = torch.arange(h.shape[1], dtype=torch.float64)
     near = torch.exp(-((place[:, None] - place) ** 2) / (2 * (h.shape[1] / SCALE) ** 2))
-    joint = torch.exp(-(alpha[:, None] + alpha))
+    one, other = torch.exp(-alpha)[:, None], torch.exp(-alpha)
+    joint = one * other if discount == "product" else torch.minimum(one, other)
     weights = near * joint * (1 - torch.eye(len(place)))
     return torch.einsum("mi,mj,ij->m", h.double(), h.double(), weights)
+
+
+def assert_inhibits(asks: Asks, slnid: Listens, alphas: Sequence[Mapping[str, Tensor]]) -> None:
+    """Whether every step's term is that of the activations, discounted by the units' importances."""
+    assert len(slnid.said) == len(asks.heard) == len(alphas) == 15
+    for said, outputs, alpha in zip(slnid.said, asks.heard, alphas, strict=True):
+        wanted = torch.zeros(len(said), dtype=torch.float64)
+        for name in slnid.units:
+            importance = alpha.get(name, torch.zeros(outputs[name].shape[1])).double()
+            wanted += 0.02 * pairs(outputs[name], importance, slnid.discount)
+        assert wanted.max() > 1e-3
+        torch.testing.assert_close(said.double(), wanted, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["slnid first", "slnid last"])
@@ -110,15 +123,32 @@ def test_what_slnid_inhibits_is_the_steps_own_activations(other, modes, first):
             alphas.append(dict(slnid.alpha))
 
     fit(strategies, PLAIN, at_batch=note)
-    assert len(slnid.said) == len(asks.heard) == len(alphas) == 15
-    for said, outputs, alpha in zip(slnid.said, asks.heard, alphas, strict=True):
-        wanted = torch.zeros(len(said), dtype=torch.float64)
-        for name in slnid.units:
-            units = outputs[name].shape[1]
-            importance = alpha.get(name, torch.zeros(units)).double()
-            wanted += 0.02 * pairs(outputs[name], importance)
-        assert wanted.max() > 1e-3
-        torch.testing.assert_close(said.double(), wanted, rtol=1e-4, atol=1e-7)
+    assert_inhibits(asks, slnid, alphas)
+
+
+@pytest.mark.parametrize("discount", ["product", "minimum"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_term_discounts_units_that_matter_and_is_taken_in_full_precision(discount, precision):
+    """In bf16-mixed of activations in bfloat16; a term that was rounded so itself would be 0.4 % off."""
+    asks, slnid = Asks(), Listens(discount)
+    alphas: list[Mapping[str, Tensor]] = []
+
+    def note(run: Run, at: Any, batch: int, last: bool) -> None:
+        alphas.append(dict(slnid.alpha))
+
+    fit([asks, slnid], Setting(trainer={"precision": precision}), at_batch=note)
+    assert_inhibits(asks, slnid, alphas)
+    assert slnid.said[-1].dtype == torch.float32
+    first, last = alphas[5], alphas[-1]
+    for name, units in slnid.units.items():
+        assert first[name].shape == (units,)
+        assert (last[name] > first[name]).any()  # importances of tasks add up
+        # Another discount would be seen.
+        h = asks.heard[-1][name]
+        product, minimum = (pairs(h, last[name].double(), way) for way in ("product", "minimum"))
+        none = pairs(h, torch.zeros(units).double(), "product")
+        assert (product < 0.99 * minimum).any()
+        assert (minimum < 0.99 * none).any()
 
 
 def learned(makers: Sequence[Callable[[], ContinualStrategy]]) -> dict[str, Any]:
@@ -182,10 +212,15 @@ def test_si_walks_the_whole_update_wherever_it_stands(others):
         steps: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
         class Sees(ContinualStrategy):
-            def capture_grad(self, host: Any, parameters: Any, steps: Any = steps) -> None:
-                gradients = {name: p.grad.clone() for name, p in parameters.items()}
+            def loss_terms(
+                self, host: Any, batch: Any, logits: Any, steps: Any = steps
+            ) -> dict[str, Tensor]:
+                parameters = dict(host.named_parameters())
+                loss = nn.functional.cross_entropy(logits, batch.targets)
+                found = torch.autograd.grad(loss, [*parameters.values()], retain_graph=True)
                 before = {name: p.detach().clone() for name, p in parameters.items()}
-                steps.append((gradients, before))
+                steps.append((dict(zip(parameters, found, strict=True)), before))
+                return {}
 
         def check(
             run: Run, at: Any, batch: int, last: bool, si: Any = si, steps: Any = steps

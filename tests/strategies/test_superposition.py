@@ -341,14 +341,16 @@ def by_complex_numbers(host: Any, inputs: Tensor, task: int) -> Tensor:
     ("keys", "answer"), [("binary", by_hand), ("complex", by_complex_numbers)], ids=str
 )
 @pytest.mark.parametrize("beside", ["alone", "bd first", "bd last"])
+@pytest.mark.parametrize("widths", [[16, 12], [12, 12]], ids=["16-12", "square"])
 def test_key_and_bias_follow_the_mode(
-    learn: Any, keys: Any, answer: Callable[..., Tensor], beside: str
+    learn: Any, keys: Any, answer: Callable[..., Tensor], beside: str, widths: list[int]
 ) -> None:
+    """In a square layer a key on what leaves it would have the right shape, too."""
     strategies: list[Any] = [ParameterSuperposition(keys)]
     if beside != "alone":
         strategies.append(BeneficialPerturbation(6))
     strategies = strategies[::-1] if beside == "bd first" else strategies
-    run = learn(*strategies, stream={"num_tasks": 3})
+    run = learn(*strategies, stream={"num_tasks": 3}, backbone=lambda: MLP(widths))
     inputs = next(iter(run.module.batches(0, "test"))).inputs
     answers = []
     with torch.no_grad():

@@ -285,10 +285,13 @@ def test_every_task_begins_a_path_of_its_own() -> None:
 
 
 class PathByHand:
-    """Minus the gradient times the change of every update, added up by two watchers."""
+    """Minus the gradient times the change of every update, added up by two watchers.
+
+    The gradient is autograd's of the batch's cross-entropy: not what is in ``.grad`` in any phase.
+    """
 
     def __init__(self, watch: Any) -> None:
-        self.first = watch(start=self.begin, capture=self.capture)
+        self.first = watch(start=self.begin, terms=self.terms)
         self.last = watch(stepped=self.stepped)
         self.path: dict[str, Tensor] = {}
         self.updates = 0
@@ -296,9 +299,13 @@ class PathByHand:
     def begin(self, host: Any, task: Any) -> None:
         self.path = {n: torch.zeros_like(p) for n, p in host.shared_parameters(True).items()}
 
-    def capture(self, host: Any, parameters: Any) -> None:
-        self.gradient = {n: p.grad.double() for n, p in parameters.items()}
+    def terms(self, host: Any, batch: Any, logits: Tensor) -> dict[str, Tensor]:
+        parameters = host.shared_parameters(True)
+        loss = nn.functional.cross_entropy(logits, batch.targets)
+        found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        self.gradient = {n: g.double() for n, g in zip(parameters, found, strict=True)}
         self.before = {n: p.detach().double() for n, p in parameters.items()}
+        return {}
 
     def stepped(self, host: Any, parameters: Any) -> None:
         self.updates += 1
