@@ -11,6 +11,7 @@ from bpn_lightning.costs import tensor_bytes
 from bpn_lightning.penalties import (
     QuadraticPenalty,
     add_pull_,
+    collapsed,
     explicit_pulls,
     implicit_shares,
     step_back_,
@@ -72,6 +73,15 @@ def test_running_sums_are_the_list_in_value_and_gradient(number: int) -> None:
     for (name, at), gradient in zip(theta.items(), gradients, strict=True):
         analytic = 2 * penalty.importance[name] * (at.detach() - penalty.anchor[name])
         torch.testing.assert_close(analytic, gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_where_nothing_is_important_the_anchor_is_the_last_solution() -> None:
+    none = torch.zeros(4, dtype=torch.float64)
+    first, last = torch.randn(2, 4, dtype=torch.float64)
+    total, anchor, constant = collapsed(none, first, none, last)
+    assert torch.equal(anchor, last)
+    assert not total.any()
+    assert constant == 0
 
 
 def test_order_of_tasks_is_irrelevant() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from bpn_lightning.datamodules import SplitDigits
@@ -266,20 +265,6 @@ def test_batches_move_whole_and_only_where_they_are_not_yet(toy: Make) -> None:
     assert tensors == {"inputs", "targets", "task", "augmentation"}
     assert {getattr(moved, name).device.type for name in tensors} == {"meta"}
     assert (moved.global_size, moved.start) == (batch.global_size, batch.start)
-
-
-def test_augmentation_is_another_in_every_epoch_and_task(toy: Make) -> None:
-    """And the same whenever the same epoch is read again."""
-
-    def draws(task: int, epoch: int, seed: int = 0) -> Tensor:
-        stream = toy(batch_size=5, augment=True, seed=seed)
-        return torch.cat([batch.augmentation for batch in stream.train_loader(task, epoch)])
-
-    first = draws(0, 0)
-    assert torch.equal(draws(0, 0), first)
-    for other in (draws(0, 1), draws(0, 2), draws(1, 0), draws(0, 0, seed=1)):
-        number = min(len(first), len(other))
-        assert not torch.equal(other[:number], first[:number])
 
 
 def test_only_training_batches_of_an_augmenting_stream_are_augmented(toy: Make) -> None:

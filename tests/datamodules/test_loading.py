@@ -90,6 +90,20 @@ def test_no_batch_has_one_sample_where_it_can_be_helped(
     assert sorted(chain.from_iterable(together)) == sorted(INDICES[:count].tolist())
 
 
+@pytest.mark.parametrize("what", ["task", "epoch", "seed"])
+def test_every_epoch_of_every_task_is_augmented_anew(what: str) -> None:
+    """And alike whenever it is read again, in batches of any size."""
+
+    def draws(**changes: int) -> torch.Tensor:
+        return torch.cat([batch.augmentation for batch in loader(**changes)])
+
+    assert torch.equal(draws(batch_size=4), draws())
+    first, others = draws(), [draws(**{what: number}) for number in range(4, 8)]
+    assert first.shape == (17, 3)
+    assert not any(torch.equal(first, other) for other in others)
+    assert not any(torch.equal(others[0], other) for other in others[1:])
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_batches_say_where_their_samples_stand(world_size: int) -> None:
     for rank in range(world_size):

@@ -1,5 +1,6 @@
 """EWC against lists of penalties that are written out, autograd, scipy and closed-form optima."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from bpn_lightning.importance import fisher_diagonal
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.imm import IncrementalMomentMatching
 
 Tasks = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 
@@ -249,6 +251,23 @@ def test_the_drawn_labels_follow_from_the_stream_alone(learn: Any, watch: Any, s
     learn(one)
     learn(watch(end=shift), other)
     same(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("strategy", [EWC, IncrementalMomentMatching])
+def test_every_task_and_seed_draws_labels_of_its_own(
+    learn: Any, monkeypatch: pytest.MonkeyPatch, strategy: Any
+) -> None:
+    place, seeds = sys.modules[strategy.__module__], []
+    original = place.fisher_diagonal
+
+    def note(*arguments: Any) -> Any:
+        seeds.append(arguments[-1].initial_seed())
+        return original(*arguments)
+
+    monkeypatch.setattr(place, "fisher_diagonal", note)
+    for seed in range(2):
+        learn(strategy(fisher="sampled"), stream={"num_tasks": 3, "seed": seed})
+    assert len(seeds) == len(set(seeds)) == 6
 
 
 def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:

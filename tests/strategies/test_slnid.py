@@ -116,16 +116,17 @@ def test_the_term_is_of_every_layers_activations_and_reaches_its_weights(
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("mask", "columns"), [("all", slice(0, 4)), ("task", slice(2, 4))])
 def test_units_matter_as_much_as_the_squared_output_follows_them(
-    prepare: Any, inplace: bool
+    prepare: Any, inplace: bool, mask: Any, columns: slice
 ) -> None:
-    """One sample at a time, by autograd with respect to what enters the ReLU."""
+    """One sample at a time, by autograd with respect to what enters the ReLU; the task's own columns."""
 
     def backbone() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(inplace), nn.Dropout(0.5))
 
     strategy = SLNID(0.5, sparsity=1e-3, discount="minimum")
-    run = prepare(strategy, backbone=backbone, stream={"num_tasks": 2}).fit()
+    run = prepare(strategy, backbone=backbone, stream={"num_tasks": 2}, mask=mask).fit()
     module = run.module
     with module.task_mode(1):
         own = strategy._unit_importance(module, module.tasks[1])
@@ -134,7 +135,7 @@ def test_units_matter_as_much_as_the_squared_output_follows_them(
     for batch in module.batches(1, "train"):
         for sample in batch.inputs:
             before = linear(sample.flatten()[None]).detach().requires_grad_()
-            logits = module.head(before.relu())
+            logits = module.head(before.relu())[:, columns]
             (gradient,) = torch.autograd.grad((logits**2).sum(), before)
             total += gradient[0].abs()
             count += 1
