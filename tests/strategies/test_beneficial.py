@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -365,6 +366,30 @@ def test_draws_follow_from_seed_task_and_layer(prepare: Any, same: Any) -> None:
     for other in (started(prepare, seed=4), started(prepare, task=0)):
         assert not any(torch.equal(other[name][0], drawn[name][0]) for name in LAYERS)
     assert not torch.equal(drawn["backbone.3"][0].flatten()[:12], drawn["head"][0].flatten()[:12])
+
+
+def test_layers_of_one_shape_start_differently(prepare: Any) -> None:
+    run = prepare(backbone=lambda: MLP([12, 12]))
+    strategy = BeneficialPerturbation(RANK, m_start="normal")
+    strategy.configure(run.module, run.stream)
+    strategy.on_task_start(run.module, run.stream.tasks[0])
+    one, other = strategy.units["backbone.1"], strategy.units["backbone.3"]
+    assert one.W.shape == other.W.shape
+    assert not torch.equal(one.W, other.W)
+    assert not torch.equal(one.M, other.M)
+
+
+def test_a_gradient_that_overflowed_behind_the_scale_moves_no_m() -> None:
+    """M is outside the optimizer: no scaler looks at it, and the others may be finite."""
+    strategy = BeneficialPerturbation(3, 0.1)
+    host: Any = SimpleNamespace(loss_scale=1024.0)
+    strategy._all_m = [nn.Parameter(torch.zeros(1, 3)) for _ in range(2)]
+    strategy._all_m[0].grad = torch.tensor([[1.0, float("inf"), -1.0]])
+    strategy._all_m[1].grad = torch.tensor([[1.0, -2.0, 0.0]])
+    strategy.consume_grad(host, {})
+    strategy.on_optimizer_stepped(host, {})
+    assert not strategy._all_m[0].any()
+    torch.testing.assert_close(strategy._all_m[1].data, torch.tensor([[-0.1, 0.1, 0.0]]))
 
 
 @pytest.mark.parametrize("layers", [["head"], ["head", "backbone.3"]])

@@ -508,10 +508,10 @@ def test_segments_are_one_by_one_autograd(
 @pytest.mark.parametrize("size", [1, 7, 20, 1000])
 def test_a_memory_may_be_replayed_in_pieces(learn: Any, watch: Any, size: int) -> None:
     whole, pieces = GradientEpisodicMemory(13), GradientEpisodicMemory(13, replay_batch_size=size)
-    pieces.memory = whole.memory
     number = []
 
     def compare(host: Any, parameters: Any) -> None:
+        pieces.memory = whole.memory
         if whole.memory.sizes:
             one, other = (gem.memory_gradients(host, parameters) for gem in (whole, pieces))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

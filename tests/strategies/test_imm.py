@@ -217,6 +217,23 @@ def test_weights_of_tasks(learn: Any, watch: Any) -> None:
     torch.testing.assert_close(run.module.head.weight.data, wanted)
 
 
+def test_weights_of_tasks_weigh_their_importances(
+    learn: Any, watch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the mode, sum of alpha F theta over sum of alpha F, with importances of 1, 2, and 3."""
+    monkeypatch.setattr(
+        "bpn_lightning.strategies.imm.fisher_diagonal",
+        lambda host, task, parameters, *_: {
+            name: torch.full_like(value, 1.0 + task) for name, value in parameters.items()
+        },
+    )
+    record = Ends(watch)
+    run = learn(record.watcher, IMM("mode", 0.0, weights=[3, 1, 2]), stream={"num_tasks": 3})
+    values = [end["head.weight"] for end in record.ends]
+    wanted = (3 * values[0] + 2 * values[1] + 6 * values[2]) / 11
+    torch.testing.assert_close(run.module.head.weight.data, wanted)
+
+
 def test_a_common_factor_of_the_weights_changes_nothing(learn: Any) -> None:
     one, other = learn(IMM(weights=[1, 1])), learn(IMM(weights=[50, 50]))
     torch.testing.assert_close(one.weights(), other.weights())
