@@ -207,6 +207,15 @@ def test_a_run_that_was_stopped_inside_a_task_goes_on_to_the_same_end(tmp_path: 
     torch.testing.assert_close(*weights, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_second_fit_of_the_same_object_begins_with_an_empty_memory() -> None:
+    """As in a loop over seeds: it learns what a new object does."""
+    used, new = Replay(size=5), Replay(size=5)
+    run(used)
+    weights = [run(replay)[0].state_dict() for replay in (used, new)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(used.memory, new.memory, rtol=0, atol=0)
+
+
 # --- what is refused, and its name ---------------------------------------------------------------
 
 
