@@ -627,6 +627,7 @@ def test_of_one_class_each_all_old_ones_are_distilled_together(prepare: Any, wat
     assert len(noted) > 20
 
 
+@pytest.mark.filterwarnings("ignore:With mask=.*one class to choose from")
 @pytest.mark.parametrize("make", [LearningWithoutForgetting, EncoderBasedLifelongLearning])
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])
 def test_a_softmax_over_one_class_is_refused(prepare: Any, make: Any, mask: Any) -> None:
@@ -643,6 +644,7 @@ def test_one_old_class_is_refused(prepare: Any, heads: Any) -> None:
         prepare(LearningWithoutForgetting(heads=heads), stream={**ONE_EACH, "num_tasks": 2}).fit()
 
 
+@pytest.mark.filterwarnings("ignore:With mask=.*one class to choose from")
 @pytest.mark.parametrize(
     ("strategy", "stream"),
     [
