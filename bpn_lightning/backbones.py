@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
 from bpn_lightning.files import why_unreadable
+from bpn_lightning.untrusted import open_untrusted, refuse_deflated
 
 __all__ = ["MLP", "torchvision_backbone"]
 
@@ -147,7 +149,12 @@ def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> No
     """Load a whole network's weights into what is left of it."""
     advice = f"Name a file that torch.save(torchvision.models.{name}().state_dict(), ...) wrote."
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with open_untrusted(path, max_bytes=None) as file:
+            if is_zipfile(file):  # torch had another format once, which many weights still have
+                with ZipFile(file) as archive:
+                    refuse_deflated(file, archive)
+            file.seek(0)
+            state: Any = torch.load(file, map_location="cpu", weights_only=True)
     # Missing, not readable, damaged, or with code in it: OSError, RuntimeError, UnpicklingError ...
     except Exception as error:
         raise DataError(

@@ -5,7 +5,7 @@ checksum is the one that is in there anyway: torch writes a zip archive with a C
 which ``torch.load`` does not look at.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from zipfile import ZipFile
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
 
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.files import why_unreadable, write_atomically
+from bpn_lightning.untrusted import is_bomb, open_untrusted, refuse_deflated
 
 __all__ = ["WholeCheckpoints", "callback_state", "read_checkpoint"]
 
@@ -52,7 +54,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: it is damaged, cut off, or something else than a checkpoint.
     """
     try:
-        with ZipFile(path) as archive:
+        with open_untrusted(path, max_bytes=None) as file, ZipFile(file) as archive:
+            packed = refuse_deflated(file, archive)
             damaged = archive.testzip()
     except Exception as error:  # zipfile raises whatever the damage leads it to
         raise _unreadable(path, why_unreadable(error)) from error
@@ -64,7 +67,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise _unreadable(path, why_unreadable(error)) from error
     if not isinstance(checkpoint, dict):
         raise _unreadable(path, f"it holds a {type(checkpoint).__name__}")
+    unpacked = sum(one.numel() * one.element_size() for one in _tensors(checkpoint))
+    if is_bomb(packed, unpacked):
+        raise _unreadable(path, f"its {packed:,} bytes hold tensors of {unpacked:,}")
     return checkpoint
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings and lists; one of stride 0 is larger than what is saved of it."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
 
 
 def _unreadable(path: Path, reason: str) -> CheckpointError:

@@ -34,6 +34,7 @@ from bpn_lightning.trust import (
     refuse_never,
     top_modules,
 )
+from bpn_lightning.untrusted import read_text
 
 __all__ = [
     "CONFIGS",
@@ -237,7 +238,7 @@ def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
         ConfigurationError: it cannot be read, is no YAML of keys and values, or holds too much.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except OSError as error:
         raise ConfigurationError(
             f"Expected {path} to be readable, but got {error.strerror}. Check its permissions."

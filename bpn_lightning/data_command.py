@@ -66,7 +66,8 @@ def _damaged(image_set: ImageSet, entries: Sequence[Any]) -> list[str]:
     faults = []
     for entry in entries:
         try:
-            image_set.open(entry)
+            with image_set.open(entry):
+                pass
         # Damaged files make Pillow's decoders raise nearly anything.
         except Exception as error:  # noqa: BLE001
             faults.append(f"{entry.path} is damaged: {type(error).__name__}: {error}.")

@@ -32,6 +32,7 @@ from bpn_lightning.files import write_atomically
 from bpn_lightning.module import ContinualModule
 from bpn_lightning.preparation import read_preparations
 from bpn_lightning.tasks import Task, named_dtype
+from bpn_lightning.untrusted import check_untrusted, read_json
 
 __all__ = ["export_module", "load_exported"]
 
@@ -118,10 +119,10 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
     """
     folder = Path(folder)
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / _RECORD)
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
-        tensors = load_file(folder / _TENSORS)
+        tensors = load_file(check_untrusted(folder / _TENSORS))
         tasks = [_task(one) for one in record["tasks"]]
         attached = [_attachment(one, len(tasks)) for one in record["attached"]]
         last = range(-1, len(tasks))

@@ -45,6 +45,7 @@ from bpn_lightning.errors import (
 )
 from bpn_lightning.files import check_name, refuse_outside, write_atomically
 from bpn_lightning.identity import defining, differences, flatten, run_name, run_names
+from bpn_lightning.includes import bounded_includes
 from bpn_lightning.loggers import RunName, SavedLogger, complete_loggers, go_offline
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
@@ -55,6 +56,7 @@ from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.terminal import INTERRUPTED, plain_warnings
 from bpn_lightning.trainer_rules import check_launch
 from bpn_lightning.trust import restrict_imports
+from bpn_lightning.untrusted import read_text
 
 __all__ = ["ContinualCLI", "fit"]
 
@@ -80,12 +82,18 @@ class _Parser(LightningArgumentParser):
         try:
             return self.instantiate(*args, **kwargs)
         except ValueError as error:
-            # A class's own ConfigurationError is a ValueError, which jsonargparse takes for a value of
-            # another type and buries in a message about the types that were tried.
-            said: BaseException | None = error
-            while said is not None and not isinstance(said, BPNLightningError):
-                said = said.__cause__ or said.__context__
-            raise said or error from None
+            raise _own_error(error) or error from None
+
+
+def _own_error(error: BaseException) -> BPNLightningError | None:
+    """The one below an error of jsonargparse's, which takes ours for a value of another type.
+
+    Ours are ValueErrors, and are buried in a message about the types that were tried.
+    """
+    said: BaseException | None = error
+    while said is not None and not isinstance(said, BPNLightningError):
+        said = said.__cause__ or said.__context__
+    return said
 
 
 class ContinualCLI(LightningCLI):
@@ -224,9 +232,11 @@ class ContinualCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in one line what is wrong."""
         try:
-            self.config = parser.parse_args(args)
+            with bounded_includes():
+                self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise ConfigurationError(explain(str(error), parser)) from error
+            said = _own_error(error) or ConfigurationError(explain(str(error), parser))
+            raise said from error
         except OmegaConfBaseException as error:
             key = f" in {error.full_key}" if getattr(error, "full_key", None) else ""
             raise ConfigurationError(
@@ -622,7 +632,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
                 f"in {cli.folder}: upload them by hand."
             ) from error
     if config.json:
-        out.write(results.read_text(encoding="utf-8"))
+        out.write(read_text(results))
     if config.quiet or config.json:
         return
     title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"

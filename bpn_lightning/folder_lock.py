@@ -21,6 +21,7 @@ __all__ = ["FolderLock", "holder"]
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 #: How often to try again what another process, at its end, removed in between.
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no waiting for who writes to a FIFO
 _ATTEMPTS = 100
 
 _held: set[int] = set()  # descriptors
@@ -68,7 +69,7 @@ class FolderLock:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                descriptor = os.open(self.path, _FLAGS | os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # an empty folder goes with the run that made it
                 if attempt == _ATTEMPTS:
                     raise
@@ -134,7 +135,7 @@ class FolderLock:
 def holder(folder: Path) -> str | None:
     """Which process writes into a folder now, in words; None where none does."""
     try:
-        descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(folder / ".lock", _FLAGS | os.O_RDONLY)
     except OSError:
         return None
     try:

@@ -25,8 +25,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.files import flush, why_unreadable, write_atomically
 from bpn_lightning.preemption import StopRequests
+from bpn_lightning.untrusted import read_text
 
 __all__ = ["Intervals", "LastCheckpoint", "MetricsFile"]
+
+
+_MAX_BYTES = 2**30  # of metrics.csv, which has a row for every logged step
 
 
 class MetricsFile(Logger):
@@ -155,7 +159,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is no table, or no text.
     """
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = read_text(path, max_bytes=_MAX_BYTES) if path.is_file() else ""
     whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
     rows = list(csv.DictReader(io.StringIO(whole), strict=True))
     for line, row in enumerate(rows, start=2):

@@ -44,6 +44,7 @@ from typing import (
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.scores import AfterLearning, WithoutOracle
+from bpn_lightning.untrusted import read_json, read_text
 
 if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it below
     from torch import Tensor
@@ -315,12 +316,12 @@ def read_results(path: Path) -> Results:
     """
     path = path / _RESULTS if path.is_dir() else path
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except OSError as error:
         raise ResultsError(
             f"Expected {path} to be the results of a finished run, but got: {error}."
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ResultsError(
             f"Expected {path} to be JSON in UTF-8, but got: {error}. Run again with --overwrite true."
         ) from error
@@ -359,7 +360,7 @@ def read_matrix_rows(path: Path) -> list[list[float]]:
     """
     path = path / _MATRIX if path.is_dir() else path
     try:
-        table = list(csv.reader(StringIO(path.read_text(encoding="utf-8"))))
+        table = list(csv.reader(StringIO(read_text(path))))
     except (OSError, ValueError, csv.Error) as error:
         raise ResultsError(
             f"Expected {path} to be the accuracy matrix of a run, but got: {error}."

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from bpn_lightning.datamodules.image_sets.listing import Entry
 from bpn_lightning.datamodules.limits import Fault, refuse_damaged
 from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.untrusted import open_untrusted, read_json
 
 __all__ = ["CachedImages", "Damage", "cached_images"]
 
@@ -51,7 +52,7 @@ class CachedImages(NamedTuple):
 
 def cached_images(
     entries: Sequence[Entry],
-    decode: Callable[[Entry], Image.Image],
+    decode: Callable[[Entry], AbstractContextManager[Image.Image]],
     folder: Path,
     *,
     name: str,
@@ -67,7 +68,7 @@ def cached_images(
 
     Args:
         entries: what to read; labels play no part.
-        decode: an entry to an RGB image.
+        decode: an entry to an RGB image, which is held no longer than it takes to make it small.
         folder: where caches are kept; made where there is none.
         name: what the cache's own folder begins with.
         size: height and width in pixels.
@@ -133,7 +134,7 @@ def _writable(folder: Path, size: int) -> Iterator[None]:
 def _build(
     cache: Path,
     entries: Sequence[Entry],
-    decode: Callable[[Entry], Image.Image],
+    decode: Callable[[Entry], AbstractContextManager[Image.Image]],
     size: int,
     fit: Fit,
     on_corrupt: str,
@@ -165,13 +166,17 @@ def _build(
 
 
 def _decoded(
-    entries: Sequence[Entry], decode: Callable[[Entry], Image.Image], size: int, fit: Fit
+    entries: Sequence[Entry],
+    decode: Callable[[Entry], AbstractContextManager[Image.Image]],
+    size: int,
+    fit: Fit,
 ) -> Iterator[Any]:
     """Pixels ``(3, size, size)`` or the damage of each entry, in order, a few at a time."""
 
     def pixels(entry: Entry) -> Any:
         try:
-            return _resized(decode(entry), size, fit)
+            with decode(entry) as image:
+                return _resized(image, size, fit)
         except MemoryError:
             raise
         # Damaged files make Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
@@ -208,7 +213,7 @@ def _refuse(damaged: dict[int, Damage], on_corrupt: str) -> None:
 
 
 def _open(cache: Path, count: int, size: int, on_corrupt: str) -> CachedImages:
-    index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
+    index = read_json(cache / "index.json")
     damaged = {int(place): Damage(*values) for place, values in index.items()}
     _refuse(damaged, on_corrupt)
     kept = [place for place in range(count) if place not in damaged]
@@ -216,5 +221,6 @@ def _open(cache: Path, count: int, size: int, on_corrupt: str) -> CachedImages:
     # Copy on write, as torch wants arrays that may be written to; nothing ever writes.
     images = np.empty(shape, np.uint8)
     if kept:
-        images = np.memmap(cache / "images.uint8", np.uint8, "c", shape=shape)
+        with open_untrusted(cache / "images.uint8", max_bytes=None) as file:
+            images = np.memmap(file, np.uint8, "c", shape=shape)
     return CachedImages(torch.from_numpy(images), torch.tensor(kept), [*damaged.values()])

@@ -4,21 +4,27 @@ Without torch, so that ``bpn-data`` answers at once.
 """
 
 import os
+import struct
 import warnings
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple
+from threading import Condition, Lock
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from bpn_lightning.errors import DataError
+from bpn_lightning.untrusted import MOST_TIMES, is_bomb, is_inside, open_untrusted
 
 __all__ = [
     "Fault",
+    "Quota",
     "eight_bits",
+    "matlab_sizes",
     "open_image",
     "refuse_bomb",
     "refuse_damaged",
@@ -26,9 +32,17 @@ __all__ = [
     "warn_if_dark",
 ]
 
-MOST_BYTES = 2**30
-MOST_TIMES = 100
-"""An archive that is larger than this many bytes unpacked must not be this many times its size."""
+MAX_IMAGE_BYTES = 2**30
+"""Of a file that holds one image."""
+
+MAX_DECODED_BYTES = 2**30
+"""Of all images that are decoded at the same time, by however many threads."""
+
+_MAX_INFLATION = 1032  # of deflate: 258 bytes for 2 bits
+_DEFLATED = 15  # the type of a Matlab variable
+_PIECE = 2**20
+
+_BYTES_PER_PIXEL = 8  # Pillow keeps 4, and as many of a copy in another mode
 
 MOST_NAMED = 10
 """Damaged files that a message names."""
@@ -36,6 +50,35 @@ MOST_NAMED = 10
 _PROGRAMS = frozenset({"EPS"})  # Pillow lets Ghostscript run what is in the file
 
 _one_at_a_time = Lock()  # warnings are switched for the whole process
+
+
+class Quota:
+    """A number of bytes that threads share; who asks for more than are left waits for the others.
+
+    Args:
+        limit: bytes in all. Who asks for more than that is let in alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._freed = Condition()
+
+    @contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        """Hold so many bytes while the block runs."""
+        with self._freed:
+            self._freed.wait_for(lambda: not self.used or self.used + count <= self.limit)
+            self.used += count
+        try:
+            yield
+        finally:
+            with self._freed:
+                self.used -= count
+                self._freed.notify_all()
+
+
+_decoded = Quota(MAX_DECODED_BYTES)
 
 
 @cache
@@ -73,25 +116,34 @@ def refuse_damaged(faults: Sequence[Fault], wanted: str, remedy: str) -> None:
     raise DataError(f"Expected {first.path} to be {wanted}, but got {first.reason}{many}. {remedy}")
 
 
-def open_image(path: Path) -> Image.Image:
+@contextmanager
+def open_image(path: Path, within: Path | None = None) -> Iterator[Image.Image]:
     """Open an image whose pixels may be decoded: not too many, and of grey ones 16 bits made 8.
 
     Of 16 bits the upper 8 are taken, as Pillow itself takes of deep colors.
 
+    Its pixels are decoded when they are first asked for. By then the block has its part of
+    ``MAX_DECODED_BYTES``, and keeps it: make the image small before the block ends.
+
+    Args:
+        path: of the file.
+        within: a folder that it has to lie in.
+
     Raises:
+        OSError: it is no regular file, too large, or lies elsewhere.
         ValueError: it has deeper pixels than 16 bits, or more of them than PIL.Image.MAX_IMAGE_PIXELS.
         Exception: whatever Pillow raises on a damaged file.
     """
-    try:
-        with _one_at_a_time, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=_formats())
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(str(error).rstrip(".")) from error
-    if image.mode == "F" or image.mode.startswith("I"):
-        with image:
-            return _of_sixteen_bits(image)
-    return image
+    with open_untrusted(path, max_bytes=MAX_IMAGE_BYTES, within=within) as file:
+        try:
+            with _one_at_a_time, warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=_formats())
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(str(error).rstrip(".")) from error
+        with image, _decoded.take(_BYTES_PER_PIXEL * image.width * image.height):
+            deep = image.mode == "F" or image.mode.startswith("I")
+            yield _of_sixteen_bits(image) if deep else image
 
 
 def _of_sixteen_bits(image: Image.Image) -> Image.Image:
@@ -146,11 +198,44 @@ def refuse_bomb(path: Path, packed: int, unpacked: int) -> None:
     Raises:
         DataError: names the archive and both sizes.
     """
-    if unpacked > MOST_BYTES and unpacked > MOST_TIMES * max(packed, 1):
+    if is_bomb(packed, unpacked):
         raise DataError(
             f"Expected {path} to unpack to at most {MOST_TIMES} times its {packed:,} bytes, but it says "
             f"{unpacked:,}. If it is no attack, write it again without compression."
         )
+
+
+def matlab_sizes(file: BinaryIO) -> tuple[int, int]:
+    """Bytes of a Matlab file as it is, and inflated: what is inside of structures has no other sign.
+
+    Nothing is kept of what is inflated, and a bomb is counted no further than until it is one.
+
+    Raises:
+        ValueError, zlib.error: it is damaged.
+    """
+    packed = file.seek(0, os.SEEK_END)
+    file.seek(124)
+    order = {b"IM": "<", b"MI": ">"}.get(file.read(4)[2:])
+    if order is None or not is_bomb(packed, packed * _MAX_INFLATION):
+        return packed, packed  # of version 4, which is not deflated, or too small for a bomb
+    inflated = 0
+    while len(tag := file.read(8)) == 8 and not is_bomb(packed, inflated):
+        kind, left = struct.unpack(f"{order}II", tag)
+        if kind != _DEFLATED:
+            inflated += left
+            file.seek(left, os.SEEK_CUR)
+            continue
+        stream = zlib.decompressobj()
+        while left and not stream.eof and not is_bomb(packed, inflated):
+            part = file.read(min(left, _PIECE))
+            if not part:
+                raise ValueError("it ends within a variable")
+            left -= len(part)
+            while part and not is_bomb(packed, inflated):
+                inflated += len(stream.decompress(part, _PIECE))
+                part = stream.unconsumed_tail
+        file.seek(left, os.SEEK_CUR)
+    return packed, inflated
 
 
 def refuse_ways_out(folder: Path, paths: Iterable[Path]) -> None:
@@ -163,22 +248,17 @@ def refuse_ways_out(folder: Path, paths: Iterable[Path]) -> None:
     Raises:
         DataError: names the path and where it leads.
     """
-    real = os.path.realpath(folder)
     inside: dict[str, bool] = {}  # folders that were looked at; most files share theirs
-
-    def is_inside(place: str) -> bool:
-        return os.path.commonpath([real, os.path.realpath(place)]) == real
-
     for path in paths:
         text = str(path)
         parent = os.path.dirname(text)
-        try:
-            if parent not in inside:
-                inside[parent] = ".." not in path.parts and is_inside(parent)
-            safe = inside[parent] and (not os.path.islink(text) or is_inside(text))
-        except ValueError:  # a null character
-            safe = False
-        if not safe:
+        if parent not in inside:
+            inside[parent] = ".." not in path.parts and is_inside(folder, parent)
+        if (
+            "\0" in text
+            or not inside[parent]
+            or (path.is_symlink() and not is_inside(folder, path))
+        ):
             raise DataError(
                 f"Expected {text!r} to lie in {folder}, but it is or leads elsewhere. Put the file "
                 "itself there, or name the folder that has it."

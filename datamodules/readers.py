@@ -22,6 +22,7 @@ from bpn_lightning.datamodules.limits import (
 )
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.errors import DataError
+from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["ImageData", "has_class_folders", "read_class_folders", "read_npz"]
 
@@ -103,7 +104,7 @@ def read_class_folders(
         part, number = place
         path = labelled[part][number][0]
         try:
-            images[part][number] = _decode(path, *size, resize, deep)
+            images[part][number] = _decode(path, folder, *size, resize, deep)
         # A damaged file makes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error,
         # zlib.error and more.
         except Exception as error:  # noqa: BLE001
@@ -183,9 +184,15 @@ def _what_helps(missing: Path, suffixes: frozenset[str]) -> str:
 
 
 def _decode(
-    path: Path, channels: int, height: int, width: int, resize: bool, deep: list[int]
+    path: Path,
+    folder: Path,
+    channels: int,
+    height: int,
+    width: int,
+    resize: bool,
+    deep: list[int],
 ) -> Any:
-    with open_image(path) as file:
+    with open_image(path, within=folder) as file:
         image: Image.Image = file
         if "brightest" in image.info:
             deep.append(image.info["brightest"])
@@ -209,7 +216,7 @@ def read_npz(path: Path, wanted: Collection[str]) -> dict[str, Any]:
         DataError: the archive is missing or damaged, or one of these arrays is of objects.
     """
     with _readable(path):
-        file = path.open("rb")
+        file = open_untrusted(path, max_bytes=None)
     if not is_zipfile(file):  # numpy would advise to unpickle it
         file.close()
         raise DataError(
@@ -220,7 +227,8 @@ def read_npz(path: Path, wanted: Collection[str]) -> dict[str, Any]:
     try:
         with file, np.load(file, allow_pickle=False) as archive:
             read = [m for m in archive.zip.infolist() if m.filename.removesuffix(".npy") in wanted]
-            refuse_bomb(path, sum(m.compress_size for m in read), sum(m.file_size for m in read))
+            packed = file.seek(0, os.SEEK_END)  # members may share bytes, and each would count them
+            refuse_bomb(path, packed, sum(m.file_size for m in read))
             return {key: archive[key] for key in archive if key in wanted}
     except DataError:
         raise

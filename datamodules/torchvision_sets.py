@@ -18,6 +18,7 @@ from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.misplaced import elsewhere
 from bpn_lightning.datamodules.readers import ImageData, has_class_folders, read_class_folders
 from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["SplitCIFAR10", "SplitCIFAR100", "SplitFashionMNIST", "SplitMNIST"]
 
@@ -227,7 +228,7 @@ def _describe(whole: dict[Path, bool]) -> str:
 def _is_whole_idx(file: Path) -> bool:
     """Whether a file is as long as the sizes in its header say."""
     try:
-        with file.open("rb") as stream:
+        with open_untrusted(file, max_bytes=None) as stream:
             dimensions = stream.read(4)[3]
             sizes = struct.unpack(f">{dimensions}I", stream.read(4 * dimensions))
         return bool(file.stat().st_size == 4 + 4 * dimensions + prod(sizes))

@@ -15,7 +15,7 @@ ROOMS = ("strategies", "datamodules", "configs")
 # From the ground up. A file may import from lower layers, and from its own layer and room.
 LAYERS = [
     {"errors", "random_state"},
-    {"files", "folder_lock", "identity", "preparation", "tasks", "terminal"},
+    {"files", "folder_lock", "identity", "preparation", "tasks", "terminal", "untrusted"},
     {
         "backbones",
         "costs",
@@ -30,7 +30,7 @@ LAYERS = [
     {"execution", "inference"},
     {"gradients"},
     {"importance", "penalties"},
-    {"checkpoints", "network", "preemption", "processes"},
+    {"checkpoints", "network", "preemption", "processes", "rebuilding"},
     set(ROOMS),
     {
         "callback_rules",
@@ -54,6 +54,7 @@ LAYERS = [
         "earlier_runs",
         "export",
         "figures",
+        "includes",
         "loggers",
         "recording",
         "report",

@@ -28,6 +28,7 @@ from bpn_lightning.results import (
     violations,
 )
 from bpn_lightning.scores import AfterLearning, WithoutOracle
+from bpn_lightning.untrusted import read_json
 
 __all__ = [
     "CELLS",
@@ -264,8 +265,8 @@ def read_collection(path: Path) -> Collection:
     """
     path = path / CELLS if path.is_dir() else path
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
         raise ResultsError(
             f"Expected {path} to be what bpn-bench keeps of a grid, but got: {error}. "
             "Run the grid, or `bpn-bench collect`."
@@ -367,8 +368,8 @@ def _record(cell: Cell, folder: Path, probes: Sequence[str]) -> Record:
 
 def _probe(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise ResultsError(
             f"Expected {path} to be what a probe of the grid saw, but got: {error}. "
             "Remove the run's folder, so that it runs again with its probes."

@@ -30,10 +30,13 @@ from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import refuse_outside, write_atomically
 from bpn_lightning.folder_lock import FolderLock, holder
 from bpn_lightning.identity import OBSERVED, decides
+from bpn_lightning.untrusted import open_untrusted, read_json, read_text
 
 __all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start", "state"]
 
 State = Literal["finished", "failed", "open"]
+
+_TAIL = 2**16  # bytes of a log that are looked at
 
 ATTEMPTS = 3
 """How often a cell is begun whose process is killed, each time from its last checkpoint."""
@@ -254,24 +257,31 @@ class Runner:
     def _failure(self, cell: Cell, earlier: bool = False) -> Failure:
         log = cell.folder(self.root) / "log.txt"
         try:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            lines = _tail(log).strip().splitlines()
         except OSError:
             lines = []
         return Failure(cell, log, "\n".join(lines[-8:]) or "(it said nothing)", earlier)
 
 
+def _tail(log: Path) -> str:
+    """The end of a log, which may be long."""
+    with open_untrusted(log, max_bytes=None) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        return file.read().decode(errors="replace")
+
+
 def _learned_all(path: Path) -> bool:
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path)
         return not results["tasks_not_learned"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _check_same(cell: Cell, folder: Path, passed_on: Sequence[str]) -> None:
     """Results of an earlier wording of the grid, or of other flags, must not pass for this one's."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_text(folder / "config.yaml"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return  # only the results were kept
     for key, wanted in (*flag_values(passed_on), *cell.settings, *cell.variant):

@@ -8,6 +8,7 @@ from pathlib import Path
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.terminal import INTERRUPTED, plain_warnings
+from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["main"]
 
@@ -94,7 +95,7 @@ def _check_out(path: Path) -> None:
     is_page = False
     if path.is_file():
         try:
-            with path.open("rb") as file:
+            with open_untrusted(path, max_bytes=None) as file:
                 is_page = file.read(len(_PAGE)) == _PAGE
         except OSError:
             return  # which writing it will say

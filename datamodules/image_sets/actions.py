@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing, one_of
 from bpn_lightning.datamodules.limits import refuse_ways_out
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.untrusted import MAX_TEXT_BYTES, open_untrusted
 
 __all__ = ["VOCActions"]
 
@@ -143,8 +144,8 @@ class VOCActions(ImageSet):
     def _annotation(self, image: str) -> list[_Person]:
         path = self._xml(image)
         refuse_ways_out(self.folder, [path])
-        with self.reading(path):
-            return [_person(each) for each in ElementTree.parse(path).getroot().findall("object")]
+        with self.reading(path), open_untrusted(path, max_bytes=MAX_TEXT_BYTES) as file:
+            return [_person(each) for each in ElementTree.parse(file).getroot().findall("object")]
 
     def _widened(self, box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
         """Around the same middle; boxes count pixels from 1 and include the last one."""

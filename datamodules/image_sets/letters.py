@@ -10,6 +10,7 @@ import numpy as np
 
 from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing, one_of
 from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.untrusted import read_text
 
 __all__ = ["Chars74K"]
 
@@ -151,7 +152,7 @@ class Chars74K(ImageSet):
         path = next((path for path in [*places, self.folder / text] if path.is_file()), places[0])
         if path.suffix == ".m":
             with self.reading(path):
-                return path, _fields_of_text(path.read_text(encoding="utf-8"))
+                return path, _fields_of_text(read_text(path))
         return path, self.read_mat(path, _fields_of_mat)
 
 

@@ -11,8 +11,15 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat, whosmat
 
-from bpn_lightning.datamodules.limits import MOST_NAMED, open_image, refuse_bomb, refuse_ways_out
+from bpn_lightning.datamodules.limits import (
+    MOST_NAMED,
+    matlab_sizes,
+    open_image,
+    refuse_bomb,
+    refuse_ways_out,
+)
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
+from bpn_lightning.untrusted import open_untrusted, read_text
 
 __all__ = ["Counts", "Entry", "ImageSet", "Listing", "one_of"]
 
@@ -158,8 +165,9 @@ class ImageSet(ABC):
                 f"missing. {self.origin}"
             )
 
-    def open(self, entry: Entry) -> Image.Image:
-        """Decode one sample to RGB.
+    @contextmanager
+    def open(self, entry: Entry) -> Iterator[Image.Image]:
+        """Decode one sample to RGB; make it small before the block ends, as :func:`open_image` asks.
 
         Raises:
             Exception: whatever Pillow raises on a damaged file.
@@ -169,13 +177,15 @@ class ImageSet(ABC):
             if image.mode == "P":
                 image = image.convert("RGBA")
             image = image.convert("RGB")
-        if entry.box is None:
-            return image
-        left, top, right, bottom = entry.box
-        box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise ValueError(f"box {entry.box} outside of {image.width} x {image.height} pixels")
-        return image.crop(box)
+            if entry.box is not None:
+                left, top, right, bottom = entry.box
+                right, bottom = min(right, image.width), min(bottom, image.height)
+                box = (max(left, 0), max(top, 0), right, bottom)
+                if box[0] >= box[2] or box[1] >= box[3]:
+                    size = f"{image.width} x {image.height}"
+                    raise ValueError(f"box {entry.box} outside of {size} pixels")
+                image = image.crop(box)
+            yield image
 
     # ---------------------------------------------------------------------- files of lists
 
@@ -201,7 +211,7 @@ class ImageSet(ABC):
     def lines(self, path: Path) -> list[str]:
         """Lines without ends and blanks around; empty ones are left out."""
         with self.reading(path):
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            lines = read_text(path, encoding="utf-8-sig").split("\n")
         return [line.strip() for line in lines if line.strip()]
 
     def fields(self, path: Path, form: str) -> Iterator[list[str]]:
@@ -257,12 +267,15 @@ class ImageSet(ABC):
         """What ``read`` takes out of a Matlab file, broken ones and missing fields made one error."""
         with self.reading(path):
             self.refuse_large(path)
-            return read(loadmat(path, squeeze_me=True))
+            with open_untrusted(path, max_bytes=None) as file:
+                return read(loadmat(file, squeeze_me=True))
 
     def refuse_large(self, path: Path) -> None:
         """Refuse a Matlab file whose arrays are out of all proportion to it."""
-        count = sum(int(np.prod(shape, dtype=object)) for _, shape, _ in whosmat(path))
-        refuse_bomb(path, path.stat().st_size, 8 * count)
+        with open_untrusted(path, max_bytes=None) as file:
+            count = sum(int(np.prod(shape, dtype=object)) for _, shape, _ in whosmat(file))
+            packed, inflated = matlab_sizes(file)
+        refuse_bomb(path, packed, max(8 * count, inflated))
 
 
 def one_of(argument: str, value: object, known: tuple[object, ...]) -> None:

@@ -1,5 +1,7 @@
 """Street View House Numbers: digits cut out of photographs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -10,6 +12,7 @@ from PIL import Image
 from scipy.io import loadmat, whosmat
 
 from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing
+from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["SVHN"]
 
@@ -56,8 +59,9 @@ class SVHN(ImageSet):
     def _part(self, path: Path) -> list[Entry]:
         with self.reading(path):
             self.refuse_large(path)
-            shapes = {name: shape for name, shape, _ in whosmat(path)}
-            labels = loadmat(path, variable_names=["y"])["y"].reshape(-1).tolist()
+            with open_untrusted(path, max_bytes=None) as file:
+                shapes = {name: shape for name, shape, _ in whosmat(file)}
+                labels = loadmat(file, variable_names=["y"])["y"].reshape(-1).tolist()
             images = shapes["X"]
         if images[:3] != (32, 32, 3) or images[3:] not in ((len(labels),), ()):
             wanted = f"X of shape (32, 32, 3, {len(labels)}), an image for each label"
@@ -67,11 +71,13 @@ class SVHN(ImageSet):
             for place, label in enumerate(labels)
         ]
 
-    def open(self, entry: Entry) -> Image.Image:
+    @contextmanager
+    def open(self, entry: Entry) -> Iterator[Image.Image]:
         """Take one image out of the array, which is read once."""
         with self._lock:
             if entry.path not in self._arrays:
-                images = loadmat(entry.path, variable_names=["X"])["X"]
+                with open_untrusted(entry.path, max_bytes=None) as file:
+                    images = loadmat(file, variable_names=["X"])["X"]
                 # one image after the other, as they are read
                 self._arrays[entry.path] = np.ascontiguousarray(np.moveaxis(images, 3, 0))
-        return Image.fromarray(self._arrays[entry.path][entry.place])
+        yield Image.fromarray(self._arrays[entry.path][entry.place])

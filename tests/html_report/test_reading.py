@@ -161,7 +161,7 @@ def test_what_is_no_number_is_named(make_run: Make, tmp_path: Path) -> None:
     folder = make_run()
     path = folder / "results.json"
     path.write_text(path.read_text().replace('"average": 0.3', '"average": NaN'))
-    assert "accuracy_without_oracle.average is nan" in only_problem(folder).why
+    assert "NaN is no finite number of 64 bits" in only_problem(folder).why
     (folder / "accuracy_matrix.csv").write_text("after_task,task_1,task_2\n1,inf,0\n")
     assert find_runs(folder).runs == []
 

@@ -4,6 +4,8 @@ import errno
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from bpn_lightning.datamodules.image_sets import Entry
 from bpn_lightning.errors import ConfigurationError, DataError
 
 
-def decode(entry: Entry) -> Image.Image:
+@contextmanager
+def decode(entry: Entry) -> Iterator[Image.Image]:
     with Image.open(entry.path) as image:
-        return image.convert("RGB")
+        yield image.convert("RGB")
 
 
 @pytest.fixture
@@ -49,13 +52,15 @@ def test_images_are_those_of_torchvisions_resize_and_crop(entries: list[Entry]) 
     images = cached(entries).images
     assert (images.dtype, images.shape) == (torch.uint8, (4, 3, 16, 16))
     for image, entry in zip(images, entries, strict=True):
-        assert torch.equal(image, transform(decode(entry)))
+        with decode(entry) as whole:
+            assert torch.equal(image, transform(whole))
 
 
 def test_squeezed_images_are_those_of_torchvisions_resize(entries: list[Entry]) -> None:
     transform = v2.Compose([v2.Resize((16, 16)), v2.PILToTensor()])
     for image, entry in zip(cached(entries, fit="squeeze").images, entries, strict=True):
-        assert torch.equal(image, transform(decode(entry)))
+        with decode(entry) as whole:
+            assert torch.equal(image, transform(whole))
 
 
 def test_a_cache_is_built_once_and_mapped(
@@ -163,7 +168,7 @@ def test_what_a_killed_process_left_is_replaced(entries: list[Entry]) -> None:
 def build(entries: list[Entry], start: Any, answers: Any) -> None:
     decoded = []
 
-    def slowly(entry: Entry) -> Image.Image:
+    def slowly(entry: Entry) -> AbstractContextManager[Image.Image]:
         decoded.append(entry)
         time.sleep(0.1)
         return decode(entry)

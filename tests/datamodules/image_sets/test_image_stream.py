@@ -1,6 +1,7 @@
 """One image set as one task: windows, sizes, normalisation."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def test_test_images_are_those_of_torchvisions_transforms(trees: Trees) -> None:
         ]
     )
     entries = image_set.checked(expect_counts=False).test
-    wanted = torch.stack([transform(image_set.open(entry)) for entry in entries])
+    with ExitStack() as stack:
+        images = [stack.enter_context(image_set.open(entry)) for entry in entries]
+        wanted = torch.stack([transform(image) for image in images])
     torch.testing.assert_close(inputs, wanted)
     assert batch.targets.tolist() == [entry.label for entry in entries]
     assert stream.input_shape == (3, 24, 24)
@@ -59,7 +62,8 @@ def test_small_images_are_kept_small_and_grow_on_the_device(trees: Trees) -> Non
     pixels = (prepared * std + mean) * 255
     entries = image_set.checked(expect_counts=False).test
     for image, entry in zip(pixels, entries, strict=True):
-        large = image_set.open(entry).resize((64, 64), Image.Resampling.BILINEAR)
+        with image_set.open(entry) as small:
+            large = small.resize((64, 64), Image.Resampling.BILINEAR)
         wanted = torch.from_numpy(np.array(large)).permute(2, 0, 1)[:, 4:60, 4:60]
         assert (image - wanted).abs().max() < 1.01  # Pillow rounds, twice
 
