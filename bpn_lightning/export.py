@@ -31,6 +31,7 @@ from bpn_lightning.errors import (
 from bpn_lightning.files import write_atomically
 from bpn_lightning.module import ContinualModule
 from bpn_lightning.preparation import read_preparations
+from bpn_lightning.rebuilding import rebuild
 from bpn_lightning.tasks import Task, named_dtype
 from bpn_lightning.untrusted import check_untrusted, read_json
 
@@ -124,20 +125,15 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
             raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
         tensors = load_file(check_untrusted(folder / _TENSORS))
         tasks = [_task(one) for one in record["tasks"]]
-        attached = [_attachment(one, len(tasks)) for one in record["attached"]]
+        attached = [_attachment(one) for one in record["attached"]]
         last = range(-1, len(tasks))
         if not tasks or record["opened"] not in last or record["closed"] not in last:
             raise ValueError(f"opened {record['opened']!r} and closed {record['closed']!r}")
         state = _put_back(record["state"], tensors)
-        sizes = [record["num_classes"], *record["input_shape"]]
-        if not all(type(size) is int and 0 < size < 2**24 for size in sizes):
-            raise ValueError(f"sizes {sizes}")
         module = ContinualModule(backbone, mask=record["mask"])
-        dtype = named_dtype(record["input_dtype"])
-        module._build(tasks, record["num_classes"], tuple(record["input_shape"]), dtype)
+        shape, dtype = tuple(record["input_shape"]), named_dtype(record["input_dtype"])
+        rebuild(module, tasks, record["num_classes"], shape, dtype, attached, state)
         module._check_preparation(read_preparations(record["preparation"], len(tasks)))
-        for kind, *arguments in attached:
-            getattr(module, f"attach_{kind}")(*arguments)
         module.opened, module.closed = record["opened"], record["closed"]
         module.load_state_dict(state)
         module._switch(max(module.opened, 0))
@@ -164,7 +160,7 @@ def _task(record: Mapping[str, Any]) -> Task:
     return Task(int(task.id), task.columns, names, int(task.epochs))
 
 
-def _attachment(record: list[Any], num_tasks: int) -> list[Any]:
+def _attachment(record: list[Any]) -> list[Any]:
     kind, *arguments = record
     types = _ATTACHED[kind]
     sizes = [value for value in arguments if isinstance(value, int)]
@@ -184,9 +180,10 @@ def _set_aside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The state again; a tensor stands in one place of it, so that it is no larger than its file."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return tensors[value["tensor"]]
+        return tensors.pop(value["tensor"])
     return {key: _put_back(part, tensors) for key, part in value["items"]}

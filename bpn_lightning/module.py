@@ -30,6 +30,7 @@ from bpn_lightning.prediction import check_predictable, predict, raw_inputs
 from bpn_lightning.preparation import read_preparations
 from bpn_lightning.processes import check_processes
 from bpn_lightning.random_state import random_state, restore_random_state
+from bpn_lightning.rebuilding import rebuild
 from bpn_lightning.settling import Unsettled
 from bpn_lightning.steps import ContinualSteps, sgd
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -831,11 +832,10 @@ class ContinualModule(ContinualSteps):
                 f"after {done} of its {needed} batches, whose gradients are in no checkpoint. Resume "
                 "another one; bpn-fit takes them after updates only."
             )
-        dtype = named_dtype(saved["input_dtype"])
-        self._build(tasks, saved["num_classes"], tuple(saved["input_shape"]), dtype)
+        shape, dtype = tuple(saved["input_shape"]), named_dtype(saved["input_dtype"])
+        state = checkpoint["state_dict"]
+        rebuild(self, tasks, saved["num_classes"], shape, dtype, saved["attached"], state)
         self._check_preparation(read_preparations(saved["preparation"], len(tasks)))
-        for kind, *arguments in saved["attached"]:
-            getattr(self, f"attach_{kind}")(*arguments)
         self.opened, self.closed = saved["opened"], saved["closed"]
         self._done = list(saved["done"])
         self._training_weights = dict(saved["training_weights"])

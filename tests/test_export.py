@@ -5,7 +5,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -130,7 +130,11 @@ def test_what_is_in_the_files_is_never_run(exported: Path, tmp_path: Path) -> No
             {"attached": [["bias_units", "head", 10**9]]},
             "ValueError: bias_units of ['head', 1000000000].",
         ),
-        ({"num_classes": 10**12}, "ValueError: sizes [1000000000000, 1, 8, 8]."),
+        (
+            {"input_shape": [0]},
+            "Expected a number of classes and an input of at most 16,777,216 numbers, but got 4 and (0,). "
+            + "The file is damaged or made up.",
+        ),
         ({"opened": 7}, "ValueError: opened 7 and closed 1."),
         (
             {"mask": "tusk"},
@@ -142,6 +146,58 @@ def test_a_record_that_is_wrong(change: dict[str, Any], said: str, exported: Pat
     path = exported / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert refused(exported) == said
+
+
+TASK = {"id": 0, "columns": [0, 2], "class_names": ["0", "1"], "epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_classes": 2**20}, "Expected a head to be within"),
+        ({"num_classes": 10**12}, "Expected a head to be within"),
+        ({"input_shape": [2**12, 2**12, 2**12]}, "an input of at most 16,777,216 numbers"),
+        ({"input_shape": [1, 2**11, 2**11]}, "not equal to in_features from self.weight: 64"),
+        ({"tasks": [TASK] * 40}, "Expected an accuracy matrix to be within"),
+        ({"attached": [["bias_units", "head", 2**11]]}, "Expected bias_units of ['head', 2048]"),
+        ({"attached": [["bias_units", "backbone.1", 2**19]]}, "Expected bias_units of"),
+    ],
+)
+def test_nothing_larger_than_the_tensors_is_made(
+    change: dict[str, Any], said: str, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that are small one by one, and large together."""
+    path = exported / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    held = (exported / "model.safetensors").stat().st_size
+    for name in ("zeros", "empty", "ones"):
+        make = getattr(torch, name)
+
+        def counted(*size: Any, make: Any = make, **options: Any) -> Tensor:
+            assert make(*size, **(options | {"device": "meta"})).nbytes <= max(4 * 2**24, held)
+            return cast(Tensor, make(*size, **options))
+
+        monkeypatch.setattr(torch, name, counted)
+    assert said in refused(exported)
+
+
+def test_a_tensor_stands_in_one_place(exported: Path) -> None:
+    path = exported / "model.json"
+    record = json.loads(path.read_text())
+    record["state"]["items"].append(["again", {"tensor": "head.weight"}])
+    path.write_text(json.dumps(record))
+    assert refused(exported) == "KeyError: 'head.weight'."
+
+
+def test_a_checkpoint_makes_nothing_larger_than_its_tensors(fit: Fit, tmp_path: Path) -> None:
+    _, trainer = fit([BeneficialPerturbation(rank=4)])
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    for key, value in (("num_classes", 2**20), ("attached", [["bias_units", "head", 2**20]])):
+        changed = {**saved, "continual": {**saved["continual"], key: value}}
+        torch.save(changed, tmp_path / "y.ckpt")
+        with pytest.raises(CheckpointError, match="bytes of all tensors in the file"):
+            ContinualModule.load_from_checkpoint(tmp_path / "y.ckpt", backbone=MLP([16, 16]))
 
 
 def test_what_does_not_belong_together(exported: Path, tmp_path: Path) -> None:
