@@ -75,6 +75,10 @@ SCHEMA_VERSION = 2
 """Goes up when a key of results.json is renamed, removed or changes its meaning."""
 
 
+MAX_TASKS = 2000
+"""Of a table that is read; a row for each moment makes it 4,000,000 accuracies."""
+
+
 class Accuracy(TypedDict):
     """Accuracies after the last task learned, where the task id is given (the task oracle)."""
 
@@ -370,18 +374,22 @@ def read_matrix_rows(path: Path) -> list[list[float]]:
     if tasks < 1 or header != _header(tasks):
         raise ResultsError(
             f"Expected {path} to begin with after_task,task_1,task_2,..., but got "
-            f"{','.join(header)!r}."
+            f"{','.join(header)[:80]!r}."
+        )
+    if tasks > MAX_TASKS:
+        raise ResultsError(
+            f"Expected {path} to have at most {MAX_TASKS:,} tasks, but got {tasks:,}. Remove the run."
         )
     matrix = [[math.nan] * tasks for _ in range(tasks + 1)]
     for line, row in enumerate(table[1:], start=2):
         try:
             moment, *accuracies = (float(cell) if cell else math.nan for cell in row)
             if moment not in range(tasks + 1) or len(accuracies) != tasks:
-                raise ValueError(f"{','.join(row)!r}")
+                raise ValueError(f"{','.join(row)[:80]!r}")
         except ValueError as error:
             raise ResultsError(
                 f"Expected line {line} of {path} to hold a moment from 0 to {tasks} and {tasks} "
-                f"accuracies, but got: {error}."
+                f"accuracies, but got: {str(error)[:200]}."
             ) from error
         matrix[int(moment)] = accuracies
     return matrix

@@ -7,8 +7,7 @@ no picture and no name of a machine is in it, so it can be committed.
 
 import json
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -20,10 +19,11 @@ from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.identity import defining, differences
 from bpn_lightning.results import (
+    MAX_TASKS,
     Accuracy,
     BytesHeld,
     BytesPerTask,
-    read_matrix_csv,
+    read_matrix_rows,
     read_results,
     violations,
 )
@@ -32,10 +32,13 @@ from bpn_lightning.untrusted import read_json
 
 __all__ = [
     "CELLS",
+    "MAX_COUNT",
     "Collection",
     "Record",
     "check_kept",
+    "check_values",
     "collect",
+    "is_between",
     "read_collection",
     "write_collection",
 ]
@@ -46,6 +49,25 @@ SCHEMA_VERSION = 1
 """Goes up when a key of cells.json is renamed, removed or changes its meaning."""
 
 _DECIMALS = 5  # of an accuracy: a hundredth of what one image of a test set makes
+
+
+MAX_COUNT = 10**15
+"""Of bytes, seconds and epochs."""
+
+_ROUNDING = 1e-6  # of an accuracy that is a sum
+
+# What comparisons count with.
+_NUMBERS = (
+    *(("accuracy", key) for key in ("average", "first_task", "forgetting", "bwt")),
+    *(("accuracy_without_oracle", key) for key in ("average", "first_task")),
+    ("accuracy_after_learning", "average"),
+    ("bytes_per_task", "measured"),
+    ("bytes_held", "inference"),
+    ("provenance", "seconds"),
+)
+
+MAX_NAME = 1000
+"""Characters of an experiment and of a method."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,7 @@ class Collection:
         not_run: entries without runs, by intention.
         missing: names of runs that are not finished.
         records: the finished runs, in the order of the grid.
+        left_out: why other finished runs are not among them, a sentence each.
     """
 
     name: str
@@ -110,6 +133,7 @@ class Collection:
     not_run: tuple[NotRun, ...]
     missing: tuple[str, ...]
     records: tuple[Record, ...]
+    left_out: tuple[str, ...] = ()
 
     def places(self) -> list[str]:
         """Experiments, with their labels, in order."""
@@ -140,7 +164,7 @@ def collect(grid: Grid, root: Path) -> Collection:
         ResultsError: a folder holds another run than the grid's, or seeds of a cell differ in more than
             their seed.
     """
-    records = {}
+    records, left_out = {}, []
     finished = [cell for cell in grid.cells if state(cell, root) == "finished"]
     _check_one_setting(finished, root)
     for cell in grid.cells:
@@ -150,8 +174,8 @@ def collect(grid: Grid, root: Path) -> Collection:
                 maps_too = cell.seed == grid.cells[0].seed
                 probes = [name for name in cell.probes if name != "regions" or maps_too]
                 records[cell.name] = _record(cell, cell.folder(root), probes)
-            except ResultsError as error:  # of an earlier release, perhaps; the others still count
-                print(f"bpn-bench: {cell.name} is left out. {error}", file=sys.stderr)
+            except (ResultsError, ValueError) as error:  # of an earlier release, perhaps
+                left_out.append(f"{cell.name} is left out. {error}")
     return Collection(
         name=grid.name,
         title=grid.title,
@@ -161,6 +185,7 @@ def collect(grid: Grid, root: Path) -> Collection:
         not_run=grid.not_run,
         missing=tuple(cell.name for cell in grid.cells if cell.name not in records),
         records=tuple(records.values()),
+        left_out=tuple(left_out),
     )
 
 
@@ -258,7 +283,7 @@ def write_collection(collection: Collection, folder: Path) -> Path:
 
 
 def read_collection(path: Path) -> Collection:
-    """Read a cells.json, or the one of a folder.
+    """Read a cells.json, or the one of a folder; a run in it that is damaged is left out.
 
     Raises:
         ResultsError: it is missing, no JSON, of another version, or lacks a key.
@@ -281,6 +306,14 @@ def read_collection(path: Path) -> Collection:
         raise ResultsError(
             f"Expected {key} of {path} to be {rule}, but got {value}. Collect the runs again."
         )
+    records, left_out = [], []
+    for number, cell in enumerate(found["cells"], start=1):
+        try:
+            records.append(_read_record(cell))
+        # One that somebody made up can lead to anything, and the others count all the same.
+        except Exception as error:  # noqa: BLE001
+            why = f"{type(error).__name__}: {error!s:.200}"
+            left_out.append(f"Run {number} of {path} is left out: it is damaged or made up. {why}.")
     try:
         grid = found["grid"]
         return Collection(
@@ -294,7 +327,8 @@ def read_collection(path: Path) -> Collection:
                 for one in found["not_run"]
             ),
             missing=tuple(found["missing"]),
-            records=tuple(Record(**cell) for cell in found["cells"]),
+            records=tuple(records),
+            left_out=tuple(left_out),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ResultsError(
@@ -340,12 +374,71 @@ class _Kept(TypedDict):
     grid: _KeptGrid
     not_run: list[dict[str, Any]]
     missing: list[str]
-    cells: list[_KeptCell]
+    cells: list[Any]
+
+
+def _read_record(cell: Any) -> Record:
+    for key, rule, value in violations(cell, _KeptCell, ""):
+        raise ValueError(f"{key} is not {rule}, but {value}")
+    return _checked(Record(**cell))
+
+
+def _checked(record: Record) -> Record:
+    """The record, whose parts fit each other and can be counted with; else a ValueError."""
+    tasks = len(record.matrix)
+    if not 0 < tasks <= MAX_TASKS or any(
+        len(row) != task for task, row in enumerate(record.matrix, start=1)
+    ):
+        raise ValueError("its matrix is no triangle")
+    if any(not 0 < epochs <= MAX_COUNT for epochs in record.results["epochs"]):
+        raise ValueError("it has other epochs than whole numbers from 1 on")
+    for point in record.curve:
+        if point["task"] not in range(tasks) or not is_between(point["epoch"], 0, MAX_COUNT):
+            raise ValueError(f"its curve has a point of epoch {point['epoch']!r:.80}")
+    accuracies = [*record.matrix, *(point["accuracy"] for point in record.curve)]
+    check_values(record.at, accuracies, (record.experiment, record.method))
+    return record
+
+
+def check_values(
+    at: Callable[..., Any], accuracies: Iterable[Iterable[Any]], names: Iterable[str]
+) -> None:
+    """Refuse what no run can give, and no mean can be taken of.
+
+    Args:
+        at: a value of the results by its keys.
+        accuracies: of the matrix and the curve; None where not measured.
+        names: of the experiment and the method.
+
+    Raises:
+        ValueError: says what there is.
+    """
+    for keys in _NUMBERS:
+        value, accuracy = at(*keys), keys[0].startswith("accuracy")
+        low, high = (-1, 1) if accuracy else (0, MAX_COUNT)
+        if not is_between(value, low, high):
+            raise ValueError(f"{'.'.join(keys)} is {value!r:.80}")
+    for value in (value for row in accuracies for value in row):
+        if not is_between(value, 0, 1):
+            raise ValueError(f"an accuracy is {value!r:.80}")
+    for name in names:
+        if len(name) > MAX_NAME:
+            raise ValueError(f"a name has {len(name):,} characters")
+
+
+def is_between(value: Any, low: float, high: float) -> bool:
+    """Whether a value is a number in a range, or was not measured; sums of accuracies are rounded."""
+    if value is None:
+        return True
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and low - _ROUNDING <= value <= high + _ROUNDING
 
 
 def _record(cell: Cell, folder: Path, probes: Sequence[str]) -> Record:
     results = cast(dict[str, Any], read_results(folder))
-    matrix = read_matrix_csv(folder).tolist()
+    matrix = [
+        [None if math.isnan(value) else value for value in row] for row in read_matrix_rows(folder)
+    ]
     curve = results["extra"].get("curve") or []
     provenance = results["provenance"]
     host = {key: value for key, value in provenance["host"].items() if key != "name"}
@@ -353,7 +446,7 @@ def _record(cell: Cell, folder: Path, probes: Sequence[str]) -> Record:
     kept["classes"] = [len(task["classes"]) for task in results["tasks"]]
     kept["epochs"] = [task["epochs"] for task in results["tasks"]]
     kept["provenance"] = {**provenance, "host": host}
-    return Record(
+    record = Record(
         experiment=cell.experiment,
         method=cell.method,
         seed=cell.seed,
@@ -364,6 +457,7 @@ def _record(cell: Cell, folder: Path, probes: Sequence[str]) -> Record:
         curve=list(curve),
         probes={name: _probe(folder / f"{name}.json") for name in probes},
     )
+    return _checked(record)
 
 
 def _probe(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """The report of a grid, made of its cells.json alone, and docs/results.md, made of several."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def write_report(collection: Collection, folder: Path) -> list[Artefact]:
     Raises:
         ResultsError: a file cannot be written; those written before are whole.
     """
+    for why in collection.left_out:
+        print(f"bpn-bench: {why}", file=sys.stderr)
     artefacts = make(collection)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,7 @@ def _section(collection: Collection, artefacts: Sequence[Artefact], folder: str)
         names = "; ".join(collection.missing[:6])
         more = "; ..." if len(collection.missing) > 6 else ""
         parts.append(f"{len(collection.missing)} of {total} runs are missing: {names}{more}.")
+    parts += [f"Left out: {why}" for why in collection.left_out]
     for one in collection.not_run:
         parts.append(f"Not run: {one.experiment}. {one.reason}")
     parts += [artefact.markdown(f"{folder}{artefact.name}.png") for artefact in artefacts]

@@ -8,13 +8,22 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
-from bpn_lightning.bench.collection import CELLS, Collection, Record, read_collection
+from bpn_lightning.bench.collection import (
+    CELLS,
+    MAX_COUNT,
+    Collection,
+    Record,
+    check_values,
+    is_between,
+    read_collection,
+)
 from bpn_lightning.bench.grid import Cell, short
 from bpn_lightning.command import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.html_report.labels import setting_labels
 from bpn_lightning.identity import OBSERVED, decides
-from bpn_lightning.results import read_matrix_rows, read_results
+from bpn_lightning.results import MAX_TASKS, read_matrix_rows, read_results
+from bpn_lightning.untrusted import is_inside
 
 __all__ = ["Curve", "Found", "Problem", "Run", "find_runs"]
 
@@ -26,15 +35,13 @@ _BEGUN = ("config.yaml", "checkpoints", "failed.json")
 # Folders without runs, some of which have a config.yaml of their own.
 _SKIPPED = ("checkpoints", "figures", "lightning_logs", "mlruns", "wandb")
 
-# What a comparison counts with; the schema of results.json holds for it, cells.json has none.
-_NUMBERS = (
-    *(("accuracy", key) for key in ("average", "first_task", "forgetting", "bwt")),
-    *(("accuracy_without_oracle", key) for key in ("average", "first_task")),
-    ("accuracy_after_learning", "average"),
-    ("bytes_per_task", "measured"),
-    ("bytes_held", "inference"),
-    ("provenance", "seconds"),
-)
+_READ = ("results.json", "config.yaml", "accuracy_matrix.csv")
+
+MAX_FOLDERS = 100_000
+"""Folders that are looked at for runs."""
+
+MAX_DEPTH = 32
+"""How deep they may lie."""
 
 _STREAM_SEED = "data.init_args.seed"
 
@@ -165,11 +172,16 @@ def find_runs(folder: Path) -> Found:
     folders = [path for path in candidates if path.name != CELLS]
     for path in folders:
         where = path.relative_to(folder).as_posix()
-        if (path / "results.json").exists():
+        if os.path.lexists(path / "results.json"):
             try:
+                _refuse_outside(path, folder)
                 runs.append(_of_folder(path, folder, problems))
             except ResultsError as error:
                 problems.append(Problem(where, "unreadable", str(error)))
+            # One that somebody made up can lead to anything, and the others count all the same.
+            except Exception as error:  # noqa: BLE001
+                why = f"It is damaged or made up: {type(error).__name__}: {error!s:.200}."
+                problems.append(Problem(where, "unreadable", why))
         elif not any(path in other.parents for other in folders):  # else it is above runs
             problems.append(_not_finished(path, where))
     collections = []
@@ -181,8 +193,10 @@ def find_runs(folder: Path) -> Found:
                 where = path.relative_to(folder).as_posix()
                 problems.append(Problem(where, "unreadable", str(error)))
                 continue
+            where = path.relative_to(folder).as_posix()
+            problems += [Problem(where, "unreadable", why) for why in collections[-1].left_out]
             names = {run.name for run in runs}
-            runs += _of_collection(collections[-1], path, folder, set(folders), problems)
+            runs += _of_collection(collections[-1], path, folder, set(folders))
             problems += _not_run(collections[-1], names)
     if not runs and not problems:
         raise ResultsError(
@@ -202,20 +216,39 @@ def find_runs(folder: Path) -> Found:
 
 
 def _candidates(folder: Path, problems: list[Problem]) -> Iterator[Path]:
-    """Folders of runs and files of collections, in order; links are followed, each folder once."""
+    """Folders of runs and files of collections, in order.
+
+    Links are followed to what lies in the folder too, each place once.
+    """
+
+    def not_shown(path: Path, why: str, state: str = "not shown") -> None:
+        problems.append(Problem(path.relative_to(folder).as_posix(), state, why))
 
     def unreadable(error: OSError) -> None:
-        where = Path(error.filename).relative_to(folder).as_posix()
-        problems.append(Problem(where, "unreadable", f"Its files cannot be listed: {error}."))
+        not_shown(
+            Path(error.filename), f"Its files cannot be listed: {error.strerror}.", "unreadable"
+        )
 
-    visited = set()
+    root = folder.resolve()
+    visited: set[Path] = set()
     for here, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         path = Path(here)
         place = path.resolve()
         if place in visited:
             folders.clear()
             continue
+        if not place.is_relative_to(root):
+            not_shown(path, f"It is a link that leads out of the folder, to {place}. Name {place}.")
+            folders.clear()
+            continue
+        if len(visited) == MAX_FOLDERS:
+            why = f"More than {MAX_FOLDERS:,} folders lie here. Name one that is further down."
+            not_shown(folder, f"{why} The first that was left out is {path.relative_to(folder)}.")
+            return
         visited.add(place)
+        if len(path.relative_to(folder).parts) == MAX_DEPTH and folders:
+            not_shown(path, f"Its folders lie more than {MAX_DEPTH} deep. Name one further down.")
+            folders.clear()
         if CELLS in files:
             yield path / CELLS
         if "results.json" in files:
@@ -226,13 +259,24 @@ def _candidates(folder: Path, problems: list[Problem]) -> Iterator[Path]:
         folders[:] = sorted(f for f in folders if f not in _SKIPPED and not f.startswith("."))
 
 
+def _refuse_outside(run: Path, root: Path) -> None:
+    """Refuse a run whose files lie elsewhere than where it was looked for."""
+    for name in _READ:
+        if not is_inside(root, run / name):
+            raise ResultsError(
+                f"Expected {run / name} to lie in {root}, but it is a link to elsewhere. Put the file "
+                "itself there."
+            )
+
+
 def _of_folder(folder: Path, root: Path, problems: list[Problem]) -> Run:
     results = cast(dict[str, Any], read_results(folder))
     where = folder.relative_to(root).as_posix()
     tasks = results["tasks"]
-    if not tasks:
+    if not 0 < len(tasks) <= MAX_TASKS:
         raise ResultsError(
-            f"Expected {folder}/results.json to be of a stream of tasks, but got none."
+            f"Expected {folder}/results.json to be of a stream of tasks, {MAX_TASKS:,} at most, but got "
+            f"{len(tasks) or 'none'}."
         )
     try:
         matrix = [[_known(value) for value in row] for row in read_matrix_rows(folder)]
@@ -268,47 +312,29 @@ def _of_folder(folder: Path, root: Path, problems: list[Problem]) -> Run:
         settings=settings,
     )
     try:
-        _check_numbers(run)
-    except ValueError as error:  # NaN, which Python's JSON knows and the schema does not exclude
+        check_values(run.at, [*run.matrix, *run.curve.accuracy], (run.place, run.method))
+    except ValueError as error:
         raise ResultsError(
-            f"Expected {folder}/results.json to hold numbers, but {error}."
+            f"Expected {folder}/results.json to hold what a run can give, but {error}."
         ) from error
     return run
 
 
-def _check_numbers(run: Run) -> None:
-    """Raise ValueError where something else stands."""
-    for keys in _NUMBERS:
-        value = run.at(*keys)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise ValueError(f"{'.'.join(keys)} is {value!r:.80}")
-    for value in (value for row in [*run.matrix, *run.curve.accuracy] for value in row):
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise ValueError(f"an accuracy is {value!r:.80}")
-
-
 def _of_collection(
-    collection: Collection, path: Path, root: Path, folders: set[Path], problems: list[Problem]
+    collection: Collection, path: Path, root: Path, folders: set[Path]
 ) -> Iterator[Run]:
     """Those of its runs that have no folder here; a grid's `report` lies beside its runs."""
     home = path.parent
     beside = home.parent if home.name == "report" and home != root else home
     for record in collection.records:
-        try:
-            variant = tuple(record.variant.items())
-            cell = Cell("", record.experiment, record.method, record.seed, record.label, variant)
-            if cell.folder(beside) not in folders:
-                yield _of_record(record, home, root)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            name = f"{record.experiment}, {record.method}, seed {record.seed}"
-            why = f"{name} lacks something or is damaged: {error!r}."
-            problems.append(Problem(path.relative_to(root).as_posix(), "unreadable", why))
+        variant = tuple(record.variant.items())
+        cell = Cell("", record.experiment, record.method, record.seed, record.label, variant)
+        if cell.folder(beside) not in folders:
+            yield _of_record(record, home, root)
 
 
 def _of_record(record: Record, home: Path, root: Path) -> Run:
     tasks = len(record.matrix)
-    if not isinstance(record.seed, int) or any(len(row) > tasks for row in record.matrix):
-        raise ValueError("its seed is no number, or its matrix no triangle")
     epochs = record.results.get("epochs") or [1] * tasks
     matrix: list[Row] = [[None] * tasks]
     matrix += [[*row, *[None] * (tasks - len(row))] for row in record.matrix]
@@ -325,7 +351,6 @@ def _of_record(record: Record, home: Path, root: Path) -> Run:
         curve=_curve(record.curve, matrix, epochs),
         settings=None,
     )
-    _check_numbers(run)
     return run
 
 
@@ -467,6 +492,9 @@ def _curve(points: Any, matrix: Sequence[Row], epochs: Sequence[int]) -> Curve:
         ]
         if any(len(row) != tasks for row in rows):
             raise ValueError(f"an entry has no accuracy for each of the {tasks} tasks")
+        wrong = [point["task"] for point in points if point["task"] not in range(tasks)]
+        if wrong or not all(is_between(x, 0, MAX_COUNT) for x in at):
+            raise ValueError(f"an entry is of task {wrong[0]!r:.80}" if wrong else "of no epoch")
         begun = range(1 + max(point["task"] for point in points))
         starts = [
             max((x for x, p in zip(at, points, strict=True) if p["task"] < task), default=0.0)

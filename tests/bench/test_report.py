@@ -167,6 +167,37 @@ def test_a_broken_cells_json_is_named(tmp_path: Path, text: str, message: str) -
         read_collection(tmp_path)
 
 
+def test_a_bad_run_leaves_the_others(
+    tmp_path: Path, two: list[Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_collection(collection(two), tmp_path)
+    found = json.loads(path.read_text())
+    found["cells"][1]["results"]["accuracy"]["average"] = 1e300
+    path.write_text(json.dumps(found))
+    read = read_collection(path)
+    kept = [(record.method, record.seed) for record in read.records]
+    assert kept == [("ewc", 0), ("bd+ewc", 0), ("bd+ewc", 1)]
+    (why,) = read.left_out
+    assert why == (
+        f"Run 2 of {path} is left out: it is damaged or made up. ValueError: accuracy.average is 1e+300."
+    )
+    write_report(read, tmp_path)
+    assert why in (tmp_path / "report.md").read_text()
+    assert why in capsys.readouterr().err
+
+
+def test_a_bad_folder_leaves_the_others(
+    tmp_path: Path, write_grid: Callable[..., str], stand_in: list[str]
+) -> None:
+    grid = read_grid(write_grid())
+    Runner(tmp_path / "runs", command=stand_in).run(grid.cells)
+    path = grid.cells[0].folder(tmp_path / "runs") / "results.json"
+    path.write_text(path.read_text().replace('"average": 0.6', '"average": 6e200'))
+    found = collect(grid, tmp_path / "runs")
+    assert len(found.records) == 3
+    assert found.left_out == (f"{grid.cells[0].name} is left out. accuracy.average is 6e+200",)
+
+
 def test_the_accuracy_table_has_means_over_seeds(two: list[Record]) -> None:
     (artefact,) = accuracy.accuracy(collection(two))
     ewc, bd = artefact.table.rows

@@ -10,7 +10,9 @@ import pytest
 
 from bpn_lightning.bench.collection import CELLS, Collection, Record, write_collection
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.html_report import reading
 from bpn_lightning.html_report.comparison import compare
+from bpn_lightning.html_report.page import render
 from bpn_lightning.html_report.reading import Curve, Problem, find_runs
 
 Make = Callable[..., Path]
@@ -114,12 +116,64 @@ def test_a_run_that_lacks_a_part_is_shown_and_named(
 
 
 def test_links_are_followed_once(make_run: Make, tmp_path: Path) -> None:
-    folder = make_run(root="elsewhere")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "disk").symlink_to(tmp_path / "elsewhere")
+    folder = make_run()
     (tmp_path / "runs" / "again").symlink_to(folder)
     (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
-    assert [run.source for run in find_runs(tmp_path / "runs").runs] == ["again"]
+    (tmp_path / "link").symlink_to(tmp_path / "runs")  # the root itself may be one
+    for root in ("runs", "link"):
+        assert [run.source for run in find_runs(tmp_path / root).runs] == ["again"]
+
+
+def test_links_out_of_the_folder_are_named_and_not_followed(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One to `/` would walk the whole disk."""
+    make_run()
+    outside = make_run(root="elsewhere")
+    (tmp_path / "runs" / "disk").symlink_to("/")
+    (tmp_path / "runs" / "other").symlink_to(outside)
+    listed = []
+    scandir = os.scandir
+
+    def watch(path: str) -> object:
+        listed.append(Path(path).resolve())
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", watch)
+    found = find_runs(tmp_path / "runs")
+    assert len(found.runs) == 1
+    said = {problem.where: problem.why for problem in found.problems}
+    assert said.keys() == {"disk", "other"}
+    assert said["other"] == (
+        f"It is a link that leads out of the folder, to {outside}. Name {outside}."
+    )
+    below = [path for path in listed if not path.is_relative_to(tmp_path / "runs")]
+    assert set(below) <= {Path("/"), outside}  # looked at, and gone no further
+
+
+def test_a_file_of_a_run_that_is_a_link_to_elsewhere(make_run: Make, tmp_path: Path) -> None:
+    folder = make_run()
+    (folder / "config.yaml").unlink()
+    (folder / "config.yaml").symlink_to("/etc/passwd")
+    assert "it is a link to elsewhere" in only_problem(tmp_path / "runs").why
+
+
+def test_the_walk_is_bounded(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("a")
+    for number in range(20):
+        (tmp_path / "runs" / "z" / str(number)).mkdir(parents=True)
+    monkeypatch.setattr(reading, "MAX_FOLDERS", 6)
+    found = find_runs(tmp_path / "runs")
+    assert [run.method for run in found.runs] == ["a"]
+    (problem,) = found.problems
+    assert problem.why.startswith("More than 6 folders lie here. Name one that is further down.")
+    monkeypatch.setattr(reading, "MAX_FOLDERS", 100)
+    monkeypatch.setattr(reading, "MAX_DEPTH", 1)
+    found = find_runs(tmp_path / "runs")
+    assert found.runs == []
+    assert {problem.where for problem in found.problems} == {"digits_inc", "z"}
 
 
 def test_a_folder_that_cannot_be_listed_is_named(
@@ -166,7 +220,73 @@ def test_what_is_no_number_is_named(make_run: Make, tmp_path: Path) -> None:
     assert find_runs(folder).runs == []
 
 
-@pytest.mark.parametrize("curve", [[1], [{"epoch": 1}], [{"epoch": 1, "task": 0, "accuracy": [1]}]])
+def with_tasks(count: int) -> dict[str, Any]:
+    return {"tasks": [{"id": k, "classes": ["a"], "epochs": 1} for k in range(count)]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("accuracy.average", "9" * 400, "is no finite number of 64 bits"),
+        ("accuracy.average", "1e400", "is no finite number of 64 bits"),
+        ("accuracy.average", "Infinity", "is no finite number of 64 bits"),
+        ("accuracy.average", "1e308", "accuracy.average is 1e+308"),
+        ("accuracy.forgetting", "-7", "accuracy.forgetting is -7"),
+        ("accuracy_without_oracle.average", "NaN", "is no finite number of 64 bits"),
+        ("provenance.seconds", "1e300", "provenance.seconds is 1e+300"),
+        ("bytes_held.inference", "-1", "bytes_held.inference is -1"),
+        ("tasks", json.dumps(with_tasks(2001)["tasks"]), "2,000 at most, but got 2001"),
+        ("experiment", json.dumps("x" * 10**6), "a name has 1,000,"),
+        ("tasks_learned", "[5, 6, 7, 8]", "made up: IndexError"),
+    ],
+)
+def test_a_bad_run_leaves_the_others(
+    make_run: Make, tmp_path: Path, key: str, value: str, why: str
+) -> None:
+    """Left out with its reason; and the page of the others is the one without it."""
+    for seed in range(3):
+        make_run(seed=seed)
+    runs = tmp_path / "runs"
+    alone = find_runs(runs)
+    folder = make_run("psp")
+    part = whole = json.loads((folder / "results.json").read_text())
+    *way, last = key.split(".")
+    for name in way:
+        part = part[name]
+    part[last] = "HERE"
+    (folder / "results.json").write_text(json.dumps(whole).replace('"HERE"', value))
+    if last == "tasks_learned":
+        (folder / "accuracy_matrix.csv").unlink()
+    found = find_runs(runs)
+    (problem, *_) = (one for one in found.problems if one.state == "unreadable")
+    assert (problem.where, why in problem.why) == ("digits_inc/psp/seed_0", True)
+    assert len(problem.why) < 500
+    assert found.runs == alone.runs
+    page = render(found, compare(found.runs, [], None), "0")
+    assert why.encode() in page
+
+
+def test_a_run_whose_matrix_is_missing_or_huge(make_run: Make) -> None:
+    folder = make_run(**with_tasks(99))
+    (folder / "accuracy_matrix.csv").unlink()
+    found = find_runs(folder)
+    assert render(found, compare(found.runs, [], None), "0")
+    columns = ",".join(f"task_{task + 1}" for task in range(200_000))
+    (folder / "accuracy_matrix.csv").write_text(f"after_task,{columns}\n")
+    found = find_runs(folder)
+    assert "to have at most 2,000 tasks, but got 200,000" in found.problems[0].why
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        [1],
+        [{"epoch": 1}],
+        [{"epoch": 1, "task": 0, "accuracy": [1]}],
+        [{"epoch": 1, "task": 10**9, "accuracy": [1, 1]}],
+        [{"epoch": 1e300, "task": 0, "accuracy": [1, 1]}],
+    ],
+)
 def test_a_curve_that_cannot_be_read_is_not_the_end(make_run: Make, curve: object) -> None:
     folder = make_run(extra={"curve": curve})
     assert "extra.curve" in only_problem(folder).why
@@ -261,6 +381,12 @@ def test_a_damaged_collection_is_named(tmp_path: Path) -> None:
         found["cells"][0][key] = value
         (tmp_path / CELLS).write_text(json.dumps(found))
         assert only_problem(tmp_path).state == "unreadable"
+    grid(tmp_path, 0, 1)
+    found = json.loads((tmp_path / CELLS).read_text())
+    found["cells"][0]["curve"] = [{"epoch": 1, "task": 10**9, "accuracy": []}]
+    (tmp_path / CELLS).write_text(json.dumps(found))
+    assert [run.seed for run in find_runs(tmp_path).runs] == [1]
+    assert "Run 1 of" in find_runs(tmp_path).problems[0].why
     (tmp_path / CELLS).write_text("{}")
     assert only_problem(tmp_path).state == "unreadable"
 
