@@ -13,6 +13,7 @@ below ``strategies.Replay``.
 """
 
 import argparse
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,6 +25,7 @@ import yaml
 from bpn_lightning import registry
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
+from bpn_lightning.terminal import is_utf8
 from bpn_lightning.trust import (
     FLAGS,
     Named,
@@ -160,6 +162,12 @@ def read_command(argv: Sequence[str]) -> Command:
     if method_layer is not None:
         layers.insert(first, method_layer)
 
+    for where, values in [(FLAGS, list(argv)), *((layer.name, layer.content) for layer in layers)]:
+        if not is_utf8(json.dumps(values, ensure_ascii=False, default=str, skipkeys=True)):
+            raise ConfigurationError(
+                f"Expected {where} to be text in UTF-8, which config.yaml is written in, but got other "
+                "bytes. Rename the folder or the file that it names."
+            )
     plugins = _named_plugins(layers, rest)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
     refuse_never(by_files + typed)

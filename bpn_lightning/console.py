@@ -17,6 +17,7 @@ from bpn_lightning.costs import Bytes
 from bpn_lightning.metrics import Summary
 from bpn_lightning.settling import Unsettled
 from bpn_lightning.tasks import Task
+from bpn_lightning.terminal import printable
 
 __all__ = ["StreamProgress", "final_table"]
 
@@ -64,9 +65,11 @@ class StreamProgress(ProgressBar):
         self._begun, self._done_before = time.monotonic(), float(trainer.current_epoch)
         if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
                 BarColumn(bar_width=None, table_column=Column(ratio=1)),
-                TextColumn("{task.fields[beside]}", table_column=Column(no_wrap=True)),
+                TextColumn(
+                    "{task.fields[beside]}", markup=False, table_column=Column(no_wrap=True)
+                ),
                 console=self._console,
                 transient=True,
                 expand=True,
@@ -209,7 +212,7 @@ def final_table(
     """
     blind = summary["without_oracle"]
     after = summary["after_learning"]
-    table = Table(title=Text(title), title_justify="left", show_footer=True)
+    table = Table(title=Text(printable(title)), title_justify="left", show_footer=True)
     table.add_column("task", footer="mean", justify="right", min_width=4)
     room = max(8, console.width - 56)  # what the numbers and the frame leave
     table.add_column("classes", no_wrap=True, max_width=min(32, room), overflow="ellipsis")
@@ -222,7 +225,7 @@ def final_table(
     for index, task in enumerate(tasks):
         table.add_row(
             str(task.id + 1),
-            Text(task.name),
+            Text(printable(task.name)),
             _fraction(summary["per_task"][index]),
             _fraction(after["per_task"][index]),
             _fraction(blind and blind["per_task"][index]),
@@ -279,6 +282,7 @@ def format_unsettled(one: Unsettled) -> str:
 def _line(console: Console, *args: Any, soft_wrap: bool = False, **kwargs: Any) -> None:
     """One line; a terminal gets it broken between words, a file whole."""
     soft_wrap = soft_wrap or not console.is_terminal
+    args = tuple(printable(one) if isinstance(one, str) else one for one in args)
     console.print(*args, soft_wrap=soft_wrap, highlight=False, markup=False, **kwargs)
 
 

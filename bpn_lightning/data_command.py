@@ -11,7 +11,7 @@ import yaml
 
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, ImageSet, make_image_set
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
 
 __all__ = ["SetReport", "check_set", "main"]
 
@@ -121,9 +121,9 @@ def _check(arguments: argparse.Namespace) -> int:
     for report in reports:
         if report.faults:
             print(f"\n{report.image_set.title} ({report.state})")
-            print("\n".join(f"  {fault}" for fault in report.faults))
+            print("\n".join(f"  {printable(fault)}" for fault in report.faults))
     missing = sum(report.state != "complete" for report in reports)
-    print(f"\n{len(reports) - missing} of {len(reports)} sets are complete in {root}.")
+    print(f"\n{len(reports) - missing} of {len(reports)} sets are complete in {printable(root)}.")
     return NOT_COMPLETE if missing else 0
 
 

@@ -15,6 +15,8 @@ The command line prints any of them as one message, without a traceback.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from bpn_lightning.terminal import printable
+
 __all__ = [
     "BPNLightningError",
     "CheckpointError",
@@ -29,6 +31,10 @@ __all__ = [
 
 class BPNLightningError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message; what it quotes from outside cannot reach a terminal as anything but text."""
+        return printable(super().__str__())
 
 
 class ConfigurationError(BPNLightningError, ValueError):

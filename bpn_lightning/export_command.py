@@ -8,7 +8,7 @@ from typing import Any
 
 from bpn_lightning.command import read_yaml
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
 from bpn_lightning.trust import (
     check_named,
     importable,
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         with plain_warnings("bpn-export"):
-            print(_export(Path(arguments.run), Path(arguments.out), arguments.trust))
+            folder = _export(Path(arguments.run), Path(arguments.out), arguments.trust)
+            print(printable(folder))
     except BPNLightningError as error:
         print(f"bpn-export: error: {error}", file=sys.stderr)
         return USAGE_ERROR

@@ -53,7 +53,7 @@ from bpn_lightning.recording import Intervals, LastCheckpoint, MetricsFile
 from bpn_lightning.results import collect_provenance, write_results
 from bpn_lightning.run_folder import RunFolder, written_files
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
 from bpn_lightning.trainer_rules import check_launch
 from bpn_lightning.trust import restrict_imports
 from bpn_lightning.untrusted import read_text
@@ -673,7 +673,7 @@ def _first_process() -> bool:
 def _tell(line: str) -> None:
     """One line for the user, beside what the run prints."""
     if _first_process():
-        print(f"bpn-fit: {line}", file=sys.stderr)
+        print(f"bpn-fit: {printable(line)}", file=sys.stderr)
 
 
 @contextmanager

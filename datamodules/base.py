@@ -33,6 +33,7 @@ from bpn_lightning.preparation import (
 )
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Batch, Position, Split, Task
+from bpn_lightning.terminal import is_utf8
 
 __all__ = ["ContinualDataModule", "Normalisation"]
 
@@ -245,6 +246,12 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         data = self._in_channels(self.read())
+        for name in data.class_names:
+            if not is_utf8(name):  # no file of results could name it
+                raise DataError(
+                    f"Expected the classes in {data.source} to have names in UTF-8, but got {name!r}. "
+                    "Rename it."
+                )
         division = Division(*self.divide(data))
         self.tasks = division.tasks
         self.num_classes = max(task.columns[1] for task in self.tasks)

@@ -16,6 +16,7 @@ from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.preparation import Step, center_crop, resize
 from bpn_lightning.tasks import Batch, Task
+from bpn_lightning.terminal import printable
 
 __all__ = ["ImageSetStream"]
 
@@ -80,9 +81,11 @@ class ImageSetStream(ContinualDataModule):
         if cached.damaged:
             first = cached.damaged[0]
             warnings.warn(
-                f"{len(cached.damaged):,} of the {len(entries):,} {part} images of "
-                f"{self.image_set.title} are damaged and left out, such as {first.path} "
-                f"({first.reason}).",
+                printable(
+                    f"{len(cached.damaged):,} of the {len(entries):,} {part} images of "
+                    f"{self.image_set.title} are damaged and left out, such as {first.path} "
+                    f"({first.reason})."
+                ),
                 stacklevel=2,
             )
         labels = torch.tensor([entry.label for entry in entries], dtype=torch.int64)

@@ -22,6 +22,7 @@ from bpn_lightning.datamodules.limits import (
 )
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.errors import DataError
+from bpn_lightning.terminal import is_utf8
 from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["ImageData", "has_class_folders", "read_class_folders", "read_npz"]
@@ -137,14 +138,24 @@ def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[
             f"{_what_helps(part, suffixes)}"
         )
     with _readable(part):
+        folders = [
+            folder
+            for folder in sorted(part.iterdir())
+            if folder.is_dir() and not folder.name.startswith(".")
+        ]
+        for folder in folders:
+            if not is_utf8(folder.name):  # no file of results could name the class
+                raise DataError(
+                    f"Expected the folders in {part} to have names in UTF-8, but got {folder.name!r}. "
+                    "Rename it."
+                )
         return {
             folder.name: [
                 path
                 for path in sorted(folder.iterdir())
                 if path.suffix.lower() in suffixes and not path.name.startswith(".")
             ]
-            for folder in sorted(part.iterdir())
-            if folder.is_dir() and not folder.name.startswith(".")
+            for folder in folders
         }
 
 

@@ -14,8 +14,9 @@ ROOMS = ("strategies", "datamodules", "configs")
 
 # From the ground up. A file may import from lower layers, and from its own layer and room.
 LAYERS = [
+    {"terminal"},
     {"errors", "random_state"},
-    {"files", "folder_lock", "identity", "preparation", "tasks", "terminal", "untrusted"},
+    {"files", "folder_lock", "identity", "preparation", "tasks", "untrusted"},
     {
         "backbones",
         "costs",

@@ -10,7 +10,7 @@ from pathlib import Path
 from bpn_lightning.bench.grid import Grid, check_key, only, packaged_grids, read_grid
 from bpn_lightning.bench.runner import Executor, Runner, on_this_machine
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
 
 __all__ = ["main"]
 
@@ -94,7 +94,7 @@ def _run(argv: Sequence[str]) -> int:
             signal.signal(signal.SIGTERM, before)
     _finish(grid, root, options.out)
     for failure in failures:
-        print(f"\nbpn-bench: {failure}", file=sys.stderr)
+        print(f"\nbpn-bench: {printable(failure)}", file=sys.stderr)
     return FAILED if failures else 0
 
 
@@ -124,8 +124,8 @@ def _finish(grid: Grid, root: Path, out: str | None) -> None:
         check_kept(grid.name, collection.records, folder)
     write_collection(collection, folder)
     for artefact in write_report(collection, folder):
-        print(f"{artefact.markdown()}\n")
-    print(f"bpn-bench: {folder / REPORT}", file=sys.stderr)
+        print(f"{printable(artefact.markdown())}\n")
+    print(f"bpn-bench: {printable(folder / REPORT)}", file=sys.stderr)
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -137,7 +137,7 @@ def _report(argv: Sequence[str]) -> int:
     from bpn_lightning.bench.report import report_all
 
     for path in report_all(Path(argv[0])):
-        print(path)
+        print(printable(path))
     return 0
 
 

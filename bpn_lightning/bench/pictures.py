@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from bpn_lightning.bench.statistics import Interval
 from bpn_lightning.figures import COLOURS, DASHES, MARKERS
@@ -79,7 +80,9 @@ def dot_chart(
         if limits is None:  # differences
             axes.axvline(0.0, color="0.4", linewidth=0.8, zorder=0)
         if len(dots) > 1:
-            figure.legend(loc="outside lower center", ncols=min(3, len(dots)), frameon=False)
+            _plain(
+                figure.legend(loc="outside lower center", ncols=min(3, len(dots)), frameon=False)
+            )
     return figure
 
 
@@ -124,9 +127,9 @@ def line_chart(
         columns = len(panels) if len(panels) < 4 else (2 if len(panels) == 4 else 3)
         lines_down = -(-len(panels) // columns)
         width = 7.5 if len(panels) == 1 else 3.9 * columns
-        legend = 0.25 * (1 + (len(names) - 1) // 4)
+        below = 0.25 * (1 + (len(names) - 1) // 4)
         height = 3.9 if len(panels) == 1 else 3.1 * lines_down
-        figure = Figure(figsize=(width, height + legend), layout="constrained")
+        figure = Figure(figsize=(width, height + below), layout="constrained")
         figure.suptitle(title, parse_math=False)
         frames = figure.subplots(lines_down, columns, sharey=True, squeeze=False).flatten()
         for unused in frames[len(panels) :]:
@@ -150,7 +153,7 @@ def line_chart(
             for axes in every
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(
+        legend = figure.legend(
             [handles[name] for name in names if name in handles],
             [name for name in names if name in handles],
             loc="outside lower center",
@@ -158,7 +161,14 @@ def line_chart(
             frameon=False,
             handlelength=3.5,
         )
+        _plain(legend)
     return figure
+
+
+def _plain(legend: Legend) -> None:
+    """Show names as they are, dollar signs too."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _draw(axes: Axes, line: Line, number: int, band: bool) -> None:

@@ -13,6 +13,7 @@ from bpn_lightning.bench.mechanism import drift, figure_5
 from bpn_lightning.bench.sweeps import gains, sweeps
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
+from bpn_lightning.terminal import printable
 
 __all__ = ["MAKERS", "make", "report_all", "write_report"]
 
@@ -47,7 +48,7 @@ def write_report(collection: Collection, folder: Path) -> list[Artefact]:
         ResultsError: a file cannot be written; those written before are whole.
     """
     for why in collection.left_out:
-        print(f"bpn-bench: {why}", file=sys.stderr)
+        print(f"bpn-bench: {printable(why)}", file=sys.stderr)
     artefacts = make(collection)
     try:
         folder.mkdir(parents=True, exist_ok=True)

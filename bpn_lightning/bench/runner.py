@@ -30,6 +30,7 @@ from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import refuse_outside, write_atomically
 from bpn_lightning.folder_lock import FolderLock, holder
 from bpn_lightning.identity import OBSERVED, decides
+from bpn_lightning.terminal import printable
 from bpn_lightning.untrusted import open_untrusted, read_json, read_text
 
 __all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start", "state"]
@@ -337,7 +338,7 @@ def _count(states: Sequence[State], todo: int) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"bpn-bench: {line}", file=sys.stderr, flush=True)
+    print(f"bpn-bench: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _indented(text: str) -> str:

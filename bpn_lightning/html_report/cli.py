@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
 from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["main"]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"bpn-report {_version()}")
         else:
             with plain_warnings("bpn-report"):
-                print(_report(_parse(argv)))
+                print(printable(_report(_parse(argv))))
     except BPNLightningError as error:
         print(f"bpn-report: error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -84,7 +84,8 @@ def _report(options: argparse.Namespace) -> Path:
             "a folder that exists, with write access."
         ) from error
     for problem in found.problems:
-        print(f"bpn-report: {problem.where}: {problem.state}. {problem.why}", file=sys.stderr)
+        line = f"{problem.where}: {problem.state}. {problem.why}"
+        print(f"bpn-report: {printable(line)}", file=sys.stderr)
     return path
 
 
