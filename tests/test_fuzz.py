@@ -32,6 +32,9 @@ from bpn_lightning.datamodules import SplitArrays, SplitDigits, SplitImageFolder
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, make_image_set
 from bpn_lightning.errors import BPNLightningError
 from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.html_report.comparison import compare
+from bpn_lightning.html_report.page import render
+from bpn_lightning.html_report.reading import find_runs
 from bpn_lightning.results import read_matrix_csv, read_results
 
 TIMES = int(os.environ.get("BPN_FUZZ", "1"))
@@ -425,6 +428,22 @@ def test_cells(way: list[int], new: Any, edits: list[Any], here: Path) -> None:
     text = json.dumps(replaced(CELLS, way, new)).encode()
     Path("cells.json").write_bytes(edited(text, edits))
     feed("cells.json", lambda: read_collection(Path("cells.json")))
+
+
+@fuzz(60, way=WAY, new=st.one_of(values(RESULT_KEYS), st.sampled_from([10**18, -1, 1e308])))
+def test_reports(way: list[int], new: Any, here: Path) -> None:
+    """Whatever one run says, the page of the others is made, and nothing is lost without a word."""
+    for name, content in (("good", RESULTS | {"seed": 1}), ("odd", replaced(RESULTS, way, new))):
+        folder = Path("runs", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(content))
+        (folder / "accuracy_matrix.csv").write_text("after_task,task_1\n1,0.5\n")
+        (folder / "config.yaml").write_text("{}")
+    found = find_runs(Path("runs"))
+    COUNTS["reports", "read" if len(found.runs) == 2 else "refused"] += 1
+    assert any(run.source == "good" for run in found.runs)
+    assert len(found.runs) == 2 or any(problem.where == "odd" for problem in found.problems)
+    assert render(found, compare(found.runs, [], None), "0").endswith(b"</html>\n")
 
 
 @fuzz(100, edits=EDITS)
