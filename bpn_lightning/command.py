@@ -36,7 +36,7 @@ from bpn_lightning.trust import (
     refuse_never,
     top_modules,
 )
-from bpn_lightning.untrusted import read_text
+from bpn_lightning.untrusted import MAX_CONFIG_BYTES, read_text
 
 __all__ = [
     "CONFIGS",
@@ -246,7 +246,7 @@ def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
         ConfigurationError: it cannot be read, is no YAML of keys and values, or holds too much.
     """
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
     except OSError as error:
         raise ConfigurationError(
             f"Expected {path} to be readable, but got {error.strerror}. Check its permissions."

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from jsonargparse._paths import Path as ArgumentPath  # public by its subclasses only
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.untrusted import read_text
+from bpn_lightning.untrusted import MAX_CONFIG_BYTES, read_text
 
 __all__ = ["bounded_includes"]
 
@@ -23,7 +23,7 @@ def bounded_includes() -> Iterator[None]:
 
     def ours(path: ArgumentPath) -> str:
         try:
-            return read_text(path.absolute)
+            return read_text(path.absolute, max_bytes=MAX_CONFIG_BYTES)
         except OSError as error:
             raise ConfigurationError(
                 f"Expected {path} to be a config file that can be included, but got: "

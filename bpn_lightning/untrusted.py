@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Never
 from zipfile import ZIP_STORED, ZipFile
 
 __all__ = [
+    "MAX_CONFIG_BYTES",
     "MAX_TEXT_BYTES",
     "check_untrusted",
     "is_bomb",
@@ -32,6 +33,9 @@ MAX_TEXT_BYTES = 2**25
 MOST_BYTES = 2**30
 MOST_TIMES = 100
 """What is larger than this many bytes unpacked must not be this many times its size."""
+
+MAX_CONFIG_BYTES = 2**21
+"""Of YAML, whose parser takes half a minute for 1 MiB; the largest packaged config has a few KiB."""
 
 _MAX_INTEGER = 2**63
 _KINDS = {

@@ -15,7 +15,7 @@ from threading import Condition, Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bpn_lightning.errors import DataError
 from bpn_lightning.untrusted import MOST_TIMES, is_bomb, is_inside, open_untrusted
@@ -141,6 +141,8 @@ def open_image(path: Path, within: Path | None = None) -> Iterator[Image.Image]:
                 image = Image.open(file, formats=_formats())
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(str(error).rstrip(".")) from error
+        except UnidentifiedImageError as error:  # which would name the open file
+            raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}") from error
         with image, _decoded.take(_BYTES_PER_PIXEL * image.width * image.height):
             deep = image.mode == "F" or image.mode.startswith("I")
             yield _of_sixteen_bits(image) if deep else image
@@ -254,11 +256,7 @@ def refuse_ways_out(folder: Path, paths: Iterable[Path]) -> None:
         parent = os.path.dirname(text)
         if parent not in inside:
             inside[parent] = ".." not in path.parts and is_inside(folder, parent)
-        if (
-            "\0" in text
-            or not inside[parent]
-            or (path.is_symlink() and not is_inside(folder, path))
-        ):
+        if not inside[parent] or (path.is_symlink() and not is_inside(folder, path)):
             raise DataError(
                 f"Expected {text!r} to lie in {folder}, but it is or leads elsewhere. Put the file "
                 "itself there, or name the folder that has it."

@@ -1130,7 +1130,11 @@ REPORTS: list[tuple[str, str, str]] = [
     (
         "report kept",
         cells(cells=[{"experiment": "e"}]),
-        "Expected cells[0].method of kept/cells.json to be there, but got nothing. Collect the runs again.",
+        (
+            "Expected kept/cells.json to hold a run that can be read, but got none. Run 1 of "
+            "kept/cells.json is left out: it is damaged or made up. ValueError: method is not there, but "
+            "nothing. Collect the runs again."
+        ),
     ),
     (
         "report kept",
@@ -1447,7 +1451,7 @@ def cut(_: object) -> None:
 
 def array_bomb(patch: pytest.MonkeyPatch) -> None:
     """Instead of a gigabyte: as if much less were too much."""
-    patch.setattr("bpn_lightning.datamodules.limits.MOST_BYTES", 2**20)
+    patch.setattr("bpn_lightning.untrusted.MOST_BYTES", 2**20)
     arrays(train_images=np.zeros((2**15, 8, 8), np.uint8))(None)
 
 
@@ -1565,7 +1569,7 @@ ARRAYS: list[tuple[str, Prepare, str]] = [
         "a bomb",
         array_bomb,
         (
-            "Expected {here}/x.npz to unpack to at most 100 times its 2,362 bytes, but it says "
+            "Expected {here}/x.npz to unpack to at most 100 times its 2,892 bytes, but it says "
             "2,097,984. If it is no attack, write it again without compression."
         ),
     ),
@@ -1676,7 +1680,7 @@ LISTS: list[tuple[str, Prepare, str]] = [
         birds(images="".join(f"{k} \0{k}.png\n" for k in range(1, 7))),
         (
             "Expected every image that the lists of CUB-200-2011 name, but "
-            + ", ".join(f"{{here}}/birds/images/\0{k}.png" for k in range(1, 7))
+            + ", ".join(f"{{here}}/birds/images/\\x00{k}.png" for k in range(1, 7))
             + " are missing. Get CUB_200_2011.tgz from "
             "https://www.vision.caltech.edu/datasets/cub_200_2011/."
         ),

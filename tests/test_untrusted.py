@@ -26,6 +26,7 @@ from bpn_lightning.export import load_exported
 from bpn_lightning.html_report.reading import find_runs
 from bpn_lightning.results import read_matrix_rows, read_results
 from bpn_lightning.untrusted import (
+    MAX_CONFIG_BYTES,
     MAX_TEXT_BYTES,
     check_untrusted,
     open_untrusted,
@@ -214,8 +215,8 @@ def test_an_included_file_is_bounded_too(
     Path("x.yaml").write_text(content)
     if kind == "large":
         with open("odd", "wb") as file:
-            file.truncate(MAX_TEXT_BYTES + 1)
-        said = "it has more than 33,554,432 bytes"
+            file.truncate(MAX_CONFIG_BYTES + 1)
+        said = "it has more than 2,097,152 bytes"
     else:
         make(kind, Path("odd"))
         said = "it is a FIFO, not a regular file"

@@ -314,6 +314,11 @@ def read_collection(path: Path) -> Collection:
         except Exception as error:  # noqa: BLE001
             why = f"{type(error).__name__}: {error!s:.200}"
             left_out.append(f"Run {number} of {path} is left out: it is damaged or made up. {why}.")
+    if left_out and not records:
+        raise ResultsError(
+            f"Expected {path} to hold a run that can be read, but got none. {left_out[0]} Collect the "
+            "runs again."
+        )
     try:
         grid = found["grid"]
         return Collection(

@@ -31,7 +31,7 @@ from bpn_lightning.files import refuse_outside, write_atomically
 from bpn_lightning.folder_lock import FolderLock, holder
 from bpn_lightning.identity import OBSERVED, decides
 from bpn_lightning.terminal import printable
-from bpn_lightning.untrusted import open_untrusted, read_json, read_text
+from bpn_lightning.untrusted import MAX_CONFIG_BYTES, open_untrusted, read_json, read_text
 
 __all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start", "state"]
 
@@ -282,7 +282,7 @@ def _learned_all(path: Path) -> bool:
 def _check_same(cell: Cell, folder: Path, passed_on: Sequence[str]) -> None:
     """Results of an earlier wording of the grid, or of other flags, must not pass for this one's."""
     try:
-        config = yaml.safe_load(read_text(folder / "config.yaml"))
+        config = yaml.safe_load(read_text(folder / "config.yaml", max_bytes=MAX_CONFIG_BYTES))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return  # only the results were kept
     for key, wanted in (*flag_values(passed_on), *cell.settings, *cell.variant):
