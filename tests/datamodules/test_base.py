@@ -303,7 +303,7 @@ def test_only_training_batches_of_an_augmenting_stream_are_augmented(toy: Make) 
             {"num_tasks": 2, "class_order": ["ant", "bee", "cat"]},
             r"at most the 3 classes that class_order lists, but got 2 \* 2",
         ),
-        ({"class_order": ["ant", "foks"]}, "'foks'. Did you mean 'fox'"),
+        ({"class_order": ["ant", "foxs"]}, "'foxs'. Did you mean 'fox'"),
     ],
 )
 def test_wrong_arguments_are_errors(toy: Make, arguments: dict[str, object], message: str) -> None:
