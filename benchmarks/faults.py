@@ -59,7 +59,7 @@ STREAM = [
     *("--data.init_args.validation_fraction", "0.2"),
     *("--data.init_args.augment", "true"),
     *("--model.backbone", "faults.Network"),
-    "--trust",  # this file is of no installed package
+    "--trust",  # for the class of this file
     *("--model.patience", "5"),
     *("--model.evaluate_every", "epoch"),
     *("--trainer.accelerator", "cpu"),

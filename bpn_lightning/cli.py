@@ -27,7 +27,7 @@ Train a method over a stream of tasks, in one Lightning fit.
   --seed_everything N the run's seed; it names the folder of its results
   --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
   --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
-  --trust             import modules that configs name and no installed package brings (docs/safety.md)
+  --trust             let configs name whatever they like, which runs its code (docs/safety.md)
   --overwrite         replace the results of an earlier run
   --logger NAME       log to wandb, tensorboard, csv or mlflow too; or to several: wandb,tensorboard
   --quiet, --json     print nothing, or only the run's results.json, on standard output

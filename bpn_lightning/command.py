@@ -30,11 +30,13 @@ from bpn_lightning.trust import (
     FLAGS,
     Named,
     check_named,
+    find_here,
     importable,
     imported_by,
     named_classes,
     refuse_never,
     top_modules,
+    words,
 )
 from bpn_lightning.untrusted import MAX_CONFIG_BYTES, read_text
 
@@ -57,6 +59,9 @@ GROUPS = ("trainer", "model", "strategies")
 #: Values of a config, aliases counted wherever they stand: a few lines of them make billions.
 MOST_VALUES = 100_000
 
+#: A text counts as one more value for so many of its characters.
+CHARACTERS = 100
+
 
 @dataclass(frozen=True)
 class Command:
@@ -69,8 +74,10 @@ class Command:
         strategies: name of each strategy, in order, and what it stands for; None where a config or
             a flag gives its class path.
         plugins: streams of other packages that are named somewhere.
-        importable: top modules that may be imported by name.
+        importable: modules that may be imported by name.
         trust: whether other modules may be, too.
+        typed: the words of a user, which need no trust.
+        classes: those of them that name a class where one is expected.
         notices: what to tell the user, before anything is imported.
     """
 
@@ -81,6 +88,8 @@ class Command:
     plugins: list[registry.Registered]
     importable: frozenset[str]
     trust: bool
+    typed: frozenset[str]
+    classes: list[str]
     notices: list[str]
 
 
@@ -172,11 +181,15 @@ def read_command(argv: Sequence[str]) -> Command:
     by_files, typed = _named_classes(layers, rest, flags.method, method)
     refuse_never(by_files + typed)
     registered = [one.class_path for one in (*plugins, *chosen.values()) if one is not None]
-    in_files = top_modules([*(layer.content for layer in layers), *registered])
-    typed_values = [value for key, value in flag_values(rest) if key not in ("runs", "ckpt_path")]
-    in_flags = top_modules([flags.method or "", *typed_values])
-    trusted = {True: in_files | in_flags, None: in_flags, False: set()}[flags.trust]
-    check_named(by_files + typed, trusted)
+    in_files = words([*(layer.content for layer in layers), *registered])
+    in_flags = words(
+        [value for key, value in flag_values(rest) if key not in ("runs", "ckpt_path")]
+    )
+    in_flags |= words(flags.method or "")
+    typed_words = frozenset() if flags.trust is False else frozenset(in_flags)
+    check_named(by_files + typed, typed_words, flags.trust is True)
+    trusted = top_modules(typed_words | (in_files if flags.trust else set()))
+    find_here(trusted)
     notices += imported_by(by_files)
     return Command(
         args=[
@@ -189,8 +202,10 @@ def read_command(argv: Sequence[str]) -> Command:
         method=method,
         strategies=chosen,
         plugins=plugins,
-        importable=importable(in_files | in_flags, trusted),
+        importable=importable(trusted),
         trust=flags.trust is True,
+        typed=typed_words,
+        classes=[one.path for one in typed if one.path in typed_words],
         notices=notices,
     )
 
@@ -276,15 +291,18 @@ def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
 
 
 def _count(content: Any, enough: int) -> int:
-    """Values below a value, itself included; stops counting when it is more than enough."""
+    """Keys and values below a value, itself included; stops counting when it is more than enough."""
     stack, count = [content], 0
     while stack and count <= enough:
         value = stack.pop()
         count += 1
         if isinstance(value, dict):
+            stack += value.keys()
             stack += value.values()
         elif isinstance(value, list):
             stack += value
+        elif isinstance(value, str | bytes):
+            count += len(value) // CHARACTERS
     return count
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "ProcessesError",
     "ResultsError",
     "did_you_mean",
+    "needs_trust",
 ]
 
 
@@ -77,3 +78,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     begun = [one for one in names if len(name) > 2 and one.startswith(name)]
     matches = begun or get_close_matches(name, names, n=1, cutoff=0.65)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def needs_trust(subject: str, name: str, typed: bool = False) -> str:
+    """What to say of a name that only a user may bring.
+
+    Args:
+        subject: the key, and where it stands.
+        name: what was named.
+        typed: whether it stands on a command line that counts as a file's.
+    """
+    return (
+        f"Expected {subject} to name what needs no trust, but got {name!r}. Using it runs its code: read "
+        f"it, then {'' if typed else 'type its whole name on the command line, or '}add --trust; "
+        "docs/safety.md lists what needs none."
+    )

@@ -11,11 +11,13 @@ from bpn_lightning.errors import BPNLightningError, ConfigurationError
 from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
 from bpn_lightning.trust import (
     check_named,
+    find_here,
     importable,
     named_classes,
     refuse_never,
     restrict_imports,
     top_modules,
+    words,
 )
 
 __all__ = ["main"]
@@ -67,21 +69,27 @@ def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
             f"got {model!r:.80}. Name the folder of a run."
         )
     named = list(named_classes(path.name, {"model": {"backbone": model["backbone"]}}))
-    tops = top_modules(model["backbone"])
     refuse_never(named)
-    check_named(named, tops if trust else ())
+    check_named(named, (), trust)
+    trusted = top_modules(words(model["backbone"])) if trust else set()
+    find_here(trusted)
 
     from jsonargparse import ArgumentError, ArgumentParser
     from torch import nn
 
+    from bpn_lightning.allowed import canonical_names, check_given, given
     from bpn_lightning.messages import explain
 
-    restrict_imports(importable(tops, tops if trust else ()), trust)
+    restrict_imports([*importable(trusted), *canonical_names()], trust)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--backbone", type=nn.Module)
     try:
         parsed = parser.parse_object({"backbone": model["backbone"]})
+        if not trust:
+            check_given(given(parsed.backbone, "model.backbone"))
         return parser.instantiate(parsed).backbone, model["mask"]
+    except ConfigurationError:
+        raise
     except (ArgumentError, ValueError) as error:
         raise ConfigurationError(explain(str(error), parser)) from error
 
@@ -95,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="the folder of a run of bpn-fit")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
     parser.add_argument(
-        "--trust", action="store_true", help="import the backbone's module whoever brings it"
+        "--trust",
+        action="store_true",
+        help="import and build whatever the run's config names as its backbone",
     )
     return parser
 

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from bpn_lightning.allowed import Given, canonical_names, check_given, check_places, given
 from bpn_lightning.checkpoints import WholeCheckpoints, callback_state, read_checkpoint
 from bpn_lightning.command import Command
 from bpn_lightning.console import StreamProgress, final_table
@@ -46,10 +47,12 @@ from bpn_lightning.errors import (
 from bpn_lightning.files import check_name, refuse_outside, write_atomically
 from bpn_lightning.identity import defining, differences, flatten, run_name, run_names
 from bpn_lightning.includes import bounded_includes
+from bpn_lightning.interpolations import check_interpolations
 from bpn_lightning.loggers import RunName, SavedLogger, complete_loggers, go_offline
 from bpn_lightning.messages import explain, shorten_help
 from bpn_lightning.module import ContinualModule
 from bpn_lightning.recording import Intervals, LastCheckpoint, MetricsFile
+from bpn_lightning.registry import CLASS_PATH
 from bpn_lightning.results import collect_provenance, write_results
 from bpn_lightning.run_folder import RunFolder, written_files
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -71,7 +74,21 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Parser(LightningArgumentParser):
-    """Lightning's parser, with a help that can be read."""
+    """Lightning's parser, with a help that can be read, reading no files but those of ``--config``."""
+
+    whole = False
+    """Whether this is the parser of a whole configuration, and not of the arguments of a class."""
+
+    def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> None:
+        """Let no value be the name of a file with other values."""
+        super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """YAML, from which interpolations are resolved: in bounds."""
+        text: str = super().dump(*args, **kwargs)
+        if self.whole and "${" in text:
+            check_interpolations(yaml.safe_load(text))
+        return text
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Without the names of the thousand modules that a backbone might be."""
@@ -117,7 +134,7 @@ class ContinualCLI(LightningCLI):
     def __init__(self, command: Command) -> None:
         self.command = command
         self._closing = ExitStack()
-        restrict_imports(command.importable, command.trust)
+        restrict_imports([*command.importable, *canonical_names(command.classes)], command.trust)
         _load_streams(command)
         try:
             self._build(command.args)
@@ -231,6 +248,7 @@ class ContinualCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in one line what is wrong."""
+        parser.whole = True  # type: ignore[attr-defined]
         try:
             with bounded_includes():
                 self.config = parser.parse_args(args)
@@ -279,6 +297,8 @@ class ContinualCLI(LightningCLI):
         for key in ("experiment", "method"):
             check_name(key, self.config[key])  # again: it may have been an interpolation
         refuse_outside(Path(str(self.config.runs)), self.folder)
+        if not self.command.trust:
+            self._check_trust()
         self.run_folder = RunFolder(self.folder)
         if self.config.overwrite:
             self._refuse_replaced_inputs()
@@ -314,6 +334,26 @@ class ContinualCLI(LightningCLI):
         """Whether the checkpoint is one of this run's folder, by whatever path."""
         there = self.checkpoint and self.checkpoint.resolve().parent
         return there == self.last.parent.resolve()
+
+    def _check_trust(self) -> None:
+        """Refuse what files alone may not name, and places where they may let nothing be written."""
+        config, typed = self.config, self.command.typed
+        values = [
+            *given(config.model, "model", owner=ContinualModule),
+            *given(config.data, "data"),
+        ]
+        for name, one in self.command.strategies.items():
+            if one is not None and one.origin == CLASS_PATH:
+                values.append(Given("method", one.load(), one.class_path))
+            owner = None if one is None else one.load()
+            key = f"strategies.{name}"  # not there where it has no arguments
+            values += given(config.get(key), key, owner=owner)
+        flags = list(given(config.trainer, "trainer", owner=Trainer))
+        caches = [one for one in values if one.key.endswith(".cache_dir")]
+        check_given([*values, *flags], typed)
+        check_places([*flags, *caches], self.folder, typed)
+        if not any(word.partition("=")[0] == "--runs" for word in self.command.args):
+            check_places([Given("runs", config.runs)], Path.cwd())
 
     def instantiate_classes(self) -> None:
         """Build everything, with what loggers were not told; config.yaml keeps what was asked for."""

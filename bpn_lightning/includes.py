@@ -1,4 +1,4 @@
-"""How jsonargparse opens the files that values of a config name."""
+"""How jsonargparse opens files: those of ``--config``, since no value is the name of another."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,10 @@ __all__ = ["bounded_includes"]
 
 @contextmanager
 def bounded_includes() -> Iterator[None]:
-    """While it lasts, jsonargparse reads included files by :func:`~bpn_lightning.untrusted.read_text`.
+    """While it lasts, jsonargparse reads files by :func:`~bpn_lightning.untrusted.read_text`.
 
-    Wherever a value may be a whole config, as ``data: birds.yaml`` is, jsonargparse opens what it names
-    by itself: it waits for FIFOs, and has no bound. Where a value may be any text, one that names a file
-    which cannot be included stays a text, such as the path of a large file of weights.
+    By itself it waits for FIFOs, and has no bound. Whether a config has been read before or is put there
+    in between, and whatever value it may still take for a file, this is how it is opened.
     """
     theirs = ArgumentPath.read_text
 
@@ -26,7 +25,7 @@ def bounded_includes() -> Iterator[None]:
             return read_text(path.absolute, max_bytes=MAX_CONFIG_BYTES)
         except OSError as error:
             raise ConfigurationError(
-                f"Expected {path} to be a config file that can be included, but got: "
+                f"Expected {path} to be a config that can be read, but got: "
                 f"{error.strerror}. Set its keys one by one, or name another file."
             ) from error
 

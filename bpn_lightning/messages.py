@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 from jsonargparse import ArgumentParser
 
-from bpn_lightning.errors import did_you_mean
+from bpn_lightning.errors import did_you_mean, needs_trust
 
-__all__ = ["explain", "shorten_help"]
+__all__ = ["SHORT_NAMES", "explain", "shorten_help"]
 
 _HELP = "`bpn-fit --help_all` shows all."
 _CHOOSE = " Name another class."
@@ -31,7 +31,7 @@ _NO_WORKERS = (
 )
 
 #: Where the classes are that go by their short names.
-_SHORT_NAMES = (
+SHORT_NAMES = (
     "torch.optim",
     "torch.optim.lr_scheduler",
     "lightning.pytorch.callbacks",
@@ -68,16 +68,13 @@ def _denied(message: str, parser: ArgumentParser) -> str | None:
     match = re.search(r"Importing '([^']+)' is not allowed, denied by the '([^']+)' entry", message)
     if not match:
         return None
-    path, what = _path(message) or "a class path", f"{match[1]!r}"
+    path = _path(message) or "a class path"
     if match[2] != "*":
         return (
-            f"Expected {path} to be a class of its type, but got {what}: {match[2]} runs or loads code, "
-            "opens files or reaches the network, so nothing of it can be named. Name another class."
+            f"Expected {path} to be a class of its type, but got {match[1]!r}: {match[2]} runs or loads "
+            "code, opens files or reaches the network, so nothing of it can be named. Name another class."
         )
-    return (
-        f"Expected {path} to name a class of an installed package or a plugin, but got {what}. "
-        "Importing it runs its code: read it, then type the name on the command line, or add --trust."
-    )
+    return needs_trust(path, match[1])
 
 
 def _unknown_flag(message: str, parser: ArgumentParser) -> str | None:
@@ -160,7 +157,7 @@ def _not_importable(message: str, parser: ArgumentParser) -> str | None:
         )
     short = re.search(r"Expected a dot import path string: (\S+)", message)
     if short:
-        names = [name for module in _SHORT_NAMES for name in _names_in(module)]
+        names = [name for module in SHORT_NAMES for name in _names_in(module)]
         return (
             f"Expected {path} to be a class, but got {short[1]!r}.{did_you_mean(short[1], names)} "
             "A class of your own is named by its whole path, package.module.Class."
@@ -170,12 +167,6 @@ def _not_importable(message: str, parser: ArgumentParser) -> str | None:
         return (
             f"Expected {path} to be a class path, package.module.Class, but got {form[1]!r}. Write it "
             "out: nothing is put into it."
-        )
-    loop = re.search(r"Config file loop detected: (\S+)", message)
-    if loop:
-        return (
-            f"Expected {path} to be a class, or a file that describes one, but got {loop[1]!r}, which "
-            "does not, or names one that may not be imported. Set its keys here."
         )
     config = re.search(r"Unable to load config '([^']*)'", message)
     if config:

@@ -145,7 +145,7 @@ class Registered:
             subject = f"{self.class_path} in --method"
             remedy = "Derive it from bpn_lightning.strategies.ContinualStrategy."
             if rule == IMPORTABLE:
-                remedy = "Check its spelling; its package has to be installed or on PYTHONPATH."
+                remedy = "Check its spelling; its module has to be installed, in this folder or on PYTHONPATH."
         return ConfigurationError(f"Expected {subject} to {rule}, but {got}.{near} {remedy}")
 
 

@@ -1,42 +1,60 @@
-"""Which modules a run may import, decided before any of them is.
+"""Who may name what: whose word counts when a name is imported and built, decided before anything is.
 
-A module runs its code when it is imported, so a name in a config from somebody else is a program from
-somebody else. Without being asked, a run imports
+A module runs its code when it is imported, and so does a function when it is called, so a name in a
+config from somebody else is a program from somebody else. Without being asked, a run takes
 
-- modules of installed packages, and of the plugins among them;
-- modules that the user named on the command line: whoever types a name means it;
-- with ``--trust``, whatever its configs name.
+- from a file: what is known to do no harm (:mod:`bpn_lightning.allowed`), and registered plugins;
+- from the command line: whatever the user typed, a module of the current folder too;
+- with ``--trust``: whatever its configs name.
 
-``--trust false`` takes the second one away, for command lines that a program wrote. What is imported
-must then also fit the type of its argument, and it is never a part of the standard library or of
-packages that load or compile code. docs/safety.md says what is promised.
+``--trust false`` takes the second one away, for command lines that a program wrote. Here names are
+judged by where they lead, before torch is imported; what they turn out to be is judged again when
+they are, and before anything is built. docs/safety.md says what is promised.
 """
 
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from functools import cache
-from importlib.metadata import entry_points, packages_distributions
+from importlib.machinery import PathFinder
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.errors import ConfigurationError, needs_trust
 from bpn_lightning.registry import is_class_path
 
 __all__ = [
     "FLAGS",
+    "NEVER",
+    "OPEN",
     "Named",
     "check_named",
+    "find_here",
     "importable",
     "imported_by",
     "named_classes",
     "refuse_never",
     "restrict_imports",
     "top_modules",
+    "words",
 ]
 
 #: What every run imports anyway.
 ALWAYS = frozenset({"bpn_lightning", "torch", "torchvision", "torchmetrics", "lightning"})
+
+#: Below these lies all that a file may name without being trusted; not all that lies there is allowed.
+OPEN = (
+    "bpn_lightning",
+    "torch.nn",
+    "torch.optim",
+    "torchvision.models",
+    "torchmetrics.classification",
+    *(
+        f"lightning.pytorch.{part}"
+        for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")
+    ),
+)
 
 #: Never allowed by a name: the standard library, which runs programs and opens files, and what
 #: installs or imports code. jsonargparse refuses itself.
@@ -45,42 +63,22 @@ NEVER = frozenset(
     | {"distutils", "_distutils_hack"}
 )
 
-#: Parts of allowed packages that load or compile code, or unpickle; no part of a run is one of them.
-#: The type of an argument keeps them out as well.
-LOADERS = (
-    "torch.load",
-    "torch.serialization",
-    "torch.hub",
-    "torch.jit",
-    "torch.package",
-    "torch.export",
-    "torch.utils.cpp_extension",
-    "torch.utils.model_zoo",
-    "torch.distributed.elastic",
-    "torch.distributed.launcher",
-    "torch.distributed.rpc",
-    "torch.distributed.run",
-    "torch.multiprocessing",
-    "lightning.fabric.cli",
-    "lightning.pytorch.cli",
-    "numpy.load",
-    "numpy.lib",
-    "numpy.f2py",
-    "numpy.ctypeslib",
-    "cloudpickle",
-    "joblib",
-)
-
 FLAGS = "the flags"
 """Where a name comes from that no file has."""
 
-TYPE_IT = "type the name on the command line, or "
-
 #: Keys whose value may be a class path by itself, or a list of them.
 _PLACES = frozenset(
-    {"accelerator", "backbone", "callbacks", "data", "logger", "loss", "metrics", "optimizer"}
-    | {"plugins", "profiler", "scheduler", "strategy", "streams"}
+    {"accelerator", "backbone", "callbacks", "class_path", "data", "logger", "loss", "metrics"}
+    | {"optimizer", "plugins", "profiler", "scheduler", "strategy", "streams"}
 )
+
+#: Groups of keys, which jsonargparse would read from a file as well.
+_GROUPS = frozenset({"model", "trainer"})
+
+#: Keys below which each value is one, by a name of its own.
+_NAMED = frozenset({"model.metrics", "strategies"})
+
+_CONFIGS = (".yaml", ".yml", ".json")
 
 _allowed: set[str] = set()  # by an earlier run of this process, whose trust has ended
 
@@ -109,6 +107,9 @@ def named_classes(where: str, content: Any, key: str = "") -> Iterator[Named]:
 
     >>> [named.path for named in named_classes("x.yaml", {"data": {"class_path": "lab.Birds"}})]
     ['lab.Birds']
+
+    Raises:
+        ConfigurationError: another config is named instead.
     """
     last = key.rpartition(".")[2]
     if isinstance(content, dict):
@@ -118,14 +119,19 @@ def named_classes(where: str, content: Any, key: str = "") -> Iterator[Named]:
         for value in content:
             yield from named_classes(where, value, key)
     elif isinstance(content, str):
-        paths = content.split("+") if key == "method" else [content]
-        of_metrics = key.rpartition(".")[0] == "model.metrics"
-        if key == "method" or last == "class_path" or last in _PLACES or of_metrics:
+        if key == "method":
             yield from (
-                Named(where, key, path)
-                for path in paths
-                if is_class_path(path) and not path.endswith((".yaml", ".yml", ".json"))
+                Named(where, key, path) for path in content.split("+") if is_class_path(path)
             )
+        elif last in _PLACES or key in _GROUPS or key.rpartition(".")[0] in _NAMED:
+            if content.endswith(_CONFIGS) or "/" in content:
+                raise ConfigurationError(
+                    f"Expected {key} in {where} to be a class or its keys, but got the file "
+                    f"{content!r}, and no config includes another. Name it by a --config of its own, "
+                    f"its keys below `{key}:`."
+                )
+            if is_class_path(content):
+                yield Named(where, key, content)
 
 
 def refuse_never(named: Iterable[Named]) -> None:
@@ -143,23 +149,26 @@ def refuse_never(named: Iterable[Named]) -> None:
             )
 
 
-def check_named(named: Iterable[Named], trusted: Collection[str]) -> None:
-    """Refuse what no installed package and no plugin has; nothing is imported.
+def check_named(named: Iterable[Named], trusted: Collection[str], trust: bool = False) -> None:
+    """Refuse what leads to nothing that needs no trust; nothing is imported.
 
     Args:
         named: classes.
-        trusted: top modules that are allowed all the same.
+        trusted: class paths that are allowed all the same.
+        trust: whether all are.
 
     Raises:
         ConfigurationError: names the class, and where it is named.
     """
+    plugins = None if trust else _plugins()
     for one in named:
-        top = one.path.partition(".")[0]
-        if top not in trusted and _is_foreign(top):
+        if plugins is not None and not (
+            one.path in trusted
+            or one.path.startswith(tuple(f"{module}." for module in OPEN))
+            or one.path.partition(".")[0] in plugins
+        ):
             raise ConfigurationError(
-                f"Expected {one.key} in {one.where} to name a class of an installed package or a "
-                f"plugin, but got {one.path!r}, and no package brings the module {top!r}. Importing "
-                f"it runs its code: read it, then {'' if one.where == FLAGS else TYPE_IT}add --trust."
+                needs_trust(f"{one.key} in {one.where}", one.path, typed=one.where == FLAGS)
             )
 
 
@@ -173,35 +182,51 @@ def imported_by(named: Iterable[Named]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def top_modules(value: Any) -> set[str]:
-    """First parts of the class paths in a value, below whatever key; names of files are none.
+def words(value: Any) -> set[str]:
+    """Every text in a value, at whatever depth, and the parts that ``+`` joins.
 
-    >>> sorted(top_modules(["a.B", {"x": ["c.d.E", "f"]}]))
-    ['a', 'c']
+    >>> sorted(words(["bd+a.B", {"x": [3, "f"]}]))
+    ['a.B', 'bd', 'bd+a.B', 'f']
     """
     if isinstance(value, str):
-        paths = [path for path in value.split("+") if is_class_path(path)]
-        return {path.partition(".")[0] for path in paths if not Path(path).exists()}
-    if isinstance(value, dict):
-        return set().union(*map(top_modules, value.values()))
-    if isinstance(value, list):
-        return set().union(*map(top_modules, value))
+        return {value, *value.split("+")}
+    if isinstance(value, dict | list):
+        return set().union(*map(words, value.values() if isinstance(value, dict) else value))
     return set()
 
 
-def importable(named: Collection[str], trusted: Collection[str]) -> frozenset[str]:
-    """The top modules that a run may import by name.
+def top_modules(names: Iterable[str]) -> set[str]:
+    """First parts of the class paths among words; names of files are none.
+
+    >>> sorted(top_modules(["a.B", "c.d.E", "f"]))
+    ['a', 'c']
+    """
+    paths = [name for name in names if is_class_path(name)]
+    return {path.partition(".")[0] for path in paths if not Path(path).exists()}
+
+
+def importable(trusted: Iterable[str]) -> frozenset[str]:
+    """What a run may import by name, whoever names it: modules, and all that lies below them.
 
     Args:
-        named: all that its configs and its command line might name.
-        trusted: those of them that are allowed whoever brings them.
+        trusted: top modules that are allowed whoever brings them.
     """
-    others = {*named, *trusted} - ALWAYS - NEVER
-    if not others:
-        return ALWAYS
-    missing = {top for top in others if not _exists(top)}  # to be told that there is none
-    allowed = ALWAYS | _installed() | set(trusted) | missing
-    return frozenset(top for top in allowed - NEVER if top.isidentifier())
+    tops = {top for top in (*trusted, *_plugins()) if top.isidentifier()}
+    return frozenset({*OPEN, *tops} - NEVER)
+
+
+def find_here(tops: Iterable[str]) -> None:
+    """Let trusted modules of the current folder be imported, which a console script does not find.
+
+    The folder comes last, and only where one of them is nowhere else: no file in it takes the place of
+    another module.
+    """
+    here = os.getcwd()
+    if here not in sys.path and any(
+        top not in sys.modules and find_spec(top) is None and PathFinder.find_spec(top, [here])
+        for top in tops
+    ):
+        sys.path.append(here)
 
 
 def restrict_imports(allowed: Collection[str], trust: bool) -> None:
@@ -210,40 +235,25 @@ def restrict_imports(allowed: Collection[str], trust: bool) -> None:
     Its settings hold for the whole process, and until the next call.
 
     Args:
-        allowed: top modules.
+        allowed: modules, or whole names.
         trust: whether others may be imported, too.
     """
     from jsonargparse import set_parsing_settings
 
+    # Of two entries the longer one decides, and none can be taken back but by its opposite.
+    again = {one for one in _allowed if one.startswith(tuple(f"{name}." for name in allowed))}
+    allowed = {*allowed, *again}
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
         config_read_mode_fsspec_enabled=False,  # Lightning lets configs come from the network
-        import_path_denylist=[*LOADERS, *([] if trust else ["*"]), *_allowed],
+        import_path_denylist=[*([] if trust else ["*"]), *_allowed],
         import_path_allowlist=sorted(allowed),
     )
     _allowed.update(allowed)
 
 
-def _is_foreign(top: str) -> bool:
-    return top not in ALWAYS | NEVER and _exists(top) and top not in _installed()
-
-
-def _exists(top: str) -> bool:
-    """Whether there is such a module; a top module is looked for without importing anything."""
-    try:
-        return find_spec(top) is not None
-    except (ImportError, ValueError):  # `__main__` has no specification, and is there
-        return top in sys.modules
-
-
-def _installed() -> set[str]:
-    """Top modules of distributions and of plugins."""
-    return _installed_on(tuple(sys.path))
-
-
-@cache
-def _installed_on(path: tuple[str, ...]) -> set[str]:
-    """Looking through all distributions takes a second."""
+def _plugins() -> set[str]:
+    """Top modules of the registered plugins."""
     groups = ("bpn_lightning.strategies", "bpn_lightning.datamodules")
     points = [point for group in groups for point in entry_points(group=group)]
-    return {*packages_distributions(), *(point.module.partition(".")[0] for point in points)}
+    return {point.module.partition(".")[0] for point in points}

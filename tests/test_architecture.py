@@ -16,7 +16,7 @@ ROOMS = ("strategies", "datamodules", "configs")
 LAYERS = [
     {"terminal"},
     {"errors", "random_state"},
-    {"files", "folder_lock", "identity", "preparation", "tasks", "untrusted"},
+    {"files", "folder_lock", "identity", "interpolations", "preparation", "tasks", "untrusted"},
     {
         "backbones",
         "costs",
@@ -46,7 +46,7 @@ LAYERS = [
         "steps",
         "trainer_rules",
     },
-    {"trust"},
+    {"allowed", "trust"},
     {
         "command",
         "console",

@@ -142,17 +142,16 @@ LINES: list[tuple[str, str]] = [
     (
         "--config digits_inc.yaml --method bd --trust=false --model.backbone evil.Net",
         (
-            "Expected model.backbone in the flags to name a class of an installed package or a "
-            "plugin, but got 'evil.Net', and no package brings the module 'evil'. Importing it "
-            "runs its code: read it, then add --trust."
+            "Expected model.backbone in the flags to name what needs no trust, but got "
+            "'evil.Net'. Using it runs its code: read it, then add --trust; docs/safety.md lists "
+            "what needs none."
         ),
     ),
     (
         "--config digits_inc.yaml --method bd+evil.Net --trust=false",
         (
-            "Expected method in the flags to name a class of an installed package or a plugin, "
-            "but got 'evil.Net', and no package brings the module 'evil'. Importing it runs its "
-            "code: read it, then add --trust."
+            "Expected method in the flags to name what needs no trust, but got 'evil.Net'. Using "
+            "it runs its code: read it, then add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
@@ -182,9 +181,8 @@ LINES: list[tuple[str, str]] = [
     (
         "--config digits_inc.yaml --model.optimizer torch.load",
         (
-            "Expected model.optimizer to be a class of its type, but got 'torch.load': torch.load"
-            " runs or loads code, opens files or reaches the network, so nothing of it can be "
-            "named. Name another class."
+            "Expected model.optimizer to be a subclass of Optimizer, or a function annotated to "
+            "return one, but got 'torch.load'. Name another class."
         ),
     ),
     (
@@ -204,9 +202,8 @@ LINES: list[tuple[str, str]] = [
     (
         "--config digits_inc.yaml --model.scheduler torch.hub.load",
         (
-            "Expected model.scheduler to be a class of its type, but got 'torch.hub.load': "
-            "torch.hub runs or loads code, opens files or reaches the network, so nothing of it "
-            "can be named. Name another class."
+            "Expected model.scheduler to be Callable[[Optimizer], Union[LRScheduler, "
+            "ReduceLROnPlateau]] or null, but got torch.hub.load."
         ),
     ),
     (
@@ -706,67 +703,65 @@ CONFIGS: list[tuple[str | bytes, str]] = [
     (
         "model: {backbone: {class_path: evil.Net}}",
         (
-            "Expected model.backbone.class_path in x.yaml to name a class of an installed package"
-            " or a plugin, but got 'evil.Net', and no package brings the module 'evil'. Importing"
-            " it runs its code: read it, then type the name on the command line, or add --trust."
+            "Expected model.backbone.class_path in x.yaml to name what needs no trust, but got "
+            "'evil.Net'. Using it runs its code: read it, then type its whole name on the "
+            "command line, or add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
         "model: {backbone: evil.Net}",
         (
-            "Expected model.backbone in x.yaml to name a class of an installed package or a "
-            "plugin, but got 'evil.Net', and no package brings the module 'evil'. Importing it "
-            "runs its code: read it, then type the name on the command line, or add --trust."
+            "Expected model.backbone in x.yaml to name what needs no trust, but got 'evil.Net'. "
+            "Using it runs its code: read it, then type its whole name on the command line, or "
+            "add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
         "model: {optimizer: {class_path: evil.Net}}",
         (
-            "Expected model.optimizer.class_path in x.yaml to name a class of an installed "
-            "package or a plugin, but got 'evil.Net', and no package brings the module 'evil'. "
-            "Importing it runs its code: read it, then type the name on the command line, or add "
-            "--trust."
+            "Expected model.optimizer.class_path in x.yaml to name what needs no trust, but got "
+            "'evil.Net'. Using it runs its code: read it, then type its whole name on the "
+            "command line, or add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
         "data: evil.Stream",
         (
-            "Expected data in x.yaml to name a class of an installed package or a plugin, but got"
-            " 'evil.Stream', and no package brings the module 'evil'. Importing it runs its code:"
-            " read it, then type the name on the command line, or add --trust."
+            "Expected data in x.yaml to name what needs no trust, but got 'evil.Stream'. Using "
+            "it runs its code: read it, then type its whole name on the command line, or add "
+            "--trust; docs/safety.md lists what needs none."
         ),
     ),
     (
         "data: {class_path: StreamOf, init_args: {streams: [{class_path: evil.Stream}]}}",
         (
-            "Expected data.init_args.streams.class_path in x.yaml to name a class of an installed"
-            " package or a plugin, but got 'evil.Stream', and no package brings the module "
-            "'evil'. Importing it runs its code: read it, then type the name on the command line,"
-            " or add --trust."
+            "Expected data.init_args.streams.class_path in x.yaml to name what needs no trust, "
+            "but got 'evil.Stream'. Using it runs its code: read it, then type its whole name on "
+            "the command line, or add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
         "trainer: {callbacks: [evil.Net]}",
         (
-            "Expected trainer.callbacks in x.yaml to name a class of an installed package or a "
-            "plugin, but got 'evil.Net', and no package brings the module 'evil'. Importing it "
-            "runs its code: read it, then type the name on the command line, or add --trust."
+            "Expected trainer.callbacks in x.yaml to name what needs no trust, but got "
+            "'evil.Net'. Using it runs its code: read it, then type its whole name on the "
+            "command line, or add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
         "trainer: {logger: {class_path: evil.Net}}",
         (
-            "Expected trainer.logger.class_path in x.yaml to name a class of an installed package"
-            " or a plugin, but got 'evil.Net', and no package brings the module 'evil'. Importing"
-            " it runs its code: read it, then type the name on the command line, or add --trust."
+            "Expected trainer.logger.class_path in x.yaml to name what needs no trust, but got "
+            "'evil.Net'. Using it runs its code: read it, then type its whole name on the "
+            "command line, or add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
         "method: bd+evil.Net",
         (
-            "Expected method in x.yaml to name a class of an installed package or a plugin, but "
-            "got 'evil.Net', and no package brings the module 'evil'. Importing it runs its code:"
-            " read it, then type the name on the command line, or add --trust."
+            "Expected method in x.yaml to name what needs no trust, but got 'evil.Net'. Using it "
+            "runs its code: read it, then type its whole name on the command line, or add "
+            "--trust; docs/safety.md lists what needs none."
         ),
     ),
     (
@@ -780,10 +775,9 @@ CONFIGS: list[tuple[str | bytes, str]] = [
     (
         "method: bd+mine\nstrategies: {mine: {class_path: evil.Net}}",
         (
-            "Expected strategies.mine.class_path in x.yaml to name a class of an installed "
-            "package or a plugin, but got 'evil.Net', and no package brings the module 'evil'. "
-            "Importing it runs its code: read it, then type the name on the command line, or add "
-            "--trust."
+            "Expected strategies.mine.class_path in x.yaml to name what needs no trust, but got "
+            "'evil.Net'. Using it runs its code: read it, then type its whole name on the "
+            "command line, or add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
@@ -796,9 +790,9 @@ CONFIGS: list[tuple[str | bytes, str]] = [
     (
         "model: {backbone: net.yaml}",
         (
-            "Expected model.backbone to be a class, or a file that describes one, but got "
-            "'net.yaml', which does not, or names one that may not be imported. Set its keys "
-            "here."
+            "Expected model.backbone in x.yaml to be a class or its keys, but got the file "
+            "'net.yaml', and no config includes another. Name it by a --config of its own, its "
+            "keys below `model.backbone:`."
         ),
     ),
     (
@@ -821,9 +815,9 @@ CONFIGS: list[tuple[str | bytes, str]] = [
     (
         "model: {scheduler: {class_path: torch.hub.load, init_args: {repo_or_dir: .}}}",
         (
-            "Expected model.scheduler to be a class of its type, but got 'torch.hub.load': "
-            "torch.hub runs or loads code, opens files or reaches the network, so nothing of it "
-            "can be named. Name another class."
+            "Expected model.scheduler.class_path in x.yaml to name what needs no trust, but got "
+            "'torch.hub.load'. Using it runs its code: read it, then type its whole name on the "
+            "command line, or add --trust; docs/safety.md lists what needs none."
         ),
     ),
     (
@@ -923,25 +917,25 @@ GRIDS: list[tuple[str, str]] = [
     (
         "experiments: [{config: digits_inc, methods: [bd+evil.Net]}]",
         (
-            "In experiment 1 of g.yaml: Expected method in the flags to name a class of an "
-            "installed package or a plugin, but got 'evil.Net', and no package brings the module "
-            "'evil'. Importing it runs its code: read it, then add --trust."
+            "In experiment 1 of g.yaml: Expected method in the flags to name what needs no "
+            "trust, but got 'evil.Net'. Using it runs its code: read it, then add --trust; "
+            "docs/safety.md lists what needs none."
         ),
     ),
     (
         "experiments: [{config: digits_inc, methods: [ewc], set: {model.backbone: evil.Net}}]",
         (
-            "In experiment 1 of g.yaml: Expected model.backbone in the flags to name a class of "
-            "an installed package or a plugin, but got 'evil.Net', and no package brings the "
-            "module 'evil'. Importing it runs its code: read it, then add --trust."
+            "In experiment 1 of g.yaml: Expected model.backbone in the flags to name what needs "
+            "no trust, but got 'evil.Net'. Using it runs its code: read it, then add --trust; "
+            "docs/safety.md lists what needs none."
         ),
     ),
     (
         "experiments: [{config: digits_inc, methods: [ewc], vary: {model.optimizer: [SGD, evil.Net]}}]",
         (
-            "In experiment 1 of g.yaml: Expected model.optimizer in the flags to name a class of "
-            "an installed package or a plugin, but got 'evil.Net', and no package brings the "
-            "module 'evil'. Importing it runs its code: read it, then add --trust."
+            "In experiment 1 of g.yaml: Expected model.optimizer in the flags to name what needs "
+            "no trust, but got 'evil.Net'. Using it runs its code: read it, then add --trust; "
+            "docs/safety.md lists what needs none."
         ),
     ),
     (

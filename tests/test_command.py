@@ -125,7 +125,7 @@ def test_another_method_leaves_the_strategies_of_files_out() -> None:
 
 def test_a_strategy_of_ones_own_comes_by_its_class_path() -> None:
     mine = write("mine.yaml", "method: bd+mine\nstrategies: {mine: {class_path: a.B}}")
-    assert read_command(["--config", mine]).strategies == {
+    assert read_command(["--config", mine, "--trust"]).strategies == {
         "bd": registry.strategies()["bd"],
         "mine": None,
     }
@@ -144,13 +144,13 @@ def test_a_class_path_is_a_strategy_by_the_name_of_its_class() -> None:
 
 def test_a_class_path_in_a_config_needs_no_values_there() -> None:
     mine = write("mine.yaml", "method: a.Mine+ewc+b.Other\nstrategies: {Mine: {size: 3}}")
-    assert list(read_command(["--config", mine]).strategies) == ["Mine", "ewc", "Other"]
+    assert list(read_command(["--config", mine, "--trust"]).strategies) == ["Mine", "ewc", "Other"]
 
 
 def test_a_method_with_class_paths_may_have_tuned_values() -> None:
     write("x.yaml", "method: ewc+a.Mine")
     tuned = write("methods/x/ewc+a.Mine.yaml", "strategies: {Mine: {size: 3}, ewc: {}}")
-    command = read_command(["--config", "x.yaml"])
+    command = read_command(["--config", "x.yaml", "--trust"])
     assert configs(command) == ["x.yaml", tuned]
     assert {name: one and one.target for name, one in command.strategies.items()} == {
         "Mine": "a:Mine",

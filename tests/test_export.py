@@ -272,7 +272,7 @@ def test_a_run_is_exported(run: Path, capsys: Said) -> None:
 def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run / "config.yaml"
     for backbone, said in {
-        "evil.Net": "Expected model.backbone in config.yaml to name a class of an installed package",
+        "evil.Net": "Expected model.backbone in config.yaml to name what needs no trust",
         "os.system": "Nothing of the standard library or of an installer can be named",
         "torch.optim.SGD": "Expected backbone to be a subclass of Module, but got 'torch.optim.SGD'",
     }.items():

@@ -343,7 +343,7 @@ def test_the_command_names_a_plugin_that_is_wrong(
 PATH = (
     "Expected {} in --method to be importable, but importing it raised {} Check its spelling; its "
 )
-PATH += "package has to be installed or on PYTHONPATH."
+PATH += "module has to be installed, in this folder or on PYTHONPATH."
 BASE = "Expected {} in --method to be a ContinualStrategy, but got {}. Derive it from "
 BASE += "bpn_lightning.strategies.ContinualStrategy."
 
@@ -414,7 +414,7 @@ def test_a_run_by_class_path_is_named_by_it_and_its_config_runs_again(install: I
     line = f"--config digits_inc.yaml --method bd+my_lab.Notes {short} --strategies.bd.rank 7"
     assert main(line.split()) == 0
     config = Path("runs/digits_inc/bd+my_lab.Notes/seed_0/config.yaml")
-    assert main(["--config", str(config), "--runs", "again"]) == 0
+    assert main(["--config", str(config), "--runs", "again", "--trust"]) == 0
     assert Path("notes.txt").read_text() == "0\n1\n" * 2
     assert Path("again", *config.parts[1:]).read_bytes() == config.read_bytes()
 

@@ -13,7 +13,7 @@ from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.cli import main
 from bpn_lightning.command import read_command
 from bpn_lightning.datamodules import SplitCIFAR10
-from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.errors import ConfigurationError, DataError, needs_trust
 
 ROOT = Path(__file__).parent.parent
 Said = pytest.CaptureFixture[str]
@@ -41,6 +41,8 @@ def unannotated(width: int = 3):
     raise SystemExit("called")
 """
 NAMES = "x.yaml names lab_nets.Net: the module lab_nets is imported."
+KEY = "model.backbone.class_path"
+WHERE = f"{KEY} in x.yaml"
 DIGITS = ("--config", "digits_inc.yaml", "--method", "ewc", "--print_config")
 
 
@@ -60,6 +62,10 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("lab_nets", None)
 
 
+def refused(subject: str, name: str = "lab_nets.Net") -> str:
+    return f"bpn-fit: error: {needs_trust(subject, name)}"
+
+
 def said(*flags: str, capsys: Said, status: int = 0) -> list[str]:
     assert main([*DIGITS, *flags]) == status
     return capsys.readouterr().err.splitlines()
@@ -76,39 +82,49 @@ def test_who_types_a_name_means_it(capsys: Said) -> None:
     assert said("--model.backbone", "lab_nets.make", capsys=capsys) == []
     flow = "{class_path: lab_nets.Net, init_args: {width: 5}}"
     assert said("--model.backbone", flow, capsys=capsys) == []
-    # The package that was typed is trusted, and so is another of its classes in a file.
-    typed = ["--config", "x.yaml", "--model.backbone", "lab_nets.make"]
-    assert said(*typed, capsys=capsys) == [f"bpn-fit: {NAMES}"]
+    # What was typed is trusted in a file too, and nothing else of its module.
+    typed = ["--config", "x.yaml", "--model.backbone"]
+    assert said(*typed, "lab_nets.Net", capsys=capsys) == [f"bpn-fit: {NAMES}"]
+    assert said(*typed, "lab_nets.make", capsys=capsys, status=2) == [refused(WHERE)]
 
 
 def test_trust_ends_with_its_run(capsys: Said) -> None:
     said("--model.backbone", "lab_nets.Net", capsys=capsys)
-    assert (
-        "or a plugin, but got 'lab_nets.Net'"
-        in said("--config", "x.yaml", capsys=capsys, status=2)[-1]
-    )
-    sys.modules.pop("lab_nets")
-    for flags in (["--config", "sub.yaml"], ["--model.backbone", "net.yaml"]):
-        said(*flags, capsys=capsys, status=2)
-        assert "lab_nets" not in sys.modules
+    assert said("--config", "x.yaml", capsys=capsys, status=2) == [refused(WHERE)]
 
 
 def test_a_file_that_is_named_like_a_module_is_not_a_name(capsys: Said) -> None:
-    said("--config", "sub.yaml", "--runs", "lab_nets.py", capsys=capsys, status=2)
+    said("--config", "x.yaml", "--runs", "lab_nets.py", capsys=capsys, status=2)
     assert "lab_nets" not in sys.modules
 
 
-@pytest.mark.parametrize("by", ["record", "entry point"])
-def test_an_installed_package_and_a_plugin_need_no_trust(by: str, capsys: Said) -> None:
+@pytest.mark.parametrize("flags", [["--config", "sub.yaml"], ["--model.backbone", "net.yaml"]])
+def test_no_config_includes_another(flags: list[str], capsys: Said) -> None:
+    (line,) = said(*flags, capsys=capsys, status=2)
+    assert "to be a class or its keys, but got the file 'net.yaml', and no config includes" in line
+    assert "lab_nets" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("by", "allowed"), [("record", False), ("lab_nets:Net", True), ("lab_nets:make", False)]
+)
+def test_the_class_of_a_plugin_needs_no_trust(by: str, allowed: bool, capsys: Said) -> None:
     info = Path("lab-1.0.dist-info")
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab\nVersion: 1.0\n")
     if by == "record":
         (info / "RECORD").write_text("lab_nets.py,,\n")
     else:
-        (info / "entry_points.txt").write_text("[bpn_lightning.strategies]\nlab = lab_nets:X\n")
-    lines = said("--config", "x.yaml", capsys=capsys)
-    assert lines == [f"bpn-fit: {NAMES}", "lab_nets is imported"]
+        (info / "entry_points.txt").write_text(f"[bpn_lightning.strategies]\nlab = {by}\n")
+    line = "--config digits_inc.yaml --method finetune --config x.yaml --quiet --data.num_tasks 1"
+    line += " --data.epochs_per_task 1 --trainer.accelerator cpu"
+    assert main(line.split()) == (0 if allowed else 2)
+    lines = capsys.readouterr().err.splitlines()
+    if by == "record":  # that a package is installed says nothing about who named it
+        assert lines == [refused(WHERE)]
+    else:
+        shown = [f"bpn-fit: {NAMES}", "lab_nets is imported"]
+        assert lines == shown + ([] if allowed else [refused(KEY)])
 
 
 @pytest.mark.parametrize(

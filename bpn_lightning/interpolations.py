@@ -1,0 +1,127 @@
+"""How much the ``${...}`` of a configuration make, found out before any of it is made.
+
+OmegaConf puts values into each other as often as they are named, so a few lines could fill the memory:
+forty of the form ``k1: ${.k0}${.k0}`` make 2**40 values. What stands in braces is the name of another
+key (``${data.init_args.seed}``, ``${.lr}`` beside it, ``${..lr}`` one level up) or of an environment
+variable (``${oc.env:NAME}``, ``${oc.env:NAME,default}``); nothing is nested, and no other resolver runs.
+"""
+
+import os
+import re
+from typing import Any
+
+from bpn_lightning.errors import ConfigurationError
+
+__all__ = ["MOST_CHARACTERS", "check_interpolations"]
+
+#: What all interpolations of a configuration may make together; each counts as one more.
+MOST_CHARACTERS = 100_000
+
+_KEY = re.compile(r"\$\{(\.*)(\w[\w+-]*(?:\.\w[\w+-]*|\[\w+\])*)\}", re.ASCII)
+_VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(?:,([^${}]*))?\}", re.ASCII)
+
+_Place = tuple[str | int, ...]
+
+
+def check_interpolations(config: dict[str, Any]) -> None:
+    """Refuse interpolations that lead back to themselves, or make too much; resolves none.
+
+    Args:
+        config: the whole configuration in plain types; a name that it has not is left to OmegaConf.
+
+    Raises:
+        ConfigurationError: names the key.
+    """
+    sizes = _Sizes(config)
+    total = 0
+    for place, text in _interpolated(config, ()):
+        total += sizes.of(place, text)
+        if total > MOST_CHARACTERS:
+            raise ConfigurationError(
+                f"Expected the ${{...}} of a configuration to make at most {MOST_CHARACTERS:,} "
+                f"characters, but got more by {_name(place)}. Write out what it needs."
+            )
+
+
+def _interpolated(value: Any, place: _Place) -> "list[tuple[_Place, str]]":
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = list(enumerate(value))
+    else:
+        return [(place, value)] if isinstance(value, str) and "${" in value else []
+    return [found for key, one in pairs for found in _interpolated(one, (*place, key))]
+
+
+class _Sizes:
+    """Characters, and evaluations, of each value with everything put into it; each found once."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.known: dict[_Place, int] = {}
+        self.open: list[_Place] = []
+
+    def of(self, place: _Place, value: Any) -> int:
+        if place in self.known:
+            return self.known[place]
+        if place in self.open:
+            loop = " -> ".join(map(_name, [*self.open[self.open.index(place) :], place]))
+            raise ConfigurationError(
+                f"Expected every ${{...}} to end at a value, but got a circle: {loop:.300}. Give one of "
+                "them a value."
+            )
+        if len(self.open) > 50:
+            raise ConfigurationError(
+                "Expected ${...} to lead over at most 50 others to a value, but got more from "
+                f"{_name(self.open[0])}. Name the value itself."
+            )
+        self.open.append(place)
+        if isinstance(value, dict):
+            size = sum(1 + self.of((*place, key), one) for key, one in value.items())
+        elif isinstance(value, list):
+            size = sum(1 + self.of((*place, i), one) for i, one in enumerate(value))
+        else:
+            size = self._of_text(place, value) if isinstance(value, str) else 1
+        self.open.pop()
+        self.known[place] = size
+        return size
+
+    def _of_text(self, place: _Place, text: str) -> int:
+        size = len(text)
+        for found in _VARIABLE.finditer(text):
+            size += 1 + len(os.environ.get(found[1], found[2] or ""))
+        for found in _KEY.finditer(text):
+            named = self._place(place, len(found[1]), found[2])
+            size += 1 + self._size_at(named, place)
+        if _KEY.sub("", _VARIABLE.sub("", text)).count("${"):
+            raise ConfigurationError(
+                "Expected every ${...} to name a key or, as ${oc.env:NAME}, an environment variable, "
+                f"but got {text!r:.100} in {_name(place)}. Nothing else is put in, and nothing nests."
+            )
+        return size
+
+    @staticmethod
+    def _place(place: _Place, dots: int, key: str) -> _Place:
+        """Where a name leads: from the root or, with dots, from the values beside it and upwards."""
+        parts = [int(part) if part.isdigit() else part for part in re.findall(r"[\w+-]+", key)]
+        return (*(place[: max(len(place) - dots, 0)] if dots else ()), *parts)
+
+    def _size_at(self, named: _Place, by: _Place) -> int:
+        value: Any = self.config
+        for key in named:
+            if isinstance(value, str) and "${" in value:
+                raise ConfigurationError(
+                    f"Expected every ${{...}} to name a key itself, but got {_name(named)} in "
+                    f"{_name(by)}, which leads through {value!r:.100}. Name the key that it stands for."
+                )
+            if isinstance(value, list) and isinstance(key, int):
+                value = value[key] if key < len(value) else None
+            elif isinstance(value, dict):
+                value = value.get(key, value.get(str(key)))
+            else:
+                return 0  # OmegaConf says that there is none
+        return self.of(named, value)
+
+
+def _name(place: _Place) -> str:
+    return ".".join(map(str, place))
