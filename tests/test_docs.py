@@ -9,11 +9,16 @@ commands. A comment above a block says what is done instead, and why::
 
 A command that names DIR, somebody's folder of data sets, is only parsed: all of its arguments are
 checked, and nothing is trained. So are bpn-report and bpn-export, which need runs, and every grid.
+
+A command that names a class of one's own is a process of its own, as it is for its reader: in here, the
+tests' own ``sys.path`` would find what a console script does not.
 """
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -87,7 +92,7 @@ def blocks_of(page: str, text: str) -> list[Block]:
 def commands_in(text: str) -> list[tuple[str, ...]]:
     lines = text.replace("\\\n", " ").splitlines()
     # ``bpn-fit: ...`` is what the command says; what follows a pipe is somebody else's.
-    ours = [line.partition(" | ")[0] for line in lines if re.match(r"bpn-\w+ ", line)]
+    ours = [line.partition(" | ")[0] for line in lines if re.match(r"bpn-\w+ |pytest ", line)]
     return [tuple(shlex.split(line, comments=True)) for line in ours]
 
 
@@ -105,6 +110,8 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
 
 def run_command(block: Block) -> None:
     command, *arguments = block.words
+    if command == "pytest" or names_own_class(arguments):
+        return run_process(block)
     where = f"{block.page}:{block.line}: {shlex.join(block.words)}"
     assert command in COMMANDS, f"{where}: there is no such command"
     main = COMMANDS[command].load()
@@ -125,6 +132,21 @@ def run_command(block: Block) -> None:
         added = () if shows else ("--print_config",) if parsed else block.flags
         status = main([*arguments, *added])
         assert status in (0, None), where
+
+
+def names_own_class(arguments: list[str]) -> bool:
+    """Whether an argument, or a part of a method, is a class of a module in this folder."""
+    parts = [part.rpartition(".")[0] for word in arguments for part in word.split("+")]
+    return any(Path(*module.split(".")).with_suffix(".py").is_file() for module in parts if module)
+
+
+def run_process(block: Block) -> None:
+    """Run a command as a shell does, without what the tests set for the processes that they start."""
+    script = Path(sys.executable).with_name(block.words[0])
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    line = [str(script), *block.words[1:], *block.flags]
+    done = subprocess.run(line, env=inherited, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"{block.page}:{block.line}: {done.stdout}{done.stderr}"
 
 
 def grid_of(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.registry import ALIASES, by_class_path, is_class_path, strategies
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.trust import find_here
 
 __all__ = ["Part", "Subject", "read_subjects"]
 
@@ -103,6 +104,7 @@ def _read_part(name: str, arguments: Mapping[str, Any]) -> Part:
     known = strategies()
     registered, given = ALIASES.get(name, (name, {}))
     if is_class_path(name):
+        find_here([name.partition(".")[0]])
         found = by_class_path(name)
     elif registered in known:
         found = known[registered]
