@@ -25,7 +25,6 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import torchvision_backbone
 from bpn_lightning.costs import bytes_held
 from bpn_lightning.datamodules import (
     ClassIncrementalDataModule,
@@ -34,6 +33,7 @@ from bpn_lightning.datamodules import (
 )
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.nn import torchvision_backbone
 from bpn_lightning.strategies import (
     EWC,
     BeneficialPerturbation,

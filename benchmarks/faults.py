@@ -45,9 +45,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from bpn_lightning import checkpoints, files, fit, module, recording
-from bpn_lightning.backbones import MLP
-from bpn_lightning.cli import main as bpn_fit
+from bpn_lightning import files
+from bpn_lightning.cli import fit
+from bpn_lightning.cli.main import main as bpn_fit
+from bpn_lightning.model import module
+from bpn_lightning.nn import MLP
+from bpn_lightning.run import checkpoints, recording
 from bpn_lightning.strategies import STRATEGIES
 from bpn_lightning.strategies.base import ContinualStrategy
 

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
 from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.importance import fisher_diagonal, output_sensitivity
+from bpn_lightning.functional.importance import fisher_diagonal, output_sensitivity
+from bpn_lightning.nn import MLP
 
 BATCH = 128
 SEEDS = (0, 1, 2)

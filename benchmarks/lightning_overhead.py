@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from bpn_lightning.idle_hooks import leave_out_idle_hooks
+from bpn_lightning.trainer.idle_hooks import leave_out_idle_hooks
 
 BATCH, BATCHES, EPOCHS = 10, 400, 3
 

@@ -25,10 +25,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
-from bpn_lightning.console import StreamProgress
 from bpn_lightning.datamodules import PermutedMNIST
+from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.run.console import StreamProgress
 
 HIDDEN = [128] * 4
 

@@ -67,7 +67,12 @@ def soak(method: str, tasks: int, folder: Path) -> tuple[list[float], list[float
         "trainer.log_every_n_steps": UPDATES,
         "trainer.callbacks+": f"{Path(__file__).stem}.Notes",
     }
-    line = [sys.executable, "-m", "bpn_lightning.cli", *(f"--{k}={v}" for k, v in flags.items())]
+    line = [
+        sys.executable,
+        "-m",
+        "bpn_lightning.cli.main",
+        *(f"--{k}={v}" for k, v in flags.items()),
+    ]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bpn_lightning.evaluation import evaluate
-    from bpn_lightning.metrics import AccuracyMatrix
-    from bpn_lightning.module import ContinualModule
+    from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
+    from bpn_lightning.model.evaluation import evaluate
+    from bpn_lightning.model.module import ContinualModule
     from bpn_lightning.tasks import Task
 
     __version__: str
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["AccuracyMatrix", "ContinualModule", "Task", "__version__", "evaluate"]
 
 _HOMES = {
-    "AccuracyMatrix": "bpn_lightning.metrics",
-    "ContinualModule": "bpn_lightning.module",
+    "AccuracyMatrix": "bpn_lightning.metrics.accuracy_matrix",
+    "ContinualModule": "bpn_lightning.model.module",
     "Task": "bpn_lightning.tasks",
-    "evaluate": "bpn_lightning.evaluation",
+    "evaluate": "bpn_lightning.model.evaluation",
 }
 
 

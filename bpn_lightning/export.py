@@ -29,9 +29,9 @@ from bpn_lightning.errors import (
     ResultsError,
 )
 from bpn_lightning.files import write_atomically
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.preparation import read_preparations
-from bpn_lightning.rebuilding import rebuild
 from bpn_lightning.tasks import Task, named_dtype
 from bpn_lightning.untrusted import check_untrusted, read_json
 

@@ -71,7 +71,7 @@ ROOMS = {
     "bpn_lightning.datamodules": "Streams",
     "bpn_lightning.bench": "Grids of runs",
     "bpn_lightning.conformance": "The conformance suite",
-    "bpn_lightning.html_report": "Runs as one page",
+    "bpn_lightning.report": "Runs as one page",
 }
 API = Path(__file__).parent / "api"
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bpn_lightning.costs import Bytes, bias_unit_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.layers import BiasUnits
+from bpn_lightning.nn.layers import BiasUnits
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualHost, ContinualStream, Task

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.layers import evaluation_mode, full_precision
+from bpn_lightning.nn.layers import evaluation_mode, full_precision
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.lwf import (
     Answer,

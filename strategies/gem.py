@@ -15,11 +15,11 @@ from torch.optim import SGD, Optimizer
 
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.gradients import segment_gradients, segments_have_closed_forms
-from bpn_lightning.layers import evaluation_mode
-from bpn_lightning.penalties import refuse_fused
+from bpn_lightning.functional.gradients import segment_gradients, segments_have_closed_forms
+from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.penalty import refuse_fused
 from bpn_lightning.tasks import Batch, ContinualHost, Task
 
 __all__ = ["AveragedGEM", "EpisodicMemory", "GradientEpisodicMemory", "multipliers", "project"]

@@ -15,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.costs import Bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.importance import FisherLabels, fisher_diagonal
-from bpn_lightning.layers import TaskModule
-from bpn_lightning.penalties import collapsed, refuse_fused
+from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
+from bpn_lightning.nn.layers import TaskModule
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.penalty import collapsed, refuse_fused
 from bpn_lightning.tasks import ContinualHost, ContinualStream, Task
 
 __all__ = ["IncrementalMomentMatching", "drop_transfer"]

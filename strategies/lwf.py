@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from bpn_lightning.costs import Bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.layers import TaskModule, evaluation_mode, full_precision
+from bpn_lightning.nn.layers import TaskModule, evaluation_mode, full_precision
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
 

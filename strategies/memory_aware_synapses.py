@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-from bpn_lightning.importance import output_sensitivity
-from bpn_lightning.penalties import PenaltyStrategy, Update
+from bpn_lightning.functional.importance import output_sensitivity
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
 from bpn_lightning.tasks import ContinualHost, Task
 
 __all__ = ["MemoryAwareSynapses"]

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bpn_lightning.costs import Bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
+from bpn_lightning.nn.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualHost, ContinualStream, dry_inputs

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.penalties import PenaltyStrategy, Update
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
 from bpn_lightning.tasks import ContinualHost, Task
 
 __all__ = ["Clamp", "SynapticIntelligence", "add_importance"]

@@ -37,8 +37,8 @@ def fit(tmp_path):
     from lightning.pytorch import Trainer, seed_everything
 
     from bpn_lightning import ContinualModule
-    from bpn_lightning.backbones import MLP
     from bpn_lightning.datamodules import SplitDigits
+    from bpn_lightning.nn import MLP
 
     def run(strategies=(), *, stream=None, seed=0, lr=0.05, ckpt_path=None, trainer=None, **module):
         seed_everything(seed, verbose=False)

@@ -34,7 +34,7 @@ from fractions import Fraction
 
 import torch
 from bpn_lightning.costs import Bytes
-from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 
 

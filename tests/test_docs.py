@@ -29,11 +29,11 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-import bpn_lightning.html_report.cli as html_report
-from bpn_lightning import export_command
+import bpn_lightning.report.cli as html_report
 from bpn_lightning.bench.cli import _parse
 from bpn_lightning.bench.grid import only, read_grid
-from bpn_lightning.command import CONFIGS
+from bpn_lightning.cli import export as export_command
+from bpn_lightning.cli.command import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

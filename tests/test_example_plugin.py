@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bpn_lightning import registry
-from bpn_lightning.cli import main
+from bpn_lightning.cli.main import main
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "strategy_plugin"
 SETUP = configparser.RawConfigParser()

@@ -23,19 +23,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bpn_lightning import ContinualModule, cli
-from bpn_lightning.backbones import MLP
+from bpn_lightning import ContinualModule
 from bpn_lightning.bench.collection import read_collection
 from bpn_lightning.bench.grid import read_grid
-from bpn_lightning.command import CONFIGS, read_command
+from bpn_lightning.cli import main as cli
+from bpn_lightning.cli.command import CONFIGS, read_command
 from bpn_lightning.datamodules import SplitArrays, SplitDigits, SplitImageFolder, SplitMNIST
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, make_image_set
 from bpn_lightning.errors import BPNLightningError
 from bpn_lightning.export import export_module, load_exported
-from bpn_lightning.html_report.comparison import compare
-from bpn_lightning.html_report.page import render
-from bpn_lightning.html_report.reading import find_runs
-from bpn_lightning.results import read_matrix_csv, read_results
+from bpn_lightning.nn import MLP
+from bpn_lightning.report.comparison import compare
+from bpn_lightning.report.page import render
+from bpn_lightning.report.reading import find_runs
+from bpn_lightning.run.results import read_matrix_csv, read_results
 
 TIMES = int(os.environ.get("BPN_FUZZ", "1"))
 COUNTS: Counter[tuple[str, str]] = Counter()

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.evaluation import validation_scores
 from bpn_lightning.losses import CrossEntropy, SampleLoss
+from bpn_lightning.model.evaluation import validation_scores
+from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import (
     EWC,
     ContinualStrategy,
@@ -174,7 +174,7 @@ def test_an_autoencoders_task_loss_is_it(fit: Fit) -> None:
 
 def test_the_fisher_is_of_the_likelihood_whatever_the_loss(fit: Fit) -> None:
     """Its definition: labels smoothed by 1 would leave a loss that no label matters to."""
-    from bpn_lightning.importance import fisher_diagonal
+    from bpn_lightning.functional.importance import fisher_diagonal
 
     module, _ = fit([EWC()], mask="task")
     parameters = module.shared_parameters(include_head=False)

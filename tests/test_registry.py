@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from bpn_lightning import registry
-from bpn_lightning.cli import main
-from bpn_lightning.command import read_command
+from bpn_lightning.cli.command import read_command
+from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies.base import ContinualStrategy

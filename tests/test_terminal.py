@@ -13,19 +13,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from bpn_lightning import cli, data_command, errors
+from bpn_lightning import errors
 from bpn_lightning.bench.pictures import Line, line_chart
 from bpn_lightning.bench.runner import _say
 from bpn_lightning.bench.statistics import Interval
-from bpn_lightning.command import read_command
-from bpn_lightning.console import StreamProgress, final_table, learned
+from bpn_lightning.cli import data as data_command
+from bpn_lightning.cli import main as cli
+from bpn_lightning.cli.command import read_command
+from bpn_lightning.cli.fit import _tell
 from bpn_lightning.costs import Bytes
 from bpn_lightning.datamodules import SplitImageFolder
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
-from bpn_lightning.figures import save_figure
-from bpn_lightning.fit import _tell
-from bpn_lightning.html_report import cli as report
 from bpn_lightning.metrics import AccuracyMatrix
+from bpn_lightning.report import cli as report
+from bpn_lightning.run.console import StreamProgress, final_table, learned
+from bpn_lightning.run.figures import save_figure
 from bpn_lightning.tasks import Task
 from bpn_lightning.terminal import is_utf8, printable
 

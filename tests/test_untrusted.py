@@ -11,20 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from bpn_lightning import ContinualModule, cli
-from bpn_lightning.backbones import MLP, torchvision_backbone
+from bpn_lightning import ContinualModule
 from bpn_lightning.bench.collection import read_collection
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.runner import _learned_all
-from bpn_lightning.checkpoints import read_checkpoint
-from bpn_lightning.command import read_yaml
+from bpn_lightning.cli import main as cli
+from bpn_lightning.cli.command import read_yaml
 from bpn_lightning.datamodules import SplitArrays, SplitImageFolder
 from bpn_lightning.datamodules.image_sets import Entry, Indoor67
 from bpn_lightning.datamodules.torchvision_sets import _is_whole_idx
 from bpn_lightning.errors import BPNLightningError, CheckpointError
 from bpn_lightning.export import load_exported
-from bpn_lightning.html_report.reading import find_runs
-from bpn_lightning.results import read_matrix_rows, read_results
+from bpn_lightning.nn import MLP, torchvision_backbone
+from bpn_lightning.report.reading import find_runs
+from bpn_lightning.run.checkpoints import read_checkpoint
+from bpn_lightning.run.results import read_matrix_rows, read_results
 from bpn_lightning.untrusted import (
     MAX_CONFIG_BYTES,
     MAX_TEXT_BYTES,
@@ -277,19 +278,22 @@ EXEMPT = {
     ("bpn_lightning/untrusted.py", "os.open"): "the one place",
     ("bpn_lightning/files.py", "open"): "writes a temporary file",
     ("bpn_lightning/files.py", "os.open"): "flushes what was just written",
-    ("bpn_lightning/folder_lock.py", "os.open"): "the lock of a run's folder, without waiting",
-    ("bpn_lightning/recording.py", "self.path.open"): "appends to the run's own log",
+    ("bpn_lightning/run/lock.py", "os.open"): "the lock of a run's folder, without waiting",
+    ("bpn_lightning/run/recording.py", "self.path.open"): "appends to the run's own log",
     ("bpn_lightning/bench/runner.py", "log.open"): "appends to the log of a cell",
     ("bpn_lightning/bench/ray_executor.py", "log.open"): "appends to the log of a cell",
     ("bpn_lightning/bench/ray_executor.py", "read_text"): "a file that it has just written",
     ("bpn_lightning/bench/ray_executor.py", "file.read_text"): "a file that it has just written",
-    ("bpn_lightning/html_report/page.py", "read_text"): "a file of the package",
-    ("bpn_lightning/results.py", "read_text"): "/proc/cpuinfo, of the system",
-    ("bpn_lightning/dashboards.py", "Image.open"): "a picture drawn in memory",
-    ("bpn_lightning/checkpoints.py", "torch.load"): "maps a file that was looked at lines before",
-    ("bpn_lightning/module.py", "super().load_from_checkpoint"): "after read_checkpoint",
-    ("bpn_lightning/export_command.py", "ContinualModule.load_from_checkpoint"): "is ours",
-    ("bpn_lightning/data_command.py", "image_set.open"): "is ours",
+    ("bpn_lightning/report/page.py", "read_text"): "a file of the package",
+    ("bpn_lightning/run/results.py", "read_text"): "/proc/cpuinfo, of the system",
+    ("bpn_lightning/run/dashboards.py", "Image.open"): "a picture drawn in memory",
+    (
+        "bpn_lightning/run/checkpoints.py",
+        "torch.load",
+    ): "maps a file that was looked at lines before",
+    ("bpn_lightning/model/module.py", "super().load_from_checkpoint"): "after read_checkpoint",
+    ("bpn_lightning/cli/export.py", "ContinualModule.load_from_checkpoint"): "is ours",
+    ("bpn_lightning/cli/data.py", "image_set.open"): "is ours",
     ("datamodules/image_cache.py", "path.open"): "a file to lock",
     ("datamodules/image_cache.py", "open"): "writes a temporary file",
 }

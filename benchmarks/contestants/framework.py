@@ -8,12 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from work import CLASSES_PER_TASK, Answer, Clock, Data, Work, make_data, resident, serve
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
 from bpn_lightning.datamodules import ClassIncrementalDataModule
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ExpectedForgettingWarning
-from bpn_lightning.importance import fisher_diagonal, output_sensitivity
+from bpn_lightning.functional.importance import fisher_diagonal, output_sensitivity
+from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import (
     EWC,
     BeneficialPerturbation,

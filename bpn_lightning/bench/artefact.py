@@ -6,8 +6,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bpn_lightning.bench.tables import Table
-from bpn_lightning.figures import save_figure
 from bpn_lightning.files import write_atomically
+from bpn_lightning.run.figures import save_figure
 
 __all__ = ["Artefact"]
 

@@ -14,11 +14,12 @@ from typing import Any, TypedDict, cast
 
 from bpn_lightning.bench.grid import Cell, Grid, NotRun
 from bpn_lightning.bench.runner import state
-from bpn_lightning.command import read_yaml
+from bpn_lightning.cli.command import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.identity import defining, differences
-from bpn_lightning.results import (
+from bpn_lightning.metrics.scores import AfterLearning, WithoutOracle
+from bpn_lightning.run.identity import defining, differences
+from bpn_lightning.run.results import (
     MAX_TASKS,
     Accuracy,
     BytesHeld,
@@ -27,7 +28,6 @@ from bpn_lightning.results import (
     read_results,
     violations,
 )
-from bpn_lightning.scores import AfterLearning, WithoutOracle
 from bpn_lightning.untrusted import read_json
 
 __all__ = [

@@ -31,7 +31,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bpn_lightning.command import CONFIGS, methods_of, nearest_file, read_command, read_yaml
+from bpn_lightning.cli.command import CONFIGS, methods_of, nearest_file, read_command, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
 
@@ -81,11 +81,11 @@ _KEYS = ("title", "text", "seeds", "experiments", "compare", "report")
 _ENTRY_KEYS = ("config", "methods", "seeds", "set", "vary", "label", "probes", "not_run")
 
 PROBES = {"regions": "Regions", "drift": "Drift"}
-"""What ``probes:`` may name, and the classes of :mod:`bpn_lightning.bench.probes`."""
+"""What ``probes:`` may name, and the classes of :mod:`bpn_lightning.paper.probes`."""
 
 UNTRUSTED = "--trust=false"
 
-_PROBE_FLAG = "--trainer.callbacks+=bpn_lightning.bench.probes"
+_PROBE_FLAG = "--trainer.callbacks+=bpn_lightning.paper.probes"
 
 Variant = tuple[tuple[str, Any], ...]
 

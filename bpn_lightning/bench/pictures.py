@@ -1,4 +1,4 @@
-"""The kinds of pictures that the report is made of, in the style of :mod:`bpn_lightning.figures`."""
+"""The kinds of pictures that the report is made of, in the style of :mod:`bpn_lightning.run.figures`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
 from bpn_lightning.bench.statistics import Interval
-from bpn_lightning.figures import COLOURS, DASHES, MARKERS
+from bpn_lightning.run.figures import COLOURS, DASHES, MARKERS
 
 __all__ = ["Dots", "Line", "dot_chart", "line_chart"]
 

@@ -4,15 +4,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bpn_lightning.bench.accuracy import accuracy, paired_tests, parameters, table_1, table_2
 from bpn_lightning.bench.artefact import Artefact
 from bpn_lightning.bench.collection import CELLS, Collection, read_collection
-from bpn_lightning.bench.curves import figure_6
-from bpn_lightning.bench.many_tasks import figure_7
-from bpn_lightning.bench.mechanism import drift, figure_5
-from bpn_lightning.bench.sweeps import gains, sweeps
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
+from bpn_lightning.paper.accuracy import accuracy, paired_tests, parameters, table_1, table_2
+from bpn_lightning.paper.curves import figure_6
+from bpn_lightning.paper.many_tasks import figure_7
+from bpn_lightning.paper.mechanism import drift, figure_5
+from bpn_lightning.paper.sweeps import gains, sweeps
 from bpn_lightning.terminal import printable
 
 __all__ = ["MAKERS", "make", "report_all", "write_report"]

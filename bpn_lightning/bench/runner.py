@@ -25,11 +25,11 @@ from typing import Any, Literal, Protocol
 import yaml
 
 from bpn_lightning.bench.grid import Cell
-from bpn_lightning.command import flag_values
+from bpn_lightning.cli.command import flag_values
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import refuse_outside, write_atomically
-from bpn_lightning.folder_lock import FolderLock, holder
-from bpn_lightning.identity import OBSERVED, decides
+from bpn_lightning.run.identity import OBSERVED, decides
+from bpn_lightning.run.lock import FolderLock, holder
 from bpn_lightning.terminal import printable
 from bpn_lightning.untrusted import MAX_CONFIG_BYTES, open_untrusted, read_json, read_text
 
@@ -329,7 +329,7 @@ def _bpn_fit() -> list[str]:
     """The command of the environment that this one runs in."""
     beside = Path(sys.executable).with_name("bpn-fit")
     found = str(beside) if beside.exists() else shutil.which("bpn-fit")
-    return [found] if found else [sys.executable, "-m", "bpn_lightning.cli"]
+    return [found] if found else [sys.executable, "-m", "bpn_lightning.cli.main"]
 
 
 def _count(states: Sequence[State], todo: int) -> str:

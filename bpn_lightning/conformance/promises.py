@@ -19,7 +19,7 @@ from bpn_lightning.conformance.runs import MESSY, PLAIN, Run, differences, fit
 from bpn_lightning.conformance.subjects import Subject
 from bpn_lightning.conformance.trials import Consolidation, Diary, Trial, answers, fine_tuning
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.tasks import Position
 

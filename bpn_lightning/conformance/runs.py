@@ -16,15 +16,15 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.datamodules.readers import ImageData
-from bpn_lightning.layers import TaskModule
-from bpn_lightning.module import ContinualModule
-from bpn_lightning.processes import leaves
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn.backbones import MLP
+from bpn_lightning.nn.layers import TaskModule
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Position
+from bpn_lightning.trainer.processes import leaves
 
 __all__ = ["MESSY", "PLAIN", "Run", "Setting", "differences", "fit", "flatten", "messy", "plain"]
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bpn_lightning.cli.trust import find_here
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.registry import ALIASES, by_class_path, is_class_path, strategies
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.trust import find_here
 
 __all__ = ["Part", "Subject", "read_subjects"]
 

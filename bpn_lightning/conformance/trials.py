@@ -17,7 +17,7 @@ from bpn_lightning.conformance.runs import MESSY, Run, Setting, fit
 from bpn_lightning.conformance.subjects import Subject
 from bpn_lightning.costs import Bytes, measured_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.layers import evaluation_mode
+from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Position
 

@@ -8,7 +8,7 @@ import pytest
 
 from bpn_lightning.bench.grid import ARTEFACTS, find_grid, only, packaged_grids, read_grid
 from bpn_lightning.bench.report import MAKERS
-from bpn_lightning.command import methods_of
+from bpn_lightning.cli.command import methods_of
 from bpn_lightning.errors import ConfigurationError
 
 Write = Callable[..., str]
@@ -54,7 +54,7 @@ def test_settings_are_flags_and_variants_have_folders_of_their_own(write_grid: W
         "--trainer.logger=null",
         "--strategies.bd.rank=1",
         "--strategies.bd.direction=gradient",
-        "--trainer.callbacks+=bpn_lightning.bench.probes.Drift",
+        "--trainer.callbacks+=bpn_lightning.paper.probes.Drift",
     ]
 
 

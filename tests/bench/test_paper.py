@@ -2,8 +2,8 @@
 
 import pytest
 
-from bpn_lightning.bench.paper import TABLE_1, TABLE_1_FROM_TEXT, TABLE_2
 from bpn_lightning.costs import bias_unit_bytes
+from bpn_lightning.paper.published import TABLE_1, TABLE_1_FROM_TEXT, TABLE_2
 
 
 @pytest.mark.parametrize("method", [name for name, row in TABLE_2.items() if row[0][0] is not None])

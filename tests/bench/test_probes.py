@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
-from bpn_lightning.bench.probes import Drift, Probe, Regions
 from bpn_lightning.datamodules import Gaussians, SplitDigits
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.nn import MLP
+from bpn_lightning.paper.probes import Drift, Probe, Regions
 from bpn_lightning.strategies import EWC, BeneficialPerturbation
 
 

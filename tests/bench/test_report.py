@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
-from bpn_lightning.bench import accuracy, curves, many_tasks, mechanism, sweeps
 from bpn_lightning.bench.cli import main
 from bpn_lightning.bench.collection import (
     Collection,
@@ -30,6 +29,7 @@ from bpn_lightning.bench.runner import Runner
 from bpn_lightning.bench.statistics import Interval
 from bpn_lightning.bench.tables import Table
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.paper import accuracy, curves, many_tasks, mechanism, sweeps
 
 Make = Callable[..., Record]
 

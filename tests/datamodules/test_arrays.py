@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
-from bpn_lightning.cli import main
+from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules import SplitArrays, SplitDigits, StreamOf
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.export import export_module, load_exported
-from bpn_lightning.importance import fisher_diagonal
+from bpn_lightning.functional.importance import fisher_diagonal
+from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import (
     EWC,
     SLNID,

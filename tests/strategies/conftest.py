@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.datamodules.digits import SplitDigits
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn import MLP
 from bpn_lightning.strategies.base import ContinualStrategy
 
 Hook = Callable[..., None]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import bytes_per_task
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.nn import MLP
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation, perturbation
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.finetuning import FineTuning

@@ -10,7 +10,6 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.conformance.runs import Setting, messy
 from bpn_lightning.conformance.runs import fit as fit_digits
 from bpn_lightning.costs import Bytes, measured_bytes
@@ -19,7 +18,8 @@ from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.datamodules.gaussians import Gaussians
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.stream_of import StreamOf
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn import MLP
 from bpn_lightning.registry import strategies
 from bpn_lightning.strategies import (
     AveragedGEM,

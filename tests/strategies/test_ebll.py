@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adadelta, Adam
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import Bytes, measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import (

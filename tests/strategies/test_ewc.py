@@ -12,10 +12,10 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.importance import fisher_diagonal
+from bpn_lightning.functional.importance import fisher_diagonal
+from bpn_lightning.nn import MLP
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.finetuning import FineTuning

@@ -105,7 +105,7 @@ import json, sys
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
+from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory

@@ -14,17 +14,17 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.importance import fisher_diagonal
-from bpn_lightning.module import ContinualModule
-from bpn_lightning.penalties import collapsed
+from bpn_lightning.functional.importance import fisher_diagonal
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching as IMM
 from bpn_lightning.strategies.imm import drop_transfer
+from bpn_lightning.strategies.penalty import collapsed
 
 MODES = ("mean", "mode")
 
@@ -668,7 +668,7 @@ def test_a_failure_while_a_task_closes_merges_nothing_twice(
     fit_imm: Any, same: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, task: int
 ) -> None:
     """The average is served by then, and must not be taken for the weights of training."""
-    from bpn_lightning import module as home
+    from bpn_lightning.model import module as home
 
     class Saves(Callback):
         def on_exception(self, trainer: Any, module: Any, error: Any) -> None:

@@ -14,13 +14,13 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import bytes_per_task, measured_bytes
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.evaluation import evaluate_without_oracle
-from bpn_lightning.metrics import backward_transfer, forgetting
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.metrics.accuracy_matrix import backward_transfer, forgetting
+from bpn_lightning.model.evaluation import evaluate_without_oracle
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.independent import IndependentNetworks as STL

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import bytes_per_task, measured_bytes
 from bpn_lightning.datamodules.digits import SplitDigits
+from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.joint import JointTraining

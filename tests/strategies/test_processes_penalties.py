@@ -20,7 +20,7 @@ import sys
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
+from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses

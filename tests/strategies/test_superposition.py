@@ -17,11 +17,11 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import Bytes, bytes_per_task, measured_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.layers import ComplexKeys, ComplexLinear, Keys, SwitchableLinear
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn import MLP
+from bpn_lightning.nn.layers import ComplexKeys, ComplexLinear, Keys, SwitchableLinear
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
@@ -503,7 +503,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
+from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.superposition import ParameterSuperposition

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
+from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitArrays, SplitDigits
 from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.gem import GradientEpisodicMemory

@@ -13,11 +13,11 @@ from bpn_replay import Replay
 from torch import Tensor
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.datamodules.loading import Share
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import ContinualStrategy
 from bpn_lightning.tasks import Batch, Task
 

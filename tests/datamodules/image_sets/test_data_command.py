@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bpn_lightning.data_command import check_set, main
+from bpn_lightning.cli.data import check_set, main
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, Counts, Flowers102
 
 Trees = Callable[..., Any]
@@ -126,7 +126,7 @@ def test_a_wrong_line_is_one_message(
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from bpn_lightning.data_command import main;"
+        "import sys; from bpn_lightning.cli.data import main;"
         f"main(['check', {str(tmp_path)!r}]); sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], check=False, capture_output=True)
@@ -135,4 +135,4 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
 
 def test_the_command_is_installed() -> None:
     (command,) = entry_points(group="console_scripts", name="bpn-data")
-    assert command.value == "bpn_lightning.data_command:main"
+    assert command.value == "bpn_lightning.cli.data:main"

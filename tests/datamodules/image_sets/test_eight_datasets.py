@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from bpn_lightning.backbones import torchvision_backbone
-from bpn_lightning.cli import main
+from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules.eight_datasets import EightDatasets
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS
 from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.nn import torchvision_backbone
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.superposition import ParameterSuperposition
 

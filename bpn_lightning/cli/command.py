@@ -1,0 +1,510 @@
+"""What a command line of ``bpn-fit`` means, before torch is imported.
+
+Config files and the command line are put into one order of precedence, the last one winning::
+
+    experiment files < the method's file < files with `strategies:` < the command line
+
+wherever on the line a flag stands. A file with ``strategies:`` (such as a run's resolved
+``config.yaml``) has spoken about the method and so comes after the method's file; ``--method`` that
+names another method than the files do leaves their ``strategies:`` out.
+
+A method's parts are names of the registry or class paths: ``bd+my_lab.replay.Replay`` has its values
+below ``strategies.Replay``.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpn_lightning import registry
+from bpn_lightning.cli.trust import (
+    FLAGS,
+    Named,
+    check_named,
+    find_here,
+    importable,
+    imported_by,
+    named_classes,
+    refuse_never,
+    top_modules,
+    words,
+)
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.files import check_name
+from bpn_lightning.terminal import is_utf8
+from bpn_lightning.untrusted import MAX_CONFIG_BYTES, read_text
+
+__all__ = [
+    "CONFIGS",
+    "Command",
+    "flag_values",
+    "methods_of",
+    "nearest_file",
+    "packaged_configs",
+    "read_command",
+    "read_yaml",
+]
+
+CONFIGS = Path(str(files("bpn_lightning.configs")))
+
+#: Keys whose value is a mapping; anything else there would end in a traceback.
+GROUPS = ("trainer", "model", "strategies")
+
+#: Values of a config, aliases counted wherever they stand: a few lines of them make billions.
+MOST_VALUES = 100_000
+
+#: A text counts as one more value for so many of its characters.
+CHARACTERS = 100
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line in order of precedence.
+
+    Args:
+        args: for the parser: configs first, flags after.
+        experiment: name of the results folder.
+        method: name of the method.
+        strategies: name of each strategy, in order, and what it stands for; None where a config or
+            a flag gives its class path.
+        plugins: streams of other packages that are named somewhere.
+        importable: modules that may be imported by name.
+        trust: whether other modules may be, too.
+        typed: the words of a user, which need no trust.
+        classes: those of them that name a class where one is expected.
+        notices: what to tell the user, before anything is imported.
+    """
+
+    args: list[str]
+    experiment: str
+    method: str
+    strategies: dict[str, registry.Registered | None]
+    plugins: list[registry.Registered]
+    importable: frozenset[str]
+    trust: bool
+    typed: frozenset[str]
+    classes: list[str]
+    notices: list[str]
+
+
+@dataclass
+class _Layer:
+    """A config file: its name for messages, what ``--config`` gets, and its content."""
+
+    name: str
+    value: str
+    content: dict[str, Any]
+
+    @property
+    def strategies(self) -> dict[str, Any]:
+        return self.content.get("strategies") or {}
+
+    def without_strategies(self) -> "_Layer":
+        content = {key: value for key, value in self.content.items() if key != "strategies"}
+        return _Layer(self.name, yaml.safe_dump(content, sort_keys=False), content)
+
+
+def packaged_configs() -> list[str]:
+    """File names of the experiments that come with this package."""
+    return sorted(path.name for path in CONFIGS.glob("*.yaml"))
+
+
+def methods_of(experiment: str, folder: Path = CONFIGS) -> list[str]:
+    """Methods with tuned values for an experiment."""
+    return sorted(path.stem for path in (folder / "methods" / experiment).glob("*.yaml"))
+
+
+def read_command(argv: Sequence[str]) -> Command:
+    """Find the files and the method, and put everything into order; imports nothing that they name.
+
+    Raises:
+        ConfigurationError: a config, method or strategy is unknown, a file cannot be read, or it names
+            a class that is not trusted.
+    """
+    flags, rest = _split(argv)
+    paths = [_find_config(name) for name in flags.config]
+    layers = [_read(path) for path in paths]
+    stated = _last(layers, "method")
+    # Under a name of its own, an experiment keeps what was tuned for the one that it is made from.
+    tuned_for = [flags.experiment, _last(layers, "experiment"), *(path.stem for path in paths[:1])]
+    experiments = list(dict.fromkeys(str(name) for name in tuned_for if name)) or ["unnamed"]
+    experiment = experiments[0]
+    method = flags.method or stated
+    for name in experiments:
+        check_name("experiment", name)
+    folders = list(dict.fromkeys([*(path.parent for path in paths[:1]), CONFIGS]))
+    places = [folder / "methods" / name for name in experiments for folder in folders]
+    known_methods = sorted({path.stem for place in places for path in place.glob("*.yaml")})
+    if method is None:
+        raise ConfigurationError(
+            "Expected --method (or `method:` in a config) to name a method, but got none. "
+            f"Try --method {'bd+ewc' if not known_methods else known_methods[0]}; "
+            "`bpn-fit --list` shows them."
+        )
+    check_name("method", method)
+
+    notices = []
+    if flags.method is not None and flags.method != stated:
+        for layer in [layer for layer in layers if layer.strategies]:
+            notices.append(f"--method {method} leaves out the `strategies:` of {layer.name}.")
+        layers = [layer.without_strategies() if layer.strategies else layer for layer in layers]
+
+    chosen, method_layer = _choose(method, places, known_methods, layers, rest)
+    if method_layer is None or method_layer.name == method:
+        given = {name for layer in layers for name in layer.strategies}
+        if not set(chosen) <= given:
+            notices.append(
+                f"There are no tuned values of {method} for {experiment}: "
+                "its strategies run on their defaults."
+            )
+    elif (source := Path(method_layer.name).parent.name) != experiment:
+        notices.append(f"The values of {method} are those tuned for {source}.")
+    _check_overrides(chosen, method, layers, rest)
+
+    first = next((i for i, layer in enumerate(layers) if layer.strategies), len(layers))
+    if method_layer is not None:
+        layers.insert(first, method_layer)
+
+    for where, values in [(FLAGS, list(argv)), *((layer.name, layer.content) for layer in layers)]:
+        if not is_utf8(json.dumps(values, ensure_ascii=False, default=str, skipkeys=True)):
+            raise ConfigurationError(
+                f"Expected {where} to be text in UTF-8, which config.yaml is written in, but got other "
+                "bytes. Rename the folder or the file that it names."
+            )
+    plugins = _named_plugins(layers, rest)
+    by_files, typed = _named_classes(layers, rest, flags.method, method)
+    refuse_never(by_files + typed)
+    registered = [one.class_path for one in (*plugins, *chosen.values()) if one is not None]
+    in_files = words([*(layer.content for layer in layers), *registered])
+    in_flags = words(
+        [value for key, value in flag_values(rest) if key not in ("runs", "ckpt_path")]
+    )
+    in_flags |= words(flags.method or "")
+    typed_words = frozenset() if flags.trust is False else frozenset(in_flags)
+    check_named(by_files + typed, typed_words, flags.trust is True)
+    trusted = top_modules(typed_words | (in_files if flags.trust else set()))
+    find_here(trusted)
+    notices += imported_by(by_files)
+    return Command(
+        args=[
+            *(token for layer in layers for token in ("--config", layer.value)),
+            f"--experiment={experiment}",
+            f"--method={method}",
+            *rest,  # last, since `--data.help CLASS` takes the rest of the line for itself
+        ],
+        experiment=experiment,
+        method=method,
+        strategies=chosen,
+        plugins=plugins,
+        importable=importable(trusted),
+        trust=flags.trust is True,
+        typed=typed_words,
+        classes=[one.path for one in typed if one.path in typed_words],
+        notices=notices,
+    )
+
+
+def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What decides about files and method, and the other flags in their order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--method")
+    parser.add_argument("--experiment")
+    parser.add_argument("--trust", nargs="?", const="true")
+    try:
+        flags, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(
+            f"Expected {error.argument_name} to be followed by a value, but got none. "
+            "`bpn-fit --help` shows how it is called."
+        ) from error
+    if flags.trust not in (None, "true", "false"):
+        raise ConfigurationError(
+            f"Expected --trust to be true or false, but got {flags.trust!r}. Write --trust to import "
+            "whatever the configs name."
+        )
+    flags.trust = None if flags.trust is None else flags.trust == "true"
+    return flags, rest
+
+
+def _last(layers: Sequence[_Layer], key: str) -> str | None:
+    values = [layer.content[key] for layer in layers if layer.content.get(key) is not None]
+    return str(values[-1]) if values else None
+
+
+def _find_config(name: str) -> Path:
+    """A path first, then a packaged config, with or without its suffix."""
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    near = nearest_file(name, packaged_configs())
+    raise ConfigurationError(
+        f"Expected --config to be a file or a packaged config, but got {name!r}.{near} "
+        "`bpn-fit --list` shows the packaged ones."
+    )
+
+
+def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
+    """The keys and values of a file, in plain types and in bounds.
+
+    Args:
+        path: of the file.
+        kind: what it should be, for messages.
+
+    Raises:
+        ConfigurationError: it cannot be read, is no YAML of keys and values, or holds too much.
+    """
+    try:
+        content = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
+    except OSError as error:
+        raise ConfigurationError(
+            f"Expected {path} to be readable, but got {error.strerror}. Check its permissions."
+        ) from error
+    # Beside YAMLError: what is no UTF-8, no date, no number or nests too deeply.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
+        if isinstance(error, RecursionError):
+            problem = "it nests too deeply"
+        raise ConfigurationError(
+            f"Expected {path} to be {kind}, but got an error{line}: {problem}. Correct that line."
+        ) from error
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigurationError(
+            f"Expected {path} to hold keys and values, but got {content!r:.80}. "
+            "Start from the output of `bpn-fit --config digits_inc.yaml --print_config`."
+        )
+    if _count(content, MOST_VALUES) > MOST_VALUES:
+        raise ConfigurationError(
+            f"Expected {path} to hold at most {MOST_VALUES:,} values, but got more, counted as often "
+            "as aliases repeat them. Write out what it needs."
+        )
+    return content
+
+
+def _count(content: Any, enough: int) -> int:
+    """Keys and values below a value, itself included; stops counting when it is more than enough."""
+    stack, count = [content], 0
+    while stack and count <= enough:
+        value = stack.pop()
+        count += 1
+        if isinstance(value, dict):
+            stack += value.keys()
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+        elif isinstance(value, str | bytes):
+            count += len(value) // CHARACTERS
+    return count
+
+
+def nearest_file(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x.yaml'?"``; the suffix that all have in common makes none the nearest."""
+    near = did_you_mean(Path(name).stem, [Path(one).stem for one in known])
+    return near.replace("'?", ".yaml'?")
+
+
+def _read(path: Path) -> _Layer:
+    content = read_yaml(path)
+    for group in GROUPS:
+        if group in content and not isinstance(content[group], Mapping):
+            raise ConfigurationError(
+                f"Expected `{group}:` in {path} to be a mapping, but got {content[group]!r}. "
+                f"Put its keys below `{group}:`, indented."
+            )
+    for name, value in (content.get("strategies") or {}).items():
+        if not isinstance(value, Mapping):
+            raise ConfigurationError(
+                f"Expected `strategies.{name}:` in {path} to be a mapping, but got {value!r}. "
+                f"For its defaults write `{name}: {{}}`."
+            )
+    return _Layer(str(path), str(path), content)
+
+
+def _choose(
+    method: str,
+    places: Sequence[Path],
+    known_methods: Sequence[str],
+    layers: Sequence[_Layer],
+    rest: Sequence[str],
+) -> tuple[dict[str, registry.Registered | None], _Layer | None]:
+    """The method's strategies in order, and the config that holds its values, if there is one."""
+    known = registry.strategies()
+    by_path = _with_class_path(layers, rest)
+    given = [name for layer in layers for name in layer.strategies]
+    known |= _by_class_path(method)
+    for place in places:
+        path = place / f"{method}.yaml"
+        if path.is_file():
+            layer = _read(path)
+            return _look_up(list(layer.strategies), method, known, by_path, known_methods), layer
+    parts = method.split("+")
+    names = {*registry.ALIASES, *known, *by_path}
+    if given and not all(part in names or registry.is_class_path(part) for part in parts):
+        parts = list(dict.fromkeys(given))
+    values: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        name, arguments = _strategy_and_values(part, known)
+        if name in values:
+            raise ConfigurationError(
+                f"Expected --method to name each strategy once, but got {method!r}. "
+                f"Leave one {part!r} out."
+            )
+        values[name] = arguments
+    chosen = _look_up(list(values), method, known, by_path, known_methods)
+    arguments = {name: value for name, value in values.items() if value}
+    content = {"strategies": arguments}
+    return chosen, _Layer(method, yaml.safe_dump(content), content) if arguments else None
+
+
+def _by_class_path(method: str) -> dict[str, registry.Registered]:
+    """The strategies that a method names by their class paths, by the names of the classes."""
+    paths = [part for part in method.split("+") if registry.is_class_path(part)]
+    found = {}
+    for one in map(registry.by_class_path, paths):
+        if one.name in found:
+            raise ConfigurationError(
+                f"Expected --method to name classes of different names, but got {method!r} with "
+                f"{one.name!r} twice. Leave one out, or give one a name of its own: "
+                f"`strategies: {{other: {{class_path: {one.class_path}}}}}`."
+            )
+        found[one.name] = one
+    return found
+
+
+def _strategy_and_values(
+    part: str, known: Mapping[str, registry.Registered]
+) -> tuple[str, dict[str, Any]]:
+    """What a part of a method stands for: the key of a strategy, and values of an alias."""
+    if registry.is_class_path(part):
+        return part.rpartition(".")[2], {}
+    if part in registry.ALIASES and part in known:
+        known[part].check_name()  # a plugin claims it too
+    return registry.ALIASES.get(part, (part, {}))
+
+
+def _look_up(
+    names: Sequence[str],
+    method: str,
+    known: Mapping[str, registry.Registered],
+    by_path: Iterable[str],
+    known_methods: Sequence[str],
+) -> dict[str, registry.Registered | None]:
+    for name in names:
+        if name not in known and name not in by_path:
+            parts = [*known, *registry.ALIASES]
+            near = did_you_mean(name, [*known_methods, *parts] if name == method else parts)
+            raise ConfigurationError(
+                f"Expected --method to be strategies joined by '+', but got {method!r} with the "
+                f"unknown {name!r}.{near} `bpn-fit --list` shows methods and strategies; "
+                "a class of your own is named by its whole path, package.module.Class."
+            )
+        if name in known:
+            known[name].check_name()
+    return {name: known.get(name) for name in names}
+
+
+def _with_class_path(layers: Sequence[_Layer], rest: Sequence[str]) -> set[str]:
+    """Names of strategies that come as ``{class_path, init_args}``."""
+    found = {
+        name
+        for layer in layers
+        for name, value in layer.strategies.items()
+        if "class_path" in value
+    }
+    for flag in _flags(rest):
+        keys = flag.split(".")
+        if keys[0] == "strategies" and (len(keys) == 2 or keys[2:] == ["class_path"]):
+            found.add(keys[1])
+    return found
+
+
+def _check_overrides(
+    chosen: Mapping[str, object], method: str, layers: Sequence[_Layer], rest: Sequence[str]
+) -> None:
+    """Values for a strategy that does not run would be lost without a word."""
+    named = [(f"strategies.{name}", name) for layer in layers for name in layer.strategies]
+    for flag in _flags(rest):
+        keys = flag.split(".")
+        if keys[0] == "strategies" and len(keys) > 1:
+            named.append((f"--{flag}", keys[1]))
+    for spelling, name in named:
+        if name not in chosen:
+            remedy = f"{did_you_mean(name, chosen)} `bpn-fit --list` shows all strategies."
+            if name in registry.strategies():
+                remedy = f" Choose a method that has it, such as --method {name}, or leave it out."
+            raise ConfigurationError(
+                f"Expected {spelling} to be about a strategy of the method {method!r} "
+                f"({', '.join(chosen)}), but got {name!r}.{remedy}"
+            )
+
+
+def _named_classes(
+    layers: Sequence[_Layer], rest: Sequence[str], typed_method: str | None, method: str
+) -> tuple[list[Named], list[Named]]:
+    """Classes that are named by class path: in files, and on the command line."""
+    found = [one for layer in layers for one in named_classes(layer.name, layer.content)]
+    in_files = [one for one in found if one.key != "method"]
+    typed = [one for key, value in flag_values(rest) for one in named_classes(FLAGS, value, key)]
+    if typed_method is None:
+        of = next(one.name for one in reversed(layers) if one.content.get("method") is not None)
+        in_files += named_classes(of, method, "method")
+    else:
+        typed += named_classes(FLAGS, method, "method")
+    return in_files, typed
+
+
+def flag_values(rest: Sequence[str]) -> list[tuple[str, Any]]:
+    """The flags and their values, as YAML has them."""
+    pairs = []
+    for token, following in zip(rest, [*rest, ""][1:], strict=True):
+        if token.startswith("--"):
+            key, equals, attached = token[2:].partition("=")
+            text = attached if equals else following
+            try:
+                value = yaml.safe_load(text)
+            except (yaml.YAMLError, ValueError, RecursionError):
+                value = text
+            pairs.append((key.removesuffix("+"), value))
+    return pairs
+
+
+def _flags(rest: Sequence[str]) -> list[str]:
+    """The names of the flags, without dashes, values and the ``+`` that appends."""
+    return [
+        token[2:].partition("=")[0].removesuffix("+") for token in rest if token.startswith("--")
+    ]
+
+
+def _named_plugins(layers: Sequence[_Layer], rest: Sequence[str]) -> list[registry.Registered]:
+    """Streams of other packages that are named; a name that nobody or several have is an error."""
+    known = registry.streams()
+    stated: list[Any] = []
+    for layer in layers:
+        data = layer.content.get("data")
+        stated.append(data.get("class_path") if isinstance(data, Mapping) else data)
+    for token, value in zip(rest, [*rest, ""][1:], strict=True):
+        key, equals, attached = token.partition("=")
+        if key in ("--data", "--data.class_path", "--data.help"):
+            stated.append(attached if equals else value)
+    names = [name for name in stated if isinstance(name, str)]
+    for name in names:
+        if name.isidentifier() and name not in known:
+            raise ConfigurationError(
+                f"Expected data.class_path to be a stream, but got {name!r}."
+                f"{did_you_mean(name, known)} `bpn-fit --list` shows them; "
+                "a class of your own is named by its whole path, package.module.Class."
+            )
+    for name in names[-1:]:  # the one that wins
+        if name in known:
+            known[name].check_name()
+    named = [known[name] for name in dict.fromkeys(names) if name in known]
+    return [one for one in named if one.origin != registry.BUILT_IN]

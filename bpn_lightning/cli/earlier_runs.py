@@ -1,0 +1,83 @@
+"""What a run does with an earlier one in its folder: go on with it, replace it, or let it be."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.errors import ConfigurationError, ResultsError
+from bpn_lightning.run.identity import defining, differences, run_name, run_names
+from bpn_lightning.run.results import read_results
+
+__all__ = ["refuse_earlier", "refuse_other_name"]
+
+NAMED = 3
+"""Keys that a message names in which two configurations differ."""
+
+
+def refuse_other_name(folder: Path, names: Mapping[str, Any]) -> None:
+    """Refuse a folder that is, under another name, that of another run.
+
+    A link leads there, or a file system that takes upper and lower case for the same.
+
+    Args:
+        folder: of the run.
+        names: its :func:`~bpn_lightning.run.identity.run_names`.
+
+    Raises:
+        ResultsError: its config.yaml is of a run of another experiment, method or seed.
+    """
+    found = run_names(_config(folder))
+    if None not in found.values() and found != names:
+        raise ResultsError(
+            f"Expected {folder} to be the folder of {run_name(names)}, but it is that of "
+            f"{run_name(found)}, by a link or by a name that differs in upper and lower case only. "
+            "Remove the link, choose another name, or another folder with --runs."
+        )
+
+
+def refuse_earlier(folder: Path, config: Mapping[str, Any], resumes: bool) -> None:
+    """Refuse a folder with results or a checkpoint of a run that this one does not go on with.
+
+    Args:
+        folder: of the run.
+        config: its :func:`~bpn_lightning.run.identity.defining` part.
+        resumes: whether it goes on from a checkpoint of this folder.
+
+    Raises:
+        ResultsError: names the first keys in which the configurations differ, and what can be done.
+    """
+    finished = (folder / "results.json").exists() and not (resumes and _ended_early(folder))
+    kept = (folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
+    if not finished and (resumes or not any(path.is_file() for path in kept)):
+        return
+    there = defining(_config(folder))
+    different = differences(config, there, NAMED) if there else []
+    if different:
+        raise ResultsError(
+            f"Expected {folder} to hold no run of another configuration, but got one: "
+            f"{'; '.join(different)}. Keep both by another --experiment or --runs, or replace it with "
+            "--overwrite."
+        )
+    if finished:
+        raise ResultsError(
+            f"Expected {folder} to hold no finished run, but got one with results.json. "
+            "Replace it with --overwrite, or give another seed or another --runs folder."
+        )
+    raise ResultsError(
+        f"Expected {folder} to hold no unfinished run, but got one with a checkpoint. "
+        "Go on with --ckpt_path last, or replace it with --overwrite."
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What a run's config.yaml says; nothing where it cannot be read."""
+    try:
+        return read_yaml(folder / "config.yaml")
+    except ConfigurationError:
+        return {}
+
+
+def _ended_early(folder: Path) -> bool:
+    """Whether a run wrote its results before it had learned every task."""
+    return bool(read_results(folder)["tasks_not_learned"])

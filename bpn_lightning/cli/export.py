@@ -1,0 +1,114 @@
+"""The command ``bpn-export``: what a run learned, as files that hold no code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.cli.trust import (
+    check_named,
+    find_here,
+    importable,
+    named_classes,
+    refuse_never,
+    restrict_imports,
+    top_modules,
+    words,
+)
+from bpn_lightning.errors import BPNLightningError, ConfigurationError
+from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
+
+__all__ = ["main"]
+
+USAGE_ERROR = 2  # as argparse exits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0, 2 where the user can mend it, 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        with plain_warnings("bpn-export"):
+            folder = _export(Path(arguments.run), Path(arguments.out), arguments.trust)
+            print(printable(folder))
+    except BPNLightningError as error:
+        print(f"bpn-export: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("bpn-export: Interrupted. Nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _export(run: Path, out: Path, trust: bool) -> Path:
+    backbone, mask = _configured(run / "config.yaml", trust)
+    from bpn_lightning.export import export_module  # seconds, for torch and lightning
+    from bpn_lightning.model.module import ContinualModule
+
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    module = ContinualModule.load_from_checkpoint(
+        checkpoint, map_location="cpu", backbone=backbone, mask=mask
+    )
+    return export_module(module, out)
+
+
+def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
+    """The backbone and the mask of a run's config.yaml."""
+    model = read_yaml(path).get("model")
+    if not isinstance(model, dict) or not {"backbone", "mask"} <= model.keys():
+        raise ConfigurationError(
+            f"Expected {path} to be the config.yaml of a run, with model.backbone and model.mask, but "
+            f"got {model!r:.80}. Name the folder of a run."
+        )
+    named = list(named_classes(path.name, {"model": {"backbone": model["backbone"]}}))
+    refuse_never(named)
+    check_named(named, (), trust)
+    trusted = top_modules(words(model["backbone"])) if trust else set()
+    find_here(trusted)
+
+    from jsonargparse import ArgumentError, ArgumentParser
+    from torch import nn
+
+    from bpn_lightning.cli.allowed import canonical_names, check_given, given
+    from bpn_lightning.cli.messages import explain
+
+    restrict_imports([*importable(trusted), *canonical_names()], trust)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--backbone", type=nn.Module)
+    try:
+        parsed = parser.parse_object({"backbone": model["backbone"]})
+        if not trust:
+            check_given(given(parsed.backbone, "model.backbone"))
+        return parser.instantiate(parsed).backbone, model["mask"]
+    except ConfigurationError:
+        raise
+    except (ArgumentError, ValueError) as error:
+        raise ConfigurationError(explain(str(error), parser)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bpn-export",
+        description="Write what a run learned to a new folder, as model.safetensors and model.json; "
+        "bpn_lightning.export.load_exported reads it.",
+    )
+    parser.add_argument("run", metavar="RUN", help="the folder of a run of bpn-fit")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="import and build whatever the run's config names as its backbone",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The command ``bpn-fit``: what needs no torch is answered here, the rest is :mod:`bpn_lightning.cli.fit`."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from bpn_lightning import registry
+from bpn_lightning.cli.command import methods_of, packaged_configs, read_command
+from bpn_lightning.errors import BPNLightningError, ConfigurationError, ProcessesError
+from bpn_lightning.terminal import INTERRUPTED
+
+__all__ = ["main"]
+
+HELP = """\
+usage: bpn-fit --config NAME [--config NAME ...] [--method METHOD] [--KEY VALUE ...]
+
+Train a method over a stream of tasks, in one Lightning fit.
+
+  bpn-fit --config digits_inc.yaml                       under a minute, no download
+  bpn-fit --config cifar100_inc.yaml --method ewc        another method
+  bpn-fit --config digits_inc.yaml --strategies.bd.epsilon 0.1 --trainer.accelerator cpu
+  bpn-fit --config digits_inc.yaml --ckpt_path last      go on where a run was stopped
+
+  --config NAME       a file, or a packaged experiment; later ones win over earlier ones
+  --method METHOD     strategies joined by +, or a method with tuned values of the experiment;
+                      a class of your own by its path, such as bd+my_lab.replay.Replay
+  --seed_everything N the run's seed; it names the folder of its results
+  --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
+  --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
+  --trust             let configs name whatever they like, which runs its code (docs/safety.md)
+  --overwrite         replace the results of an earlier run
+  --logger NAME       log to wandb, tensorboard, csv or mlflow too; or to several: wandb,tensorboard
+  --quiet, --json     print nothing, or only the run's results.json, on standard output
+  --trainer.FLAG, --model.ARGUMENT, --data.init_args.ARGUMENT, --strategies.NAME.ARGUMENT
+                      any flag of the Trainer, the module, the stream and the strategies
+
+  --list              configs, methods, strategies and streams, those of plugins included
+  --print_config      the configuration that would run, and stop
+  --data.help CLASS, --model.backbone.help CLASS, --model.optimizer.help CLASS
+                      the arguments of a class
+  --help, --help_all  this text; every option
+  --version
+"""
+
+USAGE_ERROR = 2  # as argparse exits
+
+#: Errors that are the same in every process.
+SAID_ONCE = (ConfigurationError, ProcessesError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0, 2 where the user can mend it, 130 after Ctrl-C, 143 after SIGTERM; a bug keeps its
+        traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv in ([], ["--help"], ["-h"]):
+            print(HELP, end="")
+        elif argv == ["--version"]:
+            print(f"bpn-fit {_version()}")
+        elif argv == ["--list"]:
+            print(_list())
+        elif argv == ["--help_all"]:
+            return _fit([*argv, "--method", "bd+ewc"])  # a method's options are among all
+        else:
+            return _fit(argv)
+    except BPNLightningError as error:
+        process = _later_process()
+        if not process:
+            print(f"bpn-fit: error: {error}", file=sys.stderr)
+        elif not isinstance(error, SAID_ONCE):
+            print(f"bpn-fit: error in process {process}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:  # before training, or after it
+        if not _later_process():
+            print("bpn-fit: Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _later_process() -> str:
+    """Which process of several this is; empty if it is the first.
+
+    torchrun and SLURM number all of them; Lightning numbers those of each machine, and the machines.
+    """
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return os.environ[name].lstrip("0")
+    here, machine = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "NODE_RANK"))
+    return here.lstrip("0") if machine == "0" else f"{here} of machine {machine}"
+
+
+def _fit(argv: Sequence[str]) -> int:
+    command = read_command(argv)
+    from bpn_lightning.cli.fit import fit  # seconds, for torch and lightning
+
+    return fit(command)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("bpn_lightning")
+
+
+def _list() -> str:
+    lines = ["configs, and their methods with tuned values"]
+    configs = packaged_configs()
+    for config in configs:
+        methods = methods_of(config.removesuffix(".yaml"))
+        lines.append(f"  {config:<20} {', '.join(methods)}")
+    for title, registered in (
+        ("strategies, to be joined by + in --method", registry.strategies()),
+        ("streams, for data.class_path", registry.streams()),
+    ):
+        lines += ["", title]
+        for entry in registered.values():
+            lines.append(f"  {entry.name:<20} {entry.class_path}  ({entry.origin})")
+            problem = entry.problem()
+            if problem is not None:
+                lines.append(f"    not usable: {problem}")
+        if registered and next(iter(registered.values())).kind == "strategy":
+            lines += [
+                f"  {alias:<20} {name} with {_arguments(arguments)}"
+                for alias, (name, arguments) in registry.ALIASES.items()
+            ]
+    return "\n".join(lines)
+
+
+def _arguments(arguments: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in arguments.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,406 @@
+r"""How well each task is known at each moment of a stream, and what that says about forgetting.
+
+Everything is read off one accuracy matrix :math:`R` of shape ``(tasks + 1, tasks)``:
+:math:`R_{i,j}` is the accuracy on task j's test set when tasks 1 to i have been learned, a fraction
+of 1; row 0 is the untrained network. In formulas tasks count from 1, so :math:`R_{i,j}` is
+``matrix[i, j - 1]``.
+
+NaN means "not measured". A value that needs an entry that was not measured is NaN itself: no mean is
+quietly taken over fewer tasks. A stream that ended after n of its T tasks leaves the rows below n
+unmeasured and is judged as the stream of its first n tasks (:func:`learned_part`).
+
+The functions take a tensor and return a tensor; :class:`AccuracyMatrix` holds the matrix of a run.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.metrics.scores import AfterLearning, Summary, WithoutOracle
+
+__all__ = [
+    "AccuracyMatrix",
+    "AfterLearning",
+    "Summary",
+    "WithoutOracle",
+    "accuracy_after_learning",
+    "average_accuracy",
+    "backward_transfer",
+    "forgetting",
+    "forward_transfer",
+    "intransigence",
+    "learned_part",
+    "retention",
+    "tasks_learned",
+]
+
+
+def tasks_learned(matrix: Tensor) -> int:
+    """How many tasks had been learned at the last measured moment.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+
+    >>> nan = float("nan")
+    >>> tasks_learned(torch.tensor([[0.5, 0.5], [0.9, 0.4], [nan, nan]]))
+    1
+    """
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] + 1:
+        raise ConfigurationError(
+            "Expected matrix to be of shape (tasks + 1, tasks), with the row before training first, "
+            f"but got {tuple(matrix.shape)}."
+        )
+    measured = (~matrix.isnan()).any(dim=1).nonzero()
+    return int(measured[-1]) if len(measured) else 0
+
+
+def learned_part(matrix: Tensor) -> Tensor:
+    """The matrix of the stream that ended with the last measured row.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+
+    Returns:
+        ``(n + 1, n)`` for n tasks learned; all of it when the stream was learned to its end.
+
+    >>> nan = float("nan")
+    >>> learned_part(torch.tensor([[0.5, 0.5], [0.9, 0.4], [nan, nan]]))
+    tensor([[0.5000],
+            [0.9000]])
+    """
+    n = tasks_learned(matrix)
+    return matrix[: n + 1, :n]
+
+
+def average_accuracy(matrix: Tensor) -> Tensor:
+    r"""Mean accuracy over the tasks learned, after the last of them.
+
+    .. math:: \mathrm{ACC} = \frac{1}{T} \sum_{j=1}^{T} R_{T,j}
+
+    Lopez-Paz & Ranzato (2017), https://arxiv.org/abs/1706.08840, Sec. 2.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+
+    >>> average_accuracy(torch.tensor([[0.5, 0.5], [0.9, 0.4], [0.5, 1.0]]))
+    tensor(0.7500)
+    """
+    return learned_part(matrix)[-1].mean()
+
+
+def retention(matrix: Tensor, task_id: int = 0) -> Tensor:
+    r"""What is left of one task after the last: :math:`R_{T,k}`, for task 1 by default.
+
+    The figure of Table I of Wen et al., "Beneficial Perturbation Network for designing general
+    adaptive artificial intelligence systems". It says nothing about how well later tasks were
+    learned: read it beside :func:`average_accuracy` and :func:`accuracy_after_learning`.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+        task_id: the task, from 0; NaN for one that was not learned.
+
+    >>> retention(torch.tensor([[0.5, 0.5], [0.9, 0.4], [0.5, 1.0]]))
+    tensor(0.5000)
+    """
+    last = learned_part(matrix)[-1]
+    return last[task_id] if task_id < len(last) else last.new_full((), torch.nan)
+
+
+def accuracy_after_learning(matrix: Tensor) -> Tensor:
+    r"""Accuracy on each task when it has just been learned: :math:`R_{j,j}`.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+
+    Returns:
+        ``(n,)`` for n tasks learned.
+
+    >>> accuracy_after_learning(torch.tensor([[0.5, 0.5], [0.9, 0.4], [0.5, 1.0]]))
+    tensor([0.9000, 1.0000])
+    """
+    return learned_part(matrix)[1:].diagonal()
+
+
+def backward_transfer(matrix: Tensor) -> Tensor:
+    r"""How later tasks changed earlier ones, on average; negative where they were forgotten.
+
+    .. math:: \mathrm{BWT} = \frac{1}{T-1} \sum_{j=1}^{T-1} \left( R_{T,j} - R_{j,j} \right)
+
+    Lopez-Paz & Ranzato (2017), https://arxiv.org/abs/1706.08840, Sec. 2. NaN for a single task.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+
+    >>> backward_transfer(torch.tensor([[0.5, 0.5], [0.9, 0.4], [0.5, 1.0]]))
+    tensor(-0.4000)
+    """
+    learned = learned_part(matrix)
+    return (learned[-1] - learned[1:].diagonal())[:-1].mean()
+
+
+def forward_transfer(matrix: Tensor) -> Tensor:
+    r"""How the tasks before a task helped it before it was learned, on average.
+
+    .. math:: \mathrm{FWT} = \frac{1}{T-1} \sum_{j=2}^{T} \left( R_{j-1,j} - b_j \right)
+
+    Lopez-Paz & Ranzato (2017), https://arxiv.org/abs/1706.08840, Sec. 2. The baseline :math:`b_j` is
+    the accuracy of the very network that is trained, measured before training (row 0). NaN for a
+    single task, and where accuracies on tasks to come were not measured.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+
+    >>> forward_transfer(torch.tensor([[0.5, 0.5], [0.9, 0.75], [0.5, 1.0]]))
+    tensor(0.2500)
+    """
+    learned = learned_part(matrix)
+    return (learned.diagonal() - learned[0])[1:].mean()
+
+
+def forgetting(matrix: Tensor) -> Tensor:
+    r"""How far each task fell from its best moment so far, on average over all but the last.
+
+    .. math:: F = \frac{1}{T-1} \sum_{j=1}^{T-1} \left(
+        \max_{l \in \{1, \dots, T-1\}} R_{l,j} - R_{T,j} \right)
+
+    Chaudhry et al. (2018), https://arxiv.org/abs/1801.10112, Sec. 3. NaN for a single task.
+    Moments before a task was learned count where they were measured; those since must have been.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+
+    >>> forgetting(torch.tensor([[0.5, 0.5], [0.75, 0.4], [0.5, 1.0]]))
+    tensor(0.2500)
+    """
+    learned = learned_part(matrix)
+    if learned.shape[1] < 2:
+        return learned.new_full((), torch.nan)
+    earlier = learned[1:-1, :-1]
+    not_yet_learned = torch.ones_like(earlier, dtype=torch.bool).triu(1)
+    best = earlier.masked_fill(not_yet_learned & earlier.isnan(), -torch.inf).amax(dim=0)
+    return (best - learned[-1, :-1]).mean()
+
+
+def intransigence(matrix: Tensor, reference: Tensor) -> Tensor:
+    r"""How much less well tasks are learned in the stream than by a reference, on average.
+
+    .. math:: I = \frac{1}{T} \sum_{j=1}^{T} \left( a^*_j - R_{j,j} \right)
+
+    Chaudhry et al. (2018), https://arxiv.org/abs/1801.10112, Sec. 3, whose reference is trained
+    jointly on tasks 1 to j. One network per task is a stricter one; say which was taken.
+
+    Args:
+        matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
+        reference: ``(tasks,)``, the reference's accuracy on each task.
+
+    >>> matrix = torch.tensor([[0.5, 0.5], [0.75, 0.5], [0.5, 0.5]])
+    >>> intransigence(matrix, torch.tensor([1.0, 1.0]))
+    tensor(0.3750)
+    """
+    if reference.shape != matrix.shape[1:]:
+        raise ConfigurationError(
+            f"Expected reference to hold one accuracy for each of the {matrix.shape[1]} tasks, "
+            f"but got the shape {tuple(reference.shape)}."
+        )
+    learned = accuracy_after_learning(matrix)
+    return (reference[: len(learned)].to(learned) - learned).mean()
+
+
+class AccuracyMatrix(Metric):
+    """The accuracy of every task at every moment of a stream, as a metric that a module can hold.
+
+    Whoever fills it hands in values over the whole test set, already reduced over processes.
+    Therefore nothing is ever gathered or summed over processes here: computing needs no
+    communication, and any one process may do it alone.
+
+    Differs from other metrics: the matrix stays on the CPU and in float64 whatever device and dtype
+    the module around it moves to. It is a small record, written once per task; half precision would
+    round it to three digits, and some devices know no float64. It is part of the ``state_dict``, so a
+    resumed stream keeps its rows. Log what :meth:`compute` returns, never the metric itself: Lightning
+    resets metrics that it is asked to log.
+
+    Args:
+        num_tasks: tasks of the stream.
+
+    State:
+        ``accuracy`` ``(num_tasks + 1, num_tasks)`` float64: row 0 before training, row k when k tasks
+        have been learned, NaN where not measured; ``without_oracle`` ``(num_tasks,)`` float64, NaN
+        until it is set.
+
+    Raises:
+        ConfigurationError: ``num_tasks`` is below 1.
+
+    >>> matrix = AccuracyMatrix(num_tasks=2)
+    >>> matrix.update(0, [0.5, 0.5])
+    >>> matrix.update(1, [0.75, 0.75])
+    >>> matrix.update(2, [0.5, 1.0])
+    >>> summary = matrix.summary()
+    >>> summary["average"], summary["bwt"], summary["fwt"]
+    (0.75, -0.25, 0.25)
+    """
+
+    full_state_update = True
+    accuracy: Tensor
+    without_oracle: Tensor
+
+    def __init__(self, num_tasks: int) -> None:
+        if num_tasks < 1:
+            raise ConfigurationError(f"Expected num_tasks to be at least 1, but got {num_tasks}.")
+        # A cached result would outlive load_state_dict and update_without_oracle.
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        self.num_tasks = num_tasks
+        for name, shape in {
+            "accuracy": (num_tasks + 1, num_tasks),
+            "without_oracle": (num_tasks,),
+        }.items():
+            nothing = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
+            self.add_state(name, nothing, dist_reduce_fx=_of_first_process, persistent=True)
+
+    def update(self, row: int, accuracies: Tensor | Sequence[float]) -> None:
+        """Write one row.
+
+        Args:
+            row: how many tasks had been learned; 0 is before training.
+            accuracies: ``(num_tasks,)``, fractions of 1; NaN for a task that was not measured.
+
+        Raises:
+            ConfigurationError: there is no such row, or these are not ``num_tasks`` fractions.
+        """
+        if not 0 <= row <= self.num_tasks:
+            raise ConfigurationError(
+                f"Expected row to be from 0, before training, to num_tasks = {self.num_tasks}, "
+                f"but got {row}."
+            )
+        self.accuracy[row] = self._checked(accuracies)
+
+    def update_without_oracle(self, accuracies: Tensor | Sequence[float]) -> None:
+        """Set the accuracies that are reached when no task id is given.
+
+        Args:
+            accuracies: ``(num_tasks,)``, fractions of 1; NaN for a task that was not measured.
+
+        Raises:
+            ConfigurationError: these are not ``num_tasks`` fractions.
+        """
+        self.without_oracle[:] = self._checked(accuracies)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures of the stream so far as scalars, ready for ``log_dict``; NaN where unknown."""
+        return {
+            "average": average_accuracy(self.accuracy),
+            "first_task": retention(self.accuracy),
+            "after_learning": accuracy_after_learning(self.accuracy).mean(),
+            "bwt": backward_transfer(self.accuracy),
+            "fwt": forward_transfer(self.accuracy),
+            "forgetting": forgetting(self.accuracy),
+            "without_oracle": self.without_oracle[: self.tasks_learned].mean(),
+        }
+
+    def summary(self) -> Summary:
+        """The figures of the stream so far as plain numbers; None where unknown.
+
+        Lists have ``num_tasks`` entries, None for tasks that were not learned, so each average is
+        the mean of the numbers in its list.
+        """
+        learned = learned_part(self.accuracy)
+        blind = self.without_oracle
+        return {
+            "average": _number(average_accuracy(self.accuracy)),
+            "first_task": _number(retention(self.accuracy)),
+            "per_task": self._per_task(learned[-1]),
+            "bwt": _number(backward_transfer(self.accuracy)),
+            "fwt": _number(forward_transfer(self.accuracy)),
+            "forgetting": _number(forgetting(self.accuracy)),
+            "after_learning": {
+                "average": _number(accuracy_after_learning(self.accuracy).mean()),
+                "per_task": self._per_task(accuracy_after_learning(self.accuracy)),
+            },
+            "without_oracle": None
+            if blind.isnan().all()
+            else {
+                "average": _number(blind[: self.tasks_learned].mean()),
+                "first_task": _number(blind[0]),
+                "per_task": self._per_task(blind[: self.tasks_learned]),
+            },
+        }
+
+    def intransigence(self, reference: Tensor | Sequence[float]) -> float | None:
+        """:func:`intransigence` against ``(num_tasks,)`` accuracies of a reference."""
+        return _number(intransigence(self.accuracy, self._checked(reference)))
+
+    @property
+    def tasks_learned(self) -> int:
+        """How many tasks had been learned at the last measured moment."""
+        return tasks_learned(self.accuracy)
+
+    @property
+    def update_called(self) -> bool:
+        """Whether anything has been measured, in this process or in one that was resumed."""
+        return not bool(self.accuracy.isnan().all())
+
+    def _per_task(self, values: Tensor) -> list[float | None]:
+        missing: list[float | None] = [None] * (self.num_tasks - len(values))
+        return [_number(value) for value in values] + missing
+
+    def _checked(self, accuracies: Tensor | Sequence[float]) -> Tensor:
+        # Two steps: not every device can turn what it holds into float64.
+        values = accuracies.detach().cpu() if isinstance(accuracies, Tensor) else accuracies
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+        if values.shape != (self.num_tasks,):
+            raise ConfigurationError(
+                f"Expected accuracies to hold one value for each of the {self.num_tasks} tasks, "
+                f"but got the shape {tuple(values.shape)}. Use NaN for tasks that were not measured."
+            )
+        outside = values[(values < 0) | (values > 1)]
+        if len(outside):
+            raise ConfigurationError(
+                "Expected accuracies to be fractions from 0 to 1, "
+                f"but got {outside[0].item():g}. Divide percentages by 100."
+            )
+        return values
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
+    ) -> "AccuracyMatrix":
+        # torchmetrics keeps the dtype in .half() but not in .to(dtype), which bf16-true calls.
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torchmetrics takes any shape, dtype and device, and shares memory with the checkpoint.
+        for name, state in (("accuracy", self.accuracy), ("without_oracle", self.without_oracle)):
+            saved = state_dict.get(prefix + name)
+            if saved is None:
+                missing_keys.append(prefix + name)
+            elif saved.shape != state.shape:
+                del state_dict[prefix + name]
+                error_msgs.append(
+                    f"Expected {prefix}{name} to be of shape {tuple(state.shape)}, but got "
+                    f"{tuple(saved.shape)}: the checkpoint is of a stream of other length."
+                )
+            else:
+                state_dict[prefix + name] = saved.to("cpu", torch.float64, copy=True)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _of_first_process(stacked: Tensor) -> Tensor:
+    """Every process holds the same values; whoever syncs by hand must not add them up."""
+    return stacked[0]
+
+
+def _number(value: Tensor) -> float | None:
+    return None if value.isnan() else float(value)

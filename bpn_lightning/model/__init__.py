@@ -1,0 +1,1 @@
+"""The network, its modes, and the LightningModule that learns a stream."""

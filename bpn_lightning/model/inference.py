@@ -1,0 +1,96 @@
+"""A learned network as plain modules that only answer: what ``torch.export`` takes."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.nn.layers import TaskModule
+
+__all__ = ["FixedModeNetwork", "PerSampleNetwork"]
+
+
+class FixedModeNetwork(nn.Module):
+    """A copy of a network in the mode that it is in: logits as a function of inputs alone.
+
+    Args:
+        backbone: maps ``(batch, *input_shape)`` to features.
+        head: maps features to logits.
+        columns: ``(start, stop)`` of the head's columns that take part.
+
+    Raises:
+        ConfigurationError: the backbone cannot be copied.
+    """
+
+    outside: Tensor
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear, columns: tuple[int, int]) -> None:
+        super().__init__()
+        self.backbone, self.head = _copied(backbone, head)
+        self.register_buffer("outside", _outside([columns], head)[0])
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(batch, *input_shape)``, prepared, to logits ``(batch, num_classes)``.
+
+        They are -inf in the columns that the mask leaves out.
+        """
+        logits: Tensor = self.head(self.backbone(inputs))
+        return logits.masked_fill(self.outside, float("-inf"))
+
+
+class PerSampleNetwork(nn.Module):
+    """A copy of a network in which each sample has its own mode: a function of inputs and task IDs.
+
+    Args:
+        backbone: maps ``(batch, *input_shape)`` to features.
+        head: maps features to logits.
+        columns: ``(start, stop)`` of the head's columns that take part, for each task.
+
+    Raises:
+        ConfigurationError: the backbone cannot be copied.
+    """
+
+    outside: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, head: nn.Linear, columns: Sequence[tuple[int, int]]
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head = _copied(backbone, head)
+        self.register_buffer("outside", _outside(columns, head))
+        self.eval()
+
+    def forward(self, inputs: Tensor, tasks: Tensor) -> Tensor:
+        """``(batch, *input_shape)`` and ``(batch,)`` int64 to logits ``(batch, num_classes)``.
+
+        They are -inf in the columns that the mask leaves out of a sample's mode.
+        """
+        parts = [part for part in self.modules() if isinstance(part, TaskModule)]
+        for part in parts:
+            part.switch(tasks)
+        try:
+            logits: Tensor = self.head(self.backbone(inputs))
+        finally:
+            for part in parts:
+                part.switch(0)  # a module keeps no tensor of one call
+        return logits.masked_fill(self.outside[tasks], float("-inf"))
+
+
+def _copied(backbone: nn.Module, head: nn.Linear) -> tuple[nn.Module, nn.Linear]:
+    try:
+        return deepcopy((backbone, head))
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f"Expected backbone to be a network that copy.deepcopy copies, but got: {error}. Where it "
+            "has torch.nn.utils.weight_norm, use that of torch.nn.utils.parametrizations."
+        ) from error
+
+
+def _outside(columns: Sequence[tuple[int, int]], head: nn.Linear) -> Tensor:
+    """Which columns take no part, ``(modes, num_classes)``."""
+    edges = torch.tensor(columns, device=head.weight.device)
+    places = torch.arange(head.out_features, device=head.weight.device)
+    return (places < edges[:, :1]) | (places >= edges[:, 1:])

@@ -1,0 +1,125 @@
+"""What a network that has learned answers for raw inputs: prepared as in its stream, without the stream."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.model.evaluation import most_confident
+from bpn_lightning.model.steps import ContinualSteps
+from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.preparation import find_preparation, prepare_raw
+from bpn_lightning.tasks import Batch
+
+__all__ = ["check_predictable", "predict", "raw_inputs"]
+
+
+@torch.no_grad()
+def predict(module: ContinualSteps, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+    """Logits of raw inputs, prepared to the same bits as the stream prepares them.
+
+    In evaluation mode and without a gradient; modes and flags stay as they were. A module that was
+    loaded from a checkpoint or an export needs no stream for it, unless its stream prepares inputs by
+    code of its own: then attach that stream.
+
+    Args:
+        module: that has learned tasks.
+        images: ``(batch, *shape)`` or one of them, as the stream holds them: uint8 from 0 to 255, or
+            float32 or float64 from 0 to 1, of image streams; else floats in the data's own units, or
+            integer tokens.
+        task: the task id of all, or ``(batch,)``, one of each. None: in a network without modes any; in one
+            with modes each sample is answered in the mode of a learned task whose largest softmax is the
+            largest, as :func:`~bpn_lightning.model.evaluation.evaluate_without_oracle` does.
+
+    Returns:
+        ``(batch, num_classes)``, or ``(num_classes,)`` for one input, on the module's device; -inf for the
+        columns that the mask leaves out.
+
+    Raises:
+        ConfigurationError: the inputs are of another shape, type or range, there is no such task, or no
+            task is given where it has to be.
+    """
+    check_predictable(module, task)
+    of_task = _a_task(module, task)
+    own, _ = find_preparation(module._preparations, of_task)
+    single = own.is_one(images)
+    images = images[None] if single else images
+    if isinstance(task, Tensor) and task.shape != (len(images),):
+        raise ConfigurationError(
+            f"Expected task to be one id, or one for each of the {len(images)} inputs, but got the shape "
+            f"{tuple(task.shape)}. Pass an int for all of them."
+        )
+    images = images.to(module.device) if isinstance(images, Tensor) else images
+    inputs = _prepared(module, images, of_task if task is None else task)
+    with evaluation_mode(module):
+        if task is not None:
+            logits = cast(Tensor, module(inputs, task=task))
+        else:
+            logits = most_confident(module, inputs, _modes(module))
+    return logits[0] if single else logits
+
+
+def check_predictable(module: ContinualSteps, task: "int | Tensor | None" = None) -> None:
+    """Refuse what no raw input could be answered for.
+
+    Raises:
+        ConfigurationError: the module knows no stream, has to be told the task, or cannot prepare inputs.
+    """
+    preparations = module._preparations
+    find_preparation(preparations, 0)
+    if task is not None:
+        module._check_tasks(task)
+    differ = len(preparations) > 1 or preparations[0].differs_by_task
+    if task is None and (module.mask == "task" or differ):
+        why = "every task prepares its inputs in its own way"
+        if module.mask == "task":
+            why = "every task has a head of its own (mask 'task')"
+        raise ConfigurationError(
+            f"Expected task to be given where {why}, but got None. Call module.predict(images, task), with a "
+            "task id or one for each image."
+        )
+    code = next((one.code for one in preparations if one.steps is None), "")
+    if code and module._stream is None:
+        raise ConfigurationError(
+            f"Expected a stream whose preparation a file can hold, but its inputs go through {code}, which "
+            "is code. Call module.attach(stream) first, or pass inputs that the stream has prepared to "
+            "module(inputs, task)."
+        )
+
+
+def raw_inputs(batch: Any) -> Tensor:
+    """The inputs of a plain DataLoader's batch: itself, or the first of a tuple or list.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(inputs, Tensor):
+        raise ConfigurationError(
+            "Expected batches to be tensors of raw inputs, or tuples that begin with one, but got "
+            f"{type(inputs).__name__}. Let the DataLoader collate tensors, or call module.predict(images)."
+        )
+    return inputs
+
+
+def _a_task(module: ContinualSteps, task: "int | Tensor | None") -> int:
+    """One whose inputs are of the shape that is asked for."""
+    if isinstance(task, Tensor):
+        return int(task[0]) if len(task) else 0
+    return 0 if task is None else task
+
+
+def _modes(module: ContinualSteps) -> range:
+    """Of the learned tasks; one where all answer alike."""
+    learned = max(getattr(module, "closed", module.opened), 0)
+    return range(learned + 1) if module.has_modes else range(learned, learned + 1)
+
+
+def _prepared(module: ContinualSteps, images: Tensor, task: "int | Tensor") -> Tensor:
+    if all(one.steps is not None for one in module._preparations):
+        return prepare_raw(module._preparations, images, task)
+    own, _ = find_preparation(module._preparations, _a_task(module, task))
+    raw = own.batch(images)
+    targets = torch.zeros(len(raw), dtype=torch.long, device=raw.device)
+    return module.stream.prepare(Batch(raw, targets, task, len(raw))).inputs

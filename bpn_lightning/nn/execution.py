@@ -1,0 +1,269 @@
+"""How torch runs a network: compiled or eagerly, by fused kernels or layer by layer.
+
+Bias units, keys and hooks act where a layer is called. What runs a network without calling its layers
+would leave them out, and is switched off or found here.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.autograd.graph import Node
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.nn.layers import SwitchableConv2d, SwitchableLinear, TaskModule
+
+__all__ = [
+    "check_layers_are_called",
+    "compiled_in_place",
+    "differentiable",
+    "graph_uses",
+    "leave_fast_paths",
+]
+
+
+# --- compiled networks ---------------------------------------------------------------------------
+
+
+def compiled_in_place(network: nn.Module) -> nn.Module:
+    """A network whose compiled parts keep their names, and run eagerly while hooks are on them.
+
+    ``torch.compile(part)`` is a wrapper, which adds ``_orig_mod`` to every name below it;
+    ``part.compile()`` is none. And a graph does not see hooks that are put on after it was compiled.
+
+    Args:
+        network: compiled as a whole, in parts, or not at all; its parts are changed in place.
+
+    Returns:
+        The network without wrappers.
+    """
+    if isinstance(network, OptimizedModule):
+        network = _unwrapped(network)
+    for part in list(network.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, OptimizedModule):
+                setattr(part, name, _unwrapped(child))
+    for part in network.modules():
+        compiled: Any = part._compiled_call_impl
+        if compiled is None and hasattr(part.forward, "_torchdynamo_orig_callable"):
+            compiled = part._call_impl  # its forward is decorated with torch.compile
+        if compiled is not None and not isinstance(compiled, _EagerWhereHooked):
+            part._compiled_call_impl = _EagerWhereHooked(part, compiled)
+    return network
+
+
+def _unwrapped(wrapper: OptimizedModule) -> nn.Module:
+    """The module in a wrapper, compiled as the wrapper is."""
+    original: nn.Module = wrapper._orig_mod
+    original._compiled_call_impl = wrapper.dynamo_ctx(original._call_impl)
+    return original
+
+
+class _EagerWhereHooked:
+    """A compiled module's call, which a copy of the module does not take along: torch drops it.
+
+    Args:
+        module: that is called.
+        compiled: its compiled call.
+    """
+
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any]) -> None:
+        self.module = module
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(part._forward_hooks or part._forward_pre_hooks for part in self.module.modules()):
+            with torch.compiler.set_stance("force_eager"):
+                return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self.compiled(*args, **kwargs)
+
+
+@contextmanager
+def differentiable(network: nn.Module) -> Iterator[None]:
+    """Whatever runs inside can be differentiated in evaluation mode, and its layers are seen by hooks.
+
+    Nothing is compiled. cuDNN's recurrent layers are backpropagated through in training mode only, so
+    a network that has some on a GPU uses torch's own kernels.
+
+    Args:
+        network: that is to be differentiated.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(part, nn.RNNBase) and _on_cuda(part) for part in network.modules()):
+            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
+        yield
+
+
+def _on_cuda(part: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in part.parameters())
+
+
+def graph_uses(tensor: Tensor) -> Counter[Node]:
+    """How many edges of a tensor's graph lead to each of its nodes, itself among them.
+
+    A parameter's node is that of ``torch.autograd.graph.get_gradient_edge``: its edges are its uses.
+    """
+    if tensor.grad_fn is None:
+        return Counter()
+    uses, ahead = Counter([tensor.grad_fn]), [tensor.grad_fn]
+    while ahead:
+        for node, _ in ahead.pop().next_functions:
+            if node is None:
+                continue
+            if node not in uses:
+                ahead.append(node)
+            uses[node] += 1
+    return uses
+
+
+# --- layers whose weights are read instead of being called -------------------------------------
+
+
+def leave_fast_paths(network: nn.Module) -> None:
+    """Let torch's transformer layers call their switchable layers in evaluation mode too.
+
+    Their fused kernel takes the weights of ``linear1`` and ``linear2`` itself. Other layers keep it.
+    """
+    for part in network.modules():
+        if isinstance(part, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            if not any(map(_is_switchable, part.modules())):
+                continue
+            if isinstance(part, nn.TransformerEncoder):
+                part.use_nested_tensor = False  # which the fused kernel alone can take
+            else:
+                part.activation_relu_or_gelu = 0  # which it has a kernel for: none
+
+
+def _is_switchable(part: nn.Module) -> bool:
+    return isinstance(part, SwitchableLinear | SwitchableConv2d)
+
+
+def check_layers_are_called(network: nn.Module, inputs: Tensor) -> None:
+    """Refuse a network that takes weights out of a switchable layer, past its bias units and keys.
+
+    Dry forwards in evaluation and in training mode, in which a layer's parameters are NaN but for its
+    own calls. Buffers and random states are left as they were.
+
+    Args:
+        network: in any mode; layers that nothing uses are left alone.
+        inputs: ``(samples, ...)``, prepared, at least two samples.
+
+    Raises:
+        ConfigurationError: names the layers; or the forward raises something in training mode.
+    """
+    layers = {name: part for name, part in network.named_modules() if _is_switchable(part)}
+    read = []
+    for training in (False, True) if layers else ():
+        try:
+            plain = _dry_forward(network, inputs, training)
+        except Exception as error:
+            raise ConfigurationError(
+                f"Expected backbone to accept {len(inputs)} samples in "
+                f"{'training' if training else 'evaluation'} mode, but its forward raised "
+                f"{type(error).__name__}: {error}. Correct its forward."
+            ) from error
+        if _reaches_output(network, layers, inputs, plain, training):
+            read += [
+                name
+                for name, part in layers.items()
+                if _reaches_output(network, {name: part}, inputs, plain, training)
+            ]
+    if read:
+        first, *rest = dict.fromkeys(read)
+        others = f" (and of {', '.join(rest)})" if rest else ""
+        raise ConfigurationError(
+            "Expected the network to call every layer that has bias units or keys, but it reads the "
+            f"weights of {first}{others} without a call, which would leave them out. Set layers to others, or call the layer in your forward."
+        )
+
+
+def _reaches_output(
+    network: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Tensor,
+    plain: Tensor,
+    training: bool,
+) -> bool:
+    """Whether parameters of some layers reach the output by another way than the layers' calls."""
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(_hidden_parameters(layer))
+        try:
+            output = _dry_forward(network, inputs, training)
+        except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError):
+            return True  # it takes no NaN
+    return bool((output.isnan() & ~plain.isnan()).any())
+
+
+def _dry_forward(network: nn.Module, inputs: Tensor, training: bool) -> Tensor:
+    """The output in a mode; parameters, buffers, flags and random states stay what they are."""
+    flags = [(part, part.training) for part in network.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([inputs.device] if inputs.is_cuda else []))
+        stack.enter_context(torch.set_grad_enabled(training))  # as where they are in use
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        network.train(training)
+        try:
+            output: Tensor = network(inputs)
+        finally:
+            for part, flag in flags:
+                part.training = flag
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+    return output.detach()
+
+
+@contextmanager
+def _hidden_parameters(layer: nn.Module) -> Iterator[None]:
+    """Whoever reads a layer's parameters inside gets NaN, but for the layer itself while it runs."""
+    owners = [part for part in layer.modules() if not isinstance(part, TaskModule)]
+    real = [
+        (owner, name, parameter)
+        for owner in owners
+        for name, parameter in owner.named_parameters(recurse=False)
+    ]
+    nothing = [p.detach().new_full((), float("nan")).expand_as(p) for *_, p in real]
+    decoys = [
+        nn.Parameter(value, p.requires_grad) for value, (*_, p) in zip(nothing, real, strict=True)
+    ]
+
+    def exchange(old: list[nn.Parameter], new: list[nn.Parameter]) -> None:
+        for (owner, name, _), this, other in zip(real, old, new, strict=True):
+            if getattr(owner, name) is this:  # functional_call has put in tensors of its own
+                setattr(owner, name, other)
+
+    parameters = [parameter for *_, parameter in real]
+    kind: Any = type(layer)
+    running = 0
+
+    def as_it_is(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal running
+            running += 1
+            exchange(decoys, parameters)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                running -= 1
+                if not running:
+                    exchange(parameters, decoys)
+
+        return run
+
+    # Not by hooks, which would be an end to fused kernels.
+    methods = {name: as_it_is(getattr(kind, name)) for name in ("__call__", "forward")}
+    layer.__class__ = type(kind.__name__, (kind,), methods)
+    exchange(parameters, decoys)
+    try:
+        yield
+    finally:
+        layer.__class__ = kind
+        exchange(decoys, parameters)

@@ -1,0 +1,1 @@
+"""What only the tables and figures of Wen et al. need."""

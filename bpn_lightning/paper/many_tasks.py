@@ -1,0 +1,187 @@
+"""Fig. 7: a hundred tasks; their average on the way, and groups of ten at the end."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import fmean
+
+from bpn_lightning.bench.artefact import Artefact
+from bpn_lightning.bench.collection import Collection, Record
+from bpn_lightning.bench.pictures import Line, line_chart
+from bpn_lightning.bench.statistics import Interval, holm, interval, paired, two_sample
+from bpn_lightning.bench.tables import Cell, Table
+from bpn_lightning.paper import published as paper
+from bpn_lightning.paper.accuracy import rows, slug
+
+__all__ = ["averages_so_far", "figure_7", "groups"]
+
+GROUP = 10
+
+
+def averages_so_far(matrix: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """After each task, the mean over the tasks learned so far.
+
+    >>> averages_so_far([[1.0], [0.5, 0.75]])
+    [1.0, 0.625]
+    """
+    return [_mean(row) for row in matrix]
+
+
+def groups(row: Sequence[float | None], size: int = GROUP) -> list[list[float]]:
+    """Accuracies on tasks 1 to 10, 11 to 20 and so on; what is left over is the last group.
+
+    >>> groups([0.1, 0.2, 0.3], size=2)
+    [[0.1, 0.2], [0.3]]
+    """
+    known = [value for value in row if value is not None]
+    return [known[start : start + size] for start in range(0, len(known), size)]
+
+
+def figure_7(collection: Collection) -> list[Artefact]:
+    """The average over the tasks so far (a), groups of ten (b), and the t-tests between methods."""
+    found = []
+    for place in collection.places():
+        methods = rows(collection, place)
+        tasks = min(len(record.matrix) for record in collection.of(place))
+        found += [_so_far(place, methods, tasks), _grouped(place, methods, tasks)]
+        found.append(_tests(place, methods, tasks, collection.compare))
+    return found
+
+
+def _so_far(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artefact:
+    lines = []
+    for name, records in methods:
+        of_seed = [averages_so_far(record.matrix[:tasks]) for record in records]
+        means = [interval(list(values)) for values in zip(*of_seed, strict=True)]
+        lines.append(Line(name, [moment + 1.0 for moment in range(tasks)], means))
+    figure = line_chart(
+        [("", lines)],
+        title=f"{place}: average over the tasks so far",
+        xlabel="tasks learned",
+        ylabel="average accuracy",
+    )
+    moments = sorted({1, tasks, *range(GROUP, tasks + 1, GROUP)})
+    body: list[list[Cell]] = [[line.name, *(line.y[m - 1] for m in moments)] for line in lines]
+    last = {line.name: line.y[-1] for line in lines}
+    gains = [
+        f"{first} over {second}: {_gain(last[first], last[second])} "
+        f"(the paper: {theirs:.2f} % after 100 tasks)"
+        for (first, second), theirs in paper.FIGURE_7.items()
+        if first in last and second in last
+    ]
+    caption = (
+        f"Fig. 7 (a), {len({r.seed for _, rs in methods for r in rs})} seed(s). "
+        + "; ".join(gains)
+        + ". The paper's text does not say whether its percentages are relative or points."
+    )
+    table = Table(("method", *(f"after {moment}" for moment in moments)), body)
+    everything: list[list[Cell]] = [
+        [line.name, moment, value]
+        for line in lines
+        for moment, value in zip(range(1, tasks + 1), line.y, strict=True)
+    ]
+    data = Table(("method", "tasks learned", "average accuracy"), everything)
+    name = f"figure_7a_{slug(place)}"
+    return Artefact(name, f"Fig. 7 (a), {place}", caption, table, figure, data=data)
+
+
+def _grouped(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artefact:
+    lines = []
+    for name, records in methods:
+        of_seed = [[fmean(group) for group in groups(r.matrix[tasks - 1])] for r in records]
+        means = [interval(list(values)) for values in zip(*of_seed, strict=True)]
+        lines.append(Line(name, [index + 1.0 for index in range(len(means))], means))
+    names = _names(tasks)
+    figure = line_chart(
+        [("", lines)],
+        title=f"{place}: tasks in groups of ten, after the last one",
+        xlabel="group of ten tasks, in the order of learning",
+        ylabel="average accuracy",
+    )
+    body: list[list[Cell]] = [[line.name, *line.y] for line in lines]
+    caption = (
+        "Fig. 7 (b): after the last task, the mean over each ten tasks. The paper draws it without "
+        "numbers; its text has BD+EWC above PSP on the first fifty tasks and below it on the last."
+    )
+    table = Table(("method", *names), body)
+    return Artefact(f"figure_7b_{slug(place)}", f"Fig. 7 (b), {place}", caption, table, figure)
+
+
+def _tests(
+    place: str,
+    methods: Sequence[tuple[str, list[Record]]],
+    tasks: int,
+    compare: Sequence[tuple[str, str]],
+) -> Artefact:
+    """Within a group, two methods have ten accuracies each: over seeds, one mean for each task."""
+    of_method = {
+        name: groups(
+            [_mean(values) for values in zip(*(r.matrix[tasks - 1] for r in rs), strict=True)]
+        )
+        for name, rs in methods
+    }
+    found: list[tuple[str, str, float, float | None, float | None]] = []
+    for first, second in compare or combinations(of_method, 2):
+        if first not in of_method or second not in of_method:
+            continue
+        for name, ours, theirs in zip(
+            _names(tasks), of_method[first], of_method[second], strict=True
+        ):
+            matched = paired(dict(enumerate(ours)), dict(enumerate(theirs)))
+            difference = fmean(ours) - fmean(theirs)
+            p = two_sample(ours, theirs)
+            found.append(
+                (f"{first} - {second}", name, difference, p, matched.p if matched else None)
+            )
+    corrected = holm([p for *_, p, _ in found])
+    body: list[list[Cell]] = [
+        [pair, name, difference, _p(p), _p(q), _p(matched)]
+        for (pair, name, difference, p, matched), q in zip(found, corrected, strict=True)
+    ]
+    columns = ("difference", "tasks", "mean", "p, t-test", "p, corrected", "p, paired")
+    pairs = list(dict.fromkeys(pair for pair, *_ in found))
+    lines = [
+        Line(
+            pair,
+            [index + 1.0 for index in range(len(_names(tasks)))],
+            [Interval(d, None, 1) for one, _, d, _, _ in found if one == pair],
+        )
+        for pair in pairs
+    ]
+    figure = line_chart(
+        [("", lines)],
+        title=f"{place}: differences in groups of ten",
+        xlabel="group of ten tasks, in the order of learning",
+        ylabel="difference in accuracy",
+        limits=None,
+    )
+    caption = (
+        "Student's t-test between the ten accuracies of two methods in each group, as the paper's "
+        "figure has one (it does not say of which kind): of independent samples, with Holm's "
+        "correction for the number of tests beside it, and paired task by task. These tests are over "
+        "tasks, not over seeds."
+    )
+    name = f"figure_7_tests_{slug(place)}"
+    return Artefact(name, f"Fig. 7 (b), tests, {place}", caption, Table(columns, body), figure)
+
+
+def _names(tasks: int) -> list[str]:
+    return [f"{start}-{min(start + GROUP - 1, tasks)}" for start in range(1, tasks + 1, GROUP)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
+def _gain(first: Interval | None, second: Interval | None) -> str:
+    if first is None or second is None:
+        return "not measured"
+    points = 100 * (first.mean - second.mean)
+    relative = f"{100 * (first.mean / second.mean - 1):+.2f} % relative, " if second.mean else ""
+    return f"{relative}{points:+.2f} points"
+
+
+def _p(value: float | None) -> str | None:
+    if value is None:
+        return None
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

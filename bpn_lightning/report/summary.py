@@ -1,0 +1,263 @@
+"""The data in plain words: what they show, and what they do not."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from bpn_lightning.report.comparison import Comparison, Row
+from bpn_lightning.report.reading import Found, Run
+
+__all__ = ["Summary", "summarise"]
+
+_MOST_NAMED = 6
+
+_ALL = {"None", "0.0", "0", "True", "False"}  # values that take nothing away
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sentences.
+
+    Args:
+        shown: what the numbers say.
+        not_shown: what they leave open, or what to keep in mind when reading them.
+    """
+
+    shown: list[str]
+    not_shown: list[str]
+
+
+def summarise(found: Found, comparison: Comparison) -> Summary:
+    """Sentences about what was found; every number in them is in a table of the page."""
+    if not found.runs:
+        return Summary([], ["No run here has results."])
+    return Summary(
+        list(_shown(found.runs, comparison)),
+        list(_not_shown(found, comparison)),
+    )
+
+
+def _shown(runs: Sequence[Run], comparison: Comparison) -> Iterator[str]:
+    rows = comparison.rows
+    methods = list(dict.fromkeys(row.method for row in rows))
+    places = list(dict.fromkeys(row.place for row in rows))
+    yield (
+        f"{_count(len(runs), 'run')} of {_count(len(methods), 'method')} on "
+        f"{_some(places)}, {_seeds(rows)}."
+    )
+    for place in places:
+        here = [row for row in rows if row.place == place]
+        tasks = sorted({run.tasks for row in here for run in row.runs})
+        prefix = f"{place}, a stream of {' or '.join(map(str, tasks))} tasks: "
+        if len(here) == 1:
+            yield prefix + _one(here[0])
+            continue
+        told = _highest(here, "average")
+        alone = _highest(here, "average_alone")
+        parts = []
+        if told:
+            parts.append(f"with the task given, the highest mean ACC is {told}")
+        if alone:
+            parts.append(f"without the task oracle it is {alone}")
+        yield prefix + ("; ".join(parts) or "no method has an ACC over all of its seeds") + "."
+    yield from _tests(comparison)
+
+
+def _one(row: Row) -> str:
+    text = f"{row.method} has an ACC (mean over the tasks learned) of {_value(row, 'average')}"
+    text += " where each image comes with its task's number"
+    if row.scores["average_alone"] is not None:
+        text += f", and of {_value(row, 'average_alone')} where nobody tells it"
+    text += f". Right after learning it was {_value(row, 'after_learning')}"
+    text += f"; of task 1, {_value(row, 'first_task')} is left"
+    return f"{text}."
+
+
+def _tests(comparison: Comparison) -> Iterator[str]:
+    tested: dict[str, list[float]] = {}
+    for test in comparison.tests:
+        if test.corrected is not None:
+            tested.setdefault(test.place, []).append(test.corrected)
+    if not tested:
+        return
+    one = len(tested) == 1
+    found = (
+        f"{sum(p < 0.05 for p in values)} of {len(values)}" + ("" if one else f" on {place}")
+        for place, values in tested.items()
+    )
+    yield (
+        f"Of the tested differences between methods, {', '.join(found)} are significant at 5 % after "
+        "Holm's correction. Of the others none is shown, which does not show that there is none."
+    )
+
+
+def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
+    rows, runs = comparison.rows, found.runs
+    name = _namer(rows)
+    blind = [row for row in rows if row.scores["average_alone"] is None]
+    start = '"Task given" means' if len(blind) < len(rows) else "Every mean here is with"
+    yield (
+        f"{start} the task oracle: somebody tells the network which task an image is from, which is "
+        "easier than it looks. Compare methods without it, too."
+    )
+    reasons: dict[str, list[str]] = {}
+    for row in blind:
+        reasons.setdefault(_why_blind(row), []).append(name(row))
+    for reason, methods in reasons.items():
+        yield f"Without the oracle there is no mean for {_some(methods)}: {reason}."
+    single = [row for row in rows if len(row.runs) == 1]
+    if len(single) == len(rows):
+        yield "One seed only: no value has an interval, and no difference is tested."
+    elif single:
+        yield f"One seed only, hence no interval: {_some(map(name, single))}."
+    few = [row for row in rows if len(row.runs) == 2]
+    if few:
+        yield f"Two seeds only, whose intervals are very wide: {_some(map(name, few))}."
+    for place, group in groupby(rows, key=lambda row: row.place):
+        here = list(group)
+        if len({tuple(row.seeds) for row in here}) > 1:
+            yield (
+                f"{place}: not all methods have the same seeds. Tests pair the seeds that both "
+                "have; means are over each method's own."
+            )
+    short = [run for run in runs if run.learned < run.tasks]
+    if short:
+        ends = (f"{run.name} ({run.learned} of {run.tasks})" for run in short)
+        yield (
+            f"Not all tasks were learned in {_some(ends)}: their scores are over the tasks learned, "
+            "and not comparable with those of whole streams."
+        )
+    unsettled = [_unsettled(run) for run in runs if run.at("unsettled_tasks")]
+    if unsettled:
+        yield (
+            f"Training had not settled in {_some(unsettled)}: accuracy fell by more than 0.1 in the last "
+            "epoch of those tasks, and with another number of epochs it might be another."
+        )
+    yield from _subsets(rows, name)
+    mixed = [row for row in rows if len({str(_of_method(run)) for run in row.runs}) > 1]
+    if mixed:
+        yield (
+            f"The seeds of {_some(map(name, mixed))} do not share all their settings, though all that "
+            "decide what is computed: see the settings below."
+        )
+    unknown = sum(run.settings is None for run in runs)
+    if unknown:
+        yield f"The settings of {_count(unknown, 'run')} were not kept, so differences may be hidden."
+    yield from _origins(runs)
+    if found.problems:
+        states: dict[str, int] = {}
+        for problem in found.problems:
+            states[problem.state] = states.get(problem.state, 0) + 1
+        counted = ", ".join(f"{n} {state}" for state, n in states.items())
+        yield f"Not shown, or not whole: {counted}. They are named under “Left out”."
+
+
+def _unsettled(run: Run) -> str:
+    tasks = [f"{one['id'] + 1}" for one in run.at("unsettled_tasks")]
+    return f"{run.name} (task{'s' if len(tasks) > 1 else ''} {_some(tasks)})"
+
+
+def _why_blind(row: Row) -> str:
+    """Why there is no mean of the scores without the task oracle."""
+    if any(run.at("accuracy_without_oracle", "average") is not None for run in row.runs):
+        return "not all seeds have a value"
+    if any(run.learned < run.tasks for run in row.runs):
+        return "it is measured at the end of the stream, which was not reached"
+    settings = row.runs[0].settings or {}
+    if settings.get("model.mask") == "task":
+        return "every task has outputs of its own, and there is no answer without it"
+    if settings.get("model.without_oracle") is False:
+        return "it was not asked for (model.without_oracle false)"
+    return "not measured, or every task has outputs of its own and there is no answer without it"
+
+
+def _subsets(rows: Sequence[Row], name: Callable[[Row], str]) -> Iterator[str]:
+    """Settings by which less than all data was used; one sentence for each."""
+    words = {
+        "data.init_args.train_samples": "The number of training samples is set, perhaps below all",
+        "data.init_args.test_samples": "The number of test samples is set, perhaps below all",
+        "data.init_args.validation_fraction": "Part of the training images was held out",
+        "trainer.limit_train_batches": "Trained on part of each epoch's batches",
+        "model.without_oracle": "Without the oracle, tested on so many samples of each task",
+    }
+    for key, sentence in words.items():
+        values: dict[str, list[str]] = {}
+        for row in rows:
+            found = {str((run.settings or {}).get(key)) for run in row.runs} - _ALL
+            for value in sorted(found):
+                values.setdefault(value, []).append(name(row))
+        for value, methods in values.items():
+            everywhere = len(methods) == len(rows)
+            where = "in all runs" if everywhere else f"in {_some(methods)}"
+            yield f"{sentence} ({key} {value}) {where}."
+
+
+def _origins(runs: Sequence[Run]) -> Iterator[str]:
+    commits = {run.at("provenance", "commit") for run in runs}
+    versions = {str(run.at("provenance", "versions")) for run in runs}
+    if len(commits) > 1 or len(versions) > 1:
+        yield (
+            "The runs are not of one state of the software (commits or versions differ): see "
+            "provenance."
+        )
+    dirty = sum(str(commit).endswith("-dirty") for commit in commits)
+    if dirty:
+        yield (
+            "Some runs are of a checkout with changes that were not committed (-dirty): their "
+            "commit does not say what ran."
+        )
+
+
+def _of_method(run: Run) -> dict[str, Any]:
+    """Settings that all seeds of a method should share."""
+    return {
+        key: value
+        for key, value in (run.settings or {}).items()
+        if key not in ("seed_everything", "data.init_args.seed")
+    }
+
+
+def _highest(rows: Sequence[Row], score: str) -> str:
+    """The methods of the highest mean; all of them where it is shared."""
+    known = [(value.mean, row) for row in rows if (value := row.scores[score]) is not None]
+    if not known:
+        return ""
+    top = max(mean for mean, _ in known)
+    best = [row for mean, row in known if top - mean < 5e-4]
+    return f"{_value(best[0], score)} ({_some(row.method for row in best)})"
+
+
+def _value(row: Row, score: str) -> str:
+    value = row.scores[score]
+    return "an unknown value" if value is None else value.text()
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    numbers = sorted({len(row.runs) for row in rows})
+    if numbers == [1]:
+        return "one seed each" if len(rows) > 1 else f"seed {rows[0].seeds[0]}"
+    each = " each" if len(rows) > 1 else ""
+    if len(numbers) == 1:
+        return f"{numbers[0]} seeds{each}, with 95 % intervals of Student's t over them"
+    return (
+        f"{numbers[0]} to {numbers[-1]} seeds{each}, with 95 % intervals of Student's t over them"
+    )
+
+
+def _namer(rows: Sequence[Row]) -> Callable[[Row], str]:
+    if len({row.place for row in rows}) == 1:
+        return lambda row: row.method
+    return lambda row: f"{row.method} ({row.place})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: Iterable[str]) -> str:
+    """``a, b and 3 more``."""
+    listed = list(names)
+    if len(listed) > _MOST_NAMED:
+        return f"{', '.join(listed[:_MOST_NAMED])} and {len(listed) - _MOST_NAMED} more"
+    return " and ".join(filter(None, [", ".join(listed[:-1]), listed[-1]])) if listed else ""

@@ -1,0 +1,295 @@
+"""What a run shows: where it stands while it trains, and a table of accuracies at its end."""
+
+import time
+from collections.abc import Mapping, Sequence
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from bpn_lightning.costs import Bytes
+from bpn_lightning.metrics.accuracy_matrix import Summary
+from bpn_lightning.metrics.settling import Unsettled
+from bpn_lightning.tasks import Task
+from bpn_lightning.terminal import printable
+
+__all__ = ["StreamProgress", "final_table"]
+
+WIDE = 80  # columns from which on the bars are long
+
+
+class StreamProgress(ProgressBar):
+    """A bar for the task and one for the stream, and a lasting line for every task that was learned.
+
+    Beside the bars stand epoch and batch, the accuracy of the last logged training batch, the time
+    since the start and, by the epochs that are left, the time until the end of the stream, and the
+    mean test accuracy of the tasks learned (ACC). Where the output is no terminal there are no bars,
+    only the lines.
+
+    Args:
+        console: where to write; by default standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self._console = console or Console()
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._told = -1
+        self._average: float | None = None  # over the tasks learned
+        self._drawn = 0.0  # when
+        self._begun, self._done_before = 0.0, 0.0  # when, and epochs of the stream by then
+
+    def disable(self) -> None:
+        """Show nothing: for processes other than the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Write a lasting line above the bars."""
+        _line(self._console, *args, **kwargs)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, after the tasks that a resumed run has behind it."""
+        self._told = _host(pl_module).closed
+        self._average = _host(pl_module).accuracy_matrix.summary()["average"]
+        self._begun, self._done_before = time.monotonic(), float(trainer.current_epoch)
+        if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                TextColumn(
+                    "{task.fields[beside]}", markup=False, table_column=Column(no_wrap=True)
+                ),
+                console=self._console,
+                transient=True,
+                expand=True,
+            )
+            for _ in range(2):
+                self._bar.add_task("", total=None, beside="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bars, ten times a second at most."""
+        if self._bar is None or time.monotonic() - self._drawn < 0.1:
+            return
+        self._drawn = time.monotonic()
+        host = _host(pl_module)
+        epoch, epochs = _epoch(pl_module)
+        batch, batches = batch_idx + 1, int(self.total_train_batches)
+        wide = self._console.width >= WIDE
+        beside = f"batch {batch:>{len(str(batches))}}/{batches}"
+        accuracy = trainer.progress_bar_metrics.get("train/accuracy")
+        if accuracy is not None:
+            beside += f", {'training accuracy' if wide else 'train'} {float(accuracy):.2f}"
+        task, stream = (one.id for one in self._bar.tasks)
+        self._bar.update(
+            task,
+            description=where(pl_module),
+            total=epochs * batches,
+            completed=epoch * batches + batch,
+            beside=beside,
+        )
+        total, done = host.schedule.total, trainer.current_epoch + batch / batches
+        passed = self._drawn - self._begun
+        left = passed * (total - done) / (done - self._done_before)
+        beside = f"{_clock(passed)} passed, {_clock(left)} left"
+        if wide and self._average is not None:
+            beside += f", ACC {self._average:.2f}"
+        self._bar.update(
+            stream,
+            description=f"stream, epoch {trainer.current_epoch + 1}/{total}",
+            total=total,
+            completed=done,
+            beside=beside,
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which task was finished by the epoch before."""
+        self._tell_learned(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that the last task is learned, and take the bar away."""
+        self._tell_learned(pl_module)
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the terminal as it was."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _tell_learned(self, pl_module: LightningModule) -> None:
+        host = _host(pl_module)
+        for task_id in range(self._told + 1, host.closed + 1):
+            if self._enabled:
+                row = host.accuracy_matrix.accuracy[task_id + 1]
+                self.print(learned(host.tasks, task_id, row.tolist()))
+            self._average = float(host.accuracy_matrix.accuracy[task_id + 1, : task_id + 1].mean())
+        self._told = host.closed
+
+
+def _clock(seconds: float) -> str:
+    """``1:02:03``, without what is zero in front: ``0:07``.
+
+    >>> _clock(7.2), _clock(3723)
+    ('0:07', '1:02:03')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def where(module: LightningModule) -> str:
+    """``task 2/5, epoch 3/4``, with the phase's name unless it is the task's own training."""
+    host = _host(module)
+    position, (epoch, epochs) = host.position, _epoch(module)
+    phase = "" if position.phase == "train" else f" ({position.phase})"
+    return f"task {position.task + 1}/{len(host.tasks)}, epoch {epoch + 1}/{epochs}{phase}"
+
+
+def _epoch(module: LightningModule) -> tuple[int, int]:
+    """How many epochs of the task came before, and how many it has, over all its phases."""
+    host = _host(module)
+    task = host.position.task
+    first = host.schedule.last_epoch(task - 1) + 1 if task else 0
+    return host.position.epoch, host.schedule.last_epoch(task) + 1 - first
+
+
+def learned(tasks: Sequence[Task], task_id: int, row: Sequence[float]) -> str:
+    """One line about a task that has just been learned.
+
+    Args:
+        tasks: of the stream.
+        task_id: the one learned last.
+        row: ``(tasks,)``, test accuracies at this moment; NaN for what was not measured is not told.
+    """
+    seen = row[: task_id + 1]
+    mean = sum(seen) / len(seen)
+    line = f"task {task_id + 1}/{len(tasks)} ({tasks[task_id].name}) learned: {seen[-1]:.3f}"
+    if task_id and not isnan(mean):
+        line += f"; first task now {seen[0]:.3f}, mean of {len(seen)} tasks {mean:.3f}"
+    return line
+
+
+def final_table(
+    console: Console,
+    title: str,
+    tasks: Sequence[Task],
+    summary: Summary,
+    bytes_per_task: Mapping[str, int | None],
+    bytes_held: Bytes,
+    folder: Path,
+    unsettled: Sequence[Unsettled] = (),
+) -> None:
+    """Show the accuracies of a run, three ways side by side, and where its files are.
+
+    Args:
+        console: where to write.
+        title: of the table.
+        tasks: of the stream.
+        summary: of the accuracy matrix.
+        bytes_per_task: ``measured``, and by the ``paper``'s accounting.
+        bytes_held: by all strategies in the end.
+        folder: of the run.
+        unsettled: tasks that lost accuracy in their last epoch.
+    """
+    blind = summary["without_oracle"]
+    after = summary["after_learning"]
+    table = Table(title=Text(printable(title)), title_justify="left", show_footer=True)
+    table.add_column("task", footer="mean", justify="right", min_width=4)
+    room = max(8, console.width - 56)  # what the numbers and the frame leave
+    table.add_column("classes", no_wrap=True, max_width=min(32, room), overflow="ellipsis")
+    for name, average in {
+        "final": summary["average"],
+        "just learned": after["average"],
+        "final, no task id": blind and blind["average"],
+    }.items():
+        table.add_column(name, footer=_fraction(average), justify="right", min_width=5)
+    for index, task in enumerate(tasks):
+        table.add_row(
+            str(task.id + 1),
+            Text(printable(task.name)),
+            _fraction(summary["per_task"][index]),
+            _fraction(after["per_task"][index]),
+            _fraction(blind and blind["per_task"][index]),
+        )
+    console.print(table)
+    console.print(
+        "final: after the last task, with the task's id; just learned: right after its own training; "
+        "no task id: the network has to find the task by itself",
+        highlight=False,
+    )
+    for one in unsettled:
+        _line(console, format_unsettled(one))
+    figures = {
+        "ACC": summary["average"],
+        "BWT": summary["bwt"],
+        "FWT": summary["fwt"],
+        "forgetting": summary["forgetting"],
+        "first task": summary["first_task"],
+    }
+    stored = {name: bytes_per_task.get(name) for name in ("measured", "paper")}
+    for line in (
+        "  ".join(f"{name} {_fraction(value)}" for name, value in figures.items()),
+        "bytes per task: "
+        + ", ".join(
+            f"{'-' if count is None else format(count, ',')} {name}"
+            for name, count in (
+                ("measured", stored["measured"]),
+                ("by the paper's count", stored["paper"]),
+            )
+        ),
+        (
+            f"bytes held: {bytes_held.training:,} to go on learning, "
+            f"{bytes_held.inference:,} of them to use what was learned"
+        ),
+    ):
+        _line(console, line)
+    for line in (f"results: {folder / 'results.json'}", f"pictures: {folder / 'figures'}"):
+        _line(console, line, soft_wrap=True)  # a path stays whole
+
+
+def format_unsettled(one: Unsettled) -> str:
+    """One line about a task that had not settled.
+
+    >>> format_unsettled(Unsettled(2, "train", 0.981, 0.6))
+    'task 3 had not settled: its training accuracy fell from 0.981 to 0.600 in its last epoch'
+    """
+    samples = "training" if one.split == "train" else "validation"
+    return (
+        f"task {one.task + 1} had not settled: its {samples} accuracy fell from {one.before:.3f} to "
+        f"{one.after:.3f} in its last epoch"
+    )
+
+
+def _line(console: Console, *args: Any, soft_wrap: bool = False, **kwargs: Any) -> None:
+    """One line; a terminal gets it broken between words, a file whole."""
+    soft_wrap = soft_wrap or not console.is_terminal
+    args = tuple(printable(one) if isinstance(one, str) else one for one in args)
+    console.print(*args, soft_wrap=soft_wrap, highlight=False, markup=False, **kwargs)
+
+
+def _fraction(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _host(module: LightningModule) -> Any:
+    """A ContinualModule; any module that knows its tasks, schedule and accuracies will do."""
+    return module

@@ -1,0 +1,392 @@
+"""What a run shows in the trainer's loggers beside its numbers.
+
+:class:`Dashboard` is an ordinary callback; a display per kind of logger knows how that one shows a
+picture or a table. Numbers that equal runs have in common are logged by the module itself, to every
+logger. ``docs/wandb.md`` lists all keys.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from math import isnan
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
+from torch import Tensor
+
+from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
+from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap, render
+from bpn_lightning.run.recording import MetricsFile
+from bpn_lightning.run.results import collect_provenance
+from bpn_lightning.tasks import Task
+
+__all__ = ["Dashboard", "Display", "close_displays", "display", "keep_results"]
+
+Cell = str | float | int | None
+
+
+class Display:
+    """How one logger shows what is no number; this one shows nothing of it.
+
+    Args:
+        logger: of the trainer.
+    """
+
+    #: Whether :meth:`image` does anything: pictures are drawn only where they are seen.
+    draws = False
+
+    def __init__(self, logger: Logger) -> None:
+        self.logger = logger
+
+    @property
+    def position(self) -> int:
+        """Where the logger's own count of rows stands."""
+        return 0
+
+    def begin(self, config: Mapping[str, Any], resumed_at: int | None) -> None:
+        """Log the configuration.
+
+        Args:
+            config: nested.
+            resumed_at: :attr:`position` when the checkpoint was taken; None in a new run.
+        """
+        self.logger.log_hyperparams(dict(config))
+
+    def image(self, key: str, image: Image.Image, step: int) -> None:
+        """Show a picture."""
+
+    def table(
+        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+    ) -> None:
+        """Show a table."""
+
+    def files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
+        """Keep files with the run."""
+
+    def end(self, exit_code: int) -> None:
+        """The run is over."""
+
+
+class WandbDisplay(Display):
+    """Pictures, tables and artifacts of a Weights & Biases run."""
+
+    draws = True
+    logger: WandbLogger
+
+    @property
+    def position(self) -> int:
+        """The next row's ``_step``."""
+        return int(self.logger.experiment.step)
+
+    def begin(self, config: Mapping[str, Any], resumed_at: int | None) -> None:
+        """Log the configuration, say over which axis what is drawn, and count rows on."""
+        super().begin(config, resumed_at)
+        run = self.logger.experiment
+        for prefix in OVER_TASKS:
+            run.define_metric(f"{prefix}/*", step_metric="stream/tasks_learned")
+        if resumed_at is not None and run.step < resumed_at:
+            run.log({}, step=resumed_at)  # offline, where the server does not say where it stands
+
+    def image(self, key: str, image: Image.Image, step: int) -> None:
+        """In the media panel ``key``, with a slider over the stream."""
+        self.logger.log_image(key, [image], step=step)
+
+    def table(
+        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+    ) -> None:
+        """As a ``wandb.Table``."""
+        self.logger.log_table(
+            key, columns=list(columns), data=[list(row) for row in rows], step=step
+        )
+
+    def files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
+        """As an artifact."""
+        import wandb
+
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", f"{name}-{kind}"), type=kind)
+        for path in paths:
+            artifact.add_file(str(path))
+        self.logger.experiment.log_artifact(artifact)
+
+    def end(self, exit_code: int) -> None:
+        """Let the run end here, and not when the process does; there may be none yet."""
+        import wandb
+
+        wandb.finish(exit_code=exit_code)
+
+
+class TensorBoardDisplay(Display):
+    """Pictures and, as text, tables of TensorBoard."""
+
+    draws = True
+    logger: TensorBoardLogger
+
+    def image(self, key: str, image: Image.Image, step: int) -> None:
+        """Under Images."""
+        self.logger.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
+
+    def table(
+        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+    ) -> None:
+        """Under Text, as Markdown."""
+        lines = [list(columns), ["---"] * len(columns), *rows]
+        text = "\n".join(f"| {' | '.join(map(_written, line))} |" for line in lines)
+        self.logger.experiment.add_text(key, text, step)
+
+
+class MLFlowDisplay(Display):
+    """Pictures, tables and files among the artifacts of an MLflow run."""
+
+    draws = True
+    logger: MLFlowLogger
+
+    def begin(self, config: Mapping[str, Any], resumed_at: int | None) -> None:
+        """Log the configuration once: a parameter of MLflow never changes."""
+        if resumed_at is None:
+            super().begin(config, resumed_at)
+
+    def image(self, key: str, image: Image.Image, step: int) -> None:
+        """With a slider over the stream."""
+        self.logger.experiment.log_image(self.logger.run_id, image, key=key, step=step)
+
+    def table(
+        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+    ) -> None:
+        """As a CSV file, which the web page shows as a table."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        self.logger.experiment.log_text(self.logger.run_id, text.getvalue(), f"{key}.csv")
+
+    def files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
+        """In a folder of their kind."""
+        for path in paths:
+            self.logger.experiment.log_artifact(self.logger.run_id, str(path), kind)
+
+
+#: Prefixes of what changes with the tasks learned only: W&B draws it over their number.
+OVER_TASKS = ("bytes_held", "bytes_per_task", "accuracy_after_learning", "accuracy_without_oracle")
+
+_DISPLAYS: dict[type[Logger], type[Display]] = {
+    WandbLogger: WandbDisplay,
+    TensorBoardLogger: TensorBoardDisplay,
+    MLFlowLogger: MLFlowDisplay,
+}
+
+
+def display(logger: Logger) -> Display:
+    """The display of a logger; loggers of other kinds show numbers only."""
+    for kind, shown in _DISPLAYS.items():
+        if isinstance(logger, kind):
+            return shown(logger)
+    return Display(logger)
+
+
+class Dashboard(Callback):
+    """Shows a stream in the trainer's loggers: pictures, tables, the configuration, the time of a step.
+
+    After each task the accuracy matrix and the accuracies over the stream are shown as pictures, at
+    the end the matrix and the accuracies as tables. W&B, TensorBoard and MLflow show them; any logger
+    gets the configuration, with git commit and versions, and the time of a step. Only the first
+    process does anything. ``bpn-fit`` adds one by itself.
+
+    Args:
+        config: whatever is to be kept with the run, nested, of types that JSON knows.
+
+    State:
+        which task was shown last; class, version and position of each logger, by which a resumed run
+        goes on in them.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(callbacks=[Dashboard({"experiment": "digits"})], logger=False)
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        self.config = dict(config or {})
+        self._displays: list[Display] = []
+        self._shown = -1
+        # Of each logger, by class and version, when the checkpoint was taken.
+        self._positions: dict[tuple[str, Any], int] = {}
+        self._since: float | None = None  # when the clock was started, unless it stands
+        self._seconds = 0.0  # that it ran before
+        self._counted_from = 0  # updates
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, or go on."""
+        if not trainer.is_global_zero:
+            return
+        others = [logger for logger in trainer.loggers if not isinstance(logger, MetricsFile)]
+        self._displays = [display(logger) for logger in others]
+        if not others:
+            return
+        found = collect_provenance(seconds=0)
+        provenance = {key: found[key] for key in ("commit", "versions", "host")}
+        config = {**self.config, "provenance": provenance}
+        for shown in self._displays:
+            shown.begin(config, self._positions.get(_identity(shown.logger)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the clock to zero."""
+        self._since, self._seconds, self._counted_from = None, 0.0, trainer.global_step
+
+    # --- after a task ----------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Show what was learned before, where a run resumes inside an epoch; start the clock."""
+        self._show_learned(trainer, pl_module)
+        if self._since is None:
+            self._since = perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the task that the epoch before finished."""
+        self._show_learned(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Show the last task, and the tables; the module may close its last task in on_fit_end."""
+        if stage != "fit" or not self._displays:
+            return
+        self._show_learned(trainer, pl_module)
+        matrix: AccuracyMatrix = pl_module.accuracy_matrix  # type: ignore[assignment]
+        for key, (columns, rows) in _tables(matrix, pl_module.tasks).items():  # type: ignore[arg-type]
+            for shown in self._displays:
+                shown.table(key, columns, rows, trainer.global_step)
+
+    def _show_learned(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        host: Any = pl_module
+        if host.closed == self._shown:
+            return
+        first, self._shown = self._shown + 1, host.closed
+        displays = [shown for shown in self._displays if shown.draws]
+        for task_id in range(first, host.closed + 1) if displays else ():
+            for key, image in _pictures(host, task_id).items():
+                for shown in displays:
+                    shown.image(key, image, trainer.global_step)
+
+    # --- the time of a step ----------------------------------------------------------------------
+
+    # Wall time from the first batch to the last, over the batches in between: nothing waits for the
+    # device in a step, and over many it cannot run ahead. What lies between epochs is left out.
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the mean time of an update since the last one that was logged."""
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._displays or not every or step % every or step == self._counted_from:
+            return
+        self._stop_clock()
+        self._since = perf_counter()
+        seconds = self._seconds / (step - self._counted_from)
+        self._seconds, self._counted_from = 0.0, step
+        for shown in self._displays:
+            shown.logger.log_metrics({"time/step": seconds}, step=step - 1)  # as Lightning counts
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out what lies between epochs."""
+        self._stop_clock()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave validation out."""
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self._since is not None:
+            self._seconds += perf_counter() - self._since
+            self._since = None
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was shown, and where."""
+        loggers = [(*_identity(one.logger), one.position) for one in self._displays]
+        return {"shown": self._shown, "loggers": loggers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on there."""
+        self._shown = state_dict["shown"]
+        self._positions = {(kind, at): position for kind, at, position in state_dict["loggers"]}
+
+
+def keep_results(loggers: Sequence[Logger], name: str, results: Sequence[Path], last: Path) -> None:
+    """Keep a run's results, and its checkpoint if there is one, in the loggers that keep files.
+
+    Args:
+        loggers: of the trainer.
+        name: of the run.
+        results: files.
+        last: the checkpoint.
+    """
+    for shown in map(display, loggers):
+        shown.files(name, "results", results)
+        if last.is_file():
+            shown.files(name, "checkpoint", [last])
+
+
+def close_displays(loggers: Sequence[Logger], exit_code: int) -> None:
+    """End the run in the loggers that have to be told."""
+    for logger in loggers:
+        display(logger).end(exit_code)
+
+
+def _identity(logger: Logger) -> tuple[str, Any]:
+    return type(logger).__name__, logger.version
+
+
+def _pictures(host: Any, task_id: int) -> dict[str, Image.Image]:
+    """What was known when a task had been learned."""
+    matrix: Tensor = host.accuracy_matrix.accuracy.clone()
+    matrix[task_id + 2 :] = torch.nan
+    curve = [point for point in host.curve if point["task"] <= task_id]
+    figures = {
+        "figures/accuracy_matrix": accuracy_heatmap(matrix),
+        "figures/accuracy_over_stream": accuracy_curves(matrix, curve=curve),
+    }
+    return {
+        key: Image.open(io.BytesIO(render(figure, "png"))).convert("RGB")
+        for key, figure in figures.items()
+    }
+
+
+def _tables(
+    matrix: AccuracyMatrix, tasks: Sequence[Task]
+) -> dict[str, tuple[list[str], list[list[Cell]]]]:
+    """Columns and rows of the matrix, and of the three accuracies side by side."""
+    moments: list[list[Cell]] = [
+        [moment, *(None if isnan(value) else value for value in row)]
+        for moment, row in enumerate(matrix.accuracy.tolist())
+        if not all(map(isnan, row))
+    ]
+    summary = matrix.summary()
+    blind = summary["without_oracle"]
+    accuracies: list[list[Cell]] = [
+        [
+            task.id + 1,
+            task.name,
+            summary["per_task"][index],
+            blind["per_task"][index] if blind else None,
+            summary["after_learning"]["per_task"][index],
+        ]
+        for index, task in enumerate(tasks)
+    ]
+    names = [f"task_{task.id + 1}" for task in tasks]
+    return {
+        "tables/accuracy_matrix": (["after_task", *names], moments),
+        "tables/accuracy": (
+            ["task", "classes", "accuracy", "accuracy_without_oracle", "accuracy_after_learning"],
+            accuracies,
+        ),
+    }
+
+
+def _written(cell: Cell) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4f}"
+    return "" if cell is None else str(cell).replace("|", "\\|")

@@ -1,0 +1,108 @@
+"""Interpolations are bounded before they are resolved, and what is bounded is what OmegaConf makes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.cli.interpolations import MOST_CHARACTERS, check_interpolations
+from bpn_lightning.cli.main import main
+from bpn_lightning.errors import ConfigurationError
+
+Said = pytest.CaptureFixture[str]
+
+
+def doubling(count: int, first: str = "x") -> dict[str, Any]:
+    return {"k0": first} | {f"k{i + 1}": f"${{.k{i}}}${{.k{i}}}" for i in range(count)}
+
+
+@pytest.mark.parametrize("count", [3, 9, 40])
+@pytest.mark.parametrize("first", ["", "x", "longer"])
+def test_what_passes_makes_no_more_than_it_may(count: int, first: str) -> None:
+    config = {"a": doubling(count, first), "b": ["${a.k1}", "${.0}-${oc.env:NOWHERE,${.1}}"][:1]}
+    if count == 40:
+        with pytest.raises(ConfigurationError, match="at most 100,000 characters"):
+            check_interpolations(config)
+    else:
+        check_interpolations(config)
+        made = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+        assert len(str(made)) <= MOST_CHARACTERS
+
+
+def test_bounds_count_as_omegaconf_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to name a key leads where OmegaConf goes: what is large there is refused here."""
+    big = "x" * 30_000
+    monkeypatch.setenv("BIG", big)
+    config = {"top": big, "a": {"here": big, "list": [big, {"deep": big}], "b": {}}}
+    for text in (
+        *("${top}", "${a.here}", "${..here}", "${...top}", "${a.list.0}", "${a.list[1].deep}"),
+        *("${a[here]}", "${oc.env:BIG}", f"${{oc.env:NOWHERE,{big}}}", "${a.list}"),
+    ):
+        config["a"]["b"] = {"one": text}
+        resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+        assert len(str(resolved["a"]["b"]["one"])) >= len(big)  # type: ignore[index, call-overload]
+        config["a"]["b"] = {f"n{i}": text for i in range(4)}
+        with pytest.raises(ConfigurationError):
+            check_interpolations(config)
+    check_interpolations({"a": "x" * 1_000_000, "b": "${c.d}"})  # OmegaConf says that there is no c
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"a": "${b}", "b": "${a}"}, "but got a circle: a -> b -> a. Give one of them a value."),
+        ({"a": {"b": "${a}"}}, "but got a circle: a.b -> a -> a.b."),
+        ({f"k{i}": f"${{k{i + 1}}}" for i in range(5000)}, "over at most 50 others"),
+        ({"a": {"x": 1}, "b": "${a}", "c": "${b.x}"}, "which leads through '${a}'"),
+        ({"a": "${oc.create:{x:1}}"}, "but got '${oc.create:{x:1}}' in a. Nothing else is put in"),
+        ({"a": "${oc.decode:1}"}, "an environment variable, but got '${oc.decode:1}' in a."),
+        ({"a": {"b": "${oc.dict.values:a}"}}, "in a.b. Nothing else is put in, and nothing nests."),
+        ({"a": "${${b}}", "b": "a"}, "but got '${${b}}' in a."),
+        ({"a": "${oc.env:X,${b}}", "b": "a"}, "but got '${oc.env:X,${b}}' in a."),
+        ({"a": "${ b }"}, "but got '${ b }' in a."),
+    ],
+)
+def test_what_cannot_be_bounded_is_refused(config: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check_interpolations(config)
+    assert part in str(caught.value)
+
+
+BOMB = ", ".join(f"{key}: '{value}'" for key, value in doubling(40).items())
+BAR = "trainer: {callbacks: {class_path: RichProgressBar, init_args: {console_kwargs: {%s}}}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (BAR % BOMB, "to make at most 100,000 characters, but got more by trainer.callbacks"),
+        (BAR % "a: '${.b}', b: '${.a}'", "but got a circle: trainer.callbacks"),
+        ("data: {class_path: SplitDigits, init_args: bomb.yaml}", "SplitDigits"),
+        ("data: bomb.yaml", "no config includes another"),
+        ("trainer: {callbacks: [bomb.yaml]}", "no config includes another"),
+        (BAR.replace("{%s}", "bomb.yaml"), "console_kwargs to be dict"),
+    ],
+)
+def test_a_run_is_refused_before_anything_is_put_together(
+    text: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bomb.yaml").write_text(f"{{{BOMB}}}")
+    Path("x.yaml").write_text(text)
+    line = ["--config", "digits_inc.yaml", "--config", "x.yaml", "--trainer.accelerator", "cpu"]
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("bpn-fit: error: ")
+    assert part in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bomb.yaml", "x.yaml"]
+
+
+def test_aliases_repeat_text_and_keys_too(tmp_path: Path) -> None:
+    for text in (f"a: &a {'x' * 1_000_000}", f"a: &a {{{'x' * 1000}: 1}}"):
+        path = tmp_path / "x.yaml"
+        path.write_text(f"{text}\nb: [{', '.join(['*a'] * 20_000)}]")
+        with pytest.raises(ConfigurationError, match="at most 100,000 values"):
+            read_yaml(path)

@@ -1,0 +1,242 @@
+"""The page in Chromium: it draws, it answers to pointer and keys, and it asks nobody for anything."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpn_lightning.report.cli import main
+
+Make = Callable[..., Path]
+
+MATRIX: list[list[float | None]] = [
+    [0.125, 0.0625, None],
+    [8 / 9, 0.25, 0.1],
+    [0.75, 0.9375, 0.2],
+    [0.5, 5 / 7, 1.0],
+]
+
+
+@dataclass
+class Opened:
+    """A page in the browser, and what went wrong or out while it was open."""
+
+    page: Any
+    messages: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
+    """Makes the page of a folder and opens it from disk; in the end, nothing may have gone wrong."""
+    seen: list[Opened] = []
+    contexts = []
+
+    def open_page(folder: Path, width: int = 1280, **options: Any) -> Opened:
+        out = tmp_path / "page.html"
+        assert main([str(folder), "--out", str(out)]) == 0
+        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
+        contexts.append(context)
+        one = Opened(context.new_page())
+        one.page.set_default_timeout(30_000)
+        one.page.on("console", lambda message: one.messages.append(message.text))
+        one.page.on("pageerror", lambda error: one.messages.append(str(error)))
+        one.page.on("request", lambda request: one.requests.append(request.url))
+        one.page.goto(out.as_uri())
+        seen.append(one)
+        return one
+
+    yield open_page
+    for one in seen:
+        assert one.messages == []
+        addresses = [url for url in one.requests if not url.startswith("data:")]
+        assert addresses == [(tmp_path / "page.html").as_uri()]
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def three(make_run: Make, tmp_path: Path) -> Path:
+    """Two methods, two seeds, three tasks."""
+    for method in ("ewc", "bd+ewc"):
+        for seed in range(2):
+            points = [
+                {"epoch": epoch, "task": epoch // 2, "accuracy": [0.5, 0.25, epoch / 8]}
+                for epoch in range(6)
+            ]
+            make_run(method, seed, MATRIX, extra={"curve": points})
+    return tmp_path / "runs"
+
+
+def test_values_are_those_of_results_json(opened: Callable[..., Opened], three: Path) -> None:
+    page = opened(three).page
+    page.locator("#values summary").click()
+    rows = page.locator("#values-table tbody tr")
+    rows.first.wait_for()  # written when the browser tells that the part is open: a moment later
+    shown = [
+        [cell.get_attribute("value") for cell in row.locator("data").all()] for row in rows.all()
+    ]
+    results = json.loads((three / "digits_inc" / "bd+ewc" / "seed_0" / "results.json").read_text())
+    assert [float(value) for value in shown[-1]] == pytest.approx(
+        results["accuracy"]["per_task"], abs=5e-6
+    )
+    assert len(shown[0]) == 2  # not measured before training
+    row = page.locator("table.sortable").first.locator("tbody tr").first
+    assert row.locator("data").first.get_attribute("value") == repr(results["accuracy"]["average"])
+
+
+def test_the_slider_goes_over_the_stream_by_keyboard(
+    opened: Callable[..., Opened], three: Path
+) -> None:
+    page = opened(three).page
+    state, slider = page.locator("#state"), page.locator("#moment")
+    assert "after task 3 (c2), 3 of 3 tasks" in state.inner_text()
+    assert "Mean over the tasks learned: 0.738; task 1: 0.500." in state.inner_text()
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    assert "after task 2 (c1), 2 of 3 tasks" in state.inner_text()
+    assert "Mean over the tasks learned: 0.844; task 1: 0.750." in state.inner_text()
+    assert slider.get_attribute("aria-valuetext") == state.inner_text()
+    bars = page.locator("#bars rect.bar")
+    heights = [float(bar.get_attribute("height")) for bar in bars.all()]
+    assert [h / heights[0] for h in heights] == pytest.approx([1, 0.9375 / 0.75, 0.2 / 0.75])
+    assert page.locator("#bars rect.bar.ahead").count() == 1
+    page.keyboard.press("Home")
+    assert "before training" in state.inner_text()
+    page.locator("#run").select_option(label="ewc, seed 1")
+    assert "ewc, seed 1, after task 3" in state.inner_text()
+
+
+def test_cells_are_read_by_pointer_and_by_keys(opened: Callable[..., Opened], three: Path) -> None:
+    page = opened(three).page
+    reading = page.locator("#reading")
+    cells = page.locator("#heat svg > rect")
+    cells.nth(3 * 3 + 1).hover()  # row 3, task 2
+    assert reading.inner_text() == "after task 3, accuracy on task 2 (c1): 0.7143"
+    cells.nth(2).hover()
+    assert reading.inner_text() == "before training, accuracy on task 3 (c2): not measured"
+    cells.nth(1 * 3).click()  # a click picks the moment
+    assert "after task 1 (c0)" in page.locator("#state").inner_text()
+    page.mouse.move(0, 0)
+    page.locator("#heat").focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert reading.inner_text() == "after task 1, accuracy on task 1 (c0): 0.8889"
+    page.locator("#curves").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#curve-reading").inner_text() == "2 epochs: task 1 0.500, task 2 0.250"
+
+
+def test_everything_is_reached_by_the_tab_key(opened: Callable[..., Opened], three: Path) -> None:
+    page = opened(three).page
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate(
+                "() => { const e = document.activeElement; const s = getComputedStyle(e);"
+                "return e === document.body || s.outlineStyle !== 'none' ? e.id || e.tagName : 'unseen'; }"
+            )
+        )
+    assert {"theme", "run", "moment", "heat", "curves", "SUMMARY", "BUTTON", "A"} <= reached
+    assert "unseen" not in reached
+
+
+def test_light_and_dark(opened: Callable[..., Opened], three: Path) -> None:
+    ground = "() => getComputedStyle(document.body).backgroundColor"
+    light, dark = "rgb(255, 255, 255)", "rgb(22, 24, 28)"
+    page = opened(three, color_scheme="dark").page
+    assert page.evaluate(ground) == dark
+    page.locator("#theme").click()
+    assert page.evaluate(ground) == light
+    page.locator("#theme").click()
+    assert page.evaluate(ground) == dark
+    page.emulate_media(media="print")
+    assert page.evaluate(ground) == light
+    assert not page.locator("#moment").is_visible()
+
+
+def test_printing_opens_what_is_folded(opened: Callable[..., Opened], three: Path) -> None:
+    page = opened(three).page
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    assert page.locator("#values-table tbody tr").count() == 4
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0
+
+
+def test_columns_sort(opened: Callable[..., Opened], make_run: Make, tmp_path: Path) -> None:
+    for method, last in (("a", 0.25), ("b", 0.75), ("c", 0.5)):
+        make_run(method, 0, [[0.1], [last]], accuracy_without_oracle=None)
+    page = opened(tmp_path / "runs").page
+    names = page.locator("table.sortable").first.locator("tbody th")
+    button = page.get_by_role("button", name="ACC, task given")
+    button.first.click()
+    assert names.all_inner_texts() == ["b", "c", "a"]
+    button.first.press("Enter")
+    assert names.all_inner_texts() == ["a", "c", "b"]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_never_scrolls_sideways(
+    opened: Callable[..., Opened], make_run: Make, tmp_path: Path, width: int
+) -> None:
+    """Not even with a hundred tasks and names without a place to break."""
+    long = [[(row + task) % 7 / 7 for task in range(100)] for row in range(101)]
+    make_run("ewc", 0, long)
+    make_run("x" * 150, 0, long)
+    one = opened(tmp_path / "runs", width=width)
+    sizes = "() => [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    wide, window = one.page.evaluate(sizes)
+    assert wide <= window == width
+    assert one.page.locator("#heat svg > rect").count() > 10_000
+    outside = one.page.evaluate(
+        "() => [...document.querySelectorAll('.picture svg')].filter("
+        "(e) => e.getBoundingClientRect().right > innerWidth).length"
+    )
+    assert outside == 0
+
+
+def test_names_run_no_script(opened: Callable[..., Opened], make_run: Make, tmp_path: Path) -> None:
+    nasty = [
+        "<img src=x onerror='window.hacked=1'>",
+        "</script><script>window.hacked=1</script>",
+    ]
+    for index, name in enumerate(nasty):
+        folder = make_run(str(index))
+        results = json.loads((folder / "results.json").read_text())
+        results["method"] = results["tasks"][0]["classes"][0] = name
+        (folder / "results.json").write_text(json.dumps(results))
+    page = opened(tmp_path / "runs").page
+    assert page.evaluate("window.hacked") is None
+    assert nasty[0] in page.locator("#legend").inner_text() + page.locator("#state").inner_text()
+    assert page.locator("img").count() == 0
+
+
+def test_a_script_from_elsewhere_would_not_run(opened: Callable[..., Opened], three: Path) -> None:
+    """Should an escape be forgotten one day, the policy of the page still holds."""
+    one = opened(three)
+    one.page.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
+        "document.body.append(s); }"
+    )
+    assert one.page.evaluate("window.hacked") is None
+    (refusal,) = one.messages
+    assert "Content Security Policy" in refusal
+    one.messages.clear()
+
+
+def test_collections_and_unfinished_runs_open_as_well(
+    opened: Callable[..., Opened], make_run: Make, tmp_path: Path
+) -> None:
+    results = Path(__file__).parents[2] / "docs" / "results"
+    page = opened(results).page
+    assert page.locator(".bytes svg").count() >= 5
+    (make_run() / "results.json").unlink()
+    page = opened(tmp_path / "runs").page
+    assert "No run here has results." in page.locator("main").inner_text()

@@ -1,0 +1,220 @@
+"""The page as text: values, escaping, nothing from outside, and sizes that a browser can hold."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpn_lightning.report import page
+from bpn_lightning.report.comparison import compare
+from bpn_lightning.report.page import render
+from bpn_lightning.report.reading import find_runs
+
+Make = Callable[..., Path]
+
+SOURCES = Path(page.__file__).parent
+
+NASTY = [
+    '<img src=x onerror="window.hacked=1">',
+    "</script><script>window.hacked=1</script>",
+    "</script ><!-- <script",
+    "\"><svg onload='window.hacked=1'>&amp;",
+    "{{1}}`${1}`",
+]
+
+
+class Parsed(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.values: list[float] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "data":
+            self.values.append(float(dict(attrs)["value"] or ""))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] == "script":
+            self.scripts.append(data)
+        elif not self.tags or self.tags[-1] != "style":
+            self.text += data
+
+
+def html(folder: Path) -> str:
+    found = find_runs(folder)
+    return render(found, compare(found.runs, found.compare), "1.0").decode()
+
+
+def embedded(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Parsed(text).scripts[0])
+    return found
+
+
+def test_every_value_is_that_of_results_json(make_run: Make) -> None:
+    folder = make_run("bd+ewc", 0, [[0.125, 1 / 3], [8 / 9, 0.3], [2 / 7, 5 / 11]])
+    results = json.loads((folder / "results.json").read_text())
+    text = html(folder)
+    expected = [
+        results["accuracy"]["average"],
+        results["accuracy_without_oracle"]["average"],
+        results["accuracy_after_learning"]["average"],
+        results["accuracy"]["first_task"],
+        results["accuracy_without_oracle"]["first_task"],
+        results["accuracy"]["forgetting"],
+        *(552, 1104, 12.5),
+    ]
+    assert Parsed(text).values == expected  # to the last digit
+    (run,) = embedded(text)["runs"]
+    assert run["matrix"][2] == pytest.approx(results["accuracy"]["per_task"], abs=5e-6)
+
+
+def test_names_are_never_read_as_html(make_run: Make, tmp_path: Path) -> None:
+    """The page of nasty names has the very elements and attributes of a page of plain ones."""
+    shape = []
+    for root, names in (("plain", ["a", "b", "c", "d", "e"]), ("nasty", NASTY)):
+        for index, name in enumerate(names):
+            tasks = [{"id": k, "classes": [name], "epochs": 2} for k in range(2)]
+            config = {"key": name}
+            for seed in range(2):
+                folder = make_run(f"{index}", seed, root=root, config=config)
+                results = json.loads((folder / "results.json").read_text())
+                results |= {"method": name, "experiment": name, "tasks": tasks}
+                results["provenance"]["host"]["cpu"] = name
+                (folder / "results.json").write_text(json.dumps(results))
+        parsed = Parsed(html(tmp_path / root))
+        keys = [key for key, _ in parsed.attributes]
+        shape.append((parsed.tags, keys, len(parsed.scripts)))
+        assert all(name in parsed.text for name in names)
+    assert shape[0] == shape[1]
+    text = html(tmp_path / "nasty")
+    (inside,) = re.findall(r'id="data">(.*?)</script', text, re.DOTALL)
+    assert "<" not in inside  # so that no browser ends the script early
+    data = embedded(text)
+    assert {row["method"] for row in data["rows"]} == set(NASTY)
+
+
+def test_odd_text_is_no_error(make_run: Make) -> None:
+    lone = "half a character \ud800"
+    assert "half a character ?" in html(
+        make_run(
+            tasks=[{"id": 0, "classes": [lone], "epochs": 1}, {"id": 1, "classes": [], "epochs": 1}]
+        )
+    )
+
+
+def test_nothing_comes_from_outside(make_run: Make) -> None:
+    text = html(make_run())
+    parsed = Parsed(text)
+    for key, value in parsed.attributes:
+        if key in ("src", "href", "action", "data", "srcset"):
+            assert (value or "").startswith(("#", "data:,")), (key, value)
+    style = (SOURCES / "page.css").read_text("utf-8")
+    assert "url(" not in style
+    assert "@import" not in style
+    addresses = set(re.findall(r"https?://[^\s\"'`]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, not a place
+    script = (SOURCES / "page.js").read_text("utf-8")
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
+
+
+def test_the_policy_names_the_one_script(make_run: Make) -> None:
+    text = html(make_run())
+    script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    (policy,) = re.findall(r"script-src 'sha256-([^']+)'", text)
+    assert [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in script] == [
+        policy
+    ]
+    assert "default-src 'none'" in text
+
+
+def test_the_same_runs_give_the_same_bytes(make_run: Make, tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(seed=seed)
+    assert html(tmp_path) == html(tmp_path)
+
+
+def test_tables_say_what_their_cells_are(make_run: Make, tmp_path: Path) -> None:
+    for method in ("ewc", "psp"):
+        for seed in range(2):
+            make_run(method, seed, config={"lr": method})
+    (make_run("stl") / "results.json").unlink()
+    text = html(tmp_path)
+    tables = re.findall(r"<table.*?</table>", text, re.DOTALL)
+    assert (
+        len(tables) == 6
+    )  # methods, tests, the matrix (by the script), settings, provenance, left out
+    for table in tables:
+        if "values-table" not in table:
+            assert "<caption>" in table
+            assert table.count("<th ") == table.count('scope="')
+            spans = [int(span) for span in re.findall(r'rowspan="(\d+)"', table)]
+            heads = table.count('scope="row"') + sum(spans)
+            assert heads == table.count("<tr>") - 1  # every row has one
+    assert "digits_inc/stl/seed_0" in tables[-1]
+
+
+def test_a_page_of_unfinished_runs_names_them(make_run: Make, tmp_path: Path) -> None:
+    (make_run() / "results.json").unlink()
+    parsed = Parsed(html(tmp_path))
+    assert "No run here has results." in parsed.text
+    assert "digits_inc/ewc/seed_0" in parsed.text
+
+
+def test_hundreds_of_runs_and_a_hundred_tasks(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method in range(60):
+        for seed in range(5):
+            make_run(f"m{method}", seed, root="many")
+    assert len(html(tmp_path / "many")) < 500_000
+    long = [[0.12345] * 100 for _ in range(101)]
+    make_run("ewc", 0, long, root="long")
+    assert len(html(tmp_path / "long")) < 200_000
+    # beyond the bound, every method keeps its first seed's pictures as long as there is room
+    monkeypatch.setattr(page, "MOST_VALUES", 65 * 6)
+    text = html(tmp_path / "many")
+    labels = [run["label"] for run in embedded(text)["runs"]]
+    assert len(labels) == 65
+    assert sum(label.endswith("seed 0") for label in labels) == 60
+    assert "65 of 300 runs can be chosen here" in text
+    assert Parsed(text).values.count(552) == 60  # the tables have all
+
+
+def luminance(colour: str) -> float:
+    """As WCAG 2.2 defines it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(first: str, second: str) -> float:
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_colours_have_the_contrast_that_wcag_asks_for(theme: int) -> None:
+    """4.5 for text, 3 for what a picture is read by."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    style = (SOURCES / "page.css").read_text("utf-8")
+    pairs = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", style)
+    colours = {name: values[theme] for name, *values in pairs}
+    for ground in ("page", "panel"):
+        for text in ("ink", "soft", "link"):
+            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        for mark in ("told", "alone", "ahead", *(f"s{n}" for n in range(7))):
+            assert contrast(colours[mark], colours[ground]) >= 3, (mark, ground)
