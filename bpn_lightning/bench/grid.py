@@ -188,7 +188,7 @@ def check_key(key: str, where: str) -> None:
         known = [*(f"{name}." for name in GROUPS), *SINGLE_KEYS]
         raise ConfigurationError(
             f"Expected a key in {where} to begin with {', '.join(known)}, but got {key!r}."
-            f"{did_you_mean(key, [*known, *OPTIONS])} `bpn-fit --help_all` shows all keys."
+            f"{did_you_mean(group + dot, [*known, *OPTIONS])} `bpn-fit --help_all` shows all keys."
         )
 
 

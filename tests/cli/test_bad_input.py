@@ -1559,7 +1559,7 @@ ARRAYS: list[tuple[str, Prepare, str]] = [
         arrays(train_images=np.zeros((0, 8, 8), np.uint8), train_labels=np.zeros(0, int)),
         (
             "Expected every class of the stream to have training images in {here}/x.npz, but got "
-            "none of '0'. Add images, or leave the class out with class_order."
+            "none of '0', '1'. Add images, or leave the class out with class_order."
         ),
     ),
     (
