@@ -74,7 +74,7 @@ class ImageSetStream(ContinualDataModule):
             self.image_set.open,
             self.cache,
             name=f"{self.image_set.name}-{part}",
-            size=min(self.image_set.small or self.resize, self.resize),
+            size=min(self.image_set.native_size or self.resize, self.resize),
             fit=self.fit,
             on_corrupt=self.on_corrupt,
         )

@@ -47,7 +47,7 @@ def check_set(image_set: ImageSet, open_images: bool = False) -> SetReport:
     """
     if not image_set.is_present:
         place = image_set.root / image_set.folders[0]
-        faults = [f"{place} has to hold {image_set.needs}.", image_set.origin]
+        faults = [f"{place} has to hold {image_set.required_files}.", image_set.download_hint]
         return SetReport(image_set, "absent", faults=faults)
     try:
         listing = image_set.checked(expect_counts=False)
@@ -58,7 +58,7 @@ def check_set(image_set: ImageSet, open_images: bool = False) -> SetReport:
     if open_images:
         faults += _damaged(image_set, [*listing.train, *listing.test])
     if faults:
-        faults.append(image_set.origin)
+        faults.append(image_set.download_hint)
     return SetReport(image_set, "incomplete" if faults else "complete", numbers, faults)
 
 
@@ -131,7 +131,7 @@ def _line(report: SetReport) -> str:
     classes, train, test = report.numbers or ("-", "-", "-")
     numbers = [f"{n:,}" if isinstance(n, int) else n for n in (classes, train, test)]
     line = f"{report.image_set.name:<10}{report.state:<12}{numbers[0]:>8}{numbers[1]:>9}"
-    line += f"{numbers[2]:>9}   {report.image_set.paper}"
+    line += f"{numbers[2]:>9}   {report.image_set.paper_counts}"
     published = report.image_set.counts
     if report.state == "complete" and published == (None, None, None):
         line += " (no published number to compare with)"

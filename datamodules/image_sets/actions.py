@@ -60,13 +60,13 @@ class VOCActions(ImageSet):
     name = "actions"
     title = "VOC 2012 actions"
     folders = ("VOCdevkit/VOC2012", "VOC2012", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012")
-    needs = "JPEGImages/, Annotations/ and ImageSets/Action/{train,val,jumping_train, ...}.txt"
-    origin = (
+    required_files = "JPEGImages/, Annotations/ and ImageSets/Action/{train,val,jumping_train, ...}.txt"
+    download_hint = (
         "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/, or let "
         "torchvision fetch it: torchvision.datasets.VOCDetection(ROOT, '2012', 'train', "
         "download=True)."
     )
-    paper = "3,334 images in 10 classes"
+    paper_counts = "3,334 images in 10 classes"
 
     def __post_init__(self) -> None:
         one_of("take of actions", self.take, ("image", "person"))

@@ -35,12 +35,12 @@ class FGVCAircraft(ImageSet):
     name = "aircraft"
     title = "FGVC-Aircraft"
     folders = ("fgvc-aircraft-2013b", "fgvc_aircraft", "aircraft")
-    needs = "data/images/<id>.jpg, data/families.txt, data/images_family_trainval.txt and so on"
-    origin = (
+    required_files = "data/images/<id>.jpg, data/families.txt, data/images_family_trainval.txt and so on"
+    download_hint = (
         "Get fgvc-aircraft-2013b.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/, or "
         "let torchvision fetch it: torchvision.datasets.FGVCAircraft(ROOT, download=True)."
     )
-    paper = "10,200 images in 70 classes"
+    paper_counts = "10,200 images in 70 classes"
 
     def __post_init__(self) -> None:
         one_of("level of aircraft", self.level, tuple(_LEVELS))

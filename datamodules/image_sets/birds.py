@@ -23,12 +23,12 @@ class CUB200(ImageSet):
     name = "birds"
     title = "CUB-200-2011"
     folders = ("CUB_200_2011", "cub200", "birds")
-    needs = (
+    required_files = (
         "images/<class>/<file>.jpg, images.txt, image_class_labels.txt, train_test_split.txt and "
         "classes.txt"
     )
-    origin = "Get CUB_200_2011.tgz from https://www.vision.caltech.edu/datasets/cub_200_2011/."
-    paper = "11,788 images in 200 classes"
+    download_hint = "Get CUB_200_2011.tgz from https://www.vision.caltech.edu/datasets/cub_200_2011/."
+    paper_counts = "11,788 images in 200 classes"
 
     @property
     def counts(self) -> Counts:

@@ -32,15 +32,15 @@ class StanfordCars(ImageSet):
     name = "cars"
     title = "Stanford Cars"
     folders = ("stanford_cars", "cars")
-    needs = (
+    required_files = (
         "either cars_train/, cars_test/, devkit/cars_meta.mat, devkit/cars_train_annos.mat and "
         "cars_test_annos_withlabels.mat, or car_ims/ and cars_annos.mat"
     )
-    origin = (
+    download_hint = (
         "The authors' page, https://ai.stanford.edu/~jkrause/cars/car_dataset.html, no longer serves "
         "the files; copies are held by others, such as Kaggle, in either layout."
     )
-    paper = "16,185 images in 196 classes"
+    paper_counts = "16,185 images in 196 classes"
 
     @property
     def counts(self) -> Counts:
@@ -59,8 +59,8 @@ class StanfordCars(ImageSet):
         if (self.folder / "cars_annos.mat").is_file():
             return self._read_one_folder()
         raise DataError(
-            f"Expected {self.folder} to hold {self.needs}, but it has neither devkit nor "
-            f"cars_annos.mat. {self.origin}"
+            f"Expected {self.folder} to hold {self.required_files}, but it has neither devkit nor "
+            f"cars_annos.mat. {self.download_hint}"
         )
 
     def _read_two_folders(self) -> Listing:

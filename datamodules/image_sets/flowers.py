@@ -26,13 +26,13 @@ class Flowers102(ImageSet):
     name = "flowers"
     title = "Oxford Flowers"
     folders = ("flowers-102", "flowers102", "flowers")
-    needs = "jpg/image_00001.jpg ..., imagelabels.mat and setid.mat"
-    origin = (
+    required_files = "jpg/image_00001.jpg ..., imagelabels.mat and setid.mat"
+    download_hint = (
         "Get 102flowers.tgz, imagelabels.mat and setid.mat from "
         "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/, or let torchvision fetch them: "
         "torchvision.datasets.Flowers102(ROOT, download=True)."
     )
-    paper = "8,189 images in 102 classes"
+    paper_counts = "8,189 images in 102 classes"
 
     def __post_init__(self) -> None:
         one_of("train of flowers", self.train, ("train+val", "train"))

@@ -27,12 +27,12 @@ class Indoor67(ImageSet):
     name = "scenes"
     title = "MIT Indoor-67"
     folders = ("indoor67", "indoorCVPR_09", "mit_indoor")
-    needs = "Images/<class>/<file>.jpg, TrainImages.txt and TestImages.txt"
-    origin = (
+    required_files = "Images/<class>/<file>.jpg, TrainImages.txt and TestImages.txt"
+    download_hint = (
         "Get indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from "
         "http://web.mit.edu/torralba/www/indoor.html."
     )
-    paper = "15,620 images in 67 classes"
+    paper_counts = "15,620 images in 67 classes"
 
     def __post_init__(self) -> None:
         one_of("images of scenes", self.images, ("listed", "all"))

@@ -49,12 +49,12 @@ class Chars74K(ImageSet):
     name = "letters"
     title = "Chars74K"
     folders = ("English", "chars74k/English", "Chars74K/English")
-    needs = "Fnt/Sample001/*.png ... (or Img/GoodImg/Bmp/..., Hnd/Img/...)"
-    origin = (
+    required_files = "Fnt/Sample001/*.png ... (or Img/GoodImg/Bmp/..., Hnd/Img/...)"
+    download_hint = (
         "Get EnglishFnt.tgz (or EnglishImg.tgz, EnglishHnd.tgz, and Lists.tgz for their splits) from "
         "http://www.ee.surrey.ac.uk/CVSSP/demos/chars74k/."
     )
-    paper = "62,992 images in 62 classes"
+    paper_counts = "62,992 images in 62 classes"
     mirrored = False
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Chars74K(ImageSet):
             )
 
     @property
-    def small(self) -> int | None:  # type: ignore[override]
+    def native_size(self) -> int | None:  # type: ignore[override]
         """Fonts were drawn at 128 x 128 pixels."""
         return 128 if self.part == "Fnt" else None
 
@@ -106,7 +106,7 @@ class Chars74K(ImageSet):
         if not (self.folder / folders[0]).is_dir():
             raise DataError(
                 f"Expected the folder {self.folder / folders[0]}, but there is none. The folder has "
-                f"to hold {self.needs}. {self.origin}"
+                f"to hold {self.required_files}. {self.download_hint}"
             )
         train: list[tuple[Path, int]] = []
         test: list[tuple[Path, int]] = []

@@ -79,13 +79,13 @@ class ImageSet(ABC):
     """How messages call it."""
     folders: ClassVar[tuple[str, ...]]
     """Where it may lie below the root; the first is where it is asked for."""
-    needs: ClassVar[str]
+    required_files: ClassVar[str]
     """What has to be in that folder, in words."""
-    origin: ClassVar[str]
+    download_hint: ClassVar[str]
     """Where to get it, and how."""
-    paper: ClassVar[str]
+    paper_counts: ClassVar[str]
     """Images and classes as Wen et al. count them."""
-    small: ClassVar[int | None] = None
+    native_size: ClassVar[int | None] = None
     """Height and width in pixels, where all images are small squares of one size."""
 
     mirrored: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class ImageSet(ABC):
                 return self.root / name
         raise DataError(
             f"Expected {self.title} in {self.root / self.folders[0]}, but there is no such folder. "
-            f"It has to hold {self.needs}. {self.origin}"
+            f"It has to hold {self.required_files}. {self.download_hint}"
         )
 
     @property
@@ -162,7 +162,7 @@ class ImageSet(ABC):
             verb = "is" if len(missing) == 1 else "are"
             raise DataError(
                 f"Expected every image that the lists of {self.title} name, but {named}{more} {verb} "
-                f"missing. {self.origin}"
+                f"missing. {self.download_hint}"
             )
 
     @contextmanager
@@ -201,11 +201,11 @@ class ImageSet(ABC):
             if not path.exists():
                 raise DataError(
                     f"Expected {path}, a file of {self.title}, but there is none. The folder has to "
-                    f"hold {self.needs}. {self.origin}"
+                    f"hold {self.required_files}. {self.download_hint}"
                 ) from error
             raise DataError(
                 f"Expected {path} to be a whole file of {self.title}, but got "
-                f"{type(error).__name__}: {error}. Fetch it again. {self.origin}"
+                f"{type(error).__name__}: {error}. Fetch it again. {self.download_hint}"
             ) from error
 
     def lines(self, path: Path) -> list[str]:

@@ -31,14 +31,14 @@ class SVHN(ImageSet):
     name = "svhn"
     title = "SVHN"
     folders = ("svhn", "SVHN")
-    needs = "train_32x32.mat and test_32x32.mat"
-    origin = (
+    required_files = "train_32x32.mat and test_32x32.mat"
+    download_hint = (
         "Get train_32x32.mat and test_32x32.mat from http://ufldl.stanford.edu/housenumbers/, or let "
         "torchvision fetch them: torchvision.datasets.SVHN(ROOT + '/svhn', 'train', download=True), "
         "and 'test'."
     )
-    paper = "99,289 images in 10 classes"
-    small = 32
+    paper_counts = "99,289 images in 10 classes"
+    native_size = 32
     mirrored = False
 
     @property

@@ -38,7 +38,7 @@ def test_an_empty_root_lacks_all_sets(tmp_path: Path, capsys: Said) -> None:
     assert states(said) == dict.fromkeys(IMAGE_SETS, "absent")
     assert "0 of 8 sets are complete" in said
     for image_set in IMAGE_SETS.values():
-        assert image_set.origin in said
+        assert image_set.download_hint in said
         assert str(tmp_path / image_set.folders[0]) in said
 
 

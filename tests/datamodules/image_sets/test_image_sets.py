@@ -306,7 +306,7 @@ def test_an_absent_set_says_where_it_belongs_and_where_to_get_it(name: str, tmp_
     with pytest.raises(DataError) as error:
         image_set.checked()
     assert str(tmp_path / image_set.folders[0]) in str(error.value)
-    assert image_set.origin in str(error.value)
+    assert image_set.download_hint in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -427,11 +427,11 @@ def test_published_numbers_are_those_of_the_paper() -> None:
     """Wen et al. count all images of a set, and their 10,200 aircraft are those of all three levels."""
     for name, image_set in IMAGE_SETS.items():
         counts = image_set(Path("data")).counts
-        of_paper = int(image_set.paper.split()[0].replace(",", ""))
+        of_paper = int(image_set.paper_counts.split()[0].replace(",", ""))
         total = counts.total or sum(counts[:2]) if counts != (None, None, None) else None
         if name in ("flowers", "birds", "cars", "letters", "svhn"):
             assert total == of_paper
-        assert f"{image_set(Path('data')).num_classes} classes" in image_set.paper
+        assert f"{image_set(Path('data')).num_classes} classes" in image_set.paper_counts
 
 
 @pytest.mark.skipif("BPN_IMAGE_SETS" not in os.environ, reason="set it to the root of real sets")
