@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpn_lightning.datamodules.limits import eight_bits, warn_if_dark
+from bpn_lightning.datamodules.limits import to_uint8, warn_if_dark
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import DataError
@@ -110,7 +110,7 @@ def _images(key: str, array: Any, source: str) -> Tensor:
         )
     if array.dtype == np.uint16:
         warn_if_dark(int(array.max(initial=0)), f"{key} in {source}")
-        array = eight_bits(array)
+        array = to_uint8(array)
     images = torch.from_numpy(array)
     return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
 

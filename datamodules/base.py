@@ -22,7 +22,7 @@ from bpn_lightning.datamodules.division import (
 from bpn_lightning.datamodules.loading import EvaluationLoader, Samples, Share, TrainLoader
 from bpn_lightning.datamodules.pixels import with_channels
 from bpn_lightning.datamodules.readers import ImageData
-from bpn_lightning.datamodules.splitting import hold_out, listing
+from bpn_lightning.datamodules.splitting import hold_out, quoted_names
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.preparation import (
     Preparation,
@@ -59,7 +59,7 @@ class Normalisation(NamedTuple):
         """
         inputs = samples.images[indices]
         if inputs.dtype == torch.int64:
-            return NOTHING
+            return IDENTITY
         values = inputs.transpose(0, 1).flatten(1)
         if inputs.dtype == torch.uint8:
             shades = torch.arange(256, dtype=torch.float64) / 255
@@ -73,7 +73,7 @@ class Normalisation(NamedTuple):
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
 
-NOTHING = Normalisation(mean=(0.0,), std=(1.0,))
+IDENTITY = Normalisation(mean=(0.0,), std=(1.0,))
 """Inputs stay as they are."""
 
 
@@ -109,7 +109,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         validation_fraction: fraction of each class's training images that is held out for
             validation, in [0, 1). The test set is never touched.
         augment: randomly crop (and, where it makes sense, mirror) training images on the device.
-        channels: 1 makes grey images of color ones (Rec. 601's luma, as Pillow), 3 repeats grey ones as
+        channels: 1 makes gray images of color ones (Rec. 601's luma, as Pillow), 3 repeats gray ones as
             red, green and blue; by default they stay as they are.
         seed: of the order of the samples, the held-out part and the augmentation; by default what
             seed_everything set (the variable PL_GLOBAL_SEED), else 0.
@@ -156,10 +156,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     def __post_init__(self) -> None:
         super().__init__()
         for name in ("batch_size", "eval_batch_size"):
-            at_least_one(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         epochs = self.epochs_per_task
         for number in epochs if isinstance(epochs, list) else [epochs]:
-            at_least_one("epochs_per_task", number)
+            check_positive_int("epochs_per_task", number)
         if not 0 <= self.validation_fraction < 1:
             raise ConfigurationError(
                 "Expected validation_fraction to be at least 0 and below 1, but got "
@@ -167,7 +167,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             )
         if self.channels not in (1, 3, None):
             raise ConfigurationError(
-                f"Expected channels to be 1, 3 or null, but got {self.channels!r}. 1 is grey, 3 is color."
+                f"Expected channels to be 1, 3 or null, but got {self.channels!r}. 1 is gray, 3 is color."
             )
         self.has_validation = self.validation_fraction > 0
         known = get_args(Literal["always", "never"])
@@ -312,7 +312,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
                 what = "images" if part.samples.images.dtype == torch.uint8 else "samples"
                 raise DataError(
                     f"Expected every class of the stream to have {_PART_NAMES[split]} {what} in "
-                    f"{source}, but got none of {listing(empty)}. Add {what}, or leave the class out "
+                    f"{source}, but got none of {quoted_names(empty)}. Add {what}, or leave the class out "
                     "with class_order."
                 )
 
@@ -529,7 +529,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
 _PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 
 
-def at_least_one(name: str, value: int) -> None:
+def check_positive_int(name: str, value: int) -> None:
     """Refuse what is no whole number from 1."""
     if not isinstance(value, int) or value < 1:
         raise ConfigurationError(

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from bpn_lightning.datamodules.base import ContinualDataModule, at_least_one
+from bpn_lightning.datamodules.base import ContinualDataModule, check_positive_int
 from bpn_lightning.datamodules.division import SamplesOfTasks
 from bpn_lightning.datamodules.readers import ImageData
-from bpn_lightning.datamodules.splitting import choose_classes, spread
+from bpn_lightning.datamodules.splitting import blur_boundaries, choose_classes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.tasks import Task
 
@@ -33,7 +33,7 @@ class ClassIncrementalDataModule(ContinualDataModule):
         class_order_seed: shuffles that order, by a generator of its own; by default it is kept.
         domain_incremental: whether every task's j-th class is the head's column j; the module's mask
             is ``shared`` then.
-        blurry: fraction of each class's training samples that lie in other tasks than its own, spread at
+        blurry: fraction of each class's training samples that lie in other tasks than its own, blur_boundaries at
             random, in [0, 1); test samples stay. Above 0, the module's mask is ``shared``.
     """
 
@@ -48,9 +48,9 @@ class ClassIncrementalDataModule(ContinualDataModule):
         super().__post_init__()
         sizes = self.classes_per_task
         for size in sizes if isinstance(sizes, list) else [sizes]:
-            at_least_one("classes_per_task", size)
+            check_positive_int("classes_per_task", size)
         if self.num_tasks is not None:
-            at_least_one("num_tasks", self.num_tasks)
+            check_positive_int("num_tasks", self.num_tasks)
             self.epochs_of(self.num_tasks)
         wanted = self.num_tasks or (len(sizes) if isinstance(sizes, list) else 0) or 1
         if isinstance(sizes, list) and len(sizes) != wanted:
@@ -121,7 +121,7 @@ class ClassIncrementalDataModule(ContinualDataModule):
         epochs = self.epochs_of(len(classes))
         tasks = [Task(k, (0, len(order)), names, epochs[k]) for k in range(len(classes))]
         samples: SamplesOfTasks = {
-            "train": spread(data.train.labels, classes, self.blurry, self.seed),
-            "test": spread(data.test.labels, classes, 0.0, self.seed),
+            "train": blur_boundaries(data.train.labels, classes, self.blurry, self.seed),
+            "test": blur_boundaries(data.test.labels, classes, 0.0, self.seed),
         }
         return tasks, [order] * len(classes), samples

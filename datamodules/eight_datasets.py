@@ -89,7 +89,7 @@ class EightDatasets(StreamOf):
 
     def setup(self, stage: str | None = None) -> None:
         """Look at all sets, then read them; the second call finds it done."""
-        if not self._places:
+        if not self._substreams:
             # The last set may be the broken one, and decoding the others takes hours.
             for stream in self._sets:
                 stream.image_set.checked(self.expect_counts)

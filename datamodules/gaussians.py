@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from bpn_lightning.datamodules.base import NOTHING, ContinualDataModule, at_least_one
+from bpn_lightning.datamodules.base import IDENTITY, ContinualDataModule, check_positive_int
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
@@ -15,7 +15,7 @@ from bpn_lightning.tasks import Task
 
 __all__ = ["Gaussians"]
 
-CENTRES = ((0.0, 0.0), (-2.5, 0.0), (2.5, 0.0))
+CENTERS = ((0.0, 0.0), (-2.5, 0.0), (2.5, 0.0))
 NAMES = ("black", "red", "light blue")
 
 
@@ -28,17 +28,17 @@ class Gaussians(ContinualDataModule):
     normalised, so that a decision can be drawn where the network takes it.
 
     The paper says that the three clusters of its figure are normal and drawn at random, and no more;
-    centres, deviation and numbers are ours, laid out as in the figure, black in the middle.
+    centers, deviation and numbers are ours, laid out as in the figure, black in the middle.
 
     Args:
-        centres: of the clusters, two coordinates each, the common one first; one task fewer than
+        centers: of the clusters, two coordinates each, the common one first; one task fewer than
             clusters.
         deviation: of each cluster, in both directions.
         train_samples: points of each cluster to learn from.
         test_samples: points of each cluster to test on.
     """
 
-    centres: Sequence[Sequence[float]] = CENTRES
+    centers: Sequence[Sequence[float]] = CENTERS
     deviation: float = 0.5
     train_samples: int = 500
     test_samples: int = 500
@@ -46,37 +46,37 @@ class Gaussians(ContinualDataModule):
     channels: Literal[1, 3] | None = field(init=False, default=None)  # points have none
 
     title = "the clusters"
-    constants = NOTHING
+    constants = IDENTITY
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("train_samples", "test_samples"):
-            at_least_one(name, getattr(self, name))
-        if len(self.centres) < 2 or any(len(centre) != 2 for centre in self.centres):
+            check_positive_int(name, getattr(self, name))
+        if len(self.centers) < 2 or any(len(center) != 2 for center in self.centers):
             raise ConfigurationError(
-                "Expected centres to be two or more pairs of coordinates, but got "
-                f"{self.centres!r}. The default is {[*map(list, CENTRES)]}."
+                "Expected centers to be two or more pairs of coordinates, but got "
+                f"{self.centers!r}. The default is {[*map(list, CENTERS)]}."
             )
         if not self.deviation > 0:
             raise ConfigurationError(
                 f"Expected deviation to be more than 0, but got {self.deviation}."
             )
-        self.epochs_of(len(self.centres) - 1)
+        self.epochs_of(len(self.centers) - 1)
 
     def read(self) -> ImageData:
         """Draw the points, by the stream's seed."""
-        names = [*NAMES, *(f"cluster {k + 1}" for k in range(len(NAMES), len(self.centres)))]
+        names = [*NAMES, *(f"cluster {k + 1}" for k in range(len(NAMES), len(self.centers)))]
         train = self._draw("train", self.train_samples)
         test = self._draw("test", self.test_samples)
-        return ImageData(train, test, names[: len(self.centres)], self.title)
+        return ImageData(train, test, names[: len(self.centers)], self.title)
 
     def _draw(self, part: str, count: int) -> Samples:
         """``(clusters * count, 2)`` float32, cluster by cluster."""
-        centres = torch.tensor([*map(list, self.centres)], dtype=torch.float32)
+        centers = torch.tensor([*map(list, self.centers)], dtype=torch.float32)
         generator = seeded_generator("clusters", part, self.seed)
-        points = torch.randn(len(centres), count, 2, generator=generator) * self.deviation
-        labels = torch.arange(len(centres)).repeat_interleave(count)
-        return Samples((points + centres[:, None]).flatten(0, 1), labels)
+        points = torch.randn(len(centers), count, 2, generator=generator) * self.deviation
+        labels = torch.arange(len(centers)).repeat_interleave(count)
+        return Samples((points + centers[:, None]).flatten(0, 1), labels)
 
     def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
         """The first cluster against each of the others."""

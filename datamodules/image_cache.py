@@ -26,7 +26,7 @@ __all__ = ["CachedImages", "Damage", "cached_images"]
 Fit = Literal["short_side", "squeeze"]
 
 _FORMAT = 1  # raised when the pixels of a cache come about differently
-_AT_ONCE = 256  # images that are decoded before they are written
+_CHUNK = 256  # images that are decoded before they are written
 
 
 class Damage(NamedTuple):
@@ -185,8 +185,8 @@ def _decoded(
 
     # Pillow lets go of the interpreter while it decodes, and reading waits for the disk.
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        for start in range(0, len(entries), _AT_ONCE):
-            yield from pool.map(pixels, entries[start : start + _AT_ONCE])
+        for start in range(0, len(entries), _CHUNK):
+            yield from pool.map(pixels, entries[start : start + _CHUNK])
 
 
 def _resized(image: Image.Image, size: int, fit: Fit) -> Any:

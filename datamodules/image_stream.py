@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from bpn_lightning.datamodules.augmentation import CropAndFlip
-from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, at_least_one
+from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, check_positive_int
 from bpn_lightning.datamodules.image_cache import cached_images
 from bpn_lightning.datamodules.image_sets import Entry, ImageSet
 from bpn_lightning.datamodules.loading import Samples
@@ -135,8 +135,8 @@ def check_sizes(image_size: int, resize: int) -> None:
     Raises:
         ConfigurationError: names both sizes.
     """
-    at_least_one("image_size", image_size)
-    at_least_one("resize", resize)
+    check_positive_int("image_size", image_size)
+    check_positive_int("resize", resize)
     if image_size > resize:
         raise ConfigurationError(
             f"Expected image_size to be at most resize, but got {image_size} and {resize} pixels. "

@@ -23,12 +23,12 @@ from bpn_lightning.untrusted import MOST_TIMES, is_bomb, is_inside, open_untrust
 __all__ = [
     "Fault",
     "Quota",
-    "eight_bits",
+    "check_paths_inside",
     "matlab_sizes",
     "open_image",
     "refuse_bomb",
     "refuse_damaged",
-    "refuse_ways_out",
+    "to_uint8",
     "warn_if_dark",
 ]
 
@@ -40,11 +40,11 @@ MAX_DECODED_BYTES = 2**30
 
 _MAX_INFLATION = 1032  # of deflate: 258 bytes for 2 bits
 _DEFLATED = 15  # the type of a Matlab variable
-_PIECE = 2**20
+_CHUNK_BYTES = 2**20
 
 _BYTES_PER_PIXEL = 8  # Pillow keeps 4, and as many of a copy in another mode
 
-MOST_NAMED = 10
+MAX_NAMED = 10
 """Damaged files that a message names."""
 
 _PROGRAMS = frozenset({"EPS"})  # Pillow lets Ghostscript run what is in the file
@@ -109,16 +109,16 @@ def refuse_damaged(faults: Sequence[Fault], wanted: str, remedy: str) -> None:
     if not faults:
         return
     first, *others = faults
-    named = [f"{one.path} ({one.reason})" for one in others[: MOST_NAMED - 1]]
-    if len(faults) > MOST_NAMED:
-        named.append(f"and {len(faults) - MOST_NAMED:,} that are not named here")
+    named = [f"{one.path} ({one.reason})" for one in others[: MAX_NAMED - 1]]
+    if len(faults) > MAX_NAMED:
+        named.append(f"and {len(faults) - MAX_NAMED:,} that are not named here")
     many = f". Nor are {len(others):,} more: {'; '.join(named)}" if others else ""
     raise DataError(f"Expected {first.path} to be {wanted}, but got {first.reason}{many}. {remedy}")
 
 
 @contextmanager
 def open_image(path: Path, within: Path | None = None) -> Iterator[Image.Image]:
-    """Open an image whose pixels may be decoded: not too many, and of grey ones 16 bits made 8.
+    """Open an image whose pixels may be decoded: not too many, and of gray ones 16 bits made 8.
 
     Of 16 bits the upper 8 are taken, as Pillow itself takes of deep colors.
 
@@ -149,19 +149,19 @@ def open_image(path: Path, within: Path | None = None) -> Iterator[Image.Image]:
 
 
 def _of_sixteen_bits(image: Image.Image) -> Image.Image:
-    """Grey of 8 bits; Pillow itself would cut deeper pixels off at 255."""
+    """Gray of 8 bits; Pillow itself would cut deeper pixels off at 255."""
     # Pillow has PNG's and PPM's 16 bits as integers of 32 where it has no mode of their own.
     if not (
         image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     ):
         raise ValueError(f"pixels that are not of 8 or 16 bits (mode {image.mode})")
     pixels = np.asarray(image)
-    grey = Image.fromarray(eight_bits(pixels))
-    grey.info["brightest"] = int(pixels.max(initial=0))
-    return grey
+    gray = Image.fromarray(to_uint8(pixels))
+    gray.info["brightest"] = int(pixels.max(initial=0))
+    return gray
 
 
-def eight_bits(pixels: Any) -> Any:
+def to_uint8(pixels: Any) -> Any:
     """The upper 8 of 16 bits, as Pillow takes of deep colors and torchvision of uint16 images.
 
     Args:
@@ -229,18 +229,18 @@ def matlab_sizes(file: BinaryIO) -> tuple[int, int]:
             continue
         stream = zlib.decompressobj()
         while left and not stream.eof and not is_bomb(packed, inflated):
-            part = file.read(min(left, _PIECE))
+            part = file.read(min(left, _CHUNK_BYTES))
             if not part:
                 raise ValueError("it ends within a variable")
             left -= len(part)
             while part and not is_bomb(packed, inflated):
-                inflated += len(stream.decompress(part, _PIECE))
+                inflated += len(stream.decompress(part, _CHUNK_BYTES))
                 part = stream.unconsumed_tail
         file.seek(left, os.SEEK_CUR)
     return packed, inflated
 
 
-def refuse_ways_out(folder: Path, paths: Iterable[Path]) -> None:
+def check_paths_inside(folder: Path, paths: Iterable[Path]) -> None:
     """Refuse paths that leave a folder, by ``..`` or by a link; the folder itself may be one.
 
     Args:

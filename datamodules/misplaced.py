@@ -4,10 +4,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["elsewhere"]
+__all__ = ["misplaced_hint"]
 
 
-def elsewhere(
+def misplaced_hint(
     root: Path,
     folder: Path,
     missing: Sequence[str],

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpn_lightning.datamodules.arrays import ARRAYS, from_arrays
-from bpn_lightning.datamodules.base import NOTHING, Normalisation, at_least_one
+from bpn_lightning.datamodules.base import IDENTITY, Normalisation, check_positive_int
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.readers import ImageData, read_class_folders, read_npz
 
@@ -17,13 +17,13 @@ __all__ = ["SplitArrays", "SplitImageFolder"]
 class SplitImageFolder(ClassIncrementalDataModule):
     """Images in ``<root>/{train,test}/<class>/``, split by class.
 
-    Every kind of image that Pillow reads will do; of grey ones with 16 bits the upper 8 are taken. Normalised by the mean and the standard deviation
+    Every kind of image that Pillow reads will do; of gray ones with 16 bits the upper 8 are taken. Normalised by the mean and the standard deviation
     of the first task's training images, so that nothing is known of later tasks or of test images.
 
     Args:
         root: the folder that holds ``train/`` and ``test/``.
         image_size: height and width in pixels that every image is resized to, whatever its shape.
-        channels: 3 reads all images in color, 1 in grey.
+        channels: 3 reads all images in color, 1 in gray.
     """
 
     root: str
@@ -34,7 +34,7 @@ class SplitImageFolder(ClassIncrementalDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("image_size", self.image_size)
+        check_positive_int("image_size", self.image_size)
 
     def read(self) -> ImageData:
         """Decode every image once."""
@@ -84,4 +84,4 @@ class SplitArrays(ClassIncrementalDataModule):
     def known_normalization(self, data: ImageData) -> Normalisation | None:
         """Nothing is done to features that are not to be standardized."""
         features = data.train.images.is_floating_point()
-        return NOTHING if features and not self.standardize else super().known_normalization(data)
+        return IDENTITY if features and not self.standardize else super().known_normalization(data)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, at_least_one
+from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, check_positive_int
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.torchvision_sets import SplitMNIST
 from bpn_lightning.errors import ConfigurationError
@@ -45,11 +45,11 @@ class _TransformedMNIST(ContinualDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("num_tasks", self.num_tasks)
+        check_positive_int("num_tasks", self.num_tasks)
         self.epochs_of(self.num_tasks)
         for name in ("train_samples", "test_samples"):
             if getattr(self, name) is not None:
-                at_least_one(name, getattr(self, name))
+                check_positive_int(name, getattr(self, name))
         self._mnist = SplitMNIST(root=self.root, download=self.download, padding=self.padding)
 
     @property

@@ -1,4 +1,4 @@
-"""Grey images of color ones, and back."""
+"""Gray images of color ones, and back."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ __all__ = ["luma", "with_channels"]
 
 #: Rec. 601's weights of red, green and blue in units of 2**-16, as Pillow has them.
 _WEIGHTS = (19595, 38470, 7471)
-_AT_ONCE = 4096  # images whose integers of 32 bits are held at a time
+_CHUNK = 4096  # images whose integers of 32 bits are held at a time
 
 
 def luma(images: Tensor) -> Tensor:
-    """Grey of color, bit for bit as Pillow's ``convert("L")``.
+    """Gray of color, bit for bit as Pillow's ``convert("L")``.
 
     Args:
         images: ``(n, 3, height, width)`` uint8.
@@ -21,13 +21,13 @@ def luma(images: Tensor) -> Tensor:
     Returns:
         ``(n, 1, height, width)`` uint8.
     """
-    grey = torch.empty_like(images[:, :1])
+    gray = torch.empty_like(images[:, :1])
     weights = torch.tensor(_WEIGHTS, dtype=torch.int32)[:, None, None]
-    for start in range(0, len(images), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
+    for start in range(0, len(images), _CHUNK):
+        part = slice(start, start + _CHUNK)
         summed = (images[part].int() * weights).sum(1, keepdim=True, dtype=torch.int32)
-        grey[part] = ((summed + 0x8000) >> 16).byte()
-    return grey
+        gray[part] = ((summed + 0x8000) >> 16).byte()
+    return gray
 
 
 def with_channels(images: Tensor, channels: int | None) -> Tensor:
@@ -35,7 +35,7 @@ def with_channels(images: Tensor, channels: int | None) -> Tensor:
 
     Args:
         images: ``(n, channels, height, width)`` uint8.
-        channels: 1 makes grey of color, 3 repeats grey as red, green and blue, without a copy; None
+        channels: 1 makes gray of color, 3 repeats gray as red, green and blue, without a copy; None
             leaves them as they are.
 
     Raises:

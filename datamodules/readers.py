@@ -14,10 +14,10 @@ from PIL import Image
 
 from bpn_lightning.datamodules.limits import (
     Fault,
+    check_paths_inside,
     open_image,
     refuse_bomb,
     refuse_damaged,
-    refuse_ways_out,
     warn_if_dark,
 )
 from bpn_lightning.datamodules.loading import Samples
@@ -74,7 +74,7 @@ def read_class_folders(
 
     Args:
         folder: an absolute path.
-        channels: 1 reads in grey, 3 in colour.
+        channels: 1 reads in gray, 3 in color.
         height: of each image, in pixels.
         width: of each image, in pixels.
         resize: squeeze images of other sizes into this one; False: they are an error.
@@ -84,13 +84,13 @@ def read_class_folders(
     """
     suffixes = frozenset(Image.registered_extensions())
     files = {part: _list_class_folders(folder / part, suffixes) for part in ("train", "test")}
-    refuse_ways_out(
+    check_paths_inside(
         folder, (path for part in files.values() for of in part.values() for path in of)
     )
     class_names = sorted(files["train"].keys() | files["test"].keys())
     size = (channels, height, width)
 
-    labelled = {
+    labeled = {
         part: [
             (path, label)
             for label, name in enumerate(class_names)
@@ -98,12 +98,12 @@ def read_class_folders(
         ]
         for part in files
     }
-    images = {part: np.empty((len(of), *size), dtype=np.uint8) for part, of in labelled.items()}
+    images = {part: np.empty((len(of), *size), dtype=np.uint8) for part, of in labeled.items()}
     deep: list[int] = []  # the brightest pixel of each image of 16 bits
 
     def decode(place: tuple[str, int]) -> Fault | None:
         part, number = place
-        path = labelled[part][number][0]
+        path = labeled[part][number][0]
         try:
             images[part][number] = _decode(path, folder, *size, resize, deep)
         # A damaged file makes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error,
@@ -112,7 +112,7 @@ def read_class_folders(
             return Fault(path, f"{type(error).__name__}: {error}")
         return None
 
-    places = [(part, number) for part in labelled for number in range(len(labelled[part]))]
+    places = [(part, number) for part in labeled for number in range(len(labeled[part]))]
     # Pillow lets go of the interpreter while it decodes, and reading waits for the disk.
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         refuse_damaged(
@@ -125,7 +125,7 @@ def read_class_folders(
         warn_if_dark(max(deep), str(folder))
 
     def samples(part: str) -> Samples:
-        labels = torch.tensor([label for _, label in labelled[part]], dtype=torch.int64)
+        labels = torch.tensor([label for _, label in labeled[part]], dtype=torch.int64)
         return Samples(torch.from_numpy(images[part]), labels)
 
     return ImageData(samples("train"), samples("test"), class_names, str(folder))
@@ -135,7 +135,7 @@ def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[
     if not part.is_dir():
         raise DataError(
             f"Expected the folder {part} with one folder of images for each class, but there is none. "
-            f"{_what_helps(part, suffixes)}"
+            f"{_layout_remedy(part, suffixes)}"
         )
     with _readable(part):
         folders = [
@@ -159,7 +159,7 @@ def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[
         }
 
 
-def _what_helps(missing: Path, suffixes: frozenset[str]) -> str:
+def _layout_remedy(missing: Path, suffixes: frozenset[str]) -> str:
     """How the images come to lie in ``train/`` and ``test/``, by what lies there now."""
     root = missing.parent
     arranged = f"{root}{os.sep}{{train,test}}{os.sep}<class>{os.sep}"

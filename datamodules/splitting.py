@@ -9,7 +9,7 @@ from torch import Tensor
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.random_state import seeded_generator
 
-__all__ = ["choose_classes", "hold_out", "listing", "spread"]
+__all__ = ["blur_boundaries", "choose_classes", "hold_out", "quoted_names"]
 
 
 def choose_classes(
@@ -41,13 +41,13 @@ def choose_classes(
             raise ConfigurationError(
                 f"Expected class_order to list names of classes or numbers from 0 to "
                 f"{len(class_names) - 1}, but got {entry!r}.{did_you_mean(str(entry), class_names)} "
-                f"The classes are {listing(class_names)}."
+                f"The classes are {quoted_names(class_names)}."
             )
         chosen.append(place)
     repeated = [class_names[place] for place, count in Counter(chosen).items() if count > 1]
     if repeated:
         raise ConfigurationError(
-            f"Expected class_order to list each class once, but got {listing(repeated)} more than "
+            f"Expected class_order to list each class once, but got {quoted_names(repeated)} more than "
             "once. Remove the repetitions."
         )
     if order_seed is not None:
@@ -81,7 +81,7 @@ def hold_out(labels: Tensor, fraction: float, *key: int | str) -> Tensor:
     return held
 
 
-def spread(
+def blur_boundaries(
     labels: Tensor, classes: Sequence[Sequence[int]], fraction: float, seed: int
 ) -> list[Tensor]:
     """The samples of tasks whose boundaries are blurry.
@@ -109,11 +109,11 @@ def spread(
     return [(found == task).nonzero().flatten() for task in range(len(classes))]
 
 
-def listing(names: Sequence[str], most: int = 12) -> str:
+def quoted_names(names: Sequence[str], max_names: int = 12) -> str:
     """Names in quotes, the first few of many.
 
-    >>> listing(["bee", "cat", "dog"], most=2)
+    >>> quoted_names(["bee", "cat", "dog"], max_names=2)
     "'bee', 'cat' and 1 more"
     """
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    shown = ", ".join(repr(name) for name in names[:max_names])
+    return shown if len(names) <= max_names else f"{shown} and {len(names) - max_names} more"

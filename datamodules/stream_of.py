@@ -19,8 +19,8 @@ from bpn_lightning.tasks import Batch, Split, Task
 __all__ = ["StreamOf"]
 
 
-class _Place(NamedTuple):
-    """Where one of the streams stands in the whole."""
+class _Substream(NamedTuple):
+    """One of the streams, with the offsets of its tasks and columns in the whole."""
 
     stream: ContinualDataModule
     first_task: int
@@ -40,7 +40,7 @@ class ChainedLoader:
         parts: the loaders, and where their streams stand.
     """
 
-    def __init__(self, parts: Sequence[tuple[_Place, EvaluationLoader]]) -> None:
+    def __init__(self, parts: Sequence[tuple[_Substream, EvaluationLoader]]) -> None:
         self.parts = parts
 
     def __len__(self) -> int:
@@ -48,7 +48,9 @@ class ChainedLoader:
         return sum(len(loader) for _, loader in self.parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        return chain.from_iterable(map(place.renumber, loader) for place, loader in self.parts)
+        return chain.from_iterable(
+            map(substream.renumber, loader) for substream, loader in self.parts
+        )
 
 
 class ShuffledLoader:
@@ -65,7 +67,7 @@ class ShuffledLoader:
     """
 
     def __init__(
-        self, parts: Sequence[tuple[_Place, TrainLoader]], task: int, epoch: int, seed: int
+        self, parts: Sequence[tuple[_Substream, TrainLoader]], task: int, epoch: int, seed: int
     ) -> None:
         self.parts = parts
         self.task = task
@@ -108,7 +110,7 @@ class ShuffledLoader:
         order = self._order()
         for (_, loader), first_batch in zip(self.parts, self._done(self.first_batch), strict=True):
             loader.load_state_dict({"processed": first_batch})
-        batches = [map(place.renumber, loader) for place, loader in self.parts]
+        batches = [map(substream.renumber, loader) for substream, loader in self.parts]
         if len(self.parts) > 1:  # a batch of another task than the epoch's says so for each sample
             batches = [map(_one_id_per_sample, of_part) for of_part in batches]
         return (next(batches[part]) for part in order[self.first_batch :].tolist())
@@ -167,7 +169,7 @@ class StreamOf(ContinualDataModule):
                 f"{[stream.validation_fraction for stream in self.streams]}. Set it in all."
             )
         self.has_validation = all(held)
-        self._places: list[_Place] = []
+        self._substreams: list[_Substream] = []
 
     def prepare_data(self) -> None:
         """Let every stream fetch what it misses."""
@@ -176,7 +178,7 @@ class StreamOf(ContinualDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Set every stream up; the second call finds it done."""
-        if self._places:
+        if self._substreams:
             return
         for stream in self.streams:
             if stream.seed is None:
@@ -185,10 +187,10 @@ class StreamOf(ContinualDataModule):
         if self.seed is None:
             self.seed = self.streams[0].seed
         self._refuse_differences()
-        places, tasks = [], list[Task]()
+        substreams, tasks = list[_Substream](), list[Task]()
         column = 0
         for stream in self.streams:
-            places.append(_Place(stream, len(tasks), column))
+            substreams.append(_Substream(stream, len(tasks), column))
             for task in stream.tasks:
                 columns = (task.columns[0] + column, task.columns[1] + column)
                 tasks.append(Task(len(tasks), columns, task.class_names, task.epochs))
@@ -197,7 +199,7 @@ class StreamOf(ContinualDataModule):
         self.num_classes = max(task.columns[1] for task in tasks)
         self.input_shape = self.streams[0].input_shape
         self.input_dtype = self.streams[0].input_dtype
-        self._places = places
+        self._substreams = substreams
 
     def _refuse_differences(self) -> None:
         shapes = [stream.input_shape for stream in self.streams]
@@ -235,24 +237,24 @@ class StreamOf(ContinualDataModule):
 
     # ---------------------------------------------------------------------- loaders
 
-    def _place(self, task_id: int) -> _Place:
+    def _substream(self, task_id: int) -> _Substream:
         """The stream of a task, told which trainer it works for."""
-        place = next(p for p in reversed(self._places) if p.first_task <= task_id)
-        place.stream.trainer = self.trainer
-        return place
+        substream = next(one for one in reversed(self._substreams) if one.first_task <= task_id)
+        substream.stream.trainer = self.trainer
+        return substream
 
     def _by_stream(self, task_ids: Iterable[int]) -> dict[int, list[int]]:
         """Tasks by the first task of their stream, numbered within it."""
         found: dict[int, list[int]] = {}
         for task_id in task_ids:
-            first = self._place(task_id).first_task
+            first = self._substream(task_id).first_task
             found.setdefault(first, []).append(task_id - first)
         return found
 
     def members(self, task_id: int, split: Split) -> Tensor:
         """Which samples of its stream's store belong to a task: ``(n,)`` int64."""
-        place = self._place(task_id)
-        return place.stream.members(task_id - place.first_task, split)
+        substream = self._substream(task_id)
+        return substream.stream.members(task_id - substream.first_task, split)
 
     def loader(  # type: ignore[override]
         self,
@@ -269,9 +271,11 @@ class StreamOf(ContinualDataModule):
             batch_size: over all processes; None: the ``eval_batch_size`` of the task's stream.
             at_most: samples, over all processes; where the task has more, a draw of so many.
         """
-        place = self._place(task_id)
-        of_task = place.stream.loader(task_id - place.first_task, split, batch_size, at_most)
-        return ChainedLoader([(place, of_task)])
+        substream = self._substream(task_id)
+        of_task = substream.stream.loader(
+            task_id - substream.first_task, split, batch_size, at_most
+        )
+        return ChainedLoader([(substream, of_task)])
 
     def train_loader(  # type: ignore[override]
         self, task_id: int, epoch: int, tasks: Sequence[int] | None = None
@@ -285,9 +289,9 @@ class StreamOf(ContinualDataModule):
         """
         parts = []
         for first, own in self._by_stream([task_id] if tasks is None else tasks).items():
-            place = self._place(first)
+            substream = self._substream(first)
             lead = task_id - first if task_id - first in own else own[-1]
-            parts.append((place, place.stream.train_loader(lead, epoch, own)))
+            parts.append((substream, substream.stream.train_loader(lead, epoch, own)))
         return ShuffledLoader(parts, task_id, epoch, self.seed)
 
     def _joint_loader(  # type: ignore[override]
@@ -295,8 +299,10 @@ class StreamOf(ContinualDataModule):
     ) -> ChainedLoader:
         parts = []
         for first, own in self._by_stream(task_ids).items():
-            place = self._place(first)
-            parts.append((place, place.stream._joint_loader(split, range(own[0], own[-1] + 1))))
+            substream = self._substream(first)
+            parts.append(
+                (substream, substream.stream._joint_loader(split, range(own[0], own[-1] + 1)))
+            )
         return ChainedLoader(parts)
 
     # ---------------------------------------------------------------------- on the device
@@ -309,13 +315,13 @@ class StreamOf(ContinualDataModule):
             augment: apply the batch's random numbers, if it carries any.
         """
         if isinstance(batch.task, int):
-            return self._prepare_of(self._place(batch.task), batch, augment)
+            return self._prepare_of(self._substream(batch.task), batch, augment)
         tasks = batch.task
-        firsts = torch.tensor([place.first_task for place in self._places])
+        firsts = torch.tensor([substream.first_task for substream in self._substreams])
         owners = torch.bucketize(tasks.cpu().contiguous(), firsts, right=True) - 1
         several = sorted(set(owners.tolist()))
         if len(several) == 1:
-            return self._prepare_of(self._places[several[0]], batch, augment)
+            return self._prepare_of(self._substreams[several[0]], batch, augment)
         inputs = torch.empty(0)
         for owner in several:
             own = owners == owner
@@ -323,20 +329,22 @@ class StreamOf(ContinualDataModule):
             part = Batch(
                 batch.inputs[own], batch.targets[own], tasks[own], batch.global_size, draws
             )
-            prepared = self._prepare_of(self._places[owner], part, augment).inputs
+            prepared = self._prepare_of(self._substreams[owner], part, augment).inputs
             if not len(inputs):
                 inputs = prepared.new_empty(len(owners), *prepared.shape[1:])
             inputs[own] = prepared
         return batch._replace(inputs=inputs, augmentation=None)
 
-    def _prepare_of(self, place: _Place, batch: Batch, augment: bool) -> Batch:
-        own = place.stream.prepare(batch._replace(task=batch.task - place.first_task), augment)
+    def _prepare_of(self, substream: _Substream, batch: Batch, augment: bool) -> Batch:
+        own = substream.stream.prepare(
+            batch._replace(task=batch.task - substream.first_task), augment
+        )
         return own._replace(task=batch.task)
 
     def raw_samples(self, task_id: int) -> Tensor:
         """Of the task's own stream."""
-        place = self._place(task_id)
-        return place.stream.raw_samples(task_id - place.first_task)
+        substream = self._substream(task_id)
+        return substream.stream.raw_samples(task_id - substream.first_task)
 
     def preparations(self) -> list[Preparation]:
         """Those of the streams, in order."""

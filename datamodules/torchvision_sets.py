@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from bpn_lightning.datamodules.base import Normalisation
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.loading import Samples
-from bpn_lightning.datamodules.misplaced import elsewhere
+from bpn_lightning.datamodules.misplaced import misplaced_hint
 from bpn_lightning.datamodules.readers import ImageData, has_class_folders, read_class_folders
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.untrusted import open_untrusted
@@ -62,10 +62,10 @@ class _NamedDataModule(ClassIncrementalDataModule):
         names = [name.split(" - ")[0] for name in train.classes]  # MNIST's are "0 - zero" ...
         parts = _samples(train), _samples(test)
         for samples in parts:
-            self._refuse_odd(samples, len(names))
+            self._check_arrays(samples, len(names))
         return ImageData(*parts, names, str(self.root_folder))
 
-    def _refuse_odd(self, samples: Samples, classes: int) -> None:
+    def _check_arrays(self, samples: Samples, classes: int) -> None:
         """Torchvision takes files of any numbers that their headers agree with."""
         images, labels = samples
         largest = int(labels.max()) if len(labels) else -1
@@ -93,9 +93,9 @@ class _NamedDataModule(ClassIncrementalDataModule):
         # Whatever is wrong with files, network or rights: torchvision asserts and raises RuntimeError,
         # URLError, OSError, EOFError, UnpicklingError ...
         except Exception as error:
-            raise DataError(self._what_was_tried(dataset, download, error)) from error
+            raise DataError(self._describe_failure(dataset, download, error)) from error
 
-    def _what_was_tried(self, dataset: Any, download: bool, error: Exception) -> str:
+    def _describe_failure(self, dataset: Any, download: bool, error: Exception) -> str:
         root = self.root_folder
         folder, faults = self._faults(dataset)
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
@@ -108,7 +108,7 @@ class _NamedDataModule(ClassIncrementalDataModule):
         again = " Delete damaged files to have them fetched again." if "damaged" in faults else ""
         names = [file.name for file in self._files(dataset) if not file.is_file()]
         others = [root / self.tree, root / self.tree / "raw"]
-        remedy = elsewhere(root, folder, names, self._archives(dataset), others) or (
+        remedy = misplaced_hint(root, folder, names, self._archives(dataset), others) or (
             "Name the folder that has them with `--data.init_args.root DIR` or `export BPN_DATA=DIR`, or "
             f"fetch them from {self._address(dataset)} into {folder}."
         )
@@ -237,7 +237,7 @@ def _is_whole_idx(file: Path) -> bool:
 
 
 class SplitMNIST(_IdxDataModule):
-    """MNIST, 60,000 and 10,000 grey images of 28 x 28 pixels in 10 classes, split by class.
+    """MNIST, 60,000 and 10,000 gray images of 28 x 28 pixels in 10 classes, split by class.
 
     Normalised by the mean and the standard deviation of all its 60,000 training images.
     """
@@ -250,7 +250,7 @@ class SplitMNIST(_IdxDataModule):
 
 
 class SplitFashionMNIST(_IdxDataModule):
-    """Fashion-MNIST, 60,000 and 10,000 grey images of 28 x 28 pixels in 10 classes, split by class.
+    """Fashion-MNIST, 60,000 and 10,000 gray images of 28 x 28 pixels in 10 classes, split by class.
 
     Normalised by the mean and the standard deviation of all its 60,000 training images.
     """
@@ -262,7 +262,7 @@ class SplitFashionMNIST(_IdxDataModule):
 
 
 class SplitCIFAR10(_PickledDataModule):
-    """CIFAR-10, 50,000 and 10,000 colour images of 32 x 32 pixels in 10 classes, split by class.
+    """CIFAR-10, 50,000 and 10,000 color images of 32 x 32 pixels in 10 classes, split by class.
 
     Normalised by the mean and the standard deviation of all its 50,000 training images, per channel.
     """
@@ -274,7 +274,7 @@ class SplitCIFAR10(_PickledDataModule):
 
 
 class SplitCIFAR100(_PickledDataModule):
-    """CIFAR-100, 50,000 and 10,000 colour images of 32 x 32 pixels in 100 classes, split by class.
+    """CIFAR-100, 50,000 and 10,000 color images of 32 x 32 pixels in 100 classes, split by class.
 
     Normalised by the mean and the standard deviation of all its 50,000 training images, per channel.
     """

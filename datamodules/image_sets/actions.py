@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing, one_of
-from bpn_lightning.datamodules.limits import refuse_ways_out
+from bpn_lightning.datamodules.image_sets.listing import (
+    Counts,
+    Entry,
+    ImageSet,
+    Listing,
+    check_choice,
+)
+from bpn_lightning.datamodules.limits import check_paths_inside
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.untrusted import MAX_TEXT_BYTES, open_untrusted
 
@@ -60,7 +66,9 @@ class VOCActions(ImageSet):
     name = "actions"
     title = "VOC 2012 actions"
     folders = ("VOCdevkit/VOC2012", "VOC2012", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012")
-    required_files = "JPEGImages/, Annotations/ and ImageSets/Action/{train,val,jumping_train, ...}.txt"
+    required_files = (
+        "JPEGImages/, Annotations/ and ImageSets/Action/{train,val,jumping_train, ...}.txt"
+    )
     download_hint = (
         "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/, or let "
         "torchvision fetch it: torchvision.datasets.VOCDetection(ROOT, '2012', 'train', "
@@ -69,7 +77,7 @@ class VOCActions(ImageSet):
     paper_counts = "3,334 images in 10 classes"
 
     def __post_init__(self) -> None:
-        one_of("take of actions", self.take, ("image", "person"))
+        check_choice("take of actions", self.take, ("image", "person"))
         if not 1 <= self.context <= 10:
             raise ConfigurationError(
                 "Expected context of actions to be a factor from 1 to 10, but got "
@@ -143,7 +151,7 @@ class VOCActions(ImageSet):
 
     def _annotation(self, image: str) -> list[_Person]:
         path = self._xml(image)
-        refuse_ways_out(self.folder, [path])
+        check_paths_inside(self.folder, [path])
         with self.reading(path), open_untrusted(path, max_bytes=MAX_TEXT_BYTES) as file:
             return [_person(each) for each in ElementTree.parse(file).getroot().findall("object")]
 

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing, one_of
+from bpn_lightning.datamodules.image_sets.listing import (
+    Counts,
+    Entry,
+    ImageSet,
+    Listing,
+    check_choice,
+)
 
 __all__ = ["FGVCAircraft"]
 
@@ -35,7 +41,9 @@ class FGVCAircraft(ImageSet):
     name = "aircraft"
     title = "FGVC-Aircraft"
     folders = ("fgvc-aircraft-2013b", "fgvc_aircraft", "aircraft")
-    required_files = "data/images/<id>.jpg, data/families.txt, data/images_family_trainval.txt and so on"
+    required_files = (
+        "data/images/<id>.jpg, data/families.txt, data/images_family_trainval.txt and so on"
+    )
     download_hint = (
         "Get fgvc-aircraft-2013b.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/, or "
         "let torchvision fetch it: torchvision.datasets.FGVCAircraft(ROOT, download=True)."
@@ -43,8 +51,8 @@ class FGVCAircraft(ImageSet):
     paper_counts = "10,200 images in 70 classes"
 
     def __post_init__(self) -> None:
-        one_of("level of aircraft", self.level, tuple(_LEVELS))
-        one_of("train of aircraft", self.train, ("trainval", "train"))
+        check_choice("level of aircraft", self.level, tuple(_LEVELS))
+        check_choice("train of aircraft", self.train, ("trainval", "train"))
 
     @property
     def counts(self) -> Counts:

@@ -27,7 +27,9 @@ class CUB200(ImageSet):
         "images/<class>/<file>.jpg, images.txt, image_class_labels.txt, train_test_split.txt and "
         "classes.txt"
     )
-    download_hint = "Get CUB_200_2011.tgz from https://www.vision.caltech.edu/datasets/cub_200_2011/."
+    download_hint = (
+        "Get CUB_200_2011.tgz from https://www.vision.caltech.edu/datasets/cub_200_2011/."
+    )
     paper_counts = "11,788 images in 200 classes"
 
     @property

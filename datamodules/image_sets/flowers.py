@@ -5,7 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing, one_of
+from bpn_lightning.datamodules.image_sets.listing import (
+    Counts,
+    Entry,
+    ImageSet,
+    Listing,
+    check_choice,
+)
 
 __all__ = ["Flowers102"]
 
@@ -35,7 +41,7 @@ class Flowers102(ImageSet):
     paper_counts = "8,189 images in 102 classes"
 
     def __post_init__(self) -> None:
-        one_of("train of flowers", self.train, ("train+val", "train"))
+        check_choice("train of flowers", self.train, ("train+val", "train"))
 
     @property
     def counts(self) -> Counts:

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing, one_of
+from bpn_lightning.datamodules.image_sets.listing import (
+    Counts,
+    Entry,
+    ImageSet,
+    Listing,
+    check_choice,
+)
 
 __all__ = ["Indoor67"]
 
@@ -35,7 +41,7 @@ class Indoor67(ImageSet):
     paper_counts = "15,620 images in 67 classes"
 
     def __post_init__(self) -> None:
-        one_of("images of scenes", self.images, ("listed", "all"))
+        check_choice("images of scenes", self.images, ("listed", "all"))
 
     @property
     def counts(self) -> Counts:

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing, one_of
+from bpn_lightning.datamodules.image_sets.listing import (
+    Counts,
+    Entry,
+    ImageSet,
+    Listing,
+    check_choice,
+)
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.untrusted import read_text
 
@@ -58,9 +64,9 @@ class Chars74K(ImageSet):
     mirrored = False
 
     def __post_init__(self) -> None:
-        one_of("part of letters", self.part, tuple(_FOLDERS))
-        one_of("classes of letters", self.classes, (62, 52))
-        one_of("split of letters", self.split, ("seeded", "lists"))
+        check_choice("part of letters", self.part, tuple(_FOLDERS))
+        check_choice("classes of letters", self.classes, (62, 52))
+        check_choice("split of letters", self.split, ("seeded", "lists"))
         if not 0 < self.test_fraction < 1:
             raise ConfigurationError(
                 "Expected test_fraction of letters to be between 0 and 1, but got "

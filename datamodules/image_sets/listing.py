@@ -12,16 +12,16 @@ from PIL import Image
 from scipy.io import loadmat, whosmat
 
 from bpn_lightning.datamodules.limits import (
-    MOST_NAMED,
+    MAX_NAMED,
+    check_paths_inside,
     matlab_sizes,
     open_image,
     refuse_bomb,
-    refuse_ways_out,
 )
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
 from bpn_lightning.untrusted import open_untrusted, read_text
 
-__all__ = ["Counts", "Entry", "ImageSet", "Listing", "one_of"]
+__all__ = ["Counts", "Entry", "ImageSet", "Listing", "check_choice"]
 
 
 class Counts(NamedTuple):
@@ -65,7 +65,7 @@ class Listing(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet(ABC):
-    """A published set of labelled images in its official layout on disk.
+    """A published set of labeled images in its official layout on disk.
 
     Args:
         root: the folder of data sets; the set lies in the first of ``folders`` that is there.
@@ -154,11 +154,11 @@ class ImageSet(ABC):
 
     def _refuse_missing_files(self, listing: Listing) -> None:
         paths = dict.fromkeys(entry.path for entry in [*listing.train, *listing.test])
-        refuse_ways_out(self.folder, paths)
+        check_paths_inside(self.folder, paths)
         missing = [path for path in paths if not path.is_file()]
         if missing:
-            named = ", ".join(map(str, missing[:MOST_NAMED]))
-            more = f" and {len(missing) - MOST_NAMED:,} more" if len(missing) > MOST_NAMED else ""
+            named = ", ".join(map(str, missing[:MAX_NAMED]))
+            more = f" and {len(missing) - MAX_NAMED:,} more" if len(missing) > MAX_NAMED else ""
             verb = "is" if len(missing) == 1 else "are"
             raise DataError(
                 f"Expected every image that the lists of {self.title} name, but {named}{more} {verb} "
@@ -278,7 +278,7 @@ class ImageSet(ABC):
         refuse_bomb(path, packed, max(8 * count, inflated))
 
 
-def one_of(argument: str, value: object, known: tuple[object, ...]) -> None:
+def check_choice(argument: str, value: object, known: tuple[object, ...]) -> None:
     """Refuse an option that is none of the known ones.
 
     Raises:

@@ -219,11 +219,11 @@ def test_prepare_normalises_as_torchvision_does() -> None:
 def test_constants_are_measured_on_the_first_tasks_training_images(toy: Make) -> None:
     stream = toy(validation_fraction=0.3)
     images = torch.cat([b.inputs for b in stream.loader(0, "train")]).numpy() / 255
-    # two of the three channels; the third is of one colour
+    # two of the three channels; the third is of one color
     mean, std = (np.array(values) for values in stream.normalisation)
     np.testing.assert_allclose(mean, images.mean((0, 2, 3)), atol=1e-12)
     np.testing.assert_allclose(std[:2], images.std((0, 2, 3))[:2], atol=1e-9)
-    assert std[2] == 1, "a channel of one colour is not blown up"
+    assert std[2] == 1, "a channel of one color is not blown up"
 
 
 def test_constants_per_channel_are_used_per_channel(toy: Make) -> None:

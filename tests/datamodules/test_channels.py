@@ -1,4 +1,4 @@
-"""Grey images as color ones and back, against Pillow."""
+"""Gray images as color ones and back, against Pillow."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,13 +37,13 @@ def test_luma_is_pillows() -> None:
     assert torch.equal(luma(many), torch.cat([luma(one) for one in many.split(7)]))
 
 
-def test_grey_becomes_color_without_a_copy() -> None:
-    grey = torch.randint(256, (5, 1, 4, 4), dtype=torch.uint8)
-    color = with_channels(grey, 3)
-    assert torch.equal(color, grey.repeat(1, 3, 1, 1))
-    assert color.untyped_storage().data_ptr() == grey.untyped_storage().data_ptr()
-    assert torch.equal(luma(color), grey)
-    assert with_channels(grey, None) is with_channels(grey, 1) is grey
+def test_gray_becomes_color_without_a_copy() -> None:
+    gray = torch.randint(256, (5, 1, 4, 4), dtype=torch.uint8)
+    color = with_channels(gray, 3)
+    assert torch.equal(color, gray.repeat(1, 3, 1, 1))
+    assert color.untyped_storage().data_ptr() == gray.untyped_storage().data_ptr()
+    assert torch.equal(luma(color), gray)
+    assert with_channels(gray, None) is with_channels(gray, 1) is gray
 
 
 def color_arrays() -> dict[str, Any]:
@@ -61,14 +61,14 @@ def inputs(stream: Any, task: int = 0) -> Tensor:
     return stream.prepare(batch).inputs
 
 
-def test_color_made_grey_is_normalised_as_it_is_then() -> None:
+def test_color_made_gray_is_normalised_as_it_is_then() -> None:
     made = color_arrays()
     stream = SplitArrays(made, channels=1)
     stream.setup()
-    grey = torch.tensor(
+    gray = torch.tensor(
         np.stack([Image.fromarray(one).convert("L") for one in made["train_images"]])
     )
-    own = grey[torch.tensor(made["train_labels"] < 2)].double() / 255
+    own = gray[torch.tensor(made["train_labels"] < 2)].double() / 255
     assert stream.input_shape == (1, 9, 7)
     assert stream.normalisation.mean == pytest.approx([own.mean().item()])
     assert stream.normalisation.std == pytest.approx([own.std(correction=0).item()])
@@ -77,49 +77,49 @@ def test_color_made_grey_is_normalised_as_it_is_then() -> None:
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_grey_made_color_is_three_times_the_grey_stream(augment: bool) -> None:
-    grey, color = (SplitDigits(channels=channels, augment=augment) for channels in (None, 3))
-    for stream in (grey, color):
+def test_gray_made_color_is_three_times_the_gray_stream(augment: bool) -> None:
+    gray, color = (SplitDigits(channels=channels, augment=augment) for channels in (None, 3))
+    for stream in (gray, color):
         stream.setup()
     assert color.input_shape == (3, 8, 8)
-    assert color.normalisation == (grey.normalisation.mean * 3, grey.normalisation.std * 3)
-    for one, other in zip(grey.train_loader(0, 0), color.train_loader(0, 0), strict=True):
-        wanted = grey.prepare(one, augment=True).inputs
+    assert color.normalisation == (gray.normalisation.mean * 3, gray.normalisation.std * 3)
+    for one, other in zip(gray.train_loader(0, 0), color.train_loader(0, 0), strict=True):
+        wanted = gray.prepare(one, augment=True).inputs
         assert torch.equal(color.prepare(other, augment=True).inputs, wanted.expand(-1, 3, -1, -1))
 
 
-def test_known_normalisations_do_not_hold_for_images_made_grey(
+def test_known_normalisations_do_not_hold_for_images_made_gray(
     tmp_path: Path, write_tree: Write
 ) -> None:
     """CIFAR's mean and deviation are of its colors."""
     write_tree(tmp_path / "cifar10", ("ant", "bee"), count=4)
-    own, grey = (SplitCIFAR10(str(tmp_path), channels=channels) for channels in (3, 1))
-    for stream in (own, grey):
+    own, gray = (SplitCIFAR10(str(tmp_path), channels=channels) for channels in (3, 1))
+    for stream in (own, gray):
         stream.setup()
     assert own.normalisation == SplitCIFAR10.constants
     values = luma(own._parts["train"].samples.images).double() / 255
-    assert grey.normalisation.mean == pytest.approx([values.mean().item()])
-    assert grey.normalisation.std == pytest.approx([values.std(correction=0).item()])
+    assert gray.normalisation.mean == pytest.approx([values.mean().item()])
+    assert gray.normalisation.std == pytest.approx([values.std(correction=0).item()])
 
 
 @pytest.mark.parametrize("kind", [PermutedMNIST, RotatedMNIST])
 def test_transforms_take_every_channel_alike(kind: Any, tmp_path: Path, write_tree: Write) -> None:
     write_tree(tmp_path / "mnist", tuple("0123456789"), (28, 28), count=1)
-    grey, color = (kind(str(tmp_path), num_tasks=3, channels=channels) for channels in (1, 3))
-    for stream in (grey, color):
+    gray, color = (kind(str(tmp_path), num_tasks=3, channels=channels) for channels in (1, 3))
+    for stream in (gray, color):
         stream.setup()
-    torch.testing.assert_close(inputs(color, 2), inputs(grey, 2).expand(-1, 3, -1, -1))
+    torch.testing.assert_close(inputs(color, 2), inputs(gray, 2).expand(-1, 3, -1, -1))
 
 
-def test_grey_folders_are_read_in_color_and_back(tmp_path: Path, write_tree: Write) -> None:
+def test_gray_folders_are_read_in_color_and_back(tmp_path: Path, write_tree: Write) -> None:
     write_tree(tmp_path, ("a", "b"), (8, 8), count=2)
-    color, grey = (
+    color, gray = (
         SplitImageFolder(str(tmp_path), image_size=8, channels=channels) for channels in (3, 1)
     )
-    for stream in (color, grey):
+    for stream in (color, gray):
         stream.setup()
-    assert (color.input_shape, grey.input_shape) == ((3, 8, 8), (1, 8, 8))
-    assert torch.equal(inputs(color), inputs(grey).expand(-1, 3, -1, -1))
+    assert (color.input_shape, gray.input_shape) == ((3, 8, 8), (1, 8, 8))
+    assert torch.equal(inputs(color), inputs(gray).expand(-1, 3, -1, -1))
 
 
 def test_streams_of_different_channels_join(tmp_path: Path, write_tree: Write) -> None:

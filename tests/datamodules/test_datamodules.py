@@ -55,7 +55,7 @@ OWN["RotatedMNIST"] = COMMON | TRANSFORMED | {"max_angle": 90.0}
 OWN["Gaussians"] = (
     COMMON
     | {"deviation": 1.0, "train_samples": 5, "test_samples": 6, "augment": False}
-    | {"centres": [[0.0, 0.0], [1.0, 1.0], [2.0, 1.0], [3.0, 0.0]]}
+    | {"centers": [[0.0, 0.0], [1.0, 1.0], [2.0, 1.0], [3.0, 0.0]]}
 )
 OWN["StreamOf"] = WHOLE | {"streams": [], "shared_columns": True}
 SIMPLE = [name for name in DATAMODULES if name in OWN and name != "StreamOf"]

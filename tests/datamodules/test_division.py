@@ -15,7 +15,7 @@ from bpn_lightning.datamodules import (
 from bpn_lightning.datamodules.division import SamplesOfTasks
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
-from bpn_lightning.datamodules.splitting import spread
+from bpn_lightning.datamodules.splitting import blur_boundaries
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.strategies import EWC, GradientEpisodicMemory, LearningWithoutForgetting
 from bpn_lightning.tasks import Split, Task
@@ -96,7 +96,7 @@ def test_unequal_tasks_are_learned_under_every_mask(fit: Make, mask: Any) -> Non
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.95])
 def test_a_fraction_of_each_class_is_spread_over_the_other_tasks(fraction: float) -> None:
     labels = torch.arange(2400) % 6
-    tasks = spread(labels, [[0, 1], [4], [2, 3]], fraction, seed=0)
+    tasks = blur_boundaries(labels, [[0, 1], [4], [2, 3]], fraction, seed=0)
     together = torch.cat(tasks).sort().values
     assert together.tolist() == (labels != 5).nonzero().flatten().tolist(), "each once, but class 5"
     for task, own in enumerate([[0, 1], [4], [2, 3]]):
@@ -106,7 +106,9 @@ def test_a_fraction_of_each_class_is_spread_over_the_other_tasks(fraction: float
         # Binomial(400 * fraction, 1 / 2): within four deviations.
         spare = (400 * fraction / 4) ** 0.5 * 4
         assert all(abs(counts[one] - 200 * fraction) <= spare for one in others)
-    again, other = (spread(labels, [[0, 1], [4], [2, 3]], fraction, seed) for seed in (0, 1))
+    again, other = (
+        blur_boundaries(labels, [[0, 1], [4], [2, 3]], fraction, seed) for seed in (0, 1)
+    )
     assert all(map(torch.equal, tasks, again))
     assert fraction == 0 or not all(map(torch.equal, tasks, other))
 

@@ -32,18 +32,18 @@ def test_black_is_in_every_task_and_has_the_first_column() -> None:
     assert torch.equal(*black)
 
 
-def test_points_are_normal_around_their_centres_and_reach_the_network_as_they_are() -> None:
-    """Kolmogorov and Smirnov would refuse another centre, deviation or shape at 1 in 1,000."""
-    centres = [[0.0, 1.0], [-2.5, 0.0], [2.5, 0.5]]
-    stream = made(centres=centres, deviation=0.7, train_samples=2000)
+def test_points_are_normal_around_their_centers_and_reach_the_network_as_they_are() -> None:
+    """Kolmogorov and Smirnov would refuse another center, deviation or shape at 1 in 1,000."""
+    centers = [[0.0, 1.0], [-2.5, 0.0], [2.5, 0.5]]
+    stream = made(centers=centers, deviation=0.7, train_samples=2000)
     for task, (other, sign) in enumerate([(1, -1), (2, 1)]):
         batch = stream.prepare(next(iter(stream.loader(task, "train", 4000))))
         assert batch.inputs.dtype == torch.float32
-        for column, centre in enumerate([centres[0], centres[other]]):
+        for column, center in enumerate([centers[0], centers[other]]):
             points = batch.inputs[batch.targets == column].numpy()
             assert len(points) == 2000
             for axis in range(2):
-                found = stats.kstest(points[:, axis], stats.norm(centre[axis], 0.7).cdf)
+                found = stats.kstest(points[:, axis], stats.norm(center[axis], 0.7).cdf)
                 assert found.pvalue > 1e-3
         assert sign * batch.inputs[batch.targets == 1, 0].mean() > 2
 
@@ -62,8 +62,8 @@ def test_parts_and_seeds_have_points_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"centres": [[0.0, 0.0]]}, "centres"),
-        ({"centres": [[0.0, 0.0], [1.0, 2.0, 3.0]]}, "centres"),
+        ({"centers": [[0.0, 0.0]]}, "centers"),
+        ({"centers": [[0.0, 0.0], [1.0, 2.0, 3.0]]}, "centers"),
         ({"deviation": 0.0}, "deviation"),
         ({"train_samples": 0}, "train_samples"),
         ({"augment": True}, "augment"),

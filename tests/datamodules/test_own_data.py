@@ -33,17 +33,17 @@ def test_images_are_resized_as_pillow_does(tmp_path: Path, write_tree: Write) ->
 
 def test_every_kind_of_image_is_read_and_other_files_are_passed_over(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    grey = generator.integers(256, size=(8, 8), dtype=np.uint8)
-    colour = generator.integers(256, size=(8, 8, 3), dtype=np.uint8)
+    gray = generator.integers(256, size=(8, 8), dtype=np.uint8)
+    color = generator.integers(256, size=(8, 8, 3), dtype=np.uint8)
     for part in ("train", "test"):
         for name in ("a", "b"):
             folder = tmp_path / part / name
             folder.mkdir(parents=True)
-            Image.fromarray(grey).save(folder / "1_grey.png")
-            Image.fromarray(colour).save(folder / "2_bitmap.BMP")
-            Image.fromarray(colour).convert("RGBA").save(folder / "3_alpha.png")
-            Image.fromarray(grey).convert("P").save(folder / "4_palette.gif")
-            Image.fromarray(colour).convert("CMYK").save(folder / "5_print.tiff")
+            Image.fromarray(gray).save(folder / "1_gray.png")
+            Image.fromarray(color).save(folder / "2_bitmap.BMP")
+            Image.fromarray(color).convert("RGBA").save(folder / "3_alpha.png")
+            Image.fromarray(gray).convert("P").save(folder / "4_palette.gif")
+            Image.fromarray(color).convert("CMYK").save(folder / "5_print.tiff")
             (folder / "notes.txt").write_text("not an image")
             (folder / ".6_hidden.png").write_text("not an image")
         (tmp_path / part / ".git").mkdir()
@@ -54,7 +54,7 @@ def test_every_kind_of_image_is_read_and_other_files_are_passed_over(tmp_path: P
     (batch,) = stream.loader(0, "train")
     assert batch.targets.tolist() == [0] * 5 + [1] * 5
     images = batch.inputs.permute(0, 2, 3, 1).numpy()
-    for i, expected in enumerate([grey[:, :, None].repeat(3, 2), colour, colour]):
+    for i, expected in enumerate([gray[:, :, None].repeat(3, 2), color, color]):
         assert np.array_equal(images[i], expected)
     assert np.array_equal(images[3], images[0])
 
@@ -198,26 +198,26 @@ def test_a_class_folder_that_cannot_be_read_is_named(
 # ---------------------------------------------------------------------- archives
 
 
-def arrays(colour: bool = False, column: bool = False) -> dict[str, np.ndarray]:
+def arrays(color: bool = False, column: bool = False) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     made = {}
     for part, count in (("train", 12), ("val", 4), ("test", 6)):
-        shape = (count, 9, 7, 3) if colour else (count, 9, 7)
+        shape = (count, 9, 7, 3) if color else (count, 9, 7)
         made[f"{part}_images"] = generator.integers(256, size=shape, dtype=np.uint8)
         labels = np.arange(count) % 2 + 4
         made[f"{part}_labels"] = labels[:, None] if column else labels
     return made
 
 
-@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize("color", [False, True])
 @pytest.mark.parametrize("column", [False, True])
-def test_arrays_are_read_as_they_are(tmp_path: Path, colour: bool, column: bool) -> None:
-    made = arrays(colour, column)
+def test_arrays_are_read_as_they_are(tmp_path: Path, color: bool, column: bool) -> None:
+    made = arrays(color, column)
     np.savez_compressed(tmp_path / "a.npz", **made)
     stream = SplitArrays(str(tmp_path / "a.npz"), class_order=["5", "4"])
     stream.setup()
     assert stream.tasks[0].class_names == ("5", "4")
-    assert stream.input_shape == ((3, 9, 7) if colour else (1, 9, 7))
+    assert stream.input_shape == ((3, 9, 7) if color else (1, 9, 7))
     for split in ("train", "test"):
         (batch,) = stream.loader(0, split)  # type: ignore[arg-type]
         images = batch.inputs.permute(0, 2, 3, 1).numpy().reshape(made[f"{split}_images"].shape)

@@ -46,7 +46,7 @@ class Trees:
         lines = [lines[i] for i in self.generator.permutation(len(lines))] if shuffle else lines
         path.write_bytes(("\r\n".join(lines) + "\r\n\r\n").encode())
 
-    def labelled(self, name: str, classes: int = 3) -> list[tuple[int, str, int]]:
+    def labeled(self, name: str, classes: int = 3) -> list[tuple[int, str, int]]:
         """A running number from 1, the part and the class of every image to write."""
         order = [
             (part, label)
@@ -77,7 +77,7 @@ class Trees:
 
     def flowers(self) -> None:
         folder = self.root / "flowers-102"
-        rows = self.labelled("flowers")
+        rows = self.labeled("flowers")
         labels = np.array([[label + 1 for _, _, label in rows]], dtype=np.uint8)
         ids: dict[str, list[int]] = {"trnid": [], "valid": [], "tstid": []}
         for number, part, label in rows:
@@ -93,7 +93,7 @@ class Trees:
         classes = ["airport_inside", "bakery", "tv_studio"]
         modes = ["RGB", "L", "CMYK"]
         lists: dict[str, list[str]] = {"train": [], "test": []}
-        for number, part, label in self.labelled("scenes"):
+        for number, part, label in self.labeled("scenes"):
             relative = f"{classes[label]}/img_{number}.jpg"
             path = self.note("scenes", part, folder / "Images" / relative, label)
             self.image(path, modes[number % 3], [(30, 40), (50, 20), (16, 16)][number % 3])
@@ -106,7 +106,7 @@ class Trees:
         folder = self.root / "CUB_200_2011"
         classes = ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross"]
         lists: dict[str, list[str]] = {name: [] for name in ("images", "labels", "split", "boxes")}
-        for number, part, label in self.labelled("birds"):
+        for number, part, label in self.labeled("birds"):
             relative = f"{classes[label]}/Bird_{number:04d}.jpg"
             path = self.note("birds", part, folder / "images" / relative, label)
             self.image(path, "L" if number == 2 else "RGB")
@@ -125,7 +125,7 @@ class Trees:
         names = np.array(
             ["AM General Hummer SUV 2000", "Acura RL 2012", "Audi S4/A4"], dtype=object
         )
-        rows = self.labelled("cars")
+        rows = self.labeled("cars")
         kept: dict[str, list[tuple[Any, ...]]] = {"train": [], "test": []}
         for number, part, label in rows:
             place = len(kept[part]) + 1  # both folders count from 1
@@ -154,7 +154,7 @@ class Trees:
         data = self.root / "fgvc-aircraft-2013b" / "data"
         families = ["Boeing 737", "F/A-18", "MD-80"]
         lists: dict[str, list[str]] = {"trainval": [], "test": []}
-        for number, part, label in self.labelled("aircraft"):
+        for number, part, label in self.labeled("aircraft"):
             path = data / "images" / f"{number + 34000:07d}.jpg"
             self.image(self.note("aircraft", part, path, label))
             lists["test" if part == "test" else "trainval"].append(f"{path.stem} {families[label]}")
@@ -184,7 +184,7 @@ class Trees:
             self.image(folder / "JPEGImages" / f"{image}.jpg")
             return folder / "JPEGImages" / f"{image}.jpg"
 
-        for number, part, label in self.labelled("actions", len(ACTIONS)):
+        for number, part, label in self.labeled("actions", len(ACTIONS)):
             image = f"2010_{number:06d}"
             people["val" if part == "test" else "train"].append((image, 2, {label}))
             self.note("actions", part, photograph(image, ({label}, False)), label)

@@ -72,8 +72,8 @@ def pixels(image_set: Any, entry: Entry) -> Any:
 
 
 @pytest.mark.parametrize("name", list(IMAGE_SETS))
-def test_every_image_is_decoded_to_colour(name: str, trees: Trees) -> None:
-    """Among them grey ones, and those of four inks."""
+def test_every_image_is_decoded_to_color(name: str, trees: Trees) -> None:
+    """Among them gray ones, and those of four inks."""
     image_set = IMAGE_SETS[name](trees(name).root)
     listing = read(image_set)
     for entry in [*listing.train, *listing.test]:
