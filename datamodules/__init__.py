@@ -1,4 +1,4 @@
-"""Streams of tasks as LightningDataModules; what is asked for is imported when it is asked for."""
+"""Streams of tasks as LightningDataModules, imported lazily."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ DATAMODULES: dict[str, str] = {
     "SplitImageFolder": "bpn_lightning.datamodules.own_data:SplitImageFolder",
     "SplitArrays": "bpn_lightning.datamodules.own_data:SplitArrays",
 }
-"""The streams that a user can name, and where each is defined."""
+"""The registered streams, and where each is defined."""
 
 _BASES = {
     "ContinualDataModule": "bpn_lightning.datamodules.base:ContinualDataModule",

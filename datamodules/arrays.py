@@ -1,4 +1,4 @@
-"""Arrays to samples: images, features or tokens with labels, and every way in which they can be wrong."""
+"""Convert arrays of images, features or tokens with labels to samples, and validate them."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -18,26 +18,26 @@ Kind = Literal["images", "features", "tokens"]
 KINDS: tuple[Kind, ...] = ("images", "features", "tokens")
 PARTS = ("train", "test")
 ARRAYS = tuple(f"{part}_{kind}" for kind in (*KINDS, "labels") for part in PARTS)
-"""The names that arrays may have."""
+"""The supported array names."""
 
 _OBJECTS = "Write them as one plain array: strings, such as those of pandas, by .astype(str)."
 
 
 def from_arrays(arrays: Mapping[str, Any], source: str) -> ImageData:
-    """Samples of one kind with their labels; each value of a label is a class, in ascending order.
+    """Convert arrays to samples; each distinct label is a class, in ascending order.
 
     Args:
         arrays: ``train_labels`` and ``test_labels``, integers or strings, ``(n,)`` or ``(n, 1)``, and for
             train and test one of ``images``, uint8 or uint16, ``(n, height, width)`` or ``(n, height,
             width, channels)``; ``features``, numbers, ``(n, features, ...)``; ``tokens``, integers,
-            ``(n, ...)``. Others are not looked at.
-        source: where they are from, for messages.
+            ``(n, ...)``. Other arrays are ignored.
+        source: where the arrays come from, for messages.
 
     Returns:
-        Images as uint8, of 16 bits the upper 8; features as float32; tokens as int64.
+        Images as uint8 (the upper 8 of 16 bits), features as float32, tokens as int64.
 
     Raises:
-        DataError: an array is missing or holds something else.
+        DataError: an array is missing or invalid.
     """
     kind = _kind(arrays, source)
     held = {key: np.asarray(arrays[key]) for key in ARRAYS if key in arrays}

@@ -1,4 +1,4 @@
-"""Augmentation as a function of images and random numbers, on whatever device they lie."""
+"""Augmentation as a function of images and random numbers, on any device."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ __all__ = ["CropAndFlip"]
 
 @dataclass(frozen=True)
 class CropAndFlip:
-    """A random window of the padded image, then, if asked for, its mirror image half of the time.
+    """A random crop of the padded image, optionally followed by a random horizontal flip.
 
-    The numbers are drawn apart from the images: once for a whole epoch over all processes, so that
-    every process takes its own rows and several see what one would have seen.
+    The random numbers are drawn separately from the images, once per epoch for all processes. Each
+    process uses the rows of its own shard, so the result does not depend on the number of processes.
 
     Args:
-        padding: pixels added on each side, black in the raw image.
-        flip: whether images may be mirrored left to right.
-        margin: pixels by which the image is higher and wider than what is wanted of it.
+        padding: black pixels added on each side of the raw image.
+        flip: whether half of the images are flipped horizontally.
+        margin: pixels by which the image exceeds the crop, in height and width.
     """
 
     padding: int
@@ -27,14 +27,14 @@ class CropAndFlip:
     margin: int = 0
 
     def draw(self, count: int, generator: Generator) -> Tensor:
-        """Draw the numbers for ``count`` images: ``(count, 3)`` int64, top, left, mirrored or not."""
+        """Draw random numbers for ``count`` images: ``(count, 3)`` int64, top, left, flipped or not."""
         slack = 2 * self.padding + self.margin
         corners = torch.randint(slack + 1, (count, 2), generator=generator)
         mirrored = torch.randint(1 + self.flip, (count, 1), generator=generator)
         return torch.cat([corners, mirrored], dim=1)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Crop and mirror each image by its own row of numbers.
+        """Crop and flip each image by its own row of random numbers.
 
         Args:
             images: ``(batch, channels, height, width)``, any dtype.

@@ -1,4 +1,4 @@
-"""The base of every stream: its arguments, its store of samples, and the loaders that index it."""
+"""The base class of streams: arguments, in-memory samples, and loaders that index them."""
 
 import os
 from abc import ABC, abstractmethod
@@ -39,13 +39,13 @@ __all__ = ["ContinualDataModule", "Normalisation"]
 
 
 MAX_VERIFIED = 64
-"""Tasks, evenly spaced, on which the description of a stream's preparation is compared with it."""
+"""The number of evenly spaced tasks on which a described preprocessing is verified."""
 
 
 class Normalisation(NamedTuple):
     """Mean and standard deviation of each channel of images, or of each feature.
 
-    Those of images are in units of the brightest pixel (0 to 1), those of features in their own.
+    Images use units of the brightest pixel (0 to 1), features their own units.
     """
 
     mean: tuple[float, ...]
@@ -53,9 +53,9 @@ class Normalisation(NamedTuple):
 
     @classmethod
     def of(cls, samples: Samples, indices: Tensor) -> "Normalisation":
-        """Measured over some samples, in double precision; 0 and 1 of tokens, which are no quantities.
+        """Measure some samples in double precision; 0 and 1 for tokens, which are not quantities.
 
-        Those of images are exact: from counts of the 256 values.
+        For images the result is exact, from counts of the 256 values.
         """
         inputs = samples.images[indices]
         if inputs.dtype == torch.int64:
@@ -74,57 +74,56 @@ class Normalisation(NamedTuple):
 
 
 IDENTITY = Normalisation(mean=(0.0,), std=(1.0,))
-"""Inputs stay as they are."""
+"""Leaves inputs unchanged."""
 
 
 class _NoLoader(CombinedLoader):
-    """No loader at all, said so that Lightning does not warn of an empty one by oversight."""
+    """No loader, in a form for which Lightning does not warn about empty loaders."""
 
     flattened: tuple[()] = ()  # type: ignore[assignment]
 
 
 class _Part(NamedTuple):
-    """One split: its store, and which of its samples belong to each task."""
+    """One split: its samples, and the indices of each task's samples."""
 
     samples: Samples
     members: list[Tensor]
 
 
-# A dataclass, because its constructor collects the arguments of all the classes above it: a stream
-# with an argument of its own writes down that one only, and jsonargparse still finds every flag.
+# A dataclass, because its constructor includes the arguments of all base classes: a stream declares
+# only its own arguments, and jsonargparse still finds every flag.
 @dataclass(eq=False, repr=False, kw_only=True)
 class ContinualDataModule(L.LightningDataModule, ABC):
     """A stream of tasks as an ordinary LightningDataModule.
 
-    Images stay in memory as uint8, once; batches are taken by index and become normalised floats
-    on the device. Inputs may be features (floats) or tokens (int64) as well. A stream says how its data are read (``read``), how they make tasks (``divide``)
-    and, where tasks differ in more than their classes, what a task does to its inputs
-    (``transform``).
+    Images are stored in memory once, as uint8. Batches are taken by index and normalized on the device.
+    Inputs may also be features (floats) or tokens (int64). A stream defines how its data are read
+    (``read``), how they are divided into tasks (``divide``) and, if tasks differ in more than their
+    classes, how a task transforms its inputs (``transform``).
 
     Args:
-        epochs_per_task: epochs of a task's training, one number for all tasks or a list with one
-            number per task.
-        batch_size: samples of a training batch, over all processes together.
-        eval_batch_size: samples of an evaluation batch, over all processes together.
-        validation_fraction: fraction of each class's training images that is held out for
-            validation, in [0, 1). The test set is never touched.
-        augment: randomly crop (and, where it makes sense, mirror) training images on the device.
-        channels: 1 makes gray images of color ones (Rec. 601's luma, as Pillow), 3 repeats gray ones as
-            red, green and blue; by default they stay as they are.
-        seed: of the order of the samples, the held-out part and the augmentation; by default what
-            seed_everything set (the variable PL_GLOBAL_SEED), else 0.
-        reset_optimizer: whether each task begins with a fresh optimizer or keeps the last one's
-            state.
-        task_id_at_test: whether somebody says at test which task a sample is from. If not, methods
-            that need to be told are refused.
+        epochs_per_task: training epochs per task, one number for all tasks or a list with one number
+            per task.
+        batch_size: samples of a training batch, over all processes.
+        eval_batch_size: samples of an evaluation batch, over all processes.
+        validation_fraction: fraction of each class's training samples held out for validation, in
+            [0, 1). The test set is never used.
+        augment: randomly crop (and, where it makes sense, flip) training images on the device.
+        channels: 1 converts color images to grayscale (Rec. 601 luma, as in Pillow), 3 repeats grayscale
+            images as red, green and blue; by default images are unchanged.
+        seed: seed of the sample order, the held-out part and the augmentation; by default the seed of
+            seed_everything (the variable PL_GLOBAL_SEED), then 0.
+        reset_optimizer: ``always`` creates a new optimizer for each task, ``never`` keeps it.
+        task_id_at_test: whether the task ID of a sample is given at inference. If not, methods that need
+            it are refused.
 
     Attributes:
-        tasks: the tasks in order, once set up.
-        num_classes: the width of the head.
-        input_shape: ``(channels, height, width)``, or what else a sample's shape is.
-        input_dtype: of what ``prepare`` gives: float32, or int64 of tokens.
+        tasks: the tasks in order, after ``setup``.
+        num_classes: the number of output units of the head.
+        input_shape: ``(channels, height, width)``, or the shape of one sample of another kind.
+        input_dtype: dtype of the outputs of ``prepare``: float32, or int64 for tokens.
         has_validation: whether a part of the training data is held out.
-        normalisation: what ``prepare`` subtracts and divides by.
+        normalisation: mean and standard deviation that ``prepare`` uses.
     """
 
     epochs_per_task: int | list[int] = 5
@@ -133,7 +132,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     validation_fraction: float = 0.0
     augment: bool = False
     channels: Literal[1, 3] | None = None
-    # None until it is set up, as that may be before or after seed_everything; an int ever after.
+    # None until setup, which may run before or after seed_everything; then an int.
     seed: int = None  # type: ignore[assignment]
     reset_optimizer: Literal["always", "never"] = "always"
     task_id_at_test: bool = True
@@ -148,10 +147,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     title: ClassVar[str] = "the data set"
     """The data set's name in messages."""
     constants: ClassVar[Normalisation | None] = None
-    """Known mean and standard deviation, of the channels that the data set itself has; None: measured
-    on the first task's training samples."""
+    """Known mean and standard deviation of the original channels; None measures them on the first
+    task's training samples."""
     mirrored: ClassVar[bool] = True
-    """Whether an image's mirror image is of the same class; if not, augmentation only crops."""
+    """Whether flipping an image preserves its class; if not, augmentation only crops."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -178,7 +177,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         self._parts: dict[Split, _Part] = {}
         self._affine: dict[device, tuple[Tensor, Tensor]] = {}
 
-    # ---------------------------------------------------------------------- what a stream defines
+    # ---------------------------------------------------------------------- defined by subclasses
 
     @abstractmethod
     def read(self) -> ImageData:
@@ -195,26 +194,26 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         tuple[list[Task], list[list[int]]]
         | tuple[list[Task], list[list[int]], SamplesOfTasks | None]
     ):
-        """Make tasks of classes, or of samples.
+        """Divide the classes, or the samples, into tasks.
 
         Returns:
-            The tasks; for each the data set's numbers of its classes, in the order of its columns; and,
-            where a task has not all samples of its classes, ``{"train": [...], "test": [...]}``, for each
-            task its samples as places in that part, ``(n,)`` int64. Tasks that share a class give it the
-            same column; they may share samples.
+            The tasks; for each task the indices of its classes in the data set, in the order of its
+            columns; and, if tasks do not contain all samples of their classes, ``{"train": [...], "test":
+            [...]}`` with the indices of each task's samples in that part, ``(n,)`` int64. Tasks that share
+            a class have to use the same column for it; they may share samples.
         """
 
     def transform(self, images: Tensor, task: int | Tensor) -> Tensor:
-        """What a task does to its inputs, in training and evaluation: by default nothing.
+        """Transform the inputs of a task, in training and evaluation; by default they are unchanged.
 
         Args:
-            images: ``(batch, *input_shape)`` float32, normalised, on the device; not to be changed.
-            task: the task that all of them share, or ``(batch,)`` int64, one per image.
+            images: ``(batch, *input_shape)`` float32, normalized, on the device; not to be modified.
+            task: the common task ID, or ``(batch,)`` int64, one per image.
         """
         return images
 
     def known_normalization(self, data: ImageData) -> Normalisation | None:
-        """The ``constants``, if they are there for images of these channels; None: to be measured."""
+        """The ``constants``, if they apply to images with these channels; None measures them."""
         known, channels = self.constants, self.channels
         if known is None or channels in (None, self._native_channels):
             return known
@@ -222,10 +221,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
 
     @property
     def augmentation(self) -> CropAndFlip:
-        """What ``augment`` does: an eighth of the shorter side is padded, and cropped away again."""
+        """The augmentation: pads by an eighth of the shorter side, then crops to the original size."""
         return CropAndFlip(min(self.input_shape[1:]) // 8, self.mirrored)
 
-    # ---------------------------------------------------------------------- setting up
+    # ---------------------------------------------------------------------- setup
 
     def epochs_of(self, num_tasks: int) -> list[int]:
         """``epochs_per_task`` as one number per task."""
@@ -240,14 +239,14 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         return list(epochs)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data and divide them into tasks; the second call finds it done."""
+        """Read the data and divide them into tasks; later calls do nothing."""
         if self._parts:
             return
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         data = self._in_channels(self.read())
         for name in data.class_names:
-            if not is_utf8(name):  # no file of results could name it
+            if not is_utf8(name):  # results files could not store it
                 raise DataError(
                     f"Expected the classes in {data.source} to have names in UTF-8, but got {name!r}. "
                     "Rename it."
@@ -281,7 +280,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         self._parts = parts
 
     def _in_channels(self, data: ImageData) -> ImageData:
-        """The data as read, checked, its images of as many channels as are asked for."""
+        """Validate the data, and convert images to the requested number of channels."""
         check_data(data)
         if self.augment and (
             data.train.images.dtype != torch.uint8 or data.train.images.dim() != 4
@@ -299,7 +298,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     def _refuse_empty_classes(self, split: Split, part: _Part, source: str) -> None:
         checked = set()
         for task, indices in zip(self.tasks, part.members, strict=True):
-            if (key := (id(indices), task.columns)) in checked:  # the same samples once more
+            if (key := (id(indices), task.columns)) in checked:  # same samples as before
                 continue
             checked.add(key)
             found = torch.unique(part.samples.labels[indices]).tolist()
@@ -325,7 +324,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
                 )
 
     def members(self, task_id: int, split: Split) -> Tensor:
-        """Which samples of the store belong to a task: ``(n,)`` int64, in the order of the store."""
+        """Indices of a task's samples in the split: ``(n,)`` int64, ascending."""
         return self._parts[split].members[task_id]
 
     # ---------------------------------------------------------------------- loaders
@@ -337,14 +336,14 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         batch_size: int | None = None,
         at_most: int | None = None,
     ) -> EvaluationLoader:
-        """Every sample of this process's share of a task once, in order and not augmented.
+        """This process's shard of a task, each sample once, in order and without augmentation.
 
         Args:
             task_id: the task.
             split: "train" (without the held-out part), "val" or "test".
             batch_size: over all processes; None: ``eval_batch_size``.
-            at_most: samples, over all processes; where the task has more, a draw of so many that
-                follows from the stream's seed, the task and the split.
+            at_most: maximum number of samples over all processes. If the task has more, a random subset
+                is used, which depends on the stream's seed, the task and the split.
         """
         samples = self._parts[split].samples
         size = batch_size or self.eval_batch_size
@@ -358,13 +357,13 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     def train_loader(
         self, task_id: int, epoch: int, tasks: Sequence[int] | None = None
     ) -> TrainLoader:
-        """One epoch of a task, in the order of (seed, task, epoch).
+        """One training epoch, in an order determined by (seed, task, epoch).
 
         Args:
             task_id: the task.
-            epoch: of the task, over all its phases.
-            tasks: the tasks whose data it is trained on, where they are not its own only; batches
-                then have one task id per sample.
+            epoch: index of the epoch in the task, over all its phases.
+            tasks: the tasks whose data are used, if not only the task's own; batches then have one task
+                ID per sample.
         """
         indices, ids = self.members(task_id, "train"), None
         if tasks is not None and list(tasks) != [task_id]:
@@ -383,20 +382,20 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> TrainLoader:
-        """The loader of the epoch that the module stands at."""
+        """The loader of the module's current epoch."""
         position = self._position()
         training_tasks = getattr(self._module(), "training_tasks", None)
         tasks = training_tasks(position.task) if training_tasks else None
         return self.train_loader(position.task, position.epoch, tasks)
 
     def val_dataloader(self) -> EvaluationLoader | CombinedLoader:
-        """One loader over the held-out parts of the tasks so far, or none if nothing is held out."""
+        """One loader over the held-out parts of the tasks so far, or none without a validation split."""
         if not self.has_validation:
             return _NoLoader([], "sequential")
         return self._joint_loader("val", range(self._position().task + 1))
 
     def test_dataloader(self) -> EvaluationLoader:
-        """One loader over the test sets of all tasks; batches say each sample's task."""
+        """One loader over the test sets of all tasks; batches have one task ID per sample."""
         return self._joint_loader("test", range(len(self.tasks)))
 
     def predict_dataloader(self) -> EvaluationLoader:
@@ -409,7 +408,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         return EvaluationLoader(samples, indices, ids, self.eval_batch_size, self._share())
 
     def _joined(self, split: Split, task_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Samples of several tasks, and the task of each."""
+        """Indices of the samples of several tasks, and the task ID of each."""
         members = [self.members(task, split) for task in task_ids]
         counts = torch.tensor([len(indices) for indices in members])
         return torch.cat(members), torch.tensor(task_ids).repeat_interleave(counts)
@@ -441,24 +440,22 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     # ---------------------------------------------------------------------- on the device
 
     def transfer_batch_to_device(self, batch: Batch, device: device, dataloader_idx: int) -> Batch:
-        """Lightning's hook: move a batch; what is there already costs nothing."""
+        """Lightning's hook: move a batch to the device, unless it is already there."""
         if batch.inputs.device == device:
             return batch
         moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         return moved
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Lightning's hook: prepare a batch that has arrived on the device."""
+        """Lightning's hook: preprocess a batch on the device."""
         return self.prepare(batch, augment=self.trainer is not None and self.trainer.training)
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
-        """Raw inputs to what the network sees, on the device that they lie on.
-
-        Augmented if they are to be, then normalised, then transformed as their task does.
+        """Preprocess raw inputs on their device: augment, normalize, then transform by task.
 
         Args:
-            batch: as a loader gave it.
-            augment: apply the batch's random numbers, if it carries any.
+            batch: a batch from a loader.
+            augment: whether to augment, if the batch has random numbers for it.
         """
         images = batch.inputs
         if augment and batch.augmentation is not None:
@@ -467,10 +464,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         return batch._replace(inputs=inputs, augmentation=None)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Inputs as the stream stores them to what has mean 0 and deviation 1; tokens as they are.
+        """Standardize stored inputs to mean 0 and standard deviation 1; tokens are unchanged.
 
         Args:
-            images: ``(batch, *input_shape)``; images in 0 to 255, of any dtype.
+            images: ``(batch, *input_shape)``; pixels from 0 to 255, of any dtype.
 
         Returns:
             The same shape, of ``input_dtype``.
@@ -478,16 +475,16 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         if self.input_dtype == torch.int64:
             return images
         where = images.device
-        if where not in self._affine:  # a copy to the GPU at every step would stall it
+        if where not in self._affine:  # a copy to the GPU in every step would stall it
             of_one, rank = (*self.normalisation, self._brightest), len(self.input_shape)
             self._affine[where] = scale_and_shift(*of_one, rank, where)
         return normalize(images, *self._affine[where], self._brightest)
 
     def preparation_steps(self) -> list[Step]:
-        """What ``prepare`` does without augmentation, by the names of :mod:`bpn_lightning.preparation`.
+        """The steps of ``prepare`` without augmentation, named as in :mod:`bpn_lightning.preparation`.
 
-        A stream that overrides ``prepare``, ``normalise`` or ``transform`` describes it here, if these
-        functions can; else only the stream itself prepares its inputs.
+        A stream that overrides ``prepare``, ``normalise`` or ``transform`` describes them here, if these
+        functions suffice; otherwise only the stream itself can preprocess inputs.
         """
         if self.input_dtype == torch.int64:
             return []
@@ -495,21 +492,21 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         return [["normalize", list(mean), list(std), self._brightest]]
 
     def raw_samples(self, task_id: int) -> Tensor:
-        """A few raw inputs of the store that a task's are from, as ``prepare`` takes them."""
+        """A few raw inputs of a task's source, in the form that ``prepare`` expects."""
         return self._parts["train"].samples.images[:2]
 
     def raw_shape(self) -> tuple[int, ...]:
-        """The shape of one raw input; 0 for a size that does not matter."""
+        """The shape of one raw input; 0 stands for any size."""
         return tuple(self.raw_samples(0).shape[1:])
 
     def preparations(self) -> list[Preparation]:
-        """What a module keeps, to prepare raw inputs of every task without the stream."""
+        """What a module saves to preprocess raw inputs of every task without the stream."""
         kind = kind_of(self.raw_samples(0))
         steps = self.preparation_steps()
         return self._verified([Preparation(len(self.tasks), kind, self.raw_shape(), steps)])
 
     def _verified(self, described: list[Preparation]) -> list[Preparation]:
-        """The same, without steps where these do not give what ``prepare`` gives."""
+        """Drop the steps of descriptions that do not reproduce ``prepare``."""
         verified, first = [], 0
         for one in described:
             stride = -(-one.tasks // MAX_VERIFIED)
@@ -530,7 +527,7 @@ _PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test
 
 
 def check_positive_int(name: str, value: int) -> None:
-    """Refuse what is no whole number from 1."""
+    """Refuse a value that is not a whole number of at least 1."""
     if not isinstance(value, int) or value < 1:
         raise ConfigurationError(
             f"Expected {name} to be a whole number of at least 1, but got {value!r}."

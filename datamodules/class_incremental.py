@@ -15,26 +15,25 @@ __all__ = ["ClassIncrementalDataModule"]
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class ClassIncrementalDataModule(ContinualDataModule):
-    """A data set that is split by class: every task has the next ``classes_per_task`` of the order.
+    """A data set split by class: each task has the next ``classes_per_task`` classes of the order.
 
-    A task's classes are the head's columns after those of the tasks before it, whatever their labels
-    in the data set; classes beyond the last task are left out. In a domain-incremental stream all
-    tasks have the same columns, and the question is only which of its classes an image is. Where
-    boundaries are blurry, all tasks have all classes, each in a column of its own, and differ in how
-    many samples they have of each.
+    The classes of a task use the columns of the head after those of the previous tasks, whatever their
+    labels in the data set; classes beyond the last task are unused. In a domain-incremental stream, all
+    tasks share the same columns. With blurry task boundaries, all tasks have all classes, each with its
+    own column, and differ in the number of samples per class.
 
     Args:
-        num_tasks: how many tasks; by default as many as the classes make.
-        classes_per_task: how many classes each task brings, one number for all tasks or a list with one
-            number per task.
-        class_order: the classes in the order of the tasks, each by its name or by its number in the
-            data set; classes that are not listed are left out. By default all, in the data set's
-            own order (alphabetical for folders).
-        class_order_seed: shuffles that order, by a generator of its own; by default it is kept.
-        domain_incremental: whether every task's j-th class is the head's column j; the module's mask
-            is ``shared`` then.
-        blurry: fraction of each class's training samples that lie in other tasks than its own, blur_boundaries at
-            random, in [0, 1); test samples stay. Above 0, the module's mask is ``shared``.
+        num_tasks: number of tasks; by default as many as the classes allow.
+        classes_per_task: number of classes per task, one number for all tasks or a list with one number
+            per task.
+        class_order: the classes in the order of the tasks, by name or by index in the data set; classes
+            that are not listed are unused. By default all classes in the data set's own order
+            (alphabetical for folders).
+        class_order_seed: shuffles the order with this seed; by default it is not shuffled.
+        domain_incremental: whether the j-th class of every task uses column j of the head; requires the
+            module's mask ``shared``.
+        blurry: fraction of each class's training samples that are moved to other tasks at random, in
+            [0, 1); test samples are not moved. Above 0, requires the module's mask ``shared``.
     """
 
     num_tasks: int | None = None
@@ -71,7 +70,7 @@ class ClassIncrementalDataModule(ContinualDataModule):
             )
 
     def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]], SamplesOfTasks | None]:
-        """Cut the order of classes into tasks."""
+        """Split the ordered classes into tasks."""
         order = choose_classes(data.class_names, self.class_order, self.class_order_seed)
         sizes = self._sizes(data, order)
         ends = [*accumulate(sizes, initial=0)]
@@ -86,7 +85,7 @@ class ClassIncrementalDataModule(ContinualDataModule):
         return tasks, classes, None
 
     def _sizes(self, data: ImageData, order: list[int]) -> list[int]:
-        """How many classes each task has."""
+        """The number of classes of each task."""
         sizes, num_tasks = self.classes_per_task, self.num_tasks
         if isinstance(sizes, int):
             number = len(order) // sizes if num_tasks is None else num_tasks
@@ -110,7 +109,7 @@ class ClassIncrementalDataModule(ContinualDataModule):
     def _blurred(
         self, data: ImageData, classes: list[list[int]]
     ) -> tuple[list[Task], list[list[int]], SamplesOfTasks]:
-        """Tasks of all classes, whose samples are mostly those of some."""
+        """Tasks with all classes, each with most samples of its own classes."""
         if len(classes) < 2:
             raise ConfigurationError(
                 f"Expected two or more tasks where boundaries are blurry, but got {len(classes)}. Lower "

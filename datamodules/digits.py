@@ -18,10 +18,10 @@ __all__ = ["SplitDigits"]
 class SplitDigits(ClassIncrementalDataModule):
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, split by class.
 
-    The data set has no test part: a fifth of each class, always the same one whatever the seed, is
-    set aside as such. Its pixels, 0 to 16, are stretched to 0 to 255.
+    The data set has no test part: a fixed fifth of each class, independent of the seed, is used as the
+    test set. Pixels are rescaled from 0 to 16 to 0 to 255.
 
-    Normalised by the mean and the standard deviation of the 1,438 training images.
+    Normalized by the mean and standard deviation of the 1,438 training images.
     """
 
     title = "the digits"
@@ -29,7 +29,7 @@ class SplitDigits(ClassIncrementalDataModule):
     mirrored = False
 
     def read(self) -> ImageData:
-        """Take the bundled arrays and set the test part aside."""
+        """Load the bundled arrays and split off the test set."""
         digits = load_digits()
         images = torch.from_numpy(digits.images).unsqueeze(1).mul(255 / 16).round().byte()
         labels = torch.from_numpy(digits.target).long()

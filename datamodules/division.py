@@ -1,4 +1,4 @@
-"""What `read` gave and what `divide` made of it, checked, and which samples are whose."""
+"""Validation of the results of `read` and `divide`, and the samples of each task."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -13,17 +13,17 @@ from bpn_lightning.tasks import Task
 
 __all__ = ["Division", "SamplesOfTasks", "check_data", "columns_of_classes", "members_of_tasks"]
 
-#: For "train" and "test" each, the samples of every task: ``(n,)`` int64, places in that part.
+#: For "train" and "test", the indices of each task's samples in that part: ``(n,)`` int64.
 SamplesOfTasks = Mapping[Literal["train", "test"], Sequence[Tensor]]
 
 
 class Division(NamedTuple):
-    """The tasks of a stream, and what belongs to them.
+    """The tasks of a stream, with their classes and samples.
 
     Attributes:
         tasks: in order.
-        classes: for each task the data set's numbers of its classes, in the order of its columns.
-        samples: for each task its samples, where they are not all those of its classes.
+        classes: for each task, the indices of its classes in the data set, in the order of its columns.
+        samples: the samples of each task, if not all those of its classes.
     """
 
     tasks: list[Task]
@@ -32,11 +32,11 @@ class Division(NamedTuple):
 
 
 def check_data(data: ImageData) -> None:
-    """Refuse data that no stream can be made of.
+    """Refuse data that cannot form a stream.
 
     Raises:
-        DataError: labels are no classes or not one for each sample, inputs are of no known kind or not
-            finite, or the parts differ.
+        DataError: labels are not class indices, there is not one label per sample, inputs have an
+            unsupported dtype or are not finite, or training and test inputs differ in dtype or shape.
     """
     for part, (inputs, labels) in (("training", data.train), ("test", data.test)):
         if labels.dim() != 1 or len(inputs) != len(labels):
@@ -80,10 +80,10 @@ def check_data(data: ImageData) -> None:
 
 
 def columns_of_classes(division: Division, class_names: Sequence[str]) -> Tensor:
-    """Which column of the head each class has: ``(classes,)`` int64, -1 where no task has it.
+    """The column of the head for each class: ``(classes,)`` int64, -1 for unused classes.
 
     Raises:
-        ConfigurationError: two tasks have a class in different columns.
+        ConfigurationError: two tasks use different columns for the same class.
     """
     columns = torch.full((len(class_names),), -1)
     for task, of_task in zip(division.tasks, division.classes, strict=True):
@@ -103,18 +103,18 @@ def columns_of_classes(division: Division, class_names: Sequence[str]) -> Tensor
 def members_of_tasks(
     division: Division, part: Literal["train", "test"], samples: Samples, taking_part: Tensor
 ) -> list[Tensor]:
-    """Of the samples that take part, those of each task, in the order of the store.
+    """Indices of the selected samples of each task, in ascending order.
 
-    Tasks of the same samples share one tensor.
+    Tasks with the same samples share one tensor.
 
     Args:
-        division: of the stream.
-        part: which one.
-        samples: of that part, labels as the data set numbers them.
-        taking_part: ``(n,)`` bool.
+        division: the tasks of the stream.
+        part: "train" or "test".
+        samples: the samples of that part, with labels as in the data set.
+        taking_part: ``(n,)`` bool, the selected samples.
 
     Raises:
-        ConfigurationError: ``divide`` gave a task samples that are not there, or not of its classes.
+        ConfigurationError: ``divide`` returned indices out of range, or samples of other classes.
     """
     known: dict[tuple[int, ...], Tensor] = {}
     for of_task in map(tuple, division.classes):

@@ -20,25 +20,25 @@ class EightDatasets(StreamOf):
     """Flowers, scenes, birds, cars, aircraft, actions, letters and SVHN, a task each.
 
     The order is that of Wen et al., who follow Aljundi et al. (2018), https://arxiv.org/abs/1711.09601;
-    any part of them in any order will do. Each set is read from its official layout below the root
-    (docs/eight_datasets.md; ``bpn-data check ROOT`` says what is there), scaled to ``resize`` pixels
-    once and cached. Normalised by ImageNet's mean and standard deviation, as the weights of
-    torchvision's networks expect.
+    any subset in any order can be used. Each set is read from its official layout below the root
+    (docs/eight_datasets.md; ``bpn-data check ROOT`` reports what is present), scaled to ``resize``
+    pixels once and cached. Normalized by ImageNet's mean and standard deviation, as expected by the
+    weights of torchvision's networks.
 
     Args:
-        root: the folder of data sets; by default the environment variable BPN_DATA, else ``data``.
+        root: the folder of data sets; by default the environment variable BPN_DATA, then ``data``.
         sets: names of sets in the order of the tasks; by default all eight.
-        image_size: height and width in pixels of what the network sees.
-        resize: height and width in pixels of the images that it is cut out of: from a random place in
-            training with ``augment``, from the middle otherwise.
-        fit: how other shapes become squares: ``short_side`` scales the shorter side to ``resize`` and
-            keeps the middle, ``squeeze`` scales both sides.
-        mirror_characters: whether ``augment`` mirrors letters and house numbers, too.
-        options: by name, how a set is to be read, such as ``{"aircraft": {"level": "variant"}}``.
+        image_size: height and width of the network's input, in pixels.
+        resize: height and width in pixels of the images that are cropped: at a random position in
+            training with ``augment``, at the center otherwise.
+        fit: how images become square: ``short_side`` scales the shorter side to ``resize`` and keeps the
+            center, ``squeeze`` scales both sides.
+        mirror_characters: whether ``augment`` also flips letters and house numbers.
+        options: options of each set by its name, such as ``{"aircraft": {"level": "variant"}}``.
         cache_dir: the folder of decoded images; by default ``bpn_cache`` below the root.
-        on_corrupt: ``error``, or ``skip``: leave images out that cannot be decoded, with a warning
-            that counts them.
-        expect_counts: refuse a set whose numbers of classes and images are not the published ones.
+        on_corrupt: ``error``, or ``skip`` to omit images that cannot be decoded, with a warning that
+            counts them.
+        expect_counts: refuse a set whose numbers of classes and images differ from the published ones.
     """
 
     streams: list[ContinualDataModule] = field(init=False)
@@ -53,7 +53,7 @@ class EightDatasets(StreamOf):
     on_corrupt: Literal["error", "skip"] = "error"
     expect_counts: bool = True
 
-    # Said once here for all of them.
+    # Shared by all sets.
     epochs_per_task: int | list[int] = 100
     batch_size: int = 128
     eval_batch_size: int = 256
@@ -88,9 +88,9 @@ class EightDatasets(StreamOf):
         super().__post_init__()
 
     def setup(self, stage: str | None = None) -> None:
-        """Look at all sets, then read them; the second call finds it done."""
+        """Check all sets, then read them; later calls do nothing."""
         if not self._substreams:
-            # The last set may be the broken one, and decoding the others takes hours.
+            # Check before decoding, which takes hours: the broken set may be the last one.
             for stream in self._sets:
                 stream.image_set.checked(self.expect_counts)
         super().setup(stage)
@@ -98,7 +98,7 @@ class EightDatasets(StreamOf):
     def _stream_of(
         self, number: int, name: str, root: Path, cache: Path, num_tasks: int
     ) -> ImageSetStream:
-        """One set as a stream of one task, with the arguments that are for all of them."""
+        """One set as a stream of one task, with the shared arguments."""
         image_set = make_image_set(name, root, self.options.get(name))
         return ImageSetStream(
             image_set=image_set,

@@ -1,4 +1,4 @@
-"""Clusters in the plane: the smallest stream, and one whose decisions can be drawn."""
+"""Clusters in the plane: a minimal stream whose decision regions can be plotted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,21 +21,21 @@ NAMES = ("black", "red", "light blue")
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Gaussians(ContinualDataModule):
-    """One cluster against another one per task, as in Fig. 5 of Wen et al.
+    """Separate two clusters per task, as in Fig. 5 of Wen et al.
 
-    The first cluster, black, is in every task and has the head's column 0; task k sets it against
-    cluster k + 1, which has column 1. Inputs are points of the plane, as they are: nothing is
-    normalised, so that a decision can be drawn where the network takes it.
+    The first cluster, black, is part of every task and uses column 0 of the head; task k separates it
+    from cluster k + 1, which uses column 1. Inputs are points in the plane and are not normalized, so
+    that decision regions can be plotted in the coordinates of the data.
 
-    The paper says that the three clusters of its figure are normal and drawn at random, and no more;
-    centers, deviation and numbers are ours, laid out as in the figure, black in the middle.
+    The paper only says that the three clusters of its figure are normal and drawn at random. Centers,
+    deviation and sample sizes are ours, arranged as in the figure, with black in the middle.
 
     Args:
-        centers: of the clusters, two coordinates each, the common one first; one task fewer than
+        centers: two coordinates per cluster, the common cluster first; there is one task fewer than
             clusters.
-        deviation: of each cluster, in both directions.
-        train_samples: points of each cluster to learn from.
-        test_samples: points of each cluster to test on.
+        deviation: standard deviation of each cluster, in both directions.
+        train_samples: training points per cluster.
+        test_samples: test points per cluster.
     """
 
     centers: Sequence[Sequence[float]] = CENTERS
@@ -64,7 +64,7 @@ class Gaussians(ContinualDataModule):
         self.epochs_of(len(self.centers) - 1)
 
     def read(self) -> ImageData:
-        """Draw the points, by the stream's seed."""
+        """Draw the points from the stream's seed."""
         names = [*NAMES, *(f"cluster {k + 1}" for k in range(len(NAMES), len(self.centers)))]
         train = self._draw("train", self.train_samples)
         test = self._draw("test", self.test_samples)
@@ -79,7 +79,7 @@ class Gaussians(ContinualDataModule):
         return Samples((points + centers[:, None]).flatten(0, 1), labels)
 
     def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
-        """The first cluster against each of the others."""
+        """Pair the first cluster with each of the others."""
         first, *others = data.class_names
         epochs = self.epochs_of(len(others))
         tasks = [Task(k, (0, 2), (first, other), epochs[k]) for k, other in enumerate(others)]

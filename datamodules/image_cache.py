@@ -1,4 +1,4 @@
-"""Images decoded and resized once, into files that are mapped into memory ever after."""
+"""A memory-mapped cache of decoded and resized images."""
 
 import fcntl
 import json
@@ -25,7 +25,7 @@ __all__ = ["CachedImages", "Damage", "cached_images"]
 
 Fit = Literal["short_side", "squeeze"]
 
-_FORMAT = 1  # raised when the pixels of a cache come about differently
+_FORMAT = 1  # increase when the pixels of a cache change
 _CHUNK = 256  # images that are decoded before they are written
 
 
@@ -37,12 +37,12 @@ class Damage(NamedTuple):
 
 
 class CachedImages(NamedTuple):
-    """What a cache holds.
+    """The contents of a cache.
 
     Attributes:
-        images: ``(n, 3, size, size)`` uint8, mapped from the disk.
-        kept: ``(n,)`` int64, the places of these images among the entries that were asked for.
-        damaged: what was left out.
+        images: ``(n, 3, size, size)`` uint8, memory-mapped.
+        kept: ``(n,)`` int64, the indices of these images among the requested entries.
+        damaged: the omitted images.
     """
 
     images: Tensor
@@ -60,24 +60,24 @@ def cached_images(
     fit: Fit = "short_side",
     on_corrupt: Literal["error", "skip"] = "error",
 ) -> CachedImages:
-    """The images of ``entries``, from a cache that is built where there is none.
+    """Return the images of ``entries`` from a cache, which is built if there is none.
 
-    A cache belongs to its settings and to its content: the path, length, time of change, box and place
-    of every entry. Where any of these changes, another cache is built. It is built under a lock and
-    takes its name when it is complete: of several processes one builds and the others wait.
+    A cache is identified by its settings and its content: the path, size, modification time, box and
+    index of every entry. If any of these changes, another cache is built. It is built under a lock and
+    renamed when it is complete: one process builds it while the others wait.
 
     Args:
-        entries: what to read; labels play no part.
-        decode: an entry to an RGB image, which is held no longer than it takes to make it small.
-        folder: where caches are kept; made where there is none.
-        name: what the cache's own folder begins with.
+        entries: the images to read; labels are ignored.
+        decode: opens an entry as an RGB image, which is closed as soon as it is resized.
+        folder: the folder of caches; created if needed.
+        name: prefix of the cache's own folder.
         size: height and width in pixels.
-        fit: ``short_side`` scales the shorter side to ``size`` and keeps the middle square, ``squeeze``
-            scales both sides.
-        on_corrupt: ``error``, or ``skip``: leave images out that cannot be decoded.
+        fit: ``short_side`` scales the shorter side to ``size`` and keeps the central square,
+            ``squeeze`` scales both sides.
+        on_corrupt: ``error``, or ``skip`` to omit images that cannot be decoded.
 
     Raises:
-        DataError: an image is damaged, the folder cannot be written, or the disk is full.
+        DataError: an image is damaged, the folder is not writable, or the disk is full.
     """
     if on_corrupt not in ("error", "skip") or fit not in ("short_side", "squeeze"):
         raise ConfigurationError(
@@ -96,7 +96,7 @@ def cached_images(
 
 
 def _key(entries: Sequence[Entry], size: int, fit: str) -> str:
-    """A name for settings and content; a file that holds several entries is looked at once."""
+    """Hash settings and content; a file with several entries is inspected once."""
     digest = blake2b(repr((_FORMAT, size, fit)).encode(), digest_size=10)
     seen: dict[Path, tuple[int, int]] = {}
     for entry in entries:
@@ -113,7 +113,7 @@ def _is_complete(cache: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among processes; the system lets go of the lock when its holder dies."""
+    """Hold an exclusive lock; the system releases it if its holder dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -139,9 +139,9 @@ def _build(
     fit: Fit,
     on_corrupt: str,
 ) -> None:
-    """Write to a temporary folder, then give it its name; damage that is an error leaves nothing."""
+    """Write to a temporary folder, then rename it; on an error nothing is left."""
     temporary = cache.with_name(f".{cache.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died: we have the lock
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died: we hold the lock
     shutil.rmtree(cache, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -171,7 +171,7 @@ def _decoded(
     size: int,
     fit: Fit,
 ) -> Iterator[Any]:
-    """Pixels ``(3, size, size)`` or the damage of each entry, in order, a few at a time."""
+    """Pixels ``(3, size, size)`` or the damage of each entry, in order, in chunks."""
 
     def pixels(entry: Entry) -> Any:
         try:
@@ -179,11 +179,11 @@ def _decoded(
                 return _resized(image, size, fit)
         except MemoryError:
             raise
-        # Damaged files make Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
+        # Pillow may raise any exception here: OSError, SyntaxError, ValueError, struct.error ...
         except Exception as error:  # noqa: BLE001
             return Damage(str(entry.path), f"{type(error).__name__}: {error}")
 
-    # Pillow lets go of the interpreter while it decodes, and reading waits for the disk.
+    # Pillow releases the GIL while it decodes, and reading waits for the disk.
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         for start in range(0, len(entries), _CHUNK):
             yield from pool.map(pixels, entries[start : start + _CHUNK])
@@ -218,7 +218,7 @@ def _open(cache: Path, count: int, size: int, on_corrupt: str) -> CachedImages:
     _refuse(damaged, on_corrupt)
     kept = [place for place in range(count) if place not in damaged]
     shape = (len(kept), 3, size, size)
-    # Copy on write, as torch wants arrays that may be written to; nothing ever writes.
+    # Copy-on-write, because torch expects writable arrays; nothing is ever written.
     images = np.empty(shape, np.uint8)
     if kept:
         with open_untrusted(cache / "images.uint8", max_bytes=None) as file:

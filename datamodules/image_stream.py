@@ -25,20 +25,20 @@ __all__ = ["ImageSetStream"]
 class ImageSetStream(ContinualDataModule):
     """A published image set as one task, for networks that were trained on ImageNet.
 
-    Every image is scaled to ``resize`` pixels and cached; from there a random window of ``image_size``
-    pixels is cut in training with ``augment``, the middle one otherwise. Sets of small images are
-    cached as they are and scaled on the device. Normalised by ImageNet's mean and standard deviation.
+    Every image is scaled to ``resize`` pixels and cached. Training with ``augment`` takes a random crop
+    of ``image_size`` pixels, otherwise the center crop is used. Sets of small images are cached in their
+    native size and scaled on the device. Normalized by ImageNet's mean and standard deviation.
 
     Args:
         image_set: the reader.
         cache: the folder of caches.
-        image_size: height and width in pixels of what the network sees.
-        resize: height and width in pixels of what it is cut out of.
-        fit: ``short_side`` scales the shorter side and keeps the middle square, ``squeeze`` scales
+        image_size: height and width of the network's input, in pixels.
+        resize: height and width in pixels of the images that are cropped.
+        fit: ``short_side`` scales the shorter side and keeps the central square, ``squeeze`` scales
             both sides.
-        flip: whether augmentation also mirrors.
-        on_corrupt: ``error``, or ``skip``: leave images out that cannot be decoded, with a warning
-            that counts them.
+        flip: whether augmentation also flips horizontally.
+        on_corrupt: ``error``, or ``skip`` to omit images that cannot be decoded, with a warning that
+            counts them.
         expect_counts: refuse numbers of classes and images other than the published ones.
     """
 
@@ -60,7 +60,7 @@ class ImageSetStream(ContinualDataModule):
         check_sizes(self.image_size, self.resize)
 
     def read(self) -> ImageData:
-        """List the samples and open their caches, built where there are none."""
+        """List the samples and open their caches, which are built if needed."""
         listing = self.image_set.checked(self.expect_counts)
         train, test = (
             self._samples(part, entries)
@@ -92,27 +92,27 @@ class ImageSetStream(ContinualDataModule):
         return Samples(cached.images, labels[cached.kept])
 
     def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
-        """All classes are one task."""
+        """Put all classes into one task."""
         count = len(data.class_names)
         (epochs,) = self.epochs_of(1)
         return [Task(0, (0, count), tuple(data.class_names), epochs)], [[*range(count)]]
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the set; the second call finds it done."""
+        """Read the set; later calls do nothing."""
         super().setup(stage)
         self.input_shape = (3, self.image_size, self.image_size)
 
     @property
     def augmentation(self) -> CropAndFlip:
-        """A random window, without padding."""
+        """A random crop, without padding."""
         return CropAndFlip(0, self.flip, margin=self.resize - self.image_size)
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
-        """Raw images to normalised windows, on the device that they lie on.
+        """Preprocess raw images on their device: resize, crop, normalize.
 
         Args:
-            batch: as a loader gave it.
-            augment: take the windows that the batch's random numbers say, if it carries any.
+            batch: a batch from a loader.
+            augment: whether to use random crops, if the batch has random numbers for them.
         """
         images = resize(batch.inputs, self.resize)
         if not augment or batch.augmentation is None:
@@ -120,7 +120,7 @@ class ImageSetStream(ContinualDataModule):
         return super().prepare(batch._replace(inputs=images), augment)
 
     def preparation_steps(self) -> list[Step]:
-        """Scaled, and the middle cut out."""
+        """Resize, center crop, normalize."""
         sizes: list[Step] = [["resize", self.resize], ["center_crop", self.image_size]]
         return [*sizes, *super().preparation_steps()]
 
@@ -130,7 +130,7 @@ class ImageSetStream(ContinualDataModule):
 
 
 def check_sizes(image_size: int, resize: int) -> None:
-    """Refuse a window that is larger than the image.
+    """Refuse a crop that is larger than the image.
 
     Raises:
         ConfigurationError: names both sizes.

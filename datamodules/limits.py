@@ -1,6 +1,6 @@
-"""What readers refuse before they read: images and arrays that unpack to too much, ways out of a folder.
+"""Checks before reading: images and arrays that unpack to too much, paths that leave a folder.
 
-Without torch, so that ``bpn-data`` answers at once.
+Does not import torch, so that ``bpn-data`` starts fast.
 """
 
 import os
@@ -33,30 +33,30 @@ __all__ = [
 ]
 
 MAX_IMAGE_BYTES = 2**30
-"""Of a file that holds one image."""
+"""Size limit of a file with one image."""
 
 MAX_DECODED_BYTES = 2**30
-"""Of all images that are decoded at the same time, by however many threads."""
+"""Size limit of all images decoded at the same time, over all threads."""
 
 _MAX_INFLATION = 1032  # of deflate: 258 bytes for 2 bits
 _DEFLATED = 15  # the type of a Matlab variable
 _CHUNK_BYTES = 2**20
 
-_BYTES_PER_PIXEL = 8  # Pillow keeps 4, and as many of a copy in another mode
+_BYTES_PER_PIXEL = 8  # Pillow uses 4, and as many for a copy in another mode
 
 MAX_NAMED = 10
-"""Damaged files that a message names."""
+"""The number of damaged files that a message names."""
 
-_PROGRAMS = frozenset({"EPS"})  # Pillow lets Ghostscript run what is in the file
+_PROGRAMS = frozenset({"EPS"})  # Pillow passes these files to Ghostscript, which executes them
 
-_one_at_a_time = Lock()  # warnings are switched for the whole process
+_one_at_a_time = Lock()  # warning filters are global to the process
 
 
 class Quota:
-    """A number of bytes that threads share; who asks for more than are left waits for the others.
+    """A number of bytes shared by threads; a request for more than is left waits for the others.
 
     Args:
-        limit: bytes in all. Who asks for more than that is let in alone.
+        limit: total bytes. A larger request is granted when no other is active.
     """
 
     def __init__(self, limit: int) -> None:
@@ -66,7 +66,7 @@ class Quota:
 
     @contextmanager
     def take(self, count: int) -> Iterator[None]:
-        """Hold so many bytes while the block runs."""
+        """Reserve this many bytes while the block runs."""
         with self._freed:
             self._freed.wait_for(lambda: not self.used or self.used + count <= self.limit)
             self.used += count
@@ -83,28 +83,28 @@ _decoded = Quota(MAX_DECODED_BYTES)
 
 @cache
 def _formats() -> list[str]:
-    """The formats that Pillow decodes by itself."""
+    """The formats that Pillow decodes without external programs."""
     Image.init()
     return [name for name in Image.ID if name not in _PROGRAMS]
 
 
 class Fault(NamedTuple):
-    """A file that cannot be used, and what is wrong with it."""
+    """A file that cannot be used, and the reason."""
 
     path: Path
     reason: str
 
 
 def refuse_damaged(faults: Sequence[Fault], wanted: str, remedy: str) -> None:
-    """Refuse files that cannot be used, ten of them by name.
+    """Refuse files that cannot be used, naming at most ten of them.
 
     Args:
-        faults: none, one or many.
-        wanted: what each should be.
-        remedy: what helps.
+        faults: the files, possibly none.
+        wanted: what each file should be.
+        remedy: how to fix it.
 
     Raises:
-        DataError: there is a fault.
+        DataError: ``faults`` is not empty.
     """
     if not faults:
         return
@@ -118,21 +118,21 @@ def refuse_damaged(faults: Sequence[Fault], wanted: str, remedy: str) -> None:
 
 @contextmanager
 def open_image(path: Path, within: Path | None = None) -> Iterator[Image.Image]:
-    """Open an image whose pixels may be decoded: not too many, and of gray ones 16 bits made 8.
+    """Open an image for decoding; 16-bit grayscale is reduced to 8 bits.
 
-    Of 16 bits the upper 8 are taken, as Pillow itself takes of deep colors.
+    The upper 8 of 16 bits are used, as Pillow itself does for 16-bit color.
 
-    Its pixels are decoded when they are first asked for. By then the block has its part of
-    ``MAX_DECODED_BYTES``, and keeps it: make the image small before the block ends.
+    Pixels are decoded on first access. The block holds its part of ``MAX_DECODED_BYTES`` until it ends:
+    resize the image inside the block.
 
     Args:
-        path: of the file.
-        within: a folder that it has to lie in.
+        path: the file.
+        within: a folder that has to contain the file.
 
     Raises:
-        OSError: it is no regular file, too large, or lies elsewhere.
-        ValueError: it has deeper pixels than 16 bits, or more of them than PIL.Image.MAX_IMAGE_PIXELS.
-        Exception: whatever Pillow raises on a damaged file.
+        OSError: the file is not regular, too large, or outside the folder.
+        ValueError: pixels have more than 16 bits, or there are more than PIL.Image.MAX_IMAGE_PIXELS.
+        Exception: Pillow may raise any exception on a damaged file.
     """
     with open_untrusted(path, max_bytes=MAX_IMAGE_BYTES, within=within) as file:
         try:
@@ -141,7 +141,7 @@ def open_image(path: Path, within: Path | None = None) -> Iterator[Image.Image]:
                 image = Image.open(file, formats=_formats())
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(str(error).rstrip(".")) from error
-        except UnidentifiedImageError as error:  # which would name the open file
+        except UnidentifiedImageError as error:  # its own message would show the file object
             raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}") from error
         with image, _decoded.take(_BYTES_PER_PIXEL * image.width * image.height):
             deep = image.mode == "F" or image.mode.startswith("I")
@@ -149,8 +149,8 @@ def open_image(path: Path, within: Path | None = None) -> Iterator[Image.Image]:
 
 
 def _of_sixteen_bits(image: Image.Image) -> Image.Image:
-    """Gray of 8 bits; Pillow itself would cut deeper pixels off at 255."""
-    # Pillow has PNG's and PPM's 16 bits as integers of 32 where it has no mode of their own.
+    """Convert to 8-bit grayscale; Pillow itself would clip larger values at 255."""
+    # Pillow opens some 16-bit PNG and PPM files as 32-bit integers.
     if not (
         image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     ):
@@ -162,24 +162,24 @@ def _of_sixteen_bits(image: Image.Image) -> Image.Image:
 
 
 def to_uint8(pixels: Any) -> Any:
-    """The upper 8 of 16 bits, as Pillow takes of deep colors and torchvision of uint16 images.
+    """Keep the upper 8 of 16 bits, like Pillow for 16-bit color and torchvision for uint16 images.
 
     Args:
         pixels: an array of integers from 0 to 65,535, of any shape.
 
     Returns:
-        uint8 of the same shape. An 8-bit image that was written with 16, by ``257 * x`` or ``256 * x``,
-        is itself again.
+        uint8 of the same shape. An 8-bit image stored as 16 bits, by ``257 * x`` or ``256 * x``, is restored
+        exactly.
     """
     return (pixels >> 8).astype(np.uint8)
 
 
 def warn_if_dark(brightest: int, source: str) -> None:
-    """Warn of images of 16 bits that use a small part of them, as those of 12-bit cameras do.
+    """Warn about 16-bit images with a small range of values, such as those of 12-bit cameras.
 
     Args:
-        brightest: the largest of all their pixels.
-        source: where they are.
+        brightest: the largest pixel value of all images.
+        source: where the images are.
     """
     if brightest < 2**13:
         warnings.warn(
@@ -190,12 +190,12 @@ def warn_if_dark(brightest: int, source: str) -> None:
 
 
 def refuse_bomb(path: Path, packed: int, unpacked: int) -> None:
-    """Refuse an archive that says of itself that it unpacks to too much.
+    """Refuse an archive whose declared unpacked size is too large.
 
     Args:
         path: the archive.
-        packed: its bytes.
-        unpacked: the bytes that it says it has.
+        packed: its size in bytes.
+        unpacked: its declared unpacked size in bytes.
 
     Raises:
         DataError: names the archive and both sizes.
@@ -208,18 +208,18 @@ def refuse_bomb(path: Path, packed: int, unpacked: int) -> None:
 
 
 def matlab_sizes(file: BinaryIO) -> tuple[int, int]:
-    """Bytes of a Matlab file as it is, and inflated: what is inside of structures has no other sign.
+    """Measure a Matlab file in bytes, packed and inflated; the size of structures is not declared.
 
-    Nothing is kept of what is inflated, and a bomb is counted no further than until it is one.
+    Inflated data are not stored, and counting stops once the file is known to be a bomb.
 
     Raises:
-        ValueError, zlib.error: it is damaged.
+        ValueError, zlib.error: the file is damaged.
     """
     packed = file.seek(0, os.SEEK_END)
     file.seek(124)
     order = {b"IM": "<", b"MI": ">"}.get(file.read(4)[2:])
     if order is None or not is_bomb(packed, packed * _MAX_INFLATION):
-        return packed, packed  # of version 4, which is not deflated, or too small for a bomb
+        return packed, packed  # version 4, which is not compressed, or too small for a bomb
     inflated = 0
     while len(tag := file.read(8)) == 8 and not is_bomb(packed, inflated):
         kind, left = struct.unpack(f"{order}II", tag)
@@ -241,16 +241,16 @@ def matlab_sizes(file: BinaryIO) -> tuple[int, int]:
 
 
 def check_paths_inside(folder: Path, paths: Iterable[Path]) -> None:
-    """Refuse paths that leave a folder, by ``..`` or by a link; the folder itself may be one.
+    """Refuse paths that leave a folder by ``..`` or a link; the folder itself may be a link.
 
     Args:
         folder: an absolute path.
-        paths: of files, as they were put together from the folder and what a list says.
+        paths: paths of files, joined from the folder and the entries of a list.
 
     Raises:
         DataError: names the path and where it leads.
     """
-    inside: dict[str, bool] = {}  # folders that were looked at; most files share theirs
+    inside: dict[str, bool] = {}  # checked folders; most files share one
     for path in paths:
         text = str(path)
         parent = os.path.dirname(text)

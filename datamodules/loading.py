@@ -1,7 +1,7 @@
-"""Batches by index: the loaders of in-memory streams.
+"""Loaders of in-memory streams, which index batches.
 
-Lightning re-wraps a ``DataLoader`` under several processes, which repeats and drops samples. What it
-cannot wrap it leaves alone, so these are plain iterables that know their own share of a batch.
+Under DDP, Lightning re-wraps a ``DataLoader``, which repeats and drops samples. It does not wrap other
+iterables, so these are plain iterables that shard their batches themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ __all__ = ["ALONE", "EvaluationLoader", "Samples", "Share", "TrainLoader", "trai
 
 
 class Samples(NamedTuple):
-    """Inputs and their labels, the store that loaders index into.
+    """Inputs and labels in memory, which loaders index.
 
     Attributes:
         images: ``(samples, channels, height, width)`` uint8; or features, ``(samples, features, ...)``
@@ -32,13 +32,13 @@ class Samples(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which contiguous, near-equal chunk of every global batch is this process's own."""
+    """The shard of this process: a contiguous, near-equal chunk of every global batch."""
 
     rank: int = 0
     world_size: int = 1
 
     def of(self, start: int, stop: int) -> slice:
-        """This process's part of a batch; empty where there are more processes than samples.
+        """This process's slice of a batch; empty if there are more processes than samples.
 
         >>> [Share(rank, 3).of(10, 18) for rank in range(3)]
         [slice(10, 12, None), slice(12, 15, None), slice(15, 18, None)]
@@ -49,15 +49,15 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
-"""The share of a process that has no others beside it: everything."""
+"""The shard of a single process: everything."""
 
 
 def training_batches(samples: int, batch_size: int) -> int:
-    """How many batches an epoch has: a single sample that would be left for the last joins the one before.
+    """The number of batches in an epoch; a single leftover sample joins the previous batch.
 
-    A batch of one sample has no statistics for a layer that normalizes batches, and a gradient that no
-    other batch's is like. The rule looks neither at the network nor at the number of processes, so that
-    any of them learns from the same batches.
+    Batch normalization is undefined for a batch of one sample, and its gradient has a much higher
+    variance. The rule depends neither on the network nor on the number of processes, so that all train
+    on the same batches.
 
     >>> [training_batches(samples, 32) for samples in (1, 32, 33, 34, 448, 449)]
     [1, 1, 1, 2, 14, 14]
@@ -76,7 +76,7 @@ def _batches(
     batches: range,
     augmentation: Tensor | None = None,
 ) -> Iterator[Batch]:
-    """This process's share of some global batches of ``indices``; the last one takes what is left."""
+    """This process's shard of a range of global batches; the last batch takes the remainder."""
     for batch in batches:
         start = batch * batch_size
         stop = len(indices) if batch == batches.stop - 1 else start + batch_size
@@ -94,14 +94,14 @@ def _batches(
 
 
 class EvaluationLoader:
-    """Every sample once, in the given order.
+    """Each sample once, in the given order.
 
     Args:
-        samples: the store.
-        indices: ``(n,)`` int64, which samples of it.
-        task: the id that all of them share, or ``(n,)`` int64, one per sample.
+        samples: the samples in memory.
+        indices: ``(n,)`` int64, the selected samples.
+        task: the common task ID, or ``(n,)`` int64, one per sample.
         batch_size: samples of a global batch.
-        share: which part of each global batch is this process's own.
+        share: the shard of this process.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class EvaluationLoader:
         self.share = share
 
     def __len__(self) -> int:
-        """How many global batches, the same on every process."""
+        """The number of global batches, the same on every process."""
         return ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -135,25 +135,25 @@ class EvaluationLoader:
 
 
 class TrainLoader:
-    """One epoch of one task, in an order that follows from (seed, task, epoch) alone.
+    """One epoch of one task, in an order that depends only on (seed, task, epoch).
 
-    The last batch may be short, or have one sample more than the others where it would have been left
-    alone (:func:`training_batches`); nothing is dropped. Lightning asks ``state_dict`` for the position
-    when it saves, and hands it to ``load_state_dict`` of the new loader when it resumes.
+    The last batch may be smaller, or have one more sample than the others
+    (:func:`training_batches`); no sample is dropped. Lightning saves the position with ``state_dict``
+    and passes it to ``load_state_dict`` of the new loader when it resumes.
 
     Args:
-        samples: the store.
-        indices: ``(n,)`` int64, the task's samples in it.
-        task: the task's id.
-        task_ids: ``(n,)`` int64, the tasks of samples that are not all of this one.
-        epoch: the epoch within the task.
+        samples: the samples in memory.
+        indices: ``(n,)`` int64, the task's samples.
+        task: the task ID.
+        task_ids: ``(n,)`` int64, one task ID per sample, if not all are of this task.
+        epoch: index of the epoch in the task.
         seed: the stream's seed.
         batch_size: samples of a global batch.
-        share: which part of each global batch is this process's own.
-        processed: says how many batches of this epoch have been trained on. Batches handed out are
-            not counted: one that was fetched ahead would be lost on resume.
-        augmentation: if given, its random numbers are drawn for the whole epoch, over all processes,
-            and travel with the batches.
+        share: the shard of this process.
+        processed: returns the number of batches of this epoch used in training so far. Fetched batches
+            are not counted, because a prefetched one would be lost on resuming.
+        augmentation: if given, its random numbers are drawn for the whole epoch over all processes,
+            and are part of the batches.
     """
 
     def __init__(
@@ -183,22 +183,22 @@ class TrainLoader:
         self.first_batch = 0
 
     def __len__(self) -> int:
-        """How many global batches the whole epoch has, on every process and after a resume too."""
+        """The number of global batches in the whole epoch, on every process and also after resuming."""
         return training_batches(len(self.indices), self.batch_size)
 
     def count(self, first: int, stop: int) -> int:
-        """Samples of some consecutive batches, of all processes."""
+        """The number of samples in a range of batches, over all processes."""
         end = len(self.indices) if stop == len(self) else stop * self.batch_size
         return end - first * self.batch_size
 
     def smallest(self, batches: int) -> int:
-        """Samples, of all processes, of the smallest of the first batches."""
+        """The number of samples in the smallest of the first batches, over all processes."""
         return min(self.count(one, one + 1) for one in (0, batches - 1))
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the start, or from where the loaded state stood.
+        """The batches from the start, or from the loaded position.
 
-        Changes nothing in the loader: Lightning calls it twice and drops the first iterator.
+        Does not modify the loader: Lightning calls it twice and discards the first iterator.
         """
         count = len(self.indices)
         position = (self.seed, self.task, self.epoch)
@@ -222,5 +222,5 @@ class TrainLoader:
         return {"processed": self.processed()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin where the saved epoch stood."""
+        """Continue from the saved position."""
         self.first_batch = state["processed"]

@@ -1,4 +1,4 @@
-"""What helps where a data set's files lie near the place where they are looked for."""
+"""Remedies for data sets whose files are near the expected location."""
 
 import shlex
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ def misplaced_hint(
     archives: Sequence[str],
     others: Sequence[Path],
 ) -> str:
-    """What to do about missing files that are there, packed or in another folder; empty if none is.
+    """How to fix missing files that are packed or in another folder; empty if they are not found.
 
-    Looked at are the right folder, those between it and the root, and the same place below folders that
-    hold the root: data sets that share the names of their files are not mixed up.
+    Searches the expected folder, the folders between it and the root, and the same location below the
+    parents of the root, so that data sets with equal file names are not confused.
 
     Args:
-        root: the folder of data sets, as it was given.
-        folder: where the files belong, below the root.
-        missing: the names of files that are not there.
-        archives: names of the packed files that they come out of.
-        others: further folders to look at.
+        root: the configured folder of data sets.
+        folder: the expected folder of the files, below the root.
+        missing: the names of the missing files.
+        archives: the names of the archives that contain them.
+        others: additional folders to search.
     """
     inner = folder.relative_to(root)
     between = [one for one in folder.parents if root in (one, *one.parents)]

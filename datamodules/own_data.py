@@ -1,4 +1,4 @@
-"""Streams of people's own data: a tree of folders of images, or arrays of images, features or tokens."""
+"""Streams of custom data: class folders of images, or arrays of images, features or tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,13 +17,14 @@ __all__ = ["SplitArrays", "SplitImageFolder"]
 class SplitImageFolder(ClassIncrementalDataModule):
     """Images in ``<root>/{train,test}/<class>/``, split by class.
 
-    Every kind of image that Pillow reads will do; of gray ones with 16 bits the upper 8 are taken. Normalised by the mean and the standard deviation
-    of the first task's training images, so that nothing is known of later tasks or of test images.
+    Accepts every image format that Pillow reads; 16-bit grayscale is reduced to the upper 8 bits.
+    Normalized by the mean and standard deviation of the first task's training images, so that no
+    information leaks from later tasks or test images.
 
     Args:
-        root: the folder that holds ``train/`` and ``test/``.
-        image_size: height and width in pixels that every image is resized to, whatever its shape.
-        channels: 3 reads all images in color, 1 in gray.
+        root: the folder that contains ``train/`` and ``test/``.
+        image_size: height and width in pixels to which every image is resized, ignoring its aspect ratio.
+        channels: 3 reads images in color, 1 in grayscale.
     """
 
     root: str
@@ -37,7 +38,7 @@ class SplitImageFolder(ClassIncrementalDataModule):
         check_positive_int("image_size", self.image_size)
 
     def read(self) -> ImageData:
-        """Decode every image once."""
+        """Decode all images."""
         folder = Path(self.root).expanduser().absolute()
         size = (self.image_size, self.image_size)
         return read_class_folders(folder, self.channels or 3, *size, resize=True)
@@ -47,25 +48,24 @@ class SplitImageFolder(ClassIncrementalDataModule):
 class SplitArrays(ClassIncrementalDataModule):
     """Arrays in one ``.npz`` archive, or in memory, split by class.
 
-    ``train_labels`` and ``test_labels`` are integers or strings, (n,) or (n, 1); a class's name is its
-    label, and classes are in ascending order. With them come the inputs, of one of three kinds:
+    ``train_labels`` and ``test_labels`` are integers or strings, (n,) or (n, 1). Each distinct label is a
+    class, in ascending order. The inputs are of one of three kinds:
 
     - ``train_images`` and ``test_images``: uint8 or uint16, (n, height, width) or (n, height, width,
-      channels), as MedMNIST ships them. Of 16 bits the upper 8 are taken. Normalised by the mean and
-      the standard deviation of each channel of the first task's training images.
-    - ``train_features`` and ``test_features``: numbers, (n, features) or (n, features, ...), kept as
-      float32. Each feature is standardized by its mean and standard deviation over the first task's
+      channels), as in MedMNIST. 16-bit images are reduced to the upper 8 bits. Normalized by the mean
+      and standard deviation of each channel over the first task's training images.
+    - ``train_features`` and ``test_features``: numbers, (n, features) or (n, features, ...), stored
+      as float32. Each feature is standardized by its mean and standard deviation over the first task's
       training samples.
-    - ``train_tokens`` and ``test_tokens``: integers, (n, length), for a network that begins with
-      ``torch.nn.Embedding``; as they are, int64 all the way.
+    - ``train_tokens`` and ``test_tokens``: integers, (n, length), passed as int64 to a network that
+      begins with ``torch.nn.Embedding``.
 
-    So nothing is known of later tasks or of test samples. Further arrays, such as MedMNIST's
-    ``val_images``, are not read: ``validation_fraction`` takes from the training samples here as
-    everywhere.
+    No information leaks from later tasks or test samples. Other arrays, such as ``val_images`` of
+    MedMNIST, are ignored: ``validation_fraction`` always holds out training samples.
 
     Args:
-        path: the archive; in Python also the arrays themselves by these names.
-        standardize: whether features are standardized; if not, they stay as they are.
+        path: the archive; in Python also a mapping of these names to arrays.
+        standardize: whether features are standardized.
     """
 
     path: str | Mapping[str, Any]
@@ -74,7 +74,7 @@ class SplitArrays(ClassIncrementalDataModule):
     title = "the arrays"
 
     def read(self) -> ImageData:
-        """Load the four arrays."""
+        """Load the arrays."""
         arrays, source = self.path, "the arrays"
         if not isinstance(arrays, Mapping):
             file = Path(arrays).expanduser().absolute()
@@ -82,6 +82,6 @@ class SplitArrays(ClassIncrementalDataModule):
         return from_arrays(arrays, source)
 
     def known_normalization(self, data: ImageData) -> Normalisation | None:
-        """Nothing is done to features that are not to be standardized."""
+        """The identity for features if ``standardize`` is off."""
         features = data.train.images.is_floating_point()
         return IDENTITY if features and not self.standardize else super().known_normalization(data)

@@ -1,4 +1,4 @@
-"""MNIST in which a task is something done to the pixels: permuted, or rotated."""
+"""MNIST with a different transform of the pixels per task: permuted or rotated."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -20,17 +20,16 @@ __all__ = ["PermutedMNIST", "RotatedMNIST"]
 
 @dataclass(eq=False, repr=False)
 class _TransformedMNIST(ContinualDataModule):
-    """All ten digits in every task, each task with a transform of its own.
+    """All ten digits in every task, with one transform per task.
 
     Args:
-        root: the folder of data sets, as of SplitMNIST; by default the environment variable
-            BPN_DATA, else ``data``.
-        download: fetch torchvision's files where there are none.
+        root: the folder of data sets, as in SplitMNIST; by default the environment variable BPN_DATA,
+            then ``data``.
+        download: whether to download torchvision's files if they are missing.
         padding: black pixels on every side of an image; 2 makes 32 x 32 of 28 x 28.
-        num_tasks: how many tasks; the images are stored once for all of them.
-        train_samples: training images of each task, a draw of its own from all of them; by default
-            all.
-        test_samples: test images of each task, likewise; by default all 10,000.
+        num_tasks: number of tasks; the images are stored once for all of them.
+        train_samples: training images per task, a separate random subset for each; by default all.
+        test_samples: test images per task, likewise; by default all 10,000.
     """
 
     root: str | None = None
@@ -54,7 +53,7 @@ class _TransformedMNIST(ContinualDataModule):
 
     @property
     def constants(self) -> Normalisation:  # type: ignore[override]
-        """Those of MNIST, before the transform."""
+        """The constants of MNIST, before the transform."""
         return self._mnist.constants
 
     def prepare_data(self) -> None:
@@ -66,14 +65,14 @@ class _TransformedMNIST(ContinualDataModule):
         return self._mnist.read()
 
     def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]]]:
-        """Every task has all classes, and the head's columns are the same for all."""
+        """Give every task all classes, with the same columns of the head."""
         count, names = len(data.class_names), tuple(data.class_names)
         epochs = self.epochs_of(self.num_tasks)
         tasks = [Task(k, (0, count), names, epochs[k]) for k in range(self.num_tasks)]
         return tasks, [[*range(count)]] * self.num_tasks
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data; the second call finds it done."""
+        """Read the data; later calls do nothing."""
         super().setup(stage)
         for name, split in _DRAWN.items():
             wanted, found = getattr(self, name), len(super().members(0, split))
@@ -84,7 +83,7 @@ class _TransformedMNIST(ContinualDataModule):
                 )
 
     def members(self, task_id: int, split: Split) -> Tensor:
-        """All of them, or the task's own draw, made anew at every call rather than kept."""
+        """All samples, or the task's random subset, which is drawn again at every call instead of stored."""
         everything = super().members(task_id, split)
         count = {"train": self.train_samples, "test": self.test_samples}.get(split)
         if count is None:
@@ -94,7 +93,7 @@ class _TransformedMNIST(ContinualDataModule):
         return everything[drawn.sort().values]
 
     def transform(self, images: Tensor, task: int | Tensor) -> Tensor:
-        """Each image as its own task has it."""
+        """Apply the transform of each image's task."""
         if isinstance(task, int):
             return self.transform_of(task, images)
         result = torch.empty_like(images)
@@ -105,17 +104,17 @@ class _TransformedMNIST(ContinualDataModule):
 
     @abstractmethod
     def transform_of(self, task_id: int, images: Tensor) -> Tensor:
-        """What a task makes of normalised images, ``(batch, 1, height, width)``."""
+        """Transform normalized images of one task, ``(batch, 1, height, width)``."""
 
 
 PROBE = 16
-"""Pixels of a permutation that tell whether another version of torch draws the same one."""
+"""The number of pixels that verify whether another version of torch draws the same permutation."""
 
 _DRAWN: dict[str, Split] = {"train_samples": "train", "test_samples": "test"}
 
 
 class _Used(NamedTuple):
-    """The permutation that was used last."""
+    """The most recently used permutation."""
 
     task_id: int
     pixels: Tensor
@@ -123,24 +122,24 @@ class _Used(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class PermutedMNIST(_TransformedMNIST):
-    """MNIST with the pixels of every image in one random order per task (Goodfellow et al., 2013).
+    """MNIST with one random permutation of the pixels per task (Goodfellow et al., 2013).
 
-    A permutation follows from the stream's seed and the task alone, so the first tasks of a long
-    stream are those of a short one. It is a gather on the device, from images that are stored once;
-    only the permutation in use is kept. https://arxiv.org/abs/1312.6211
+    A permutation depends only on the stream's seed and the task, so the first tasks of a long stream
+    equal those of a short one. It is a gather on the device; the images and only the current permutation
+    are stored. https://arxiv.org/abs/1312.6211
 
     Args:
-        permute_first_task: whether the first task's pixels are in a random order too, as in
-            Wen et al., who permute all of their hundred; if not, it is MNIST as it is.
+        permute_first_task: whether the first task is permuted as well, as in Wen et al., who permute
+            all of their hundred tasks; otherwise it is plain MNIST.
     """
 
     permute_first_task: bool = True
 
     def permutation(self, task_id: int) -> Tensor:
-        """``(height * width,)`` int64: which pixel of the original image comes where.
+        """The original index of each permuted pixel: ``(height * width,)`` int64.
 
         Args:
-            task_id: of the task, from 0.
+            task_id: the task ID, from 0.
         """
         pixels = self.input_shape[1] * self.input_shape[2]
         if task_id == 0 and not self.permute_first_task:
@@ -157,7 +156,7 @@ class PermutedMNIST(_TransformedMNIST):
         return permute(images, used.pixels)
 
     def preparation_steps(self) -> list[Step]:
-        """Normalized, then permuted; with the first pixels of task 1, in case torch draws otherwise."""
+        """Normalize, then permute; includes the first pixels of task 1 to verify torch's random numbers."""
         pixels = self.input_shape[1] * self.input_shape[2]
         probe = permutation(self.seed, 1, pixels)[:PROBE].tolist()
         own: Step = ["permute", self.seed, self.permute_first_task, probe]
@@ -166,31 +165,31 @@ class PermutedMNIST(_TransformedMNIST):
 
 @dataclass(eq=False, repr=False)
 class RotatedMNIST(_TransformedMNIST):
-    """MNIST with the images of every task turned by an angle of its own (Lopez-Paz & Ranzato, 2017).
+    """MNIST with the images of each task rotated by one angle (Lopez-Paz & Ranzato, 2017).
 
-    Task k is turned counterclockwise by ``k * max_angle / num_tasks`` degrees, by bilinear
-    interpolation on the device, from images that are stored once; what turns in from outside is
+    Task k is rotated counterclockwise by ``k * max_angle / num_tasks`` degrees, by bilinear
+    interpolation on the device, from images that are stored once; pixels from outside the image are
     black. https://arxiv.org/abs/1706.08840
 
     Differs from the paper: the angles are evenly spaced rather than drawn.
 
     Args:
-        max_angle: degrees that the task after the last would be turned by.
+        max_angle: rotation in degrees of the task that would follow the last one.
     """
 
     max_angle: float = 180.0
 
     def angle(self, task_id: int) -> float:
-        """In degrees, counterclockwise."""
+        """The angle in degrees, counterclockwise."""
         return task_id * self.max_angle / self.num_tasks
 
     def transform_of(self, task_id: int, images: Tensor) -> Tensor:
-        """Turn around the middle of the image."""
+        """Rotate around the center of the image."""
         black = self.normalise(torch.zeros_like(images[:1, :, :1, :1]))
         return rotate(images, self.angle(task_id), black)
 
     def preparation_steps(self) -> list[Step]:
-        """Normalized, then turned."""
+        """Normalize, then rotate."""
         black = float(self.normalise(torch.zeros(1, 1, 1, 1)))
         own: Step = ["rotate", self.max_angle, self.num_tasks, black]
         return [*super().preparation_steps(), own]

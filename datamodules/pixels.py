@@ -1,4 +1,4 @@
-"""Gray images of color ones, and back."""
+"""Conversion between grayscale and color."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,13 @@ from bpn_lightning.errors import ConfigurationError
 
 __all__ = ["luma", "with_channels"]
 
-#: Rec. 601's weights of red, green and blue in units of 2**-16, as Pillow has them.
+#: Weights of red, green and blue of Rec. 601 in units of 2**-16, as in Pillow.
 _WEIGHTS = (19595, 38470, 7471)
-_CHUNK = 4096  # images whose integers of 32 bits are held at a time
+_CHUNK = 4096  # images converted to 32-bit integers at a time
 
 
 def luma(images: Tensor) -> Tensor:
-    """Gray of color, bit for bit as Pillow's ``convert("L")``.
+    """Convert color to grayscale, bit for bit like Pillow's ``convert("L")``.
 
     Args:
         images: ``(n, 3, height, width)`` uint8.
@@ -31,15 +31,15 @@ def luma(images: Tensor) -> Tensor:
 
 
 def with_channels(images: Tensor, channels: int | None) -> Tensor:
-    """Images of one or three channels, whichever they have.
+    """Convert images to one or three channels.
 
     Args:
         images: ``(n, channels, height, width)`` uint8.
-        channels: 1 makes gray of color, 3 repeats gray as red, green and blue, without a copy; None
-            leaves them as they are.
+        channels: 1 converts color to grayscale, 3 repeats grayscale as red, green and blue without a
+            copy; None leaves images unchanged.
 
     Raises:
-        ConfigurationError: they have neither one nor three channels, or are no images.
+        ConfigurationError: inputs are not images with one or three channels.
     """
     if channels is None:
         return images

@@ -1,4 +1,4 @@
-"""Readers: files to uint8 tensors, and every way in which files can be wrong to one clear error."""
+"""Readers of class folders and archives, with one clear error for each kind of invalid file."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -29,13 +29,13 @@ __all__ = ["ImageData", "has_class_folders", "read_class_folders", "read_npz"]
 
 
 class ImageData(NamedTuple):
-    """What a reader returns.
+    """The result of a reader.
 
     Attributes:
-        train: the training part; labels are places in ``class_names``.
+        train: the training part; labels are indices into ``class_names``.
         test: the test part, likewise.
         class_names: the classes in the data set's own order.
-        source: where it came from, for messages.
+        source: where the data come from, for messages.
     """
 
     train: Samples
@@ -59,7 +59,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def has_class_folders(folder: Path) -> bool:
-    """Whether ``folder`` holds ``train/`` or ``test/``."""
+    """Whether ``folder`` contains ``train/`` or ``test/``."""
     with _readable(folder):
         return any((folder / part).is_dir() for part in ("train", "test"))
 
@@ -67,20 +67,20 @@ def has_class_folders(folder: Path) -> bool:
 def read_class_folders(
     folder: Path, channels: int, height: int, width: int, resize: bool
 ) -> ImageData:
-    """Read ``<folder>/{train,test}/<class>/*``, every kind of image that Pillow reads.
+    """Read ``<folder>/{train,test}/<class>/*``, in every image format that Pillow reads.
 
-    Files with other suffixes are passed over. Classes are in alphabetical order. The folder may be a
-    link; a link in it must not lead out of it.
+    Files with other suffixes are skipped. Classes are in alphabetical order. The folder may be a link;
+    links inside it must not lead out of it.
 
     Args:
         folder: an absolute path.
-        channels: 1 reads in gray, 3 in color.
-        height: of each image, in pixels.
-        width: of each image, in pixels.
-        resize: squeeze images of other sizes into this one; False: they are an error.
+        channels: 1 reads grayscale, 3 color.
+        height: height of each image, in pixels.
+        width: width of each image, in pixels.
+        resize: whether to resize images of other sizes; if not, they are an error.
 
     Raises:
-        DataError: a folder is missing or not readable, or an image is damaged or of another size.
+        DataError: a folder is missing or unreadable, or an image is damaged or has another size.
     """
     suffixes = frozenset(Image.registered_extensions())
     files = {part: _list_class_folders(folder / part, suffixes) for part in ("train", "test")}
@@ -99,21 +99,21 @@ def read_class_folders(
         for part in files
     }
     images = {part: np.empty((len(of), *size), dtype=np.uint8) for part, of in labeled.items()}
-    deep: list[int] = []  # the brightest pixel of each image of 16 bits
+    deep: list[int] = []  # the brightest pixel of each 16-bit image
 
     def decode(place: tuple[str, int]) -> Fault | None:
         part, number = place
         path = labeled[part][number][0]
         try:
             images[part][number] = _decode(path, folder, *size, resize, deep)
-        # A damaged file makes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error,
-        # zlib.error and more.
+        # Pillow may raise any exception here: OSError, SyntaxError, ValueError, struct.error,
+        # zlib.error ...
         except Exception as error:  # noqa: BLE001
             return Fault(path, f"{type(error).__name__}: {error}")
         return None
 
     places = [(part, number) for part in labeled for number in range(len(labeled[part]))]
-    # Pillow lets go of the interpreter while it decodes, and reading waits for the disk.
+    # Pillow releases the GIL while it decodes, and reading waits for the disk.
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         refuse_damaged(
             [fault for fault in pool.map(decode, places) if fault],
@@ -144,7 +144,7 @@ def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[
             if folder.is_dir() and not folder.name.startswith(".")
         ]
         for folder in folders:
-            if not is_utf8(folder.name):  # no file of results could name the class
+            if not is_utf8(folder.name):  # results files could not store the class
                 raise DataError(
                     f"Expected the folders in {part} to have names in UTF-8, but got {folder.name!r}. "
                     "Rename it."
@@ -160,7 +160,7 @@ def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[
 
 
 def _layout_remedy(missing: Path, suffixes: frozenset[str]) -> str:
-    """How the images come to lie in ``train/`` and ``test/``, by what lies there now."""
+    """How to arrange the images into ``train/`` and ``test/``, depending on the current layout."""
     root = missing.parent
     arranged = f"{root}{os.sep}{{train,test}}{os.sep}<class>{os.sep}"
     if not root.is_dir():
@@ -221,14 +221,14 @@ def _decode(
 
 
 def read_npz(path: Path, wanted: Collection[str]) -> dict[str, Any]:
-    """Load arrays of an archive by name; others are not read.
+    """Load arrays of an archive by name; others are ignored.
 
     Raises:
-        DataError: the archive is missing or damaged, or one of these arrays is of objects.
+        DataError: the archive is missing or damaged, or one of the arrays contains objects.
     """
     with _readable(path):
         file = open_untrusted(path, max_bytes=None)
-    if not is_zipfile(file):  # numpy would advise to unpickle it
+    if not is_zipfile(file):  # numpy would suggest allow_pickle
         file.close()
         raise DataError(
             f"Expected {path} to be a whole .npz archive of plain arrays, but got no zip archive. "
@@ -238,13 +238,15 @@ def read_npz(path: Path, wanted: Collection[str]) -> dict[str, Any]:
     try:
         with file, np.load(file, allow_pickle=False) as archive:
             read = [m for m in archive.zip.infolist() if m.filename.removesuffix(".npy") in wanted]
-            packed = file.seek(0, os.SEEK_END)  # members may share bytes, and each would count them
+            packed = file.seek(
+                0, os.SEEK_END
+            )  # members may share bytes, which compressed sizes would count twice
             refuse_bomb(path, packed, sum(m.file_size for m in read))
             return {key: archive[key] for key in archive if key in wanted}
     except DataError:
         raise
-    # A damaged archive makes numpy and zipfile raise OSError, ValueError, BadZipFile, zlib.error...
-    # and a single array in an .npy file is no context manager.
+    # numpy and zipfile may raise any exception here: OSError, ValueError, BadZipFile, zlib.error ...;
+    # a single array in an .npy file is not a context manager.
     except Exception as error:
         remedy = "Fetch it again, or write it with numpy.savez."
         if "Object arrays" in str(error):

@@ -1,4 +1,4 @@
-"""Which classes make which task, and which samples are held out: functions of names and labels."""
+"""Assigning classes and samples to tasks and splits, as functions of names and labels."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ def choose_classes(
     order: Sequence[str | int] | None = None,
     order_seed: int | None = None,
 ) -> list[int]:
-    """The classes in the order in which the tasks take them.
+    """Order the classes for the tasks.
 
     Args:
-        class_names: the data set's own classes, in its own order.
-        order: the wanted ones, each by name or by place in ``class_names``; None: all of them.
-        order_seed: if given, the order is shuffled by a generator of this seed.
+        class_names: the classes in the data set's own order.
+        order: the selected classes, by name or by index in ``class_names``; None selects all.
+        order_seed: if given, shuffles the order with this seed.
 
     Returns:
-        Places in ``class_names``.
+        Indices into ``class_names``.
 
     Raises:
-        ConfigurationError: the order names a class that is not there, or one twice.
+        ConfigurationError: the order contains an unknown class, or a class twice.
 
     >>> choose_classes(["bee", "cat", "dog"], order=["dog", 0])
     [2, 0]
@@ -57,15 +57,15 @@ def choose_classes(
 
 
 def hold_out(labels: Tensor, fraction: float, *key: int | str) -> Tensor:
-    """Mark a random ``fraction`` of each class, by a generator of its own.
+    """Select a random ``fraction`` of each class.
 
-    A class's choice depends on its own samples only, not on which other classes take part. Of two
-    or more samples at least one is marked and at least one is not.
+    The selection in a class depends only on its own samples, not on the other classes. Of two or more
+    samples, at least one is selected and at least one is not.
 
     Args:
         labels: ``(n,)`` int64.
-        fraction: in [0, 1); 0 marks nothing.
-        key: names the purpose and the seed of the draw.
+        fraction: in [0, 1); 0 selects nothing.
+        key: the purpose and the seed of the random selection.
 
     Returns:
         ``(n,)`` bool.
@@ -84,19 +84,19 @@ def hold_out(labels: Tensor, fraction: float, *key: int | str) -> Tensor:
 def blur_boundaries(
     labels: Tensor, classes: Sequence[Sequence[int]], fraction: float, seed: int
 ) -> list[Tensor]:
-    """The samples of tasks whose boundaries are blurry.
+    """Assign samples to tasks with blurry boundaries.
 
-    Each class has a task of its own. A random ``fraction`` of its samples is elsewhere: each in one of
-    the other tasks, any as likely as the others.
+    Each class belongs to one task. A random ``fraction`` of its samples is moved, each to one of the
+    other tasks with equal probability.
 
     Args:
         labels: ``(n,)`` int64.
-        classes: for each task, two or more, the classes whose own it is.
+        classes: the classes of each task, for two or more tasks.
         fraction: in [0, 1); 0 leaves every sample in its class's task.
-        seed: of the draw.
+        seed: the random seed.
 
     Returns:
-        For each task its samples, ``(samples,)`` int64; together every sample of these classes once.
+        The sample indices of each task, ``(samples,)`` int64; each sample of these classes occurs once.
     """
     own = torch.full((len(labels),), -1)
     for task, of_task in enumerate(classes):
@@ -110,7 +110,7 @@ def blur_boundaries(
 
 
 def quoted_names(names: Sequence[str], max_names: int = 12) -> str:
-    """Names in quotes, the first few of many.
+    """Format names in quotes, abbreviating long lists.
 
     >>> quoted_names(["bee", "cat", "dog"], max_names=2)
     "'bee', 'cat' and 1 more"

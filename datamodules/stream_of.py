@@ -1,4 +1,4 @@
-"""Several streams, one after another, as one."""
+"""Concatenation of several streams."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,24 +27,24 @@ class _Substream(NamedTuple):
     first_column: int
 
     def renumber(self, batch: Batch) -> Batch:
-        """From the stream's own tasks and columns to those of the whole."""
+        """Convert the stream's own task IDs and targets to those of the whole."""
         return batch._replace(
             task=batch.task + self.first_task, targets=batch.targets + self.first_column
         )
 
 
 class ChainedLoader:
-    """The batches of several streams' loaders, all of the first, then all of the second and so on.
+    """The batches of several streams' loaders, concatenated.
 
     Args:
-        parts: the loaders, and where their streams stand.
+        parts: the loaders and their streams.
     """
 
     def __init__(self, parts: Sequence[tuple[_Substream, EvaluationLoader]]) -> None:
         self.parts = parts
 
     def __len__(self) -> int:
-        """How many global batches."""
+        """The number of global batches."""
         return sum(len(loader) for _, loader in self.parts)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -54,16 +54,16 @@ class ChainedLoader:
 
 
 class ShuffledLoader:
-    """One epoch of a task of the whole, with a position that can be saved as TrainLoader's.
+    """One training epoch of a task, with a position that can be saved like that of TrainLoader.
 
-    Where a method trains on tasks of several streams at once, whose images may be of different sizes
-    before they are prepared, each batch is from one stream, and the batches are in random order.
+    If a method trains on tasks of several streams at once, whose raw images may have different sizes,
+    each batch comes from one stream, and the order of the batches is random.
 
     Args:
-        parts: the loaders, and where their streams stand.
-        task: of the whole.
-        epoch: the epoch within the task.
-        seed: of the order of the batches.
+        parts: the loaders and their streams.
+        task: the task ID in the whole.
+        epoch: index of the epoch in the task.
+        seed: seed of the order of the batches.
     """
 
     def __init__(
@@ -76,24 +76,24 @@ class ShuffledLoader:
         self.first_batch = 0
 
     def __len__(self) -> int:
-        """How many global batches the whole epoch has."""
+        """The number of global batches in the whole epoch."""
         return sum(len(loader) for _, loader in self.parts)
 
     def count(self, first: int, stop: int) -> int:
-        """Samples of some consecutive batches, of all processes."""
+        """The number of samples in a range of batches, over all processes."""
         ends = zip(self._done(first), self._done(stop), strict=True)
         return sum(
             loader.count(*of_part) for (_, loader), of_part in zip(self.parts, ends, strict=True)
         )
 
     def smallest(self, batches: int) -> int:
-        """Samples of the smallest batch that may be among the first, whatever their order."""
+        """The number of samples in the smallest batch that may be among the first, in any order."""
         if len(self.parts) == 1:
             return self.parts[0][1].smallest(batches)
         return min(loader.smallest(len(loader)) for _, loader in self.parts)
 
     def _order(self) -> Tensor:
-        """Which part each batch is from."""
+        """The part of each batch."""
         sizes = torch.tensor([len(loader) for _, loader in self.parts])
         order = torch.arange(len(self.parts)).repeat_interleave(sizes)
         if len(self.parts) > 1:
@@ -102,16 +102,16 @@ class ShuffledLoader:
         return order
 
     def _done(self, batches: int) -> list[int]:
-        """How many of the first batches are from each part."""
+        """The number of batches from each part among the first ones."""
         return self._order()[:batches].bincount(minlength=len(self.parts)).tolist()
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the start, or from where the loaded state stood."""
+        """The batches from the start, or from the loaded position."""
         order = self._order()
         for (_, loader), first_batch in zip(self.parts, self._done(self.first_batch), strict=True):
             loader.load_state_dict({"processed": first_batch})
         batches = [map(substream.renumber, loader) for substream, loader in self.parts]
-        if len(self.parts) > 1:  # a batch of another task than the epoch's says so for each sample
+        if len(self.parts) > 1:  # other tasks than the epoch's need one ID per sample
             batches = [map(_one_id_per_sample, of_part) for of_part in batches]
         return (next(batches[part]) for part in order[self.first_batch :].tolist())
 
@@ -120,33 +120,32 @@ class ShuffledLoader:
         return self.parts[0][1].state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin where the saved epoch stood."""
+        """Continue from the saved position."""
         self.first_batch = state["processed"]
 
 
 @dataclass(eq=False, repr=False)
 class StreamOf(ContinualDataModule):
-    """Any streams, one after another, as one stream.
+    """Concatenates streams.
 
-    Tasks are numbered through. Each stream keeps what is its own: images, normalisation,
-    augmentation, transform, batch sizes, epochs and held-out part, as its arguments say.
+    Tasks are numbered consecutively. Each stream keeps its own images, normalization, augmentation,
+    transform, batch sizes, epochs and held-out part.
 
     Args:
-        streams: the streams in order; in a YAML, a list of ``class_path`` and ``init_args``. All must
-            give the same ``input_shape``.
-        shared_columns: whether all streams use the head's columns from 0 on, instead of each its own
-            after those of the streams before it; the module's mask is ``shared`` then, if all tasks
-            have the same number of classes.
+        streams: the streams in order; in YAML, a list of ``class_path`` and ``init_args``. All have to
+            have the same ``input_shape``.
+        shared_columns: whether all streams use the columns of the head from 0 on, instead of separate
+            columns; requires the module's mask ``shared`` if all tasks have the same number of classes.
 
     Raises:
-        ConfigurationError: there is no stream, or they differ in input shape or in whether a part is
-            held out, or streams of different numbers of classes are to share columns.
+        ConfigurationError: there is no stream, streams differ in input shape or in whether a part is held
+            out, or streams with different numbers of classes share columns.
     """
 
     streams: list[ContinualDataModule]
     shared_columns: bool = False
 
-    # What each stream has for itself.
+    # Set in each stream instead.
     epochs_per_task: int | list[int] = field(init=False, default=1)
     batch_size: int = field(init=False, default=1)
     eval_batch_size: int = field(init=False, default=1)
@@ -172,12 +171,12 @@ class StreamOf(ContinualDataModule):
         self._substreams: list[_Substream] = []
 
     def prepare_data(self) -> None:
-        """Let every stream fetch what it misses."""
+        """Let every stream download its missing files."""
         for stream in self.streams:
             stream.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Set every stream up; the second call finds it done."""
+        """Set up every stream; later calls do nothing."""
         if self._substreams:
             return
         for stream in self.streams:
@@ -238,13 +237,13 @@ class StreamOf(ContinualDataModule):
     # ---------------------------------------------------------------------- loaders
 
     def _substream(self, task_id: int) -> _Substream:
-        """The stream of a task, told which trainer it works for."""
+        """The stream of a task, attached to the current trainer."""
         substream = next(one for one in reversed(self._substreams) if one.first_task <= task_id)
         substream.stream.trainer = self.trainer
         return substream
 
     def _by_stream(self, task_ids: Iterable[int]) -> dict[int, list[int]]:
-        """Tasks by the first task of their stream, numbered within it."""
+        """Task indices within each stream, by the first task of the stream."""
         found: dict[int, list[int]] = {}
         for task_id in task_ids:
             first = self._substream(task_id).first_task
@@ -252,7 +251,7 @@ class StreamOf(ContinualDataModule):
         return found
 
     def members(self, task_id: int, split: Split) -> Tensor:
-        """Which samples of its stream's store belong to a task: ``(n,)`` int64."""
+        """Indices of a task's samples in its stream: ``(n,)`` int64."""
         substream = self._substream(task_id)
         return substream.stream.members(task_id - substream.first_task, split)
 
@@ -263,13 +262,13 @@ class StreamOf(ContinualDataModule):
         batch_size: int | None = None,
         at_most: int | None = None,
     ) -> ChainedLoader:
-        """Every sample of this process's share of a task once, in order and not augmented.
+        """This process's shard of a task, each sample once, in order and without augmentation.
 
         Args:
             task_id: the task.
             split: "train" (without the held-out part), "val" or "test".
             batch_size: over all processes; None: the ``eval_batch_size`` of the task's stream.
-            at_most: samples, over all processes; where the task has more, a draw of so many.
+            at_most: maximum number of samples over all processes; a random subset if the task has more.
         """
         substream = self._substream(task_id)
         of_task = substream.stream.loader(
@@ -280,12 +279,12 @@ class StreamOf(ContinualDataModule):
     def train_loader(  # type: ignore[override]
         self, task_id: int, epoch: int, tasks: Sequence[int] | None = None
     ) -> ShuffledLoader:
-        """One epoch of a task, in the order of (seed, task, epoch).
+        """One training epoch, in an order determined by (seed, task, epoch).
 
         Args:
             task_id: the task.
-            epoch: of the task, over all its phases.
-            tasks: the tasks whose data it is trained on, where they are not its own only.
+            epoch: index of the epoch in the task, over all its phases.
+            tasks: the tasks whose data are used, if not only the task's own.
         """
         parts = []
         for first, own in self._by_stream([task_id] if tasks is None else tasks).items():
@@ -308,11 +307,11 @@ class StreamOf(ContinualDataModule):
     # ---------------------------------------------------------------------- on the device
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
-        """Each sample as its own stream prepares it.
+        """Preprocess each sample like its own stream.
 
         Args:
-            batch: as a loader gave it, or of several streams if their raw images are of one shape.
-            augment: apply the batch's random numbers, if it carries any.
+            batch: a batch from a loader, or of several streams whose raw images have the same shape.
+            augment: whether to augment, if the batch has random numbers for it.
         """
         if isinstance(batch.task, int):
             return self._prepare_of(self._substream(batch.task), batch, augment)
@@ -342,12 +341,12 @@ class StreamOf(ContinualDataModule):
         return own._replace(task=batch.task)
 
     def raw_samples(self, task_id: int) -> Tensor:
-        """Of the task's own stream."""
+        """A few raw inputs of the task's own stream."""
         substream = self._substream(task_id)
         return substream.stream.raw_samples(task_id - substream.first_task)
 
     def preparations(self) -> list[Preparation]:
-        """Those of the streams, in order."""
+        """The descriptions of all streams, in order."""
         return self._verified([one for stream in self.streams for one in stream.preparations()])
 
 

@@ -1,4 +1,4 @@
-"""Streams of well-known data sets, from torchvision's files or from folders of images."""
+"""Split streams of torchvision's data sets, from its files or from class folders."""
 
 import os
 import struct
@@ -25,12 +25,12 @@ __all__ = ["SplitCIFAR10", "SplitCIFAR100", "SplitFashionMNIST", "SplitMNIST"]
 
 @dataclass(eq=False, repr=False)
 class _NamedDataModule(ClassIncrementalDataModule):
-    """A well-known data set, split by class.
+    """One of torchvision's data sets, split by class.
 
     Args:
-        root: the folder of data sets, with torchvision's files or ``<name>/{train,test}/<class>/``
-            in it; by default the environment variable BPN_DATA, else ``data``.
-        download: fetch torchvision's files where there are none.
+        root: the folder of data sets, with torchvision's files or ``<name>/{train,test}/<class>/``; by
+            default the environment variable BPN_DATA, then ``data``.
+        download: whether to download torchvision's files if they are missing.
     """
 
     root: str | None = None
@@ -38,13 +38,13 @@ class _NamedDataModule(ClassIncrementalDataModule):
 
     class_in_torchvision: ClassVar[str]
     tree: ClassVar[str]
-    """The folder below the root that may hold ``{train,test}/<class>/``."""
+    """The folder below the root that may contain ``{train,test}/<class>/``."""
     shape: ClassVar[tuple[int, int, int]]
     """``(channels, height, width)``."""
 
     @property
     def root_folder(self) -> Path:
-        """Where the data are looked for, as an absolute path."""
+        """The absolute path of the folder of data sets."""
         root = self.root or os.environ.get("BPN_DATA") or "data"
         return Path(root).expanduser().absolute()
 
@@ -54,7 +54,7 @@ class _NamedDataModule(ClassIncrementalDataModule):
             self._open(train=True, download=True)
 
     def read(self) -> ImageData:
-        """Read the folders of images if they are there, else torchvision's files."""
+        """Read the class folders if they exist, otherwise torchvision's files."""
         tree = self.root_folder / self.tree
         if has_class_folders(tree):
             return read_class_folders(tree, *self.shape, resize=False)
@@ -66,7 +66,7 @@ class _NamedDataModule(ClassIncrementalDataModule):
         return ImageData(*parts, names, str(self.root_folder))
 
     def _check_arrays(self, samples: Samples, classes: int) -> None:
-        """Torchvision takes files of any numbers that their headers agree with."""
+        """Check shapes and labels, which torchvision does not."""
         images, labels = samples
         largest = int(labels.max()) if len(labels) else -1
         if (
@@ -82,16 +82,16 @@ class _NamedDataModule(ClassIncrementalDataModule):
             )
 
     def _open(self, train: bool, download: bool) -> Any:
-        from torchvision import datasets  # slow to import, and not needed for folders
+        from torchvision import datasets  # slow to import, and not needed for class folders
 
         dataset = getattr(datasets, self.class_in_torchvision)
         try:
             with warnings.catch_warnings():
-                # numpy 2.4 dislikes how arrays were pickled in 2009
+                # numpy 2.4 warns about arrays pickled in 2009
                 warnings.simplefilter("ignore")
                 return dataset(self.root_folder, train=train, download=download)
-        # Whatever is wrong with files, network or rights: torchvision asserts and raises RuntimeError,
-        # URLError, OSError, EOFError, UnpicklingError ...
+        # torchvision may raise any exception here: AssertionError, RuntimeError, URLError, OSError,
+        # EOFError, UnpicklingError ...
         except Exception as error:
             raise DataError(self._describe_failure(dataset, download, error)) from error
 
@@ -119,21 +119,21 @@ class _NamedDataModule(ClassIncrementalDataModule):
         )
 
     def _faults(self, dataset: Any) -> tuple[Path, str]:
-        """Torchvision's folder, and which of its files are missing or damaged."""
+        """Torchvision's folder, and its missing or damaged files."""
         whole = self._files(dataset)
         return next(iter(whole)).parent, _describe(whole)
 
     @abstractmethod
     def _files(self, dataset: Any) -> dict[Path, bool]:
-        """Torchvision's files, unpacked, and whether each is whole."""
+        """Torchvision's unpacked files, and whether each is intact."""
 
     @abstractmethod
     def _archives(self, dataset: Any) -> list[str]:
-        """The names that the files are fetched by."""
+        """The names of the downloaded archives."""
 
     @abstractmethod
     def _address(self, dataset: Any) -> str:
-        """Where torchvision downloads from."""
+        """The address from which torchvision downloads."""
 
 
 def _samples(dataset: Any) -> Samples:
@@ -144,10 +144,10 @@ def _samples(dataset: Any) -> Samples:
 
 @dataclass(eq=False, repr=False)
 class _IdxDataModule(_NamedDataModule):
-    """MNIST and its relatives: four files of one array each.
+    """MNIST and Fashion-MNIST: four files with one array each.
 
     Args:
-        padding: black pixels on every side of an image; 2 makes 32 x 32 of 28 x 28. The normalisation
+        padding: black pixels on every side of an image; 2 makes 32 x 32 of 28 x 28. The normalization
             is that of the padded images.
     """
 
@@ -164,7 +164,7 @@ class _IdxDataModule(_NamedDataModule):
 
     @property
     def constants(self) -> Normalisation:  # type: ignore[override]
-        """Of images with black borders, from those of images without."""
+        """The constants of padded images, computed from those of unpadded images."""
         if self.padding == 0:
             return self.unpadded
         (mean,), (std,) = self.unpadded
@@ -173,10 +173,10 @@ class _IdxDataModule(_NamedDataModule):
         return Normalisation((of_all,), ((share * (std**2 + mean**2) - of_all**2) ** 0.5,))
 
     unpadded: ClassVar[Normalisation]
-    """Mean and standard deviation of the images as they are."""
+    """Mean and standard deviation of the unpadded images."""
 
     def read(self) -> ImageData:
-        """Read, and add the border."""
+        """Read the images and pad them."""
         data = super().read()
         if self.padding == 0:
             return data
@@ -199,7 +199,7 @@ class _IdxDataModule(_NamedDataModule):
 
 
 class _PickledDataModule(_NamedDataModule):
-    """The CIFARs: pickled batches whose MD5 sums torchvision knows."""
+    """CIFAR-10 and CIFAR-100: pickled batches with MD5 sums known to torchvision."""
 
     shape = (3, 32, 32)
 
@@ -226,7 +226,7 @@ def _describe(whole: dict[Path, bool]) -> str:
 
 
 def _is_whole_idx(file: Path) -> bool:
-    """Whether a file is as long as the sizes in its header say."""
+    """Whether the size of a file matches its header."""
     try:
         with open_untrusted(file, max_bytes=None) as stream:
             dimensions = stream.read(4)[3]
@@ -237,9 +237,9 @@ def _is_whole_idx(file: Path) -> bool:
 
 
 class SplitMNIST(_IdxDataModule):
-    """MNIST, 60,000 and 10,000 gray images of 28 x 28 pixels in 10 classes, split by class.
+    """MNIST, 60,000 training and 10,000 test grayscale images of 28 x 28 pixels in 10 classes, split by class.
 
-    Normalised by the mean and the standard deviation of all its 60,000 training images.
+    Normalized by the mean and standard deviation of all its 60,000 training images.
     """
 
     title = "MNIST"
@@ -250,9 +250,9 @@ class SplitMNIST(_IdxDataModule):
 
 
 class SplitFashionMNIST(_IdxDataModule):
-    """Fashion-MNIST, 60,000 and 10,000 gray images of 28 x 28 pixels in 10 classes, split by class.
+    """Fashion-MNIST, 60,000 training and 10,000 test grayscale images of 28 x 28 pixels in 10 classes, split by class.
 
-    Normalised by the mean and the standard deviation of all its 60,000 training images.
+    Normalized by the mean and standard deviation of all its 60,000 training images.
     """
 
     title = "Fashion-MNIST"
@@ -262,9 +262,9 @@ class SplitFashionMNIST(_IdxDataModule):
 
 
 class SplitCIFAR10(_PickledDataModule):
-    """CIFAR-10, 50,000 and 10,000 color images of 32 x 32 pixels in 10 classes, split by class.
+    """CIFAR-10, 50,000 training and 10,000 test color images of 32 x 32 pixels in 10 classes, split by class.
 
-    Normalised by the mean and the standard deviation of all its 50,000 training images, per channel.
+    Normalized by the mean and standard deviation of all its 50,000 training images, per channel.
     """
 
     title = "CIFAR-10"
@@ -274,9 +274,9 @@ class SplitCIFAR10(_PickledDataModule):
 
 
 class SplitCIFAR100(_PickledDataModule):
-    """CIFAR-100, 50,000 and 10,000 color images of 32 x 32 pixels in 100 classes, split by class.
+    """CIFAR-100, 50,000 training and 10,000 test color images of 32 x 32 pixels in 100 classes, split by class.
 
-    Normalised by the mean and the standard deviation of all its 50,000 training images, per channel.
+    Normalized by the mean and standard deviation of all its 50,000 training images, per channel.
     """
 
     title = "CIFAR-100"

@@ -1,4 +1,4 @@
-"""Readers of published image sets in their official layouts: lists and labels, nothing decoded."""
+"""Readers of published image sets in their official layouts; they list images without decoding them."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -45,19 +45,19 @@ IMAGE_SETS: dict[str, type[ImageSet]] = {
         SVHN,
     )
 }
-"""By name, in the order in which the paper learns them."""
+"""The image sets by name, in the paper's order."""
 
 
 def make_image_set(name: str, root: Path, options: dict[str, Any] | None = None) -> ImageSet:
-    """An image set by its name.
+    """Create an image set by its name.
 
     Args:
         name: a key of ``IMAGE_SETS``.
         root: the folder of data sets.
-        options: arguments of its class.
+        options: keyword arguments of its class.
 
     Raises:
-        ConfigurationError: there is no such set or option.
+        ConfigurationError: the set or an option is unknown, or a value has the wrong type.
     """
     if name not in IMAGE_SETS:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012: what people do in photographs."""
+"""PASCAL VOC 2012: actions of people in photographs."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -46,16 +46,17 @@ class VOCActions(ImageSet):
     """People in ten actions (Everingham et al., 2012).
 
     ``ImageSets/Action/<action>_<part>.txt`` has lines ``<image id> <object> <1 or -1>``, where the
-    object is a place from 1 among the ``<object>`` elements of ``Annotations/<image id>.xml``. A person
-    may do several things: those with exactly one action take part. The labels of the official test
-    part were never published, so that ``train`` is learned from and ``val`` is the test part.
+    object is an index from 1 into the ``<object>`` elements of ``Annotations/<image id>.xml``. Only people
+    with exactly one action are used. The labels of the official test part were never published, so
+    ``train`` is the training part and ``val`` the test part.
 
     Args:
-        take: ``image`` takes whole images of which the lists name one person; ``person`` cuts every
-            person's box out.
-        context: with ``person``, how much larger than the box the cut is, as a factor of its sides.
-        other: whether people who do none of the ten are an eleventh class; else they are left out.
-        difficult: whether people who are marked as difficult take part.
+        take: ``image`` uses whole images for which the lists name one person; ``person`` crops the box of
+            every person.
+        context: with ``person``, the size of the crop as a multiple of the box.
+        other: whether people with none of the ten actions form an eleventh class; otherwise they are
+            excluded.
+        difficult: whether to include people marked as difficult.
     """
 
     take: str = "image"
@@ -86,16 +87,16 @@ class VOCActions(ImageSet):
 
     @property
     def counts(self) -> Counts:
-        """None is published for people with one action."""
+        """No numbers are published for people with one action."""
         return Counts(None, None)
 
     @property
     def num_classes(self) -> int:
-        """Actions."""
+        """The number of actions."""
         return len(_ACTIONS) + self.other
 
     def read_lists(self) -> Listing:
-        """The lists of both parts, joined with the annotations."""
+        """Join the lists of both parts with the annotations."""
         names = [*_ACTIONS, *(["other"] if self.other else [])]
         return Listing(names, self._part("train"), self._part("val"))
 
@@ -138,7 +139,7 @@ class VOCActions(ImageSet):
                 if image not in known:
                     raise self.fault(path, f"ids of {images.name}", image)
                 person = (image, self.number(path, place, 1, 10_000, "objects"))
-                actions = people[person]  # there from now on, with or without an action
+                actions = people[person]  # creates the entry, with or without an action
                 if self.number(path, flag, -1, 1, "labels") == 1:
                     actions.append(label)
         return people
@@ -156,7 +157,7 @@ class VOCActions(ImageSet):
             return [_person(each) for each in ElementTree.parse(file).getroot().findall("object")]
 
     def _widened(self, box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
-        """Around the same middle; boxes count pixels from 1 and include the last one."""
+        """Enlarge a box around its center; boxes are 1-based and include the last pixel."""
         left, top, right, bottom = box[0] - 1, box[1] - 1, box[2], box[3]
         across = (self.context - 1) / 2 * (right - left)
         down = (self.context - 1) / 2 * (bottom - top)
@@ -164,7 +165,7 @@ class VOCActions(ImageSet):
 
 
 def _person(element: Any) -> _Person:
-    """Sides are read by name: files of different years order them differently."""
+    """Parse a person; sides are read by name, because their order differs between years."""
     sides = [float(element.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
     flags = (element.findtext(tag, "0").strip() == "1" for tag in ("difficult", "actions/other"))
     return _Person((sides[0], sides[1], sides[2], sides[3]), *flags)

@@ -1,4 +1,4 @@
-"""FGVC-Aircraft: variants, families and makers of aeroplanes."""
+"""FGVC-Aircraft: variants, families and manufacturers of airplanes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +22,16 @@ _LEVELS = {
 
 @dataclass(frozen=True)
 class FGVCAircraft(ImageSet):
-    """Aeroplanes (Maji et al., 2013, release b).
+    """Airplanes (Maji et al., 2013, release b).
 
-    ``images_<level>_<part>.txt`` has lines ``<image id> <class>``, and names have blanks and slashes
-    in them; ``<levels>.txt`` has the classes, one a line.
+    ``images_<level>_<part>.txt`` has lines ``<image id> <class>``, where names may contain spaces
+    and slashes; ``<levels>.txt`` has one class per line.
 
     Args:
         level: what a class is: one of 70 families (the number of Wen et al.), of 100 variants or of
             30 manufacturers.
-        train: ``trainval`` learns from the 6,667 images of both parts, ``train`` from half of them.
-        banner: rows cut off below, in pixels; the photographs carry a copyright line of 20.
+        train: ``trainval`` uses the 6,667 images of both parts, ``train`` half of them.
+        banner: rows cropped at the bottom, in pixels; photographs have a copyright line of 20 pixels.
     """
 
     level: str = "family"
@@ -56,16 +56,16 @@ class FGVCAircraft(ImageSet):
 
     @property
     def counts(self) -> Counts:
-        """Of the official parts."""
+        """The sizes of the official parts."""
         return Counts(6667 if self.train == "trainval" else 3334, 3333)
 
     @property
     def num_classes(self) -> int:
-        """Classes of the level."""
+        """The number of classes of the level."""
         return _LEVELS[self.level][1]
 
     def read_lists(self) -> Listing:
-        """The lists of one level."""
+        """Read the lists of one level."""
         data = self.folder / "data"
         names = self.lines(data / _LEVELS[self.level][0])
         places = {name: label for label, name in enumerate(names)}

@@ -9,13 +9,13 @@ __all__ = ["CUB200"]
 
 @dataclass(frozen=True)
 class CUB200(ImageSet):
-    """Birds of 200 species (Wah et al., 2011); the smaller set of 2010 is another one.
+    """Birds of 200 species (Wah et al., 2011); not the smaller set of 2010.
 
-    Four files with an id and a value in each line: ``images.txt``, ``image_class_labels.txt``,
-    ``train_test_split.txt`` (1 is training) and ``classes.txt``. They are joined by id.
+    Four files with an ID and a value per line: ``images.txt``, ``image_class_labels.txt``,
+    ``train_test_split.txt`` (1 is training) and ``classes.txt``. They are joined by ID.
 
     Args:
-        crop: cut the bird's box of ``bounding_boxes.txt`` out.
+        crop: whether to crop the bird's box in ``bounding_boxes.txt``.
     """
 
     crop: bool = False
@@ -34,12 +34,12 @@ class CUB200(ImageSet):
 
     @property
     def counts(self) -> Counts:
-        """Of the official split."""
+        """The sizes of the official split."""
         return Counts(5994, 5794)
 
     @property
     def num_classes(self) -> int:
-        """Species."""
+        """The number of species."""
         return 200
 
     def read_lists(self) -> Listing:

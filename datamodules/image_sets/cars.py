@@ -16,15 +16,15 @@ _SIDES = ("x1", "y1", "x2", "y2")
 
 @dataclass(frozen=True)
 class StanfordCars(ImageSet):
-    """Cars of 196 models (Krause et al., 2013), in either of the two layouts they were published in.
+    """Cars of 196 models (Krause et al., 2013), in either of the two published layouts.
 
     Two folders: ``cars_train/``, ``cars_test/``, ``devkit/`` with ``cars_meta.mat`` and
-    ``cars_train_annos.mat``, and ``cars_test_annos_withlabels.mat``, which is a file of its own. One
-    folder: ``car_ims/`` and ``cars_annos.mat`` with labels, names and a flag for test images. Where
-    both are, the first is read.
+    ``cars_train_annos.mat``, and ``cars_test_annos_withlabels.mat``, which is a separate file. One
+    folder: ``car_ims/`` and ``cars_annos.mat`` with labels, names and a flag for test images. If both
+    exist, the first is read.
 
     Args:
-        crop: cut the car's box out.
+        crop: whether to crop the car's box.
     """
 
     crop: bool = False
@@ -44,16 +44,16 @@ class StanfordCars(ImageSet):
 
     @property
     def counts(self) -> Counts:
-        """Of the official split."""
+        """The sizes of the official split."""
         return Counts(8144, 8041)
 
     @property
     def num_classes(self) -> int:
-        """Models."""
+        """The number of models."""
         return 196
 
     def read_lists(self) -> Listing:
-        """Whichever layout is there."""
+        """Read the layout that exists."""
         if (self.folder / "devkit").is_dir():
             return self._read_two_folders()
         if (self.folder / "cars_annos.mat").is_file():

@@ -1,4 +1,4 @@
-"""Oxford Flowers: 102 kinds of flowers."""
+"""Oxford Flowers: 102 species of flowers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ class Flowers102(ImageSet):
     three parts: ``trnid``, ``valid`` and ``tstid``.
 
     Args:
-        train: ``train+val`` learns from the 2,040 images of both parts, ``train`` from half of them.
+        train: ``train+val`` uses the 2,040 images of both parts, ``train`` half of them.
     """
 
     train: str = "train+val"
@@ -45,16 +45,16 @@ class Flowers102(ImageSet):
 
     @property
     def counts(self) -> Counts:
-        """Of the official parts."""
+        """The sizes of the official parts."""
         return Counts(2040 if self.train == "train+val" else 1020, 6149)
 
     @property
     def num_classes(self) -> int:
-        """Kinds of flowers."""
+        """The number of species."""
         return 102
 
     def read_lists(self) -> Listing:
-        """Labels and parts of the two files; classes have numbers for names."""
+        """Read labels and parts from the two files; classes are named by their numbers."""
         labels_file, parts_file = self.folder / "imagelabels.mat", self.folder / "setid.mat"
         labels = self.read_mat(labels_file, lambda mat: np.atleast_1d(mat["labels"]).astype(int))
         keys = ("trnid", "valid", "tstid")

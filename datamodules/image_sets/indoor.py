@@ -1,4 +1,4 @@
-"""MIT Indoor-67: scenes inside of buildings."""
+"""MIT Indoor-67: indoor scenes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ _SUFFIXES = {".jpg", ".jpeg", ".gif", ".png"}
 
 @dataclass(frozen=True)
 class Indoor67(ImageSet):
-    """Scenes of 67 kinds (Quattoni and Torralba, 2009).
+    """67 kinds of scenes (Quattoni and Torralba, 2009).
 
-    ``TrainImages.txt`` and ``TestImages.txt`` have lines ``<class>/<file>`` below ``Images``; a class
-    is a folder there, and its number the place among them in alphabetical order.
+    ``TrainImages.txt`` and ``TestImages.txt`` have lines ``<class>/<file>`` below ``Images``; classes
+    are the folders there, in alphabetical order.
 
     Args:
-        images: ``listed`` takes the images of the two lists, about 80 and 20 of each class; ``all``
-            learns from every image in the folders that is not in the list of test images.
+        images: ``listed`` uses the images of the two lists, about 80 and 20 of each class; ``all`` trains
+            on every image in the folders that is not in the list of test images.
     """
 
     images: str = "listed"
@@ -45,16 +45,16 @@ class Indoor67(ImageSet):
 
     @property
     def counts(self) -> Counts:
-        """Of the lists, or of all images."""
+        """The sizes of the lists, or the number of all images."""
         return Counts(5360, 1340) if self.images == "listed" else Counts(None, 1340, 15620)
 
     @property
     def num_classes(self) -> int:
-        """Kinds of scenes."""
+        """The number of kinds of scenes."""
         return 67
 
     def read_lists(self) -> Listing:
-        """The two lists, or the folders."""
+        """Read the two lists, or the folders."""
         images = self.folder / "Images"
         with self.reading(images):
             classes = sorted(path.name for path in images.iterdir() if path.is_dir())

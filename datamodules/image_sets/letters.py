@@ -1,4 +1,4 @@
-"""Chars74K: characters of English in photographs, by hand and in computer fonts."""
+"""Chars74K: English characters in photographs, handwriting and computer fonts."""
 
 import re
 from dataclasses import dataclass
@@ -30,18 +30,18 @@ class Chars74K(ImageSet):
     """Characters 0 to 9, A to Z and a to z (de Campos et al., 2009).
 
     A class is a folder ``Sample001`` to ``Sample062``. There is no official split of all images: by
-    default a fixed fraction of each class, drawn once with a seed of its own, is the test part.
+    default a random fraction of each class, with a separate seed, is the test part.
 
     Args:
-        part: ``Fnt`` are the 62,992 images of computer fonts, the number that Wen et al. give; ``Img``
-            are cut out of photographs, as they describe them; ``Hnd`` are drawn by hand.
+        part: ``Fnt`` are the 62,992 images of computer fonts, the number in Wen et al.; ``Img`` are crops
+            of photographs, as they describe them; ``Hnd`` are handwritten.
         classes: 62, or 52 without the digits.
-        bad: with ``Img``, whether images that the authors call bad take part.
+        bad: with ``Img``, whether to include images that the authors call bad.
         split: ``seeded``, or ``lists``: the training and test indices of the authors' lists.mat or
             list_English_<part>.m.
-        test_fraction: of each class, with ``seeded``.
-        split_seed: of the draw, with ``seeded``; the run's seed does not change it.
-        column: which of the lists' several splits, from 1.
+        test_fraction: fraction of each class, with ``seeded``.
+        split_seed: random seed of the split, with ``seeded``; independent of the run's seed.
+        column: index of the split in the lists, from 1.
     """
 
     part: str = "Fnt"
@@ -85,18 +85,18 @@ class Chars74K(ImageSet):
 
     @property
     def counts(self) -> Counts:
-        """1,016 fonts of each character; the other parts have no number to rely on."""
+        """1,016 fonts per character; the other parts have no reliable number."""
         if self.part != "Fnt" or self.split == "lists":
             return Counts(None, None)
         return Counts(None, None, 1016 * self.classes)
 
     @property
     def num_classes(self) -> int:
-        """Characters."""
+        """The number of characters."""
         return self.classes
 
     def read_lists(self) -> Listing:
-        """The folders, or the authors' lists."""
+        """Read the folders, or the authors' lists."""
         train, test = self._seeded() if self.split == "seeded" else self._listed()
         first = 62 - self.classes
         labels = sorted({character for _, character in train + test if character >= first})
@@ -143,7 +143,7 @@ class Chars74K(ImageSet):
                 )
             found = []
             for index in columns[:, self.column - 1].tolist():
-                if index:  # shorter columns are filled up with 0
+                if index:  # shorter columns are padded with 0
                     place = self.number(path, index, 1, len(names), f"indices in {key}") - 1
                     character = self.number(path, labels[place], 1, 62, "labels") - 1
                     found.append((self.folder / f"{names[place]}.png", character))
@@ -175,7 +175,7 @@ def _fields_of_mat(mat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fields_of_text(text: str) -> dict[str, Any]:
-    """The same from statements ``list.<field> = [...];`` of the text version."""
+    """Parse statements ``list.<field> = [...];`` of the text version."""
     found = dict(re.findall(r"list\.(\w+)\s*=\s*\[(.*?)\]\s*;", text, re.DOTALL))
     fields: dict[str, Any] = {
         "ALLnames": re.findall(r"'([^']*)'", found["ALLnames"]),

@@ -1,4 +1,4 @@
-"""What every reader of an image set gives: which files, which labels, which part; nothing decoded."""
+"""The base class of image sets: lists of files with labels and splits, without decoding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ __all__ = ["Counts", "Entry", "ImageSet", "Listing", "check_choice"]
 
 
 class Counts(NamedTuple):
-    """How many images a set has: of a part, None where the authors publish no number."""
+    """The number of images per part; None if the authors do not publish it."""
 
     train: int | None
     test: int | None
@@ -36,11 +36,11 @@ class Entry(NamedTuple):
     """One sample.
 
     Attributes:
-        path: the file that holds it.
-        label: its place in the listing's ``class_names``.
-        box: ``(left, top, right, bottom)`` in pixels that is cut out, right and bottom exclusive; None
-            takes the whole image. What lies outside the image is left out.
-        place: its number in a file that holds several.
+        path: the file that contains it.
+        label: index into the listing's ``class_names``.
+        box: ``(left, top, right, bottom)`` in pixels to crop, right and bottom exclusive; None uses the
+            whole image. The box is clipped to the image.
+        place: its index in a file with several images.
     """
 
     path: Path
@@ -50,12 +50,12 @@ class Entry(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a reader returns.
+    """The result of a reader.
 
     Attributes:
         class_names: in the data set's own order.
-        train: samples to learn from.
-        test: samples to measure with.
+        train: training samples.
+        test: test samples.
     """
 
     class_names: list[str]
@@ -68,28 +68,28 @@ class ImageSet(ABC):
     """A published set of labeled images in its official layout on disk.
 
     Args:
-        root: the folder of data sets; the set lies in the first of ``folders`` that is there.
+        root: the folder of data sets; the set is in the first of ``folders`` that exists.
     """
 
     root: Path
 
     name: ClassVar[str]
-    """How settings and commands call it."""
+    """Name in configs and commands."""
     title: ClassVar[str]
-    """How messages call it."""
+    """Name in messages."""
     folders: ClassVar[tuple[str, ...]]
-    """Where it may lie below the root; the first is where it is asked for."""
+    """Possible folders below the root; messages name the first."""
     required_files: ClassVar[str]
-    """What has to be in that folder, in words."""
+    """The required contents of that folder, in words."""
     download_hint: ClassVar[str]
-    """Where to get it, and how."""
+    """Where and how to download it."""
     paper_counts: ClassVar[str]
-    """Images and classes as Wen et al. count them."""
+    """The numbers of images and classes in Wen et al."""
     native_size: ClassVar[int | None] = None
-    """Height and width in pixels, where all images are small squares of one size."""
+    """Height and width in pixels, if all images are small squares of the same size."""
 
     mirrored: ClassVar[bool] = True
-    """Whether an image's mirror image is of the same class."""
+    """Whether flipping an image preserves its class."""
 
     @property
     @abstractmethod
@@ -103,11 +103,11 @@ class ImageSet(ABC):
 
     @abstractmethod
     def read_lists(self) -> Listing:
-        """Read the lists and labels; images need not be there."""
+        """Read the lists and labels; images may be missing."""
 
     @property
     def folder(self) -> Path:
-        """Where the set lies."""
+        """The folder of the set."""
         for name in self.folders:
             if (self.root / name).is_dir():
                 return self.root / name
@@ -118,17 +118,17 @@ class ImageSet(ABC):
 
     @property
     def is_present(self) -> bool:
-        """Whether its folder is there, whatever is in it."""
+        """Whether its folder exists, whatever its contents."""
         return any((self.root / name).is_dir() for name in self.folders)
 
     def checked(self, expect_counts: bool = True) -> Listing:
-        """The listing, having seen that every file of it is there.
+        """The listing, after checking that all its files exist.
 
         Args:
             expect_counts: refuse numbers of classes and images other than the published ones.
 
         Raises:
-            DataError: a list is missing or broken, an image is missing, or a number is wrong.
+            DataError: a list is missing or damaged, an image is missing, or a number differs.
         """
         listing = self.read_lists()
         self._refuse_missing_files(listing)
@@ -141,7 +141,7 @@ class ImageSet(ABC):
         return listing
 
     def count_faults(self, listing: Listing) -> list[str]:
-        """Where the listing's numbers differ from the published ones, in words."""
+        """Describe differences between the listing's numbers and the published ones."""
         found = {"training images": len(listing.train), "test images": len(listing.test)}
         found["images in all"] = sum(found.values())
         wanted = {"classes": self.num_classes, **dict(zip(found, self.counts, strict=True))}
@@ -167,10 +167,10 @@ class ImageSet(ABC):
 
     @contextmanager
     def open(self, entry: Entry) -> Iterator[Image.Image]:
-        """Decode one sample to RGB; make it small before the block ends, as :func:`open_image` asks.
+        """Decode one sample to RGB; resize it inside the block, as for :func:`open_image`.
 
         Raises:
-            Exception: whatever Pillow raises on a damaged file.
+            Exception: Pillow may raise any exception on a damaged file.
         """
         with open_image(entry.path) as file:
             image: Image.Image = file
@@ -191,12 +191,12 @@ class ImageSet(ABC):
 
     @contextmanager
     def reading(self, path: Path) -> Iterator[None]:
-        """One error for whatever is wrong with a file of lists or labels."""
+        """Raise the same kind of error for any problem with a file of lists or labels."""
         try:
             yield
         except DataError:
             raise
-        # Damaged .mat and .xml files make their readers raise nearly anything.
+        # scipy and the XML parser may raise any exception here.
         except Exception as error:
             if not path.exists():
                 raise DataError(
@@ -209,13 +209,13 @@ class ImageSet(ABC):
             ) from error
 
     def lines(self, path: Path) -> list[str]:
-        """Lines without ends and blanks around; empty ones are left out."""
+        """The stripped, non-empty lines of a file."""
         with self.reading(path):
             lines = read_text(path, encoding="utf-8-sig").split("\n")
         return [line.strip() for line in lines if line.strip()]
 
     def fields(self, path: Path, form: str) -> Iterator[list[str]]:
-        """Lines cut at blanks into as many fields as ``form`` has; the last keeps its blanks."""
+        """Split lines at whitespace into as many fields as ``form``; the last field may contain spaces."""
         count = len(form.split())
         for line in self.lines(path):
             fields = line.split(maxsplit=count - 1)
@@ -224,10 +224,10 @@ class ImageSet(ABC):
             yield fields
 
     def table(self, path: Path, form: str) -> dict[str, str]:
-        """Lines of two fields, by the first, which stands there once.
+        """Read lines of two fields into a dictionary; keys have to be unique.
 
         Raises:
-            DataError: the file is missing or broken.
+            DataError: the file is missing or damaged.
         """
         rows: dict[str, str] = {}
         for key, value in self.fields(path, form):
@@ -237,7 +237,7 @@ class ImageSet(ABC):
         return rows
 
     def join(self, path: Path, table: dict[str, Any], other: Path, ids: Iterable[str]) -> None:
-        """Refuse an id of one file that another does not have, either way."""
+        """Refuse IDs that only one of two files has."""
         ids = set(ids)
         for lacking, odd in ((other, table.keys() - ids), (path, ids - table.keys())):
             if odd:
@@ -248,7 +248,7 @@ class ImageSet(ABC):
                 )
 
     def number(self, path: Path, text: Any, low: int, high: int, what: str) -> int:
-        """A whole number in a range, from a field."""
+        """Parse a whole number in a range."""
         try:
             value = int(text)
         except (TypeError, ValueError):
@@ -258,20 +258,20 @@ class ImageSet(ABC):
         return value
 
     def fault(self, path: Path, wanted: str, got: str) -> DataError:
-        """The error of a file that holds something else."""
+        """The error for a file with unexpected contents."""
         return DataError(
             f"Expected {path} to hold {wanted}, but got {got}. Fetch {self.title} again."
         )
 
     def read_mat(self, path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
-        """What ``read`` takes out of a Matlab file, broken ones and missing fields made one error."""
+        """Apply ``read`` to a Matlab file; damage and missing fields raise one kind of error."""
         with self.reading(path):
             self.refuse_large(path)
             with open_untrusted(path, max_bytes=None) as file:
                 return read(loadmat(file, squeeze_me=True))
 
     def refuse_large(self, path: Path) -> None:
-        """Refuse a Matlab file whose arrays are out of all proportion to it."""
+        """Refuse a Matlab file whose arrays are far larger than the file."""
         with open_untrusted(path, max_bytes=None) as file:
             count = sum(int(np.prod(shape, dtype=object)) for _, shape, _ in whosmat(file))
             packed, inflated = matlab_sizes(file)
@@ -279,10 +279,10 @@ class ImageSet(ABC):
 
 
 def check_choice(argument: str, value: object, known: tuple[object, ...]) -> None:
-    """Refuse an option that is none of the known ones.
+    """Refuse an unknown value of an option.
 
     Raises:
-        ConfigurationError: names the option and what it may be.
+        ConfigurationError: names the option and its choices.
     """
     if value not in known:
         choices = [str(choice) for choice in known]

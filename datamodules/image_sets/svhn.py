@@ -1,4 +1,4 @@
-"""Street View House Numbers: digits cut out of photographs."""
+"""Street View House Numbers: digits cropped from photographs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ class SVHN(ImageSet):
     """Digits of house numbers, 32 x 32 pixels (Netzer et al., 2011).
 
     ``train_32x32.mat`` and ``test_32x32.mat`` have ``X``, uint8 (32, 32, 3, n), and ``y``, (n, 1), in
-    which the digit 0 is written as 10.
+    which the digit 0 is labeled 10.
     """
 
     _arrays: dict[Path, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -43,16 +43,16 @@ class SVHN(ImageSet):
 
     @property
     def counts(self) -> Counts:
-        """Without the further images of extra_32x32.mat."""
+        """The sizes without the additional images in extra_32x32.mat."""
         return Counts(73257, 26032)
 
     @property
     def num_classes(self) -> int:
-        """Digits."""
+        """The number of digits."""
         return 10
 
     def read_lists(self) -> Listing:
-        """The labels of both files; images are read when one is opened."""
+        """Read the labels of both files; images are read on first use."""
         train, test = (self._part(self.folder / f"{part}_32x32.mat") for part in ("train", "test"))
         return Listing([str(digit) for digit in range(10)], train, test)
 
@@ -73,11 +73,11 @@ class SVHN(ImageSet):
 
     @contextmanager
     def open(self, entry: Entry) -> Iterator[Image.Image]:
-        """Take one image out of the array, which is read once."""
+        """Return one image of the array, which is read once."""
         with self._lock:
             if entry.path not in self._arrays:
                 with open_untrusted(entry.path, max_bytes=None) as file:
                     images = loadmat(file, variable_names=["X"])["X"]
-                # one image after the other, as they are read
+                # contiguous per image
                 self._arrays[entry.path] = np.ascontiguousarray(np.moveaxis(images, 3, 0))
         yield Image.fromarray(self._arrays[entry.path][entry.place])
