@@ -156,7 +156,7 @@ def _tokens(key: str, array: Any, source: str) -> Tensor:
         )
     if array.size and array.min() < 0:
         raise DataError(
-            f"Expected {key} in {source} to be 0 or more, as places in a vocabulary, but got "
+            f"Expected {key} in {source} to be 0 or more, as indices into a vocabulary, but got "
             f"{array.min()}. Number the tokens from 0, with one of its own for padding."
         )
     return torch.from_numpy(array.astype(np.int64))
@@ -182,7 +182,7 @@ def _labels(key: str, held: Mapping[str, Any], source: str) -> Any:
             remedy = "Convert them with .astype('int64')."
         elif array.ndim == 1 and array.dtype.kind in "fc":
             remedy = (
-                "Numbers to be predicted are no classes: cut them into some, for example with "
+                "Regression targets are not classes: discretize them, for example with "
                 "numpy.digitize."
             )
         raise DataError(

@@ -286,7 +286,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             data.train.images.dtype != torch.uint8 or data.train.images.dim() != 4
         ):
             raise ConfigurationError(
-                "Expected augment to be off, but it is on: these inputs are no images. Leave it out."
+                "Expected augment to be off, but it is on: these inputs are not images. Leave it out."
             )
         self._native_channels = data.train.images.shape[1] if data.train.images.dim() > 1 else 0
         train, test = (

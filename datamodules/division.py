@@ -47,7 +47,7 @@ def check_data(data: ImageData) -> None:
         if labels.is_floating_point() or labels.is_complex():
             raise DataError(
                 f"Expected the {part} labels of {data.source} to be classes, whole numbers from 0, but "
-                f"got {labels.dtype}. Numbers to be predicted are no classes: cut them into some, for "
+                f"got {labels.dtype}. Regression targets are not classes: discretize them, for "
                 "example with torch.bucketize."
             )
         if labels.dtype != torch.int64:
@@ -57,7 +57,7 @@ def check_data(data: ImageData) -> None:
             )
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(data.class_names):
             raise DataError(
-                f"Expected the {part} labels of {data.source} to be places in its "
+                f"Expected the {part} labels of {data.source} to be indices into its "
                 f"{len(data.class_names)} class names, but got {int(labels.min())} to "
                 f"{int(labels.max())}. Number the classes from 0."
             )
@@ -134,7 +134,7 @@ def members_of_tasks(
             or bool((ordered[1:] == ordered[:-1]).any())
         ):
             raise ConfigurationError(
-                f"Expected divide to give task {task.id} places in the {len(samples.labels)} samples of "
+                f"Expected divide to give task {task.id} indices into the {len(samples.labels)} samples of "
                 f"{part}, int64 and each once, but got {indices}. Give it (n,) whole numbers from 0."
             )
         if not bool(known[tuple(own_classes)][ordered].all()):

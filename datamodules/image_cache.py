@@ -125,7 +125,7 @@ def _writable(folder: Path, size: int) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"Expected {folder} to be writable and to have room for {size / 1e9:.2f} GB of decoded "
+            f"Expected {folder} to be writable, with {size / 1e9:.2f} GB of free space for decoded "
             f"images, but got {type(error).__name__}: {error}. Free space there, or name another "
             "folder with cache_dir."
         ) from error

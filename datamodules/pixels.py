@@ -46,7 +46,7 @@ def with_channels(images: Tensor, channels: int | None) -> Tensor:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
         got = "no images" if images.dtype != torch.uint8 else f"{tuple(images.shape[1:])}"
         raise ConfigurationError(
-            "Expected channels to be null where inputs are no images of 1 or 3 channels, but got "
+            "Expected channels to be null unless inputs are images with 1 or 3 channels, but got "
             f"{channels} for {got}. Leave it out."
         )
     if images.shape[1] == channels:

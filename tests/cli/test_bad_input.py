@@ -1525,8 +1525,8 @@ ARRAYS: list[tuple[str, Prepare, str]] = [
         arrays(train_labels=np.arange(4) / 4),
         (
             "Expected train_labels in {here}/x.npz to be integers or strings of shape (n,) or (n, 1), "
-            "one class per sample, but got float64 of shape (4,). Numbers to be predicted are no "
-            "classes: cut them into some, for example with numpy.digitize."
+            "one class per sample, but got float64 of shape (4,). Regression targets are "
+            "not classes: discretize them, for example with numpy.digitize."
         ),
     ),
     (

@@ -142,7 +142,7 @@ def test_what_has_no_channels_is_refused() -> None:
     made |= {f"{part}_labels": np.arange(4) for part in ("train", "test")}
     with pytest.raises(ConfigurationError, match="but got 1 for no images"):
         SplitArrays(made, channels=1).setup()
-    with pytest.raises(ConfigurationError, match="these inputs are no images"):
+    with pytest.raises(ConfigurationError, match="these inputs are not images"):
         Gaussians(augment=True).setup()
 
 

@@ -226,11 +226,11 @@ def test_a_class_may_be_in_several_tasks() -> None:
         (
             [[0, 0], [30]],
             ConfigurationError,
-            r"task 0 places in the 58 samples of train.*each once",
+            r"task 0 indices into the 58 samples of train.*each once",
         ),
-        ([[0], [58]], ConfigurationError, r"task 1 places in the 58 samples of train"),
-        ([[-1], [30]], ConfigurationError, r"task 0 places in the 58 samples of train"),
-        ([[0.0], [30]], ConfigurationError, r"task 0 places in the 58 samples of train, int64"),
+        ([[0], [58]], ConfigurationError, r"task 1 indices into the 58 samples of train"),
+        ([[-1], [30]], ConfigurationError, r"task 0 indices into the 58 samples of train"),
+        ([[0.0], [30]], ConfigurationError, r"task 0 indices into the 58 samples of train, int64"),
         (
             [[*range(58)], [30]],
             ConfigurationError,
@@ -289,7 +289,7 @@ def part(inputs: Any = None, labels: Any = None) -> Callable[[ImageData], ImageD
     [
         (
             part(labels=torch.Tensor.float),
-            "but got torch.float32. Numbers to be predicted are no classes",
+            "but got torch.float32. Regression targets are not classes",
         ),
         (
             part(labels=torch.Tensor.byte),
@@ -299,7 +299,7 @@ def part(inputs: Any = None, labels: Any = None) -> Callable[[ImageData], ImageD
             part(labels=lambda one: one[:-1]),
             r"one label for each of the 58 training samples of here",
         ),
-        (part(labels=lambda one: one + 1), "places in its 6 class names, but got 1 to 6"),
+        (part(labels=lambda one: one + 1), "indices into its 6 class names, but got 1 to 6"),
         (
             part(inputs=torch.Tensor.int),
             "uint8, features as floats or tokens as int64, but got torch.int32",

@@ -257,7 +257,7 @@ def broken(change: Callable[[dict[str, np.ndarray]], object]) -> dict[str, np.nd
         ),
         (
             broken(lambda a: a.update(train_labels=a["train_labels"] / 3)),
-            "Numbers to be predicted are no classes: cut them .* numpy.digitize",
+            "Regression targets are not classes: discretize them.* numpy.digitize",
         ),
         (
             broken(lambda a: a.update(train_labels=a["train_labels"] / 1)),
