@@ -164,10 +164,10 @@ WAYS: dict[str, Callable[[], None]] = {
     "Trainer": by_trainer(Automatic),
     "Trainer, plain attribute": by_trainer(PlainAttribute),
     "Trainer, plain attribute, four empty callbacks": by_trainer(PlainAttribute, callbacks=True),
-    "Trainer, plain attribute, four empty callbacks, empty hooks left out": by_trainer(
+    "Trainer, plain attribute, four empty callbacks, empty hooks skipped": by_trainer(
         PlainAttribute, callbacks=True, leave_out=True
     ),
-    "Trainer, plain attribute, manual optimisation": by_trainer(Manual),
+    "Trainer, plain attribute, manual optimization": by_trainer(Manual),
     "the same, 5 steps per call": by_trainer(Manual, 5),
     "the same, 20 steps per call": by_trainer(Manual, 20),
 }

@@ -114,26 +114,26 @@ def main() -> None:
             row += [found.text(2) if found else "-"]
             row += [f"{mean:.2f} ± {T9 * deviation / 10**0.5:.2f}"]
         print(f"| {name} | {' | '.join(row)} |")
-    print(WORDS)
+    print(DIFFERENCES)
 
 
-WORDS = """
-Where ours differs, and why:
-- EWC, domain: ours is lower. The Fisher (their labels: the most likely ones), the penalty without a factor
-  of 1/2, the head in it, Adam that is never reset and the strength are theirs; with PyTorch's default
-  initialisation instead of ours it is the same. Not explained.
-- SI, MAS, domain: ours is higher. Their importances of MAS come from gradients of whole batches, of the
-  mean over outputs; ours from each sample's own gradient of the sum, so that a strength means another
-  thing. Both spread widely over seeds, theirs too.
-- LwF: the table names no strength, and their weights 1/t and 1 - 1/t with a factor of the temperature's
-  square vary with the task t; ours is a constant 10, about their mean ratio. In class-incremental form ours
-  forgets all but the last task, at strengths of 16 and 40 as well: code of the same scenarios (van de Ven's)
-  gives the new task's classes probability 0 in what the teacher says, which holds them down; the method's
-  own paper does not.
-- GEM: theirs shares one memory of 1,100 or 4,400 images among the tasks so far, so that early tasks have
-  more; the table does not say which of the two it shows. Ours is 220 of each task, the smaller sum after
-  the fifth; the larger one was not run.
-- Fine-tuning and EWC, task: equal within the intervals, which are wide over three seeds."""
+DIFFERENCES = """
+Differences, and their causes:
+- EWC, domain: ours is lower. The Fisher information (with their labels: the most likely ones), the penalty without the factor
+  1/2, the penalized head, Adam without a reset and the strength all follow theirs. PyTorch's default
+  initialization instead of ours gives the same result. We have no explanation.
+- SI and MAS, domain: ours is higher. Their MAS importances come from gradients of whole batches, of the
+  mean over outputs; ours come from per-sample gradients of the sum, so the same strength has a different
+  meaning. Both vary widely over seeds, as do theirs.
+- LwF: the paper's table gives no strength, and their weights 1/t and 1 - 1/t, with a factor of the squared
+  temperature, depend on the task t. Ours is a constant 10, about their mean ratio. In the class-incremental scenario ours
+  forgets all but the last task, also at strengths of 16 and 40. Code for the same scenarios (van de Ven's)
+  assigns the new task's classes probability 0 in the teacher's targets, which suppresses them; the original
+  paper does not.
+- GEM: theirs shares one memory of 1,100 or 4,400 images among the tasks so far, so early tasks get
+  more; the table does not say which size it shows. Ours stores 220 per task, which equals the smaller total after
+  the fifth task; the larger one was not run.
+- Fine-tuning and EWC, task: equal within the intervals, which are wide with three seeds."""
 
 T9 = 2.262  # Student's t for 10 runs at 95 %
 
