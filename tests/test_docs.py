@@ -201,3 +201,13 @@ def test_every_picture_and_page_that_the_readme_links_is_there() -> None:
     links = re.findall(r"\]\(([^)h][^)]*)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) >= 3
     assert all((ROOT / link.partition("#")[0]).is_file() for link in links)
+
+
+def test_the_guide_names_every_package_and_only_files_that_exist() -> None:
+    """Where would I change what: a file that moves takes its line in CONTRIBUTING.md along."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    packages = {path.parent for path in (ROOT / "bpn_lightning").glob("*/__init__.py")}
+    assert all(f"`{path.relative_to(ROOT)}`" in text for path in packages)
+    named = set(re.findall(r"`(\.?\w[\w./]*/[\w./]*)`", text)) - {"build/roof"}
+    assert len(named) > 20
+    assert [path for path in named if not (ROOT / path).exists()] == []
