@@ -203,7 +203,7 @@ def test_a_module_without_a_position_is_refused(toy: Make) -> None:
 # ---------------------------------------------------------------------- on the device
 
 
-def test_prepare_normalises_as_torchvision_does() -> None:
+def test_prepare_normalizes_like_torchvision() -> None:
     stream = SplitDigits()
     stream.setup()
     batch = next(iter(stream.loader(0, "test")))
@@ -240,7 +240,7 @@ def test_augmentation_is_the_same_in_parts_and_after_a_resume(toy: Make) -> None
     expected = [stream.prepare(b, augment=True).inputs for b in whole]
     plain = [stream.prepare(b).inputs for b in whole]
     assert not any(torch.equal(a, b) for a, b in zip(expected, plain, strict=True))
-    # by hand: crop the raw image, then normalise
+    # by hand: crop the raw image, then normalize
     raw = CropAndFlip(1, True).apply(whole[0].inputs, whole[0].augmentation)
     torch.testing.assert_close(
         expected[0], stream.prepare(whole[0]._replace(inputs=raw)).inputs, rtol=0, atol=0

@@ -61,7 +61,7 @@ def inputs(stream: Any, task: int = 0) -> Tensor:
     return stream.prepare(batch).inputs
 
 
-def test_color_made_gray_is_normalised_as_it_is_then() -> None:
+def test_images_converted_to_gray_are_normalized_by_measured_statistics() -> None:
     made = color_arrays()
     stream = SplitArrays(made, channels=1)
     stream.setup()
@@ -88,7 +88,7 @@ def test_gray_made_color_is_three_times_the_gray_stream(augment: bool) -> None:
         assert torch.equal(color.prepare(other, augment=True).inputs, wanted.expand(-1, 3, -1, -1))
 
 
-def test_known_normalisations_do_not_hold_for_images_made_gray(
+def test_known_constants_are_not_used_for_images_converted_to_gray(
     tmp_path: Path, write_tree: Write
 ) -> None:
     """CIFAR's mean and deviation are of its colors."""
@@ -103,7 +103,9 @@ def test_known_normalisations_do_not_hold_for_images_made_gray(
 
 
 @pytest.mark.parametrize("kind", [PermutedMNIST, RotatedMNIST])
-def test_transforms_take_every_channel_alike(kind: Any, tmp_path: Path, write_tree: Write) -> None:
+def test_transforms_treat_all_channels_equally(
+    kind: Any, tmp_path: Path, write_tree: Write
+) -> None:
     write_tree(tmp_path / "mnist", tuple("0123456789"), (28, 28), count=1)
     gray, color = (kind(str(tmp_path), num_tasks=3, channels=channels) for channels in (1, 3))
     for stream in (gray, color):

@@ -91,8 +91,8 @@ def test_no_batch_has_one_sample_where_it_can_be_helped(
 
 
 @pytest.mark.parametrize("what", ["task", "epoch", "seed"])
-def test_every_epoch_of_every_task_is_augmented_anew(what: str) -> None:
-    """And alike whenever it is read again, in batches of any size."""
+def test_every_epoch_of_every_task_has_its_own_augmentation(what: str) -> None:
+    """Reading it again gives the same augmentation, in batches of any size."""
 
     def draws(**changes: int) -> torch.Tensor:
         return torch.cat([batch.augmentation for batch in loader(**changes)])

@@ -71,11 +71,11 @@ def test_every_loader_gives_what_the_stream_gives_alone(pair: Any, task: int) ->
         for found, expected in zip(ours, theirs, strict=True):
             assert same(found, expected, first, column)
             prepared, wanted = whole.prepare(found, True), stream.prepare(expected, True)
-            assert torch.equal(prepared.inputs, wanted.inputs), "its own normalisation"
+            assert torch.equal(prepared.inputs, wanted.inputs), "its own normalization"
             assert torch.equal(torch.as_tensor(prepared.task), torch.as_tensor(found.task))
 
 
-def test_normalisations_differ_here(pair: Any) -> None:
+def test_normalizations_differ_here(pair: Any) -> None:
     assert pair[1][0].normalisation != pair[1][1].normalisation
 
 

@@ -98,7 +98,7 @@ def test_mnist_from_torchvisions_files(
     assert stream.input_shape == (1, 28, 28)
 
 
-def test_padded_mnist_is_normalised_as_hsu_et_al_do(tmp_path: Path) -> None:
+def test_padded_mnist_is_normalized_as_in_hsu_et_al(tmp_path: Path) -> None:
     """32 x 32 pixels with mean .1000 and standard deviation .2752: their figures (.1000) up to rounding."""
     files = write_mnist(tmp_path / "MNIST" / "raw")
     stream = SplitMNIST(str(tmp_path), num_tasks=1, classes_per_task=10, padding=2)

@@ -1,4 +1,4 @@
-"""One image set as one task: windows, sizes, normalisation."""
+"""One image set as one task: crops, sizes, normalization."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
