@@ -170,7 +170,7 @@ def test_tokens_are_whole_numbers_all_the_way(tmp_path: Path, kind: Any) -> None
 
 
 KINDS = {
-    "features": lambda: (iris(), MLP([12, 12]), {"classes_per_task": [1, 2]}),
+    "features": lambda: (iris(), MLP([12, 12]), {"classes_per_task": [2, 1]}),
     "tokens": lambda: (sentences(), Sentences(), {}),
 }
 STRATEGIES: list[Any] = [
