@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from bpn_lightning.strategies.table import STRATEGIES
+
 if TYPE_CHECKING:
     from bpn_lightning.strategies.base import ContinualStrategy
     from bpn_lightning.strategies.beneficial import BeneficialPerturbation
@@ -37,24 +39,6 @@ __all__ = [
     "ParameterSuperposition",
     "SynapticIntelligence",
 ]
-
-#: Names on the command line and in configs, and where the class is.
-STRATEGIES: dict[str, str] = {
-    "agem": "bpn_lightning.strategies.gem:AveragedGEM",
-    "bd": "bpn_lightning.strategies.beneficial:BeneficialPerturbation",
-    "ebll": "bpn_lightning.strategies.ebll:EncoderBasedLifelongLearning",
-    "ewc": "bpn_lightning.strategies.ewc:EWC",
-    "finetune": "bpn_lightning.strategies.finetuning:FineTuning",
-    "gem": "bpn_lightning.strategies.gem:GradientEpisodicMemory",
-    "imm": "bpn_lightning.strategies.imm:IncrementalMomentMatching",
-    "joint": "bpn_lightning.strategies.joint:JointTraining",
-    "lwf": "bpn_lightning.strategies.lwf:LearningWithoutForgetting",
-    "mas": "bpn_lightning.strategies.memory_aware_synapses:MemoryAwareSynapses",
-    "psp": "bpn_lightning.strategies.superposition:ParameterSuperposition",
-    "si": "bpn_lightning.strategies.synaptic_intelligence:SynapticIntelligence",
-    "slnid": "bpn_lightning.strategies.slnid:SLNID",
-    "stl": "bpn_lightning.strategies.independent:IndependentNetworks",
-}
 
 _HOMES = {
     **{path.partition(":")[2]: path.partition(":")[0] for path in STRATEGIES.values()},

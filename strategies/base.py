@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bpn_lightning.costs import Bytes, tensors_in
+from bpn_lightning.strategies.table import STRATEGIES
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
 
 __all__ = ["ContinualStrategy"]
@@ -170,5 +171,7 @@ class ContinualStrategy(Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of this strategy's state in checkpoints."""
-        return f"{type(self).__module__}.{type(self).__qualname__}"
+        """The name of this strategy's state in checkpoints: its own in the table, or its class's path."""
+        module, name = type(self).__module__, type(self).__qualname__
+        registered = {target: key for key, target in STRATEGIES.items()}
+        return registered.get(f"{module}:{name}", f"{module}.{name}")

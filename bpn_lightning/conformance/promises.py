@@ -236,7 +236,7 @@ def test_twice_is_refused(trial: Trial) -> None:
     expect_nothing(
         [trial.subject.name],
         "A run took the same strategy twice",
-        "Look at state_key: two of one class must have the same. By default it is the class's name.",
+        "Look at state_key: two of one class must have the same. By default it is the strategy's name.",
     )
 
 
