@@ -27,16 +27,17 @@ def seeded_generator(*key: int | str, device: str | torch.device = "cpu") -> tor
 def random_state() -> dict[str, Any]:
     """Every global generator's state, in types that load with ``weights_only=True``."""
     version, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state()
+    legacy: Any = np.random.get_state(legacy=False)
+    twister = legacy["state"]
     state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [
-            legacy[0],
-            torch.from_numpy(legacy[1].astype(np.int64)),
-            int(legacy[2]),
-            int(legacy[3]),
-            float(legacy[4]),
-        ],
+        "python": {"version": version, "words": list(words), "gauss": gauss},
+        "numpy": {
+            "bit_generator": legacy["bit_generator"],
+            "key": torch.from_numpy(twister["key"].astype(np.int64)),
+            "position": int(twister["pos"]),
+            "has_gauss": int(legacy["has_gauss"]),
+            "gauss": float(legacy["gauss"]),
+        },
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -46,10 +47,11 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Take over what :func:`random_state` gave."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    python, legacy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
+    key = legacy["key"].numpy().astype(np.uint32)
+    twister = (legacy["bit_generator"], key, legacy["position"])
+    np.random.set_state((*twister, legacy["has_gauss"], legacy["gauss"]))
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda"]])

@@ -221,7 +221,7 @@ def _random_states() -> dict[str, Any]:
     states = random_state()
     return {
         "torch": states["torch"],
-        "numpy": states["numpy"][1:],
+        "numpy": states["numpy"],
         "python": hash(random.getstate()),
     }
 

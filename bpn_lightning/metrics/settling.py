@@ -90,11 +90,11 @@ class Settling:
             "right": right + self._right_before,
             "seen": self._seen,
             "accuracies": list(self._accuracies),
-            "unsettled": [list(one) for one in self.unsettled],
+            "unsettled": [one._asdict() for one in self.unsettled],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state`."""
         self._right, self._right_before, self._seen = None, state["right"], state["seen"]
         self._accuracies = list(state["accuracies"])
-        self.unsettled = [Unsettled(*one) for one in state["unsettled"]]
+        self.unsettled = [Unsettled(**one) for one in state["unsettled"]]
