@@ -4,8 +4,8 @@
 
     <folder>/
     ├── model.safetensors    every tensor: weights, bias bank, keys, the accuracy matrix
-    └── model.json           task table, mask, structure, how inputs are prepared, and where each tensor
-                         belongs
+    └── model.json           schema, structure (tasks, mask, head, inputs, attachments), and where each
+                         tensor belongs
 
 A checkpoint goes on with a run; this is what is handed on. The backbone is the reader's own code: the
 files say what its tensors are called and not how it computes.
@@ -31,20 +31,14 @@ from bpn_lightning.errors import (
 from bpn_lightning.files import write_atomically
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.model.rebuilding import rebuild
-from bpn_lightning.preparation import read_preparations
-from bpn_lightning.tasks import Task, named_dtype
+from bpn_lightning.model.structure import Structure, check_schema, schema_fields
 from bpn_lightning.untrusted import check_untrusted, read_json
 
 __all__ = ["export_module", "load_exported"]
 
 FORMAT = "bpn_lightning model"
-VERSION = 1
-"""Goes up when a key of model.json is renamed, removed or changes its meaning."""
-
 _TENSORS = "model.safetensors"
 _RECORD = "model.json"
-_ATTACHED = {"bias_units": (str, int), "keys": (str, str), "weight_bank": ()}
-"""What a network may have beside its backbone and head, and the types of what says where."""
 
 
 def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Path:
@@ -74,14 +68,8 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
     tensors: dict[str, Tensor] = {}
     record = {
         "format": FORMAT,
-        "version": VERSION,
-        "mask": module.mask,
-        "tasks": [vars(task) for task in module.tasks],
-        "num_classes": module.head.out_features,
-        "input_shape": module._input_shape,
-        "input_dtype": str(module._input_dtype),
-        "preparation": [one.record() for one in module._preparations],
-        "attached": module._attached,
+        **schema_fields(),
+        "structure": module.structure.record(),
         "opened": module.opened,
         "closed": module.closed,
         "state": _set_aside(module.state_dict(), "", tensors),
@@ -121,22 +109,21 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
     folder = Path(folder)
     try:
         record = read_json(folder / _RECORD)
-        if (record["format"], record["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']!r}")
+        check_schema(record, "an exported module")
         tensors = load_file(check_untrusted(folder / _TENSORS))
-        tasks = [_task(one) for one in record["tasks"]]
-        attached = [_attachment(one) for one in record["attached"]]
-        last = range(-1, len(tasks))
-        if not tasks or record["opened"] not in last or record["closed"] not in last:
-            raise ValueError(f"opened {record['opened']!r} and closed {record['closed']!r}")
+        structure = Structure.read(record["structure"])
+        opened, closed = record["opened"], record["closed"]
+        last = range(-1, len(structure.tasks))
+        if opened not in last or closed not in last:
+            raise ValueError(f"opened {opened!r} and closed {closed!r}")
         state = _put_back(record["state"], tensors)
-        module = ContinualModule(backbone, mask=record["mask"])
-        shape, dtype = tuple(record["input_shape"]), named_dtype(record["input_dtype"])
-        rebuild(module, tasks, record["num_classes"], shape, dtype, attached, state)
-        module._check_preparation(read_preparations(record["preparation"], len(tasks)))
-        module.opened, module.closed = record["opened"], record["closed"]
+        module = ContinualModule(backbone, mask=structure.mask)
+        rebuild(module, structure, state)
+        module.cursor.opened, module.cursor.closed = opened, closed
         module.load_state_dict(state)
-        module._switch(max(module.opened, 0))
+        module.switch(module.cursor.task)
     # A damaged file, or one that somebody made up, can lead to anything.
     except Exception as error:
         said = " ".join(str(error).split())[:300].rstrip(".")
@@ -152,21 +139,6 @@ def _taken(folder: Path) -> ConfigurationError:
     return ConfigurationError(
         f"Expected {folder} to be a new folder, but it is there. Name another one, or remove it."
     )
-
-
-def _task(record: Mapping[str, Any]) -> Task:
-    task = Task(**{**record, "columns": tuple(record["columns"])})
-    names = tuple(str(name) for name in task.class_names)
-    return Task(int(task.id), task.columns, names, int(task.epochs))
-
-
-def _attachment(record: list[Any]) -> list[Any]:
-    kind, *arguments = record
-    types = _ATTACHED[kind]
-    sizes = [value for value in arguments if isinstance(value, int)]
-    if tuple(map(type, arguments)) != types or any(not 0 < size < 2**20 for size in sizes):
-        raise ValueError(f"{kind} of {arguments}")
-    return record
 
 
 def _set_aside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -89,6 +89,30 @@ class SampleLoss:
         losses: Tensor = self._parts[key](logits, targets)
         return losses
 
+    def by_task(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        tasks: Tensor,
+        columns: Callable[[int], tuple[int, int]],
+    ) -> Tensor:
+        """Losses of samples of several tasks, ``(batch,)``, each on its own task's columns.
+
+        Args:
+            logits: ``(batch, num_classes)``.
+            targets: ``(batch,)`` int64, columns of the head.
+            tasks: ``(batch,)`` int64.
+            columns: ``(start, stop)`` of a task's columns.
+        """
+        losses = torch.zeros_like(targets, dtype=logits.dtype)
+        ids = sorted(set(tasks.tolist()))
+        for first, stop in sorted({columns(one) for one in ids}):
+            same = [one for one in ids if columns(one) == (first, stop)]
+            own = torch.isin(tasks.to(targets.device), torch.tensor(same, device=targets.device))
+            of_own = self(logits[own, first:stop], targets[own] - first, first)
+            losses = losses.to(of_own.dtype).masked_scatter(own, of_own)
+        return losses
+
     def check(self, num_classes: int, columns: Collection[tuple[int, int]]) -> None:
         """Try it on two made-up samples of each set of columns.
 

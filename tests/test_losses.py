@@ -179,7 +179,7 @@ def test_the_fisher_is_of_the_likelihood_whatever_the_loss(fit: Fit) -> None:
     module, _ = fit([EWC()], mask="task")
     parameters = module.shared_parameters(include_head=False)
     plain = fisher_diagonal(module, 1, parameters)
-    module._loss = SampleLoss(CrossEntropy(WEIGHTS, 0.5))
+    module.sample_loss = SampleLoss(CrossEntropy(WEIGHTS, 0.5))
     smoothed = fisher_diagonal(module, 1, parameters)
     assert all(torch.equal(plain[name], smoothed[name]) for name in plain)
 

@@ -88,7 +88,7 @@ SINGLE = (
     "bpn_lightning.run.console.StreamProgress",
     "bpn_lightning.run.dashboards.Dashboard",
     "bpn_lightning.losses.CrossEntropy",
-    "bpn_lightning.model.steps.sgd",
+    "bpn_lightning.model.optimization.sgd",
 )
 
 #: Keyword arguments of torchvision's builders that fetch weights under an older name.

@@ -9,60 +9,71 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.losses import LossFunction, SampleLoss
+from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
+from bpn_lightning.model.attaching import make_keys
+from bpn_lightning.model.cursor import Cursor
+from bpn_lightning.model.feature_width import feature_width
 from bpn_lightning.model.inference import FixedModeNetwork, PerSampleNetwork
+from bpn_lightning.model.merged_weights import MergedWeights
+from bpn_lightning.model.structure import Attachment, Structure, check_mask
 from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths
 from bpn_lightning.nn.layers import (
     BiasUnits,
-    ComplexKeys,
-    ComplexLinear,
-    KernelKeys,
     Keys,
     SwitchableConv2d,
     SwitchableLinear,
     TaskModule,
     WeightBank,
-    evaluation_mode,
     is_linear,
 )
-from bpn_lightning.preparation import Preparation, differing_preparation
-from bpn_lightning.tasks import Batch, ContinualStream, Mask, Split, Task
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.tasks import Batch, ContinualStream, Mask, Phase, Schedule, Split, Task
 
-__all__ = ["ContinualNetwork"]
-
-MASKS = ("all", "seen", "task", "shared")
+__all__ = ["ContinualNetwork", "overridden"]
 
 
 class ContinualNetwork(L.LightningModule):
-    """Structure, forward and modes; :class:`~bpn_lightning.model.module.ContinualModule` trains it.
+    """Structure, forward and modes: what strategies see of :class:`~bpn_lightning.model.module.ContinualModule`.
 
     Args:
         backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
-        mask: the columns of the head that take part; see there.
+        mask: the output units of the head that take part; see there.
+        loss: of each sample; see :class:`~bpn_lightning.losses.SampleLoss`.
+
+    Attributes:
+        structure: what it consists of besides the backbone; checkpoints and exports hold it.
+        cursor: where in the stream it is.
+        strategies: the continual strategies of the trainer, in the order of its callbacks.
+        phase_owners: the strategies that declared phases, by task and the phase's name.
+        merged: keeps the weights of training while merged ones are in their place.
+        in_step_forward: whether the forward that runs is the training step's own.
+        param_groups: of the current optimizer, by the ``id`` of each of its parameters.
 
     Raises:
-        ConfigurationError: the mask is unknown.
+        ConfigurationError: the mask is unknown, or the loss is none.
     """
 
-    def __init__(self, backbone: nn.Module, mask: Mask = "all") -> None:
+    accuracy_matrix: AccuracyMatrix
+
+    def __init__(
+        self, backbone: nn.Module, mask: Mask = "all", loss: LossFunction | None = None
+    ) -> None:
         super().__init__()
-        if mask not in MASKS:
-            raise ConfigurationError(
-                f"Expected mask to be one of {', '.join(MASKS)}, but got {mask!r}."
-            )
         self.backbone = compiled_in_place(backbone)
         self.head: nn.Linear | None = None
-        self.opened = -1
-        self._mask: Mask = mask
-        self._tasks: list[Task] = []
-        self._input_shape: tuple[int, ...] = ()
-        self._input_dtype = torch.float32
-        self._preparations: list[Preparation] = []  # of all tasks, in order
         self.weight_bank: WeightBank | None = None
-        self._attached: list[list[Any]] = []  # what was attached: kind and arguments
+        self.structure = Structure(check_mask(mask))
+        self.cursor = Cursor()
+        self.strategies: Sequence[ContinualStrategy] = ()
+        self.phase_owners: dict[tuple[int, str], ContinualStrategy] = {}
+        self.merged = MergedWeights()
+        self.sample_loss = SampleLoss(loss)
+        self.in_step_forward = False
+        self.param_groups: dict[int, dict[str, Any]] = {}
         self._stream: ContinualStream | None = None
         self._mode: int | Tensor = 0
         self._switch_hooks: list[Callable[..., Any]] = []
-        self._training_weights: dict[str, Tensor] = {}  # while merged ones are in their place
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Lightning notes which hook runs, some forty times per update: that is no parameter."""
@@ -84,19 +95,69 @@ class ContinualNetwork(L.LightningModule):
         return self._stream
 
     @property
+    def has_trainer(self) -> bool:
+        """Whether there is one; a loaded module answers without."""
+        return self._trainer is not None
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether there is one; a loaded module answers without."""
+        return self._stream is not None
+
+    @property
     def tasks(self) -> Sequence[Task]:
         """The tasks of the stream."""
-        return self._tasks
+        return self.structure.tasks
+
+    @property
+    def opened(self) -> int:
+        """The task that was opened last, -1 before the first."""
+        return self.cursor.opened
+
+    @property
+    def closed(self) -> int:
+        """The last task that is learned, consolidated and evaluated, -1 before the first."""
+        return self.cursor.closed
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the epochs of the stream."""
+        return self.cursor.schedule
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that runs."""
+        return self.cursor.phase
+
+    @property
+    def phase_owner(self) -> ContinualStrategy:
+        """The strategy that declared the phase that runs."""
+        return self.phase_owners[self.cursor.task, self.phase.name]
+
+    @property
+    def mode(self) -> "int | Tensor":
+        """The task whose mode holds, or ``(batch,)`` one of each sample."""
+        return self._mode
+
+    def use_strategies(self, strategies: Sequence[ContinualStrategy]) -> None:
+        """Let these strategies hear of the task modes, and take part in training."""
+        self.strategies = strategies
+        self._switch_hooks = overridden(strategies, "on_task_switch")
+
+    def training_tasks(self, task_id: int) -> list[int]:
+        """The tasks whose data a task is trained on: its own, and what a strategy adds."""
+        wanted = (strategy.training_tasks(self.tasks[task_id]) for strategy in self.strategies)
+        return sorted({task_id}.union(*wanted))
 
     @property
     def mask(self) -> Mask:
         """Which columns of the head take part in a task's loss."""
-        return self._mask
+        return self.structure.mask
 
     @property
     def has_modes(self) -> bool:
         """Whether the network answers differently in different tasks' modes."""
-        return bool(self._task_modules()) or bool(self._switch_hooks)
+        return bool(self.task_modules()) or bool(self._switch_hooks)
 
     def batches(self, task_id: int, split: Split, at_most: int | None = None) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
@@ -111,78 +172,40 @@ class ContinualNetwork(L.LightningModule):
             ConfigurationError: the backbone's output is no feature matrix, the mask and the stream's
                 classes do not fit, or the module was built for another stream.
         """
-        shared = len({task.columns for task in stream.tasks}) == 1
-        if len(stream.tasks) > 1 and shared != (self._mask == "shared"):
-            wanted, why = "'all', 'seen' or 'task'", "brings new classes with every task"
-            if shared:
-                wanted, why = "'shared'", "has the same classes in every task"
-            raise ConfigurationError(
-                f"Expected mask to be {wanted} for a stream that {why}, but got {self._mask!r}. Set "
-                "model.mask, or choose another stream."
-            )
-        self._build(
+        self.structure.check_mask_fits(stream.tasks)
+        self.build(
             list(stream.tasks), stream.num_classes, tuple(stream.input_shape), stream.input_dtype
         )
-        self._check_preparation(stream.preparations())
+        self.structure.set_preparations(stream.preparations())
         self._stream = stream
 
-    def _check_preparation(self, found: list[Preparation]) -> None:
-        """Take how a stream prepares inputs, or refuse another way than the one that was learned."""
-        different = differing_preparation(self._preparations, found) if self._preparations else None
-        if different:
-            raise ConfigurationError(
-                "Expected the stream to prepare its inputs as the one that this module was built for, "
-                f"{different[0]}, but got {different[1]}. Give it the data and the seed of that stream; "
-                "module.predict takes other images."
-            )
-        self._preparations = self._preparations or found
-
-    def _build(
+    def build(
         self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...], dtype: torch.dtype
     ) -> None:
-        """Make head and matrix with one dry forward through the backbone."""
+        """Make head and accuracy matrix, with one dry forward through the backbone.
+
+        Args:
+            tasks: of the stream.
+            num_classes: output units of the head.
+            input_shape: of one prepared input.
+            dtype: of prepared inputs.
+
+        Raises:
+            ConfigurationError: the backbone's output is no feature matrix, or the module was built for
+                a stream of other sizes.
+        """
+        structure = self.structure
         if self.head is not None:
-            built = (len(self._tasks), self.head.out_features, self._input_shape, self._input_dtype)
-            wanted = (len(tasks), num_classes, input_shape, dtype)
-            if built != wanted:
-                raise ConfigurationError(
-                    "Expected the stream that this module was built for, with (tasks, classes, input "
-                    f"shape, input dtype) of {built}, but got {wanted}. Make a new module for another "
-                    "stream."
-                )
-            self._tasks = tasks
+            structure.check_stream(tasks, num_classes, input_shape, dtype)
+            structure.tasks = tasks
             return
-        features = self._features(input_shape, dtype)
-        self._tasks, self._input_shape, self._input_dtype = tasks, input_shape, dtype
+        features = feature_width(self.backbone, input_shape, dtype, self.device)
+        structure.tasks, structure.num_classes = tasks, num_classes
+        structure.input_shape, structure.input_dtype = input_shape, dtype
         self.head = nn.Linear(features, num_classes, device=self.device)
         nn.init.normal_(self.head.weight, std=features**-0.5)
         nn.init.zeros_(self.head.bias)
-
-    def _features(self, input_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Width of the backbone's output for inputs of this shape and dtype."""
-        inputs = torch.zeros(1, *input_shape, dtype=dtype, device=self.device)
-        wanted = f"(batch, {', '.join(map(str, input_shape))})"
-        eagerly = torch.compiler.set_stance("force_eager")  # a graph of before the layers switch
-        with torch.no_grad(), evaluation_mode(self.backbone), eagerly:
-            try:
-                output = self.backbone(inputs)
-            except Exception as error:
-                raise ConfigurationError(
-                    f"Expected backbone to accept {_kind(dtype)} of shape {wanted}, but its forward "
-                    f"raised {type(error).__name__}: {str(error).rstrip('.')}. "
-                    f"{_remedy(str(error), inputs)}"
-                ) from error
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            tensor = isinstance(output, Tensor)
-            got = f"shape {tuple(output.shape)}" if tensor else f"a {type(output).__name__}"
-            remedy = "Let it return a tensor with a row for each sample."
-            if tensor and output.dim() > 2:
-                remedy = "End it with nn.Flatten(), or with a mean over what is neither sample nor feature."
-            raise ConfigurationError(
-                f"Expected backbone to map {wanted} to (batch, features), but got {got} for a batch of "
-                f"1. {remedy}"
-            )
-        return output.shape[1]
+        self.accuracy_matrix = AccuracyMatrix(len(tasks))
 
     def network(self) -> nn.Module:
         """The module itself, as the function from inputs to logits."""
@@ -195,17 +218,17 @@ class ContinualNetwork(L.LightningModule):
             for name, part in self.backbone.named_modules(prefix="backbone")
             if is_linear(part)
         }
-        return {**cast(dict[str, nn.Linear], layers), "head": self._head}
+        return {**cast(dict[str, nn.Linear], layers), "head": self.built_head}
 
     def attach_bias_units(self, layer: str, rank: int) -> nn.Module:
         """Give a linear layer bias units, or return those that it has."""
         linear = self.linear_layers()[layer]
         units = getattr(linear, "bias_units", None)
         if units is None:
-            units = BiasUnits(len(self._tasks), rank, linear.out_features)
+            units = BiasUnits(len(self.tasks), rank, linear.out_features)
             SwitchableLinear.convert(linear, bias_units=units)
             leave_fast_paths(self.backbone)
-            self._attached.append(["bias_units", layer, rank])
+            self._note("bias_units", layer=layer, rank=rank)
         if units.M.shape[1] != rank:
             raise ConfigurationError(
                 f"Expected rank to be {units.M.shape[1]}, as in the bias units that layer "
@@ -237,42 +260,32 @@ class ContinualNetwork(L.LightningModule):
             )
         keys = getattr(known[layer], "keys", None)
         if keys is None:
-            keys = self._make_keys(layer, known[layer], kind)
+            keys = make_keys(layer, known[layer], kind, len(self.tasks), layer == "head")
             leave_fast_paths(self.backbone)
-            self._attached.append(["keys", layer, kind])
+            self._note("keys", layer=layer, kind=kind)
         if keys.kind != kind:
             raise ConfigurationError(
                 f"Expected keys to be {keys.kind!r}, as those that layer {layer} has, but got {kind!r}."
             )
         return cast(Keys, keys)
 
-    def _make_keys(self, layer: str, part: nn.Module, kind: str) -> Keys:
-        tasks = len(self._tasks)
-        if isinstance(part, nn.Conv2d):
-            return SwitchableConv2d.convert(
-                part, KernelKeys(tasks, part.groups * part.weight[0].numel())
-            ).keys
-        assert isinstance(part, nn.Linear)
-        if kind == "complex":
-            if "weight" not in dict(part.named_parameters(recurse=False)):
-                raise ConfigurationError(
-                    "Expected layers with weights of their own where keys are 'complex', but layer "
-                    f"{layer} makes its weights from others. Set keys to 'binary', or take weight_norm "
-                    "and other parametrizations away."
-                )
-            keys = ComplexKeys(tasks, part.in_features)
-            return ComplexLinear.make_complex(part, keys, real_output=part is self.head).keys
-        return cast(Keys, SwitchableLinear.convert(part, keys=Keys(tasks, part.in_features)).keys)
-
     def attach_weight_bank(self) -> WeightBank:
         """Keep a whole set of weights for every task, or return the bank that does."""
         if self.weight_bank is None:
-            self.weight_bank = WeightBank(len(self._tasks), self, ("backbone", "head"))
-            self._attached.append(["weight_bank"])
+            self.weight_bank = WeightBank(len(self.tasks), self, ("backbone", "head"))
+            self._note("weight_bank")
         return self.weight_bank
 
+    def _note(self, part: str, **arguments: Any) -> None:
+        self.structure.attached.append(Attachment(part, arguments))
+
     @property
-    def _head(self) -> nn.Linear:
+    def built_head(self) -> nn.Linear:
+        """The head, where there is one.
+
+        Raises:
+            ConfigurationError: the module knows no stream yet.
+        """
         if self.head is None:
             raise ConfigurationError(
                 "Expected the module to know its stream, but it has no head yet. Call "
@@ -280,17 +293,44 @@ class ContinualNetwork(L.LightningModule):
             )
         return self.head
 
-    def _task_modules(self) -> list[TaskModule]:
+    def task_modules(self) -> list[TaskModule]:
+        """The parts that hold something for every task."""
         return [part for part in self.modules() if isinstance(part, TaskModule)]
 
     @property
     def training_weights(self) -> Mapping[str, Tensor]:
         """By name, the weights of training while merged ones are in their place; else empty."""
-        return self._training_weights
+        return self.merged.training
+
+    def learning_rate(self, parameter: nn.Parameter) -> float:
+        """The current optimizer's learning rate of a parameter."""
+        return float(self.param_groups[id(parameter)]["lr"])
+
+    @property
+    def loss_scale(self) -> float:
+        """The scaler's factor, which parameters outside the optimizer keep in their gradients."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if not self.has_trainer or self.trainer.world_size == 1:
+            return tensor
+        own = tensor.clone(memory_format=torch.contiguous_format)  # nccl takes no other
+        return cast(Tensor, self.trainer.strategy.reduce(own, reduce_op="sum"))
+
+    def broadcast_buffers(self) -> None:
+        """Take the first process's running statistics, as DDP would at the next forward."""
+        if self.trainer.world_size == 1:
+            return
+        for buffer in self.backbone.buffers():
+            if buffer.is_floating_point():
+                own = buffer if self.global_rank == 0 else torch.zeros_like(buffer)
+                buffer.copy_(self.all_reduce(own))
 
     def shared_parameters(self, include_head: bool) -> dict[str, nn.Parameter]:
         """The trainable parameters that tasks share, by name; never those of bias units."""
-        own = {id(p) for part in self._task_modules() for p in part.parameters()}
+        own = {id(p) for part in self.task_modules() for p in part.parameters()}
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -312,18 +352,18 @@ class ContinualNetwork(L.LightningModule):
             ``(batch, num_classes)``.
         """
         if task is not None:
-            if isinstance(task, Tensor) and not all(p.per_sample for p in self._task_modules()):
-                self._check_tasks(task)
+            if isinstance(task, Tensor) and not all(p.per_sample for p in self.task_modules()):
+                self.check_task_ids(task)
                 return self._answer_groups(inputs, task)
             with self.task_mode(task):
                 return self(inputs)  # type: ignore[no-any-return]
-        logits = self._logits(inputs)
-        if self._mask not in ("seen", "task"):
+        logits = self.all_logits(inputs)
+        if self.mask not in ("seen", "task"):
             return logits
         columns = torch.arange(logits.shape[1], device=logits.device)
         if isinstance(self._mode, Tensor):
             table = torch.tensor(
-                [self.columns(t) for t in range(len(self._tasks))], device=logits.device
+                [self.columns(t) for t in range(len(self.tasks))], device=logits.device
             )[self._mode]
             outside = (columns < table[:, :1]) | (columns >= table[:, 1:])
         else:
@@ -338,28 +378,41 @@ class ContinualNetwork(L.LightningModule):
         answers = [self(inputs[task == one], task=one) for one in ids]
         return torch.cat(answers)[order.argsort()] if ids else self(inputs, task=0)
 
-    def _logits(self, inputs: Tensor) -> Tensor:
-        """Of all columns, in the mode that holds."""
+    def all_logits(self, inputs: Tensor) -> Tensor:
+        """Logits ``(batch, num_classes)`` in the mode that holds, whatever the mask leaves out."""
         if inputs.dtype == torch.uint8:
             raise ConfigurationError(
                 "Expected inputs that the stream has prepared, but got uint8. module.predict(images) "
                 "prepares raw images, and answers for them."
             )
         if inputs.is_floating_point():
-            inputs = inputs.to(
-                self.dtype
-            )  # images become floats after Lightning converts precision
-        logits: Tensor = self._head(self.backbone(inputs))
+            # Images become floats after Lightning converts precision.
+            inputs = inputs.to(self.dtype)
+        logits: Tensor = self.built_head(self.backbone(inputs))
         return logits
 
     def columns(self, task_id: int) -> tuple[int, int]:
-        """``(start, stop)`` of the head's columns that take part in a task's mode."""
-        if self._mask == "task":
-            return self._tasks[task_id].columns
-        if self._mask == "seen" and self.opened >= 0:
-            # Of the tasks opened so far, in every mode: following the mode would be an oracle.
-            return 0, max(task.columns[1] for task in self._tasks[: self.opened + 1])
-        return 0, self._head.out_features
+        """``(start, stop)`` of the head's output units that take part in a task's mode."""
+        return self.structure.columns(task_id, self.opened)
+
+    def losses(self, logits: Tensor, targets: Tensor, task: "int | Tensor") -> Tensor:
+        """Each sample's loss on the columns of its task.
+
+        Args:
+            logits: ``(batch, num_classes)``; where samples have several tasks, with -inf outside of each
+                one's columns.
+            targets: ``(batch,)`` int64, columns of the head.
+            task: of all samples, or ``(batch,)``, one of each.
+
+        Returns:
+            ``(batch,)``.
+        """
+        if isinstance(task, int):
+            first, stop = self.columns(task)
+            return self.sample_loss(logits[:, first:stop], targets - first, first)
+        if self.sample_loss.loss is None or self.mask not in ("seen", "task"):
+            return self.sample_loss(logits, targets)
+        return self.sample_loss.by_task(logits, targets, task, self.columns)
 
     def for_inference(self, task: int | None = None) -> nn.Module:
         """A copy of the network that only answers, for ``torch.export`` and ``torch.onnx.export``.
@@ -377,15 +430,15 @@ class ContinualNetwork(L.LightningModule):
         """
         if task is not None:
             with self.task_mode(task):
-                return FixedModeNetwork(self.backbone, self._head, self.columns(task))
-        whole = [type(part).__name__ for part in self._task_modules() if not part.per_sample]
+                return FixedModeNetwork(self.backbone, self.built_head, self.columns(task))
+        whole = [type(part).__name__ for part in self.task_modules() if not part.per_sample]
         if whole:
             raise ConfigurationError(
                 "Expected task to be a task ID where a batch can only have one task, but got None, and "
                 f"the network has {whole[0]}. Make one network for each task."
             )
-        columns = [self.columns(task.id) for task in self._tasks]
-        return PerSampleNetwork(self.backbone, self._head, columns)
+        columns = [self.columns(task.id) for task in self.tasks]
+        return PerSampleNetwork(self.backbone, self.built_head, columns)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: nothing says for which task."""
@@ -415,15 +468,20 @@ class ContinualNetwork(L.LightningModule):
         Raises:
             ConfigurationError: the stream has no such task.
         """
-        self._check_tasks(task)
+        self.check_task_ids(task)
         before = self._mode
         try:
-            self._switch(task)
+            self.switch(task)
             yield
         finally:
-            self._switch(before)
+            self.switch(before)
 
-    def _check_tasks(self, task: "int | Tensor") -> None:
+    def check_task_ids(self, task: "int | Tensor") -> None:
+        """Refuse what is no task ID of the stream.
+
+        Raises:
+            ConfigurationError: it is none, or of the wrong shape.
+        """
         if isinstance(task, Tensor) and torch.compiler.is_compiling():
             raise ConfigurationError(
                 "Expected task to be a number where the module itself is exported, but got a tensor, "
@@ -435,45 +493,24 @@ class ContinualNetwork(L.LightningModule):
             )
         ids = set(task.tolist()) if isinstance(task, Tensor) else {task}
         for one in ids:
-            if not 0 <= one < len(self._tasks):
+            if not 0 <= one < len(self.tasks):
                 raise ConfigurationError(
-                    f"Expected task to be an id from 0 to {len(self._tasks) - 1}, but got {one}."
+                    f"Expected task to be an id from 0 to {len(self.tasks) - 1}, but got {one}."
                 )
 
-    def _switch(self, task: "int | Tensor") -> None:
+    def switch(self, task: "int | Tensor") -> None:
+        """Answer in a task's mode from now on; :meth:`task_mode` does so for a while, and checks."""
         self._mode = task
-        for part in self._task_modules():
+        for part in self.task_modules():
             part.switch(task)
         for hook in self._switch_hooks:
             hook(self, task)
 
 
-def _kind(dtype: torch.dtype) -> str:
-    return "inputs" if dtype.is_floating_point else f"integer tokens ({dtype})"
-
-
-def _remedy(said: str, inputs: Tensor) -> str:
-    """What helps against an error that a forward raised on these inputs."""
-    if not inputs.is_floating_point():
-        return "Begin it with nn.Embedding, which turns tokens into floats."
-    if "indices" in said:  # of an embedding
-        return (
-            "An embedding needs a stream of integer tokens: this one's inputs are floats. Pass another "
-            "network, or tokens as integers."
-        )
-    if "more than 1 value per channel" in said:
-        return (
-            "A layer that normalizes batches has no running statistics to answer a single sample with: "
-            "make it with track_running_stats=True, or normalize each sample."
-        )
-    if "channels" in said and inputs.dim() == 4 and inputs.shape[1] in (1, 3):
-        return (
-            f"Set the stream's channels to {4 - inputs.shape[1]}, or pass a network for images of "
-            f"{inputs.shape[1]}."
-        )
-    if inputs.dim() > 2 and "mat1 and mat2" in said:
-        return "Begin it with nn.Flatten(), or pass a network for inputs of this shape."
-    return "Pass a network for inputs of this shape."
+def overridden(strategies: Sequence[ContinualStrategy], hook: str) -> list[Callable[..., Any]]:
+    """A hook's methods, of the strategies that override it: the others cost nothing."""
+    base = getattr(ContinualStrategy, hook)
+    return [getattr(s, hook) for s in strategies if getattr(type(s), hook) is not base]
 
 
 def _no_task_named(method: str, remedy: str) -> ConfigurationError:

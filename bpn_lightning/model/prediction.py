@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.evaluation import most_confident
-from bpn_lightning.model.steps import ContinualSteps
+from bpn_lightning.model.network import ContinualNetwork
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.preparation import find_preparation, prepare_raw
 from bpn_lightning.tasks import Batch
@@ -16,7 +16,7 @@ __all__ = ["check_predictable", "predict", "raw_inputs"]
 
 
 @torch.no_grad()
-def predict(module: ContinualSteps, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+def predict(module: ContinualNetwork, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
     """Logits of raw inputs, prepared to the same bits as the stream prepares them.
 
     In evaluation mode and without a gradient; modes and flags stay as they were. A module that was
@@ -42,7 +42,7 @@ def predict(module: ContinualSteps, images: Tensor, task: "int | Tensor | None" 
     """
     check_predictable(module, task)
     of_task = _a_task(module, task)
-    own, _ = find_preparation(module._preparations, of_task)
+    own, _ = find_preparation(module.structure.preparations, of_task)
     single = own.is_one(images)
     images = images[None] if single else images
     if isinstance(task, Tensor) and task.shape != (len(images),):
@@ -60,16 +60,16 @@ def predict(module: ContinualSteps, images: Tensor, task: "int | Tensor | None" 
     return logits[0] if single else logits
 
 
-def check_predictable(module: ContinualSteps, task: "int | Tensor | None" = None) -> None:
+def check_predictable(module: ContinualNetwork, task: "int | Tensor | None" = None) -> None:
     """Refuse what no raw input could be answered for.
 
     Raises:
         ConfigurationError: the module knows no stream, has to be told the task, or cannot prepare inputs.
     """
-    preparations = module._preparations
+    preparations = module.structure.preparations
     find_preparation(preparations, 0)
     if task is not None:
-        module._check_tasks(task)
+        module.check_task_ids(task)
     differ = len(preparations) > 1 or preparations[0].differs_by_task
     if task is None and (module.mask == "task" or differ):
         why = "every task prepares its inputs in its own way"
@@ -80,7 +80,7 @@ def check_predictable(module: ContinualSteps, task: "int | Tensor | None" = None
             "task id or one for each image."
         )
     code = next((one.code for one in preparations if one.steps is None), "")
-    if code and module._stream is None:
+    if code and not module.has_stream:
         raise ConfigurationError(
             f"Expected a stream whose preparation a file can hold, but its inputs go through {code}, which "
             "is code. Call module.attach(stream) first, or pass inputs that the stream has prepared to "
@@ -103,23 +103,23 @@ def raw_inputs(batch: Any) -> Tensor:
     return inputs
 
 
-def _a_task(module: ContinualSteps, task: "int | Tensor | None") -> int:
+def _a_task(module: ContinualNetwork, task: "int | Tensor | None") -> int:
     """One whose inputs are of the shape that is asked for."""
     if isinstance(task, Tensor):
         return int(task[0]) if len(task) else 0
     return 0 if task is None else task
 
 
-def _modes(module: ContinualSteps) -> range:
+def _modes(module: ContinualNetwork) -> range:
     """Of the learned tasks; one where all answer alike."""
-    learned = max(getattr(module, "closed", module.opened), 0)
+    learned = max(module.closed, 0)
     return range(learned + 1) if module.has_modes else range(learned, learned + 1)
 
 
-def _prepared(module: ContinualSteps, images: Tensor, task: "int | Tensor") -> Tensor:
-    if all(one.steps is not None for one in module._preparations):
-        return prepare_raw(module._preparations, images, task)
-    own, _ = find_preparation(module._preparations, _a_task(module, task))
+def _prepared(module: ContinualNetwork, images: Tensor, task: "int | Tensor") -> Tensor:
+    if all(one.steps is not None for one in module.structure.preparations):
+        return prepare_raw(module.structure.preparations, images, task)
+    own, _ = find_preparation(module.structure.preparations, _a_task(module, task))
     raw = own.batch(images)
     targets = torch.zeros(len(raw), dtype=torch.long, device=raw.device)
     return module.stream.prepare(Batch(raw, targets, task, len(raw))).inputs

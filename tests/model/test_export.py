@@ -17,6 +17,7 @@ from bpn_lightning.cli import export as export_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
 from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.model.structure import SCHEMA
 from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import (
     EWC,
@@ -79,13 +80,15 @@ def exported(fit: Fit, tmp_path: Path) -> Path:
 
 def test_the_files_say_what_is_in_them(exported: Path) -> None:
     record = json.loads((exported / "model.json").read_text())
-    assert record["tasks"][1] == {
+    assert record["schema"] == SCHEMA
+    structure = record["structure"]
+    assert structure["tasks"][1] == {
         "id": 1,
         "columns": [2, 4],
         "class_names": ["2", "3"],
         "epochs": 2,
     }
-    assert record["attached"][0] == ["bias_units", "backbone.1", 4]
+    assert structure["attached"][0] == {"part": "bias_units", "layer": "backbone.1", "rank": 4}
     with safe_open(exported / "model.safetensors", "pt") as tensors:
         assert tensors.get_tensor("backbone.1.bias_units.bank").shape == (2, 16)
 
@@ -122,15 +125,36 @@ def test_what_is_in_the_files_is_never_run(exported: Path, tmp_path: Path) -> No
     assert not (tmp_path / "owned").exists()
 
 
+UNKNOWN_PART = (
+    "Expected an attachment to be one of bias_units, keys, weight_bank with its arguments, but got {}. "
+    "The file is damaged or made up."
+)
+
+
+def change_record(folder: Path, change: dict[str, Any]) -> None:
+    """Change fields of model.json, wherever in it they are."""
+    path = folder / "model.json"
+    record = json.loads(path.read_text())
+    for key, value in change.items():
+        (record["structure"] if key in record["structure"] else record)[key] = value
+    path.write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": "other"}, "ValueError: format 'other', version 1."),
-        ({"version": 2}, "ValueError: format 'bpn_lightning model', version 2."),
-        ({"attached": [["strategy", "a"]]}, "KeyError: 'strategy'."),
+        ({"format": "other"}, "ValueError: format 'other'."),
         (
-            {"attached": [["bias_units", "head", 10**9]]},
-            "ValueError: bias_units of ['head', 1000000000].",
+            {"schema": SCHEMA + 1, "bpn_lightning": "9.9"},
+            (
+                f"Expected an exported module of schema {SCHEMA}, but got schema {SCHEMA + 1}, written by "
+                "bpn_lightning 9.9. Use bpn_lightning 9.9 for it, or a newer one."
+            ),
+        ),
+        ({"attached": [{"part": "strategy"}]}, UNKNOWN_PART.format({"part": "strategy"})),
+        (
+            {"attached": [{"part": "bias_units", "layer": "head", "rank": 10**9}]},
+            UNKNOWN_PART.format({"part": "bias_units", "layer": "head", "rank": 10**9}),
         ),
         (
             {"input_shape": [0]},
@@ -145,12 +169,16 @@ def test_what_is_in_the_files_is_never_run(exported: Path, tmp_path: Path) -> No
     ],
 )
 def test_a_record_that_is_wrong(change: dict[str, Any], said: str, exported: Path) -> None:
-    path = exported / "model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    change_record(exported, change)
     assert refused(exported) == said
 
 
+def bias_units(layer: str, rank: int) -> dict[str, Any]:
+    return {"part": "bias_units", "layer": layer, "rank": rank}
+
+
 TASK = {"id": 0, "columns": [0, 2], "class_names": ["0", "1"], "epochs": 2}
+PREPARED = {"tasks": 40, "dtype": "uint8", "shape": [1, 8, 8], "steps": [], "code": ""}
 
 
 @pytest.mark.parametrize(
@@ -160,17 +188,19 @@ TASK = {"id": 0, "columns": [0, 2], "class_names": ["0", "1"], "epochs": 2}
         ({"num_classes": 10**12}, "Expected a head to be within"),
         ({"input_shape": [2**12, 2**12, 2**12]}, "an input of at most 16,777,216 numbers"),
         ({"input_shape": [1, 2**11, 2**11]}, "not equal to in_features from self.weight: 64"),
-        ({"tasks": [TASK] * 40}, "Expected an accuracy matrix to be within"),
-        ({"attached": [["bias_units", "head", 2**11]]}, "Expected bias_units of ['head', 2048]"),
-        ({"attached": [["bias_units", "backbone.1", 2**19]]}, "Expected bias_units of"),
+        (
+            {"tasks": [TASK] * 40, "preparations": [PREPARED]},
+            "Expected an accuracy matrix to be within",
+        ),
+        ({"attached": [bias_units("head", 2**11)]}, "Expected bias_units of ['head', 2048]"),
+        ({"attached": [bias_units("backbone.1", 2**19)]}, "Expected bias_units of"),
     ],
 )
 def test_nothing_larger_than_the_tensors_is_made(
     change: dict[str, Any], said: str, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes that are small one by one, and large together."""
-    path = exported / "model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    change_record(exported, change)
     held = (exported / "model.safetensors").stat().st_size
     for name in ("zeros", "empty", "ones"):
         make = getattr(torch, name)
@@ -195,9 +225,10 @@ def test_a_checkpoint_makes_nothing_larger_than_its_tensors(fit: Fit, tmp_path: 
     _, trainer = fit([BeneficialPerturbation(rank=4)])
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    for key, value in (("num_classes", 2**20), ("attached", [["bias_units", "head", 2**20]])):
-        changed = {**saved, "continual": {**saved["continual"], key: value}}
-        torch.save(changed, tmp_path / "y.ckpt")
+    structure = saved["continual"]["structure"]
+    for key, value in (("num_classes", 2**20), ("attached", [bias_units("head", 2**19)])):
+        saved["continual"]["structure"] = {**structure, key: value}
+        torch.save(saved, tmp_path / "y.ckpt")
         with pytest.raises(CheckpointError, match="bytes of all tensors in the file"):
             ContinualModule.load_from_checkpoint(tmp_path / "y.ckpt", backbone=MLP([16, 16]))
 

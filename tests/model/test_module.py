@@ -219,7 +219,7 @@ def test_patience_ends_a_task_on_the_validation_split_alone(fit):
 
 def test_every_phase_is_judged_by_its_own_best_loss(fit, monkeypatch):
     scores = iter([(1.0, 0.9), (2.0, 0.8), (3.0, 0.8)])  # the second task does not improve
-    monkeypatch.setattr("bpn_lightning.model.module.validation_scores", lambda *_: next(scores))
+    monkeypatch.setattr("bpn_lightning.model.task_loop.validation_scores", lambda *_: next(scores))
     stream = digits(epochs_per_task=[1, 3], validation_fraction=0.2)
     module, _ = fit([FineTuning()], stream=stream, patience=1)
     assert module.schedule.lengths == [1, 2]
@@ -325,7 +325,7 @@ def test_a_module_loads_without_a_trainer_and_answers_the_same(fit, tmp_path):
         (
             [FineTuning()],
             {},
-            "here and ['bpn_lightning.strategies.ewc.EWC'] there.",
+            "they differ: strategies is ['finetune'] here and ['ewc'] there.",
         ),
         ([EWC()], {"stream": digits(num_tasks=3)}, "number of tasks is 3 here and 2 there; "),
         (
@@ -357,7 +357,7 @@ def test_a_failure_while_a_task_closes_adds_nothing_twice(fit, tmp_path, monkeyp
         def on_exception(self, trainer, module, error):
             trainer.save_checkpoint(tmp_path / "broken.ckpt")
 
-    from bpn_lightning.model import module as home
+    from bpn_lightning.model import task_loop as home
 
     real, calls = home.evaluate, []
 

@@ -33,7 +33,7 @@ class OwnOptimizers(ContinualModule):
 
 class OwnForward(ContinualModule):
     def forward(self, inputs: Any, task: Any = None) -> Any:
-        return self._head(self.backbone(inputs))
+        return self.built_head(self.backbone(inputs))
 
 
 class OwnEpochStart(ContinualModule):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.model.structure import Attachment
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.layers import WeightBank
 
@@ -29,8 +30,8 @@ def banked() -> Callable[..., ContinualModule]:
         bank = module.attach_weight_bank()
         bank.begin()
         for task in range(TASKS):
-            module.opened = task
-            module._switch(task)
+            module.cursor.opened = task
+            module.switch(task)
             bank.start(task)
             with torch.no_grad():
                 for parameter in module.parameters():
@@ -150,7 +151,7 @@ def test_there_is_one_bank(banked: Any) -> None:
     bank = module.attach_weight_bank()
     assert isinstance(bank, WeightBank)
     assert module.attach_weight_bank() is module.weight_bank is bank
-    assert module._attached == [["weight_bank"]]
+    assert module.structure.attached == [Attachment("weight_bank", {})]
     assert module.has_modes
     assert module.shared_parameters(include_head=True).keys() == {
         "backbone.1.weight", "backbone.1.bias", "head.weight", "head.bias",

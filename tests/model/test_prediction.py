@@ -226,7 +226,7 @@ def test_features_and_tokens_are_prepared_too(
 def test_channels_that_are_made_are_those_of_raw_images(fit: Fit, channels: Any) -> None:
     stream = SplitDigits(num_tasks=2, epochs_per_task=1, seed=0, channels=channels)
     module = learned(fit, stream)
-    assert module._preparations[0].shape == (channels, 8, 8)
+    assert module.structure.preparations[0].shape == (channels, 8, 8)
     check_answers(module, module, {task: raw(stream, task) for task in (0, 1)})
 
 
@@ -313,7 +313,7 @@ def test_nothing_of_the_module_changes(digits: ContinualModule) -> None:
     kept = images.clone()
     with digits.task_mode(1):
         found = digits.predict(images, 0)
-        assert digits._mode == 1
+        assert digits.mode == 1
     assert digits.training
     assert not found.requires_grad
     assert torch.equal(images, kept)
@@ -451,7 +451,7 @@ def test_rounding_is_no_difference() -> None:
 def test_records_that_are_made_up_are_refused(
     digits: ContinualModule, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    one = digits._preparations[0].record()
+    one = digits.structure.preparations[0].record()
     Preparation.of_record(one)
     with pytest.raises(ValueError, match=r"prep|permutations that this version"):
         Preparation.of_record({**one, **change})
@@ -462,7 +462,7 @@ def test_a_checkpoint_with_a_made_up_record_is_refused(
 ) -> None:
     digits.trainer.save_checkpoint(tmp_path / "saved.ckpt")
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
-    saved["continual"]["preparation"][0]["dtype"] = "object"
+    saved["continual"]["structure"]["preparations"][0]["dtype"] = "object"
     torch.save(saved, tmp_path / "saved.ckpt")
     with pytest.raises(CheckpointError, match="a preparation of"):
         ContinualModule.load_from_checkpoint(tmp_path / "saved.ckpt", backbone=MLP([8]))

@@ -609,13 +609,13 @@ def test_replay_leaves_gradients_modes_and_flags_alone(learn: Any, watch: Any, s
         def everything() -> Any:
             flags = [part.training for part in host.modules()]
             gradients = [p.grad.clone() for p in parameters.values()]
-            return [host.state_dict(), gradients, flags, host._mode, torch.get_rng_state()]
+            return [host.state_dict(), gradients, flags, host.mode, torch.get_rng_state()]
 
         before = everything()
         before[0] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in before[0].items()}
         gem.memory_gradients(host, parameters)
         same(everything(), before)
-        times.append(host._mode)
+        times.append(host.mode)
         host.backbone[4].train()
 
     learn(BeneficialPerturbation(3), watch(project=look), gem, backbone=WithNorm, stream=STREAM)

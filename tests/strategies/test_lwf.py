@@ -206,7 +206,7 @@ def noted(watch: Any, lwf: LearningWithoutForgetting, found: list[Any]) -> Any:
                 own = slice(*host.tasks[k].columns)
                 z = host(batch.inputs, task=k)
                 expected += softened(z[:, own], said[index][:, own])
-            term = lwf.loss_terms(host, batch, host._logits(batch.inputs))
+            term = lwf.loss_terms(host, batch, host.all_logits(batch.inputs))
         found.append((host.opened, term.get("lwf"), lwf.strength * expected))
         return {}
 

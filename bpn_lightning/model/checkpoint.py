@@ -1,0 +1,189 @@
+"""What a module keeps in Lightning's checkpoints, by name, besides its tensors.
+
+::
+
+    checkpoint["continual"]
+    ├── schema, bpn_lightning    how to read the others, and who wrote them
+    ├── structure                head, tasks, inputs and attachments; exports have the same
+    ├── seed, strategies         of the run, to be compared: strategies by their state keys
+    ├── cursor                   where in the stream the module is
+    ├── early_stopping, optimization, history
+    ├── training_weights         while merged ones are in their place
+    ├── random_states            of every process
+    └── unfinished               batches of an update that is under way, or None
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bpn_lightning.errors import BPNLightningError, CheckpointError
+from bpn_lightning.files import why_unreadable
+from bpn_lightning.model.fit_progress import gather_random_states, unfinished_update
+from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.rebuilding import rebuild
+from bpn_lightning.model.structure import Structure, check_schema, schema_fields
+from bpn_lightning.model.task_loop import TaskLoop
+from bpn_lightning.run.checkpoints import read_checkpoint
+from bpn_lightning.run.identity import differences, flatten
+from bpn_lightning.tasks import Task
+
+__all__ = ["ENTRY", "load_state", "loading", "save_state"]
+
+ENTRY = "continual"
+"""The key in a checkpoint."""
+
+
+def save_state(loop: TaskLoop) -> dict[str, Any]:
+    """The entry of a checkpoint, of all processes: each of them calls this."""
+    network = loop.network
+    return {
+        **schema_fields(),
+        "structure": network.structure.record(),
+        "seed": network.stream.seed,
+        "strategies": _state_keys(network),
+        "cursor": network.cursor.state_dict(),
+        "early_stopping": loop.early_stopping.state_dict(),
+        "optimization": loop.optimization.state_dict(),
+        "history": loop.history.state_dict(loop.right_answers()),
+        "training_weights": dict(network.training_weights),
+        "random_states": gather_random_states(network.trainer),
+        "unfinished": unfinished_update(network.trainer),
+    }
+
+
+def load_state(
+    loop: TaskLoop, checkpoint: Mapping[str, Any], resuming: bool
+) -> dict[str, Any] | None:
+    """Rebuild the structure, with or without a trainer, and take over the cursor and what was measured.
+
+    Args:
+        loop: of a network with the backbone of the checkpoint's.
+        checkpoint: Lightning's, with the entry of :func:`save_state`.
+        resuming: whether a run goes on from there.
+
+    Returns:
+        This process's random state, to be restored when everything is built; None unless a run goes on.
+
+    Raises:
+        CheckpointError: the checkpoint is of another schema, stream, mask or list of strategies, was
+            taken inside an update, or has weights alone where a run is to go on.
+    """
+    saved = checkpoint.get(ENTRY)
+    if saved is None:
+        raise CheckpointError(
+            f"Expected a checkpoint of a ContinualModule, but it has no {ENTRY!r} entry. "
+            "Pass one from a run's checkpoints folder."
+        )
+    check_schema(saved, "a checkpoint")
+    structure = Structure.read(saved["structure"])
+    network = loop.network
+    _check_same_run(network, structure, saved, resuming)
+    if resuming:
+        _check_resumable(checkpoint, saved["unfinished"])
+    rebuild(network, structure, checkpoint["state_dict"])
+    network.merged.training = dict(saved["training_weights"])
+    loop.early_stopping.load_state_dict(saved["early_stopping"])
+    loop.history.load_state_dict(saved["history"])
+    if resuming:
+        network.cursor.load_state_dict(saved["cursor"])
+        loop.optimization.load_state_dict(saved["optimization"])
+    else:
+        network.cursor.load_progress(saved["cursor"])
+    network.switch(network.cursor.task)
+    return _own_random_state(network, saved["random_states"]) if resuming else None
+
+
+@contextmanager
+def loading(path: Any, weights_only: bool) -> Iterator[None]:
+    """Around Lightning's loading: read the file first, and say in one way what is wrong with it.
+
+    Args:
+        path: of the checkpoint; only a path is read first.
+        weights_only: whether nothing but tensors and plain values may be in it.
+
+    Raises:
+        CheckpointError: the file is damaged, of another kind, or with code in it, or does not fit the
+            module's arguments.
+    """
+    remedy = "Pass one from a run's checkpoints folder, and what that run's module was made of."
+    try:
+        saved = {}
+        if weights_only and isinstance(path, str | Path):
+            saved = read_checkpoint(Path(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {remedy}") from error
+    try:
+        for part in ("state_dict", ENTRY, "pytorch-lightning_version") if saved else ():
+            saved[part]
+        yield
+    except BPNLightningError:
+        raise
+    # torch may raise any exception here.
+    except Exception as error:
+        raise CheckpointError(
+            f"Expected {path} to be a checkpoint of a ContinualModule with these "
+            f"arguments, but got {type(error).__name__}: {why_unreadable(error)}. {remedy}"
+        ) from error
+
+
+def _check_same_run(
+    network: ContinualNetwork, structure: Structure, saved: Mapping[str, Any], resuming: bool
+) -> None:
+    here: dict[str, Any] = {"mask": network.mask}
+    there: dict[str, Any] = {"mask": structure.mask}
+    if network.has_trainer and network.tasks:
+        here |= _table(network.tasks)
+        there |= _table(structure.tasks)
+    if resuming:
+        here |= {"strategies": _state_keys(network), "seed": network.stream.seed}
+        there |= {"strategies": saved["strategies"], "seed": saved["seed"]}
+    different = differences(here, there)
+    if different:
+        raise CheckpointError(
+            f"Expected a checkpoint of this run, but they differ: {'; '.join(different)}. "
+            "Resume with the configuration that wrote it, or start a new run."
+        )
+
+
+def _check_resumable(checkpoint: Mapping[str, Any], unfinished: Mapping[str, int] | None) -> None:
+    if "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            "Expected a checkpoint of a whole run, but this one has the weights alone, without the "
+            "optimizer and the strategies. Resume another one; load_from_checkpoint takes this one."
+        )
+    if unfinished is not None:
+        raise CheckpointError(
+            "Expected a checkpoint taken between two updates, but this one was taken inside of one, "
+            f"after {unfinished['done']} of its {unfinished['needed']} batches, whose gradients are in no "
+            "checkpoint. Resume another one; bpn-fit takes them after updates only."
+        )
+
+
+def _own_random_state(
+    network: ContinualNetwork, states: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    processes = network.trainer.world_size
+    if len(states) == processes:
+        return states[network.global_rank]
+    if network.global_rank == 0:
+        warnings.warn(
+            f"The checkpoint is of {len(states)} and this run of {processes} processes. It goes on "
+            "to the same result up to rounding, unless something draws random numbers inside an "
+            "update, as dropout does: each process draws for its own slice.",
+            stacklevel=2,
+        )
+    return states[0]
+
+
+def _state_keys(network: ContinualNetwork) -> list[str]:
+    return [strategy.state_key for strategy in network.strategies]
+
+
+def _table(tasks: Sequence[Task]) -> dict[str, Any]:
+    """Tasks as keys and values, for comparison."""
+    values = {f"task {task.id}": asdict(task) for task in tasks}
+    return {"number of tasks": len(tasks), **flatten(values)}

@@ -1,0 +1,99 @@
+"""Where in a stream a module is, and what it has finished there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bpn_lightning.tasks import Phase, Position, Schedule
+
+__all__ = ["Cursor"]
+
+
+class Cursor:
+    """Task, phase and epoch of a module, and what closing the open task has finished.
+
+    Attributes:
+        schedule: of the epochs of the stream.
+        opened: the task that was opened last, -1 before the first.
+        closed: the last task that is learned, consolidated and evaluated, -1 before the first.
+        phase: the phase of the open task that runs.
+        consolidated: keys of the strategies that have consolidated the open task.
+        checked_epochs: epochs whose end has been handled: early stopping, schedulers, curve.
+
+    State: of the above, plain values.
+    """
+
+    def __init__(self) -> None:
+        self.opened = -1
+        self.closed = -1
+        self.consolidated: list[str] = []
+        self.checked_epochs = 0
+        self.plan(Schedule([[Phase("train", 1)]]))
+
+    def plan(self, schedule: Schedule) -> None:
+        """Take a schedule, of which no epoch has begun."""
+        self.schedule = schedule
+        self.phase = schedule.phases[0][0]
+
+    @property
+    def task(self) -> int:
+        """The task whose mode holds outside of a fit: the open one, or the first."""
+        return max(self.opened, 0)
+
+    def open(self, task: int) -> None:
+        """Begin a task, with its first phase."""
+        self.opened, self.phase = task, self.schedule.phases[task][0]
+        self.consolidated = []
+
+    def enter(self, phase: str) -> bool:
+        """Begin a phase of the open task; whether it is another one than before."""
+        before, self.phase = self.phase, self.schedule.phase(self.opened, phase)
+        return before.name != phase
+
+    def locate(self, epoch: int) -> Position:
+        """Task, phase and epoch within the task of an epoch of the stream."""
+        return self.schedule.locate(epoch)
+
+    def phase_of(self, epoch: int) -> Phase:
+        """The phase that an epoch of the stream belongs to."""
+        task, name, _ = self.schedule.locate(epoch)
+        return self.schedule.phase(task, name)
+
+    def may_end_training(self, epoch: int, early: bool) -> bool:
+        """Whether it may be one of the last two epochs in which its task trains the whole network.
+
+        Args:
+            epoch: of the stream.
+            early: whether early stopping may end any epoch's phase.
+        """
+        task, name, _ = self.schedule.locate(epoch)
+        phases = [phase.name for phase in self.schedule.phases[task] if phase.trains == "network"]
+        late = epoch >= self.schedule.phase_epochs(epoch).stop - 2
+        return phases[-1:] == [name] and (late or early)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "opened": self.opened,
+            "closed": self.closed,
+            "phase": self.phase.name,
+            "phase_lengths": list(self.schedule.lengths),
+            "consolidated": list(self.consolidated),
+            "checked_epochs": self.checked_epochs,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`state_dict`, of a run with the same phases.
+
+        Raises:
+            CheckpointError: it had other phases.
+        """
+        self.load_progress(state)
+        self.schedule.load_lengths(state["phase_lengths"])
+        if self.opened >= 0:
+            self.phase = self.schedule.phase(self.opened, state["phase"])
+
+    def load_progress(self, state: Mapping[str, Any]) -> None:
+        """Take over what holds without the run that the state is of: all but the schedule."""
+        self.opened, self.closed = state["opened"], state["closed"]
+        self.consolidated = list(state["consolidated"])
+        self.checked_epochs = state["checked_epochs"]

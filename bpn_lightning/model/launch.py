@@ -1,0 +1,161 @@
+"""What is refused before a stream is learned, and the schedule of its phases."""
+
+from typing import cast
+
+from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.metrics.task_metrics import TaskMetrics
+from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.optimization import Optimization
+from bpn_lightning.model.task_loop import TaskLoop
+from bpn_lightning.nn.execution import check_layers_are_called
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.tasks import Phase, Schedule, dry_inputs
+from bpn_lightning.trainer.callbacks import check_callbacks, check_rate_monitor
+from bpn_lightning.trainer.optimizers import check_optimizer
+from bpn_lightning.trainer.rules import (
+    check_batches,
+    check_composition,
+    check_lengths,
+    check_phases,
+    check_precision,
+    check_trainer,
+)
+
+__all__ = [
+    "check_fit",
+    "check_strategies",
+    "configure_network",
+    "find_stream",
+    "plan_schedule",
+]
+
+
+def find_stream(network: ContinualNetwork, stage: str) -> ContinualDataModule | None:
+    """The trainer's stream; None where raw inputs are answered, which needs none.
+
+    Args:
+        network: whose trainer is asked.
+        stage: of Lightning's ``setup``.
+
+    Raises:
+        ConfigurationError: the trainer has no stream, or a compiled module.
+    """
+    trainer = network.trainer
+    if network._compiler_ctx is not None:
+        raise ConfigurationError(
+            f"Expected trainer.{trainer.state.fn} to get the module itself, but got "
+            "torch.compile(module), which is compiled again at every update. Compile its backbone: "
+            "ContinualModule(torch.compile(backbone))."
+        )
+    stream = getattr(trainer, "datamodule", None)
+    if stream is not None and hasattr(stream, "tasks"):
+        return cast(ContinualDataModule, stream)
+    if stage == "predict":
+        return None
+    verb = getattr(stage, "value", stage)  # Lightning's own are of an enumeration
+    raise ConfigurationError(
+        f"Expected trainer.{verb} to get a ContinualDataModule, whose batches say their task, but "
+        f"got {'dataloaders alone' if stream is None else type(stream).__name__}. Pass a "
+        "stream of bpn_lightning.datamodules; module.predict(images, task) answers other images."
+    )
+
+
+def configure_network(network: ContinualNetwork, stream: ContinualDataModule, stage: str) -> None:
+    """Build the network's structure, with what its strategies attach.
+
+    Args:
+        network: with its strategies.
+        stream: that it will learn, or has learned.
+        stage: of Lightning's ``setup``. Strategies forget earlier fits where one begins, and keep what
+            they have where it goes on.
+
+    Raises:
+        ConfigurationError: network, stream and strategies do not fit together.
+    """
+    network.attach(stream)
+    if stage == "fit" and network.opened < 0:
+        for strategy in network.strategies:
+            strategy.reset()
+    for strategy in network.strategies:
+        strategy.configure(network, stream)
+    network.switch(network.cursor.task)
+    check_layers_are_called(network, dry_inputs(stream, 2, network.device))
+
+
+def check_strategies(network: ContinualNetwork, optimization: Optimization) -> None:
+    """Let strategies and the optimizer refuse each other, when the optimizer is there.
+
+    Raises:
+        ConfigurationError: names what does not fit.
+    """
+    trainer = network.trainer
+    # A run that resumes in a strategy's own phase has that strategy's optimizer now.
+    own = network.phase.trains == "strategy"
+    optimizer = optimization.network_optimizer() if own else trainer.optimizers[0]
+    check_optimizer(trainer, optimizer, network.strategies, network.stream)
+    check_rate_monitor(trainer)
+    for strategy in network.strategies:
+        strategy.check(network, optimizer)
+
+
+def plan_schedule(network: ContinualNetwork) -> None:
+    """Lay out the phases of every task, as the strategies want them, of a network that learned nothing.
+
+    Raises:
+        ConfigurationError: the phases cannot be.
+    """
+    phases = []
+    owners: dict[tuple[int, str], ContinualStrategy] = {}
+    for task in network.tasks:
+        of_task = [Phase("train", task.epochs)]
+        for strategy in network.strategies:
+            before = of_task
+            of_task = strategy.phases(task, of_task)
+            new = [phase.name for phase in of_task if phase not in before]
+            owners |= {(task.id, name): strategy for name in new}
+        phases.append(of_task)
+    schedule = Schedule(phases)
+    check_phases(schedule, network.stream, network.trainer)
+    network.cursor.plan(schedule)
+    network.phase_owners = owners
+
+
+def check_fit(network: ContinualNetwork, loop: TaskLoop, stream: ContinualDataModule) -> None:
+    """Refuse what cannot be right, before training starts; plan what is not planned yet.
+
+    Args:
+        network: with its stream and its configured strategies.
+        loop: of the network.
+        stream: of the network.
+
+    Raises:
+        ConfigurationError: names what does not fit, and the remedy.
+    """
+    trainer, tasks = network.trainer, network.tasks
+    network.sample_loss.check(network.structure.num_classes, network.structure.column_sets())
+    if loop.metrics:
+        processes = trainer.world_size
+        several = tasks if processes > 1 else []
+        firsts = (next(iter(stream.loader(task.id, "test"))).global_size for task in several)
+        TaskMetrics(loop.metrics).check(network.structure.num_classes, firsts, processes)
+    check_composition(network, network.strategies)
+    if network.opened < 0:  # one that learned before keeps the schedule that it has
+        plan_schedule(network)
+    patience = loop.early_stopping.patience
+    if patience and not stream.has_validation:
+        raise ConfigurationError(
+            f"Expected validation_fraction to be more than 0 where patience is set, but "
+            f"patience is {patience} and the stream has no validation split."
+        )
+    total = network.schedule.total
+    check_trainer(trainer, total)
+    check_callbacks(trainer)
+    check_precision(trainer, network.strategies)
+    held_out = len(stream.val_dataloader()) if stream.has_validation else 0
+    optimization = loop.optimization
+    check_lengths(trainer, *optimization.count_updates(), held_out)
+    inputs = dry_inputs(stream, 1, network.device)
+    check_batches(trainer, network.backbone, inputs, len(tasks), optimization.smallest_batch)
+    trainer.fit_loop.max_epochs = total
+    trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]

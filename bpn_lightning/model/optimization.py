@@ -1,0 +1,205 @@
+"""The optimizer of a task or phase, and its scheduler."""
+
+from collections.abc import Iterable, Mapping
+from math import ceil
+from operator import mul
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.nn.layers import BiasUnits
+from bpn_lightning.tasks import Phase
+from bpn_lightning.trainer.schedulers import (
+    MONITORS,
+    build_scheduler,
+    plateau_monitor,
+    scheduler_config,
+)
+
+if TYPE_CHECKING:
+    from bpn_lightning.datamodules.base import ContinualDataModule
+    from bpn_lightning.datamodules.loading import TrainLoader
+
+__all__ = ["Optimization", "sgd"]
+
+
+def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
+    """The paper's optimizer: plain SGD, learning rate 0.01."""
+    return torch.optim.SGD(params, lr=0.01)
+
+
+class Optimization:
+    """Makes optimizers and schedulers, and steps the schedulers that wait for a loss.
+
+    Args:
+        network: whose parameters are trained.
+        optimizer: called with the parameters.
+        scheduler: called with the optimizer; see :func:`~bpn_lightning.trainer.schedulers.build_scheduler`.
+        interval: whether the scheduler steps after every update or every epoch.
+        monitor: the loss that a ``ReduceLROnPlateau`` takes after every epoch.
+
+    Attributes:
+        plateau: the loss that decides over the learning rate, if one does.
+
+    State: the training loss of the epoch so far, two numbers.
+
+    Raises:
+        ConfigurationError: a choice is unknown.
+    """
+
+    def __init__(
+        self,
+        network: ContinualNetwork,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        interval: Literal["step", "epoch"],
+        monitor: Literal["val/loss", "train/loss"] | None,
+    ) -> None:
+        if interval not in ("step", "epoch"):
+            raise ConfigurationError(
+                f"Expected scheduler_interval to be 'step' or 'epoch', but got {interval!r}."
+            )
+        if monitor not in (None, *MONITORS):
+            raise ConfigurationError(
+                f"Expected scheduler_monitor to be one of {', '.join(MONITORS)}, but got "
+                f"{monitor!r}. null takes the validation loss where a part is held out."
+            )
+        self.network = network
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.interval = interval
+        self.monitor = monitor
+        self.plateau: str | None = None
+        self._updates_per_epoch: list[int] = []  # of each task
+        self._epoch_loss = torch.zeros(2, dtype=torch.float64)  # its sum, and of how many samples
+
+    def configure(self) -> OptimizerLRScheduler:
+        """A fresh optimizer and its scheduler; in a phase that trains a strategy, that strategy's own."""
+        network = self.network
+        self.plateau = None
+        if network.phase.trains == "strategy":
+            return network.phase_owner.phase_optimizer(network, network.phase)
+        optimizer = self.network_optimizer()
+        if self.scheduler is None:
+            return optimizer
+        made = build_scheduler(self.scheduler, optimizer, *self._scheduler_lengths())
+        if isinstance(made, ReduceLROnPlateau):
+            stream = network.stream
+            self.plateau = plateau_monitor(
+                made, self.monitor, stream.has_validation, stream.reset_optimizer
+            )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": scheduler_config(made, self.interval, self.plateau),
+        }
+
+    def network_optimizer(self) -> Optimizer:
+        """A fresh one, over everything trainable but M, whatever the phase.
+
+        Raises:
+            ConfigurationError: the optimizer does not take its arguments.
+        """
+        network = self.network
+        outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
+        parameters = [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
+        try:
+            return self.optimizer(parameters)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"Expected optimizer to take the parameters and its arguments, but it raised "
+                f"{type(error).__name__}: {error}. Correct that argument."
+            ) from error
+
+    def _scheduler_lengths(self) -> tuple[int, int]:
+        """How often a scheduler steps until its optimizer is replaced: this one, and the longest."""
+        cursor, by_epoch = self.network.cursor, self.interval == "epoch"
+
+        def steps(task: int, phase: Phase) -> int:
+            return phase.epochs * (1 if by_epoch else self._updates_per_epoch[task])
+
+        lengths = [
+            steps(task, phase)
+            for task, phases in enumerate(cursor.schedule.phases)
+            for phase in phases
+            if phase.trains != "strategy"
+        ]
+        if self.network.stream.reset_optimizer == "never":
+            return sum(lengths), sum(lengths)
+        return steps(cursor.task, cursor.phase), max(lengths)
+
+    def count_updates(self) -> tuple[list[int], int]:
+        """Batches of an epoch of each task, and updates of the whole stream."""
+        network = self.network
+        batches = [self._loader(task)[1] for task in range(len(network.tasks))]
+        several = network.trainer.accumulate_grad_batches
+        self._updates_per_epoch = [ceil(number / several) for number in batches]
+        phases = network.cursor.schedule.phases
+        epochs = (sum(phase.epochs for phase in of_task) for of_task in phases)
+        return batches, sum(map(mul, self._updates_per_epoch, epochs))
+
+    def smallest_batch(self, task: int) -> int:
+        """Samples of a task's smallest batch, of all processes."""
+        loader, batches = self._loader(task)
+        return loader.smallest(batches)
+
+    def _loader(self, task: int) -> "tuple[TrainLoader, int]":
+        """A task's loader, and how many of its batches an epoch trains on."""
+        network = self.network
+        stream = cast("ContinualDataModule", network.stream)
+        limit = network.trainer.limit_train_batches
+        loader = stream.train_loader(task, 0, network.training_tasks(task))
+        batches = len(loader)
+        return loader, min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
+    # --- a scheduler that waits for a loss -------------------------------------------------------
+
+    def add_loss(self, loss: Tensor, scale: float) -> None:
+        """Count a batch, if the training loss is what the scheduler waits for.
+
+        Args:
+            loss: the sum over this process's samples, times ``scale``.
+            scale: what makes the mean over processes the mean over samples.
+        """
+        if self.plateau == "train/loss":
+            sums = torch.stack([loss.detach(), torch.ones_like(loss)]) / scale
+            self._epoch_loss = self._epoch_loss.to(sums.device) + sums
+
+    def end_epoch(self, val_loss: float) -> None:
+        """Step such a scheduler.
+
+        Args:
+            val_loss: of the open task; used only where it is what the scheduler waits for.
+        """
+        if self.plateau is None:
+            return
+        config = self.network.trainer.lr_scheduler_configs[0]
+        scheduler = cast(ReduceLROnPlateau, config.scheduler)
+        scheduler.step(val_loss if self.plateau == "val/loss" else self._take_epoch_loss())
+
+    def _take_epoch_loss(self) -> float:
+        """Mean training loss since it was last taken, over all processes."""
+        total, samples = self._reduced_loss().unbind()
+        self._epoch_loss = torch.zeros_like(self._epoch_loss)
+        return float(total / samples)
+
+    def _reduced_loss(self) -> Tensor:
+        return self.network.all_reduce(self._epoch_loss.to(self.network.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, of all processes: each of them calls this."""
+        total, samples = self._reduced_loss().tolist()
+        return {"loss_sum": total, "samples": samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over :meth:`state_dict`: the first process goes on with what all had."""
+        sums = (
+            [state["loss_sum"], state["samples"]] if self.network.global_rank == 0 else [0.0, 0.0]
+        )
+        self._epoch_loss = torch.tensor(sums, dtype=torch.float64)

@@ -1,0 +1,38 @@
+"""Loss and accuracy of each task over the batches of Lightning's validation and test loops."""
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.tasks import Batch
+
+__all__ = ["TaskScores"]
+
+
+class TaskScores:
+    """Counts losses and right answers, each sample in its own task's mode.
+
+    State: ``(3, tasks)`` float64 on the device, of this process; only while a loop runs.
+    """
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(3, 0)
+
+    def reset(self, network: ContinualNetwork) -> None:
+        """Start counting."""
+        tasks = len(network.tasks)
+        self._counts = torch.zeros(3, tasks, dtype=torch.float64, device=network.device)
+
+    def add(self, network: ContinualNetwork, batch: Batch) -> None:
+        """Count a prepared batch."""
+        logits = network(batch.inputs, task=batch.task)
+        tasks = torch.as_tensor(batch.task, device=network.device).expand(len(batch.targets))
+        losses = network.losses(logits, batch.targets, tasks)
+        right = logits.argmax(1) == batch.targets
+        values = torch.stack([losses, right, torch.ones_like(losses)]).double()
+        self._counts.index_add_(1, tasks, values)
+
+    def compute(self, network: ContinualNetwork) -> tuple[Tensor, Tensor]:
+        """Mean losses and accuracies over all processes, ``(tasks,)`` each; NaN without samples."""
+        loss, right, total = network.all_reduce(self._counts)
+        return loss / total, right / total

@@ -1,0 +1,298 @@
+"""What happens at the edges of tasks, phases and epochs, each exactly once."""
+
+import warnings
+from math import nan
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.metrics.task_metrics import Metrics, TaskMetrics, named_metrics
+from bpn_lightning.model.early_stopping import PhaseEarlyStopping
+from bpn_lightning.model.evaluation import evaluate, evaluate_without_oracle, validation_scores
+from bpn_lightning.model.history import History, log_metrics, per_task, stream_metrics
+from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.optimization import Optimization
+from bpn_lightning.model.step import Step
+from bpn_lightning.trainer.processes import check_processes
+
+__all__ = ["TaskLoop"]
+
+EvaluateOn = Literal["all", "seen_and_next", "current"]
+
+
+class TaskLoop:
+    """Opens and closes tasks, begins phases and ends epochs; the network's cursor says which are done.
+
+    Args:
+        network: that learns.
+        optimization: makes a task's optimizer.
+        step: is prepared for every phase.
+        history: gets what is measured.
+        early_stopping: ends phases.
+        metrics: of torchmetrics, taken of each task wherever its test accuracy is.
+        evaluate_on: the tasks that are tested after every task.
+        without_oracle: whether, or on how many samples, every task is also scored without the task ID.
+        check_processes: whether processes compare their replicated state after every task.
+
+    Raises:
+        ConfigurationError: a choice is unknown.
+    """
+
+    def __init__(
+        self,
+        network: ContinualNetwork,
+        optimization: Optimization,
+        step: Step,
+        history: History,
+        early_stopping: PhaseEarlyStopping,
+        *,
+        metrics: Metrics | None,
+        evaluate_on: EvaluateOn,
+        without_oracle: bool | int,
+        check_processes: bool,
+    ) -> None:
+        if evaluate_on not in ("all", "seen_and_next", "current"):
+            raise ConfigurationError(
+                "Expected evaluate_on to be 'all', 'seen_and_next' or 'current', but got "
+                f"{evaluate_on!r}."
+            )
+        if without_oracle is not True and without_oracle is not False and without_oracle < 1:
+            raise ConfigurationError(
+                f"Expected without_oracle to be true, false or at least 1 sample of each task, but got "
+                f"{without_oracle}. Use false for no score without the task id."
+            )
+        self.network = network
+        self.optimization = optimization
+        self.step = step
+        self.history = history
+        self.early_stopping = early_stopping
+        self.metrics = named_metrics(metrics)
+        self.evaluate_on = evaluate_on
+        self.without_oracle = without_oracle
+        self.check_processes = check_processes
+
+    def check_start(self, task: int) -> None:
+        """Refuse to train a module that is elsewhere in the stream.
+
+        Raises:
+            ConfigurationError: the task is neither the open one nor the next.
+        """
+        opened = self.network.opened
+        if not opened <= task <= opened + 1:
+            raise ConfigurationError(
+                f"Expected a module that is about to learn task {task}, but it has opened task "
+                f"{opened}. Make a new module, or go on with ckpt_path."
+            )
+
+    def warn_of_unlearned_tasks(self) -> None:
+        """Say which tasks a stream that stopped before its end has not learned, if any."""
+        tasks = self.network.tasks
+        missing = [str(task.id + 1) for task in tasks[self.network.closed + 1 :]]
+        if missing:
+            warnings.warn(
+                f"The stream stopped before its end: tasks {', '.join(missing)} of "
+                f"{len(tasks)} are not learned and their rows of the accuracy matrix are empty. "
+                "Go on with ckpt_path.",
+                stacklevel=3,
+            )
+
+    # --- a task ----------------------------------------------------------------------------------
+
+    def enter(self, epoch: int) -> None:
+        """Open the task of an epoch, begin its phase and prepare the updates, where that is to be done."""
+        cursor = self.network.cursor
+        task, phase, _ = cursor.locate(epoch)
+        if task > cursor.opened:
+            self._open(task)
+        self._begin_phase(phase)
+        self.step.prepare(epoch)
+        counted = cursor.may_end_training(epoch, self.early_stopping.patience is not None)
+        self.history.settling.counting = counted and not self.network.stream.has_validation
+
+    def _open(self, task_id: int) -> None:
+        network = self.network
+        if task_id == 0:
+            for strategy in network.strategies:
+                strategy.on_stream_start(network, network.stream)
+            untrained = self._test(range(len(network.tasks)), after=0)
+            network.accuracy_matrix.update(0, untrained)
+            self.history.add_point(untrained, task_id, epoch=0)
+            self._log_stream()
+        network.merged.swap_out(network)
+        network.cursor.open(task_id)
+        network.switch(task_id)
+        for strategy in network.strategies:
+            strategy.on_task_start(network, network.tasks[task_id])
+        if network.stream.reset_optimizer == "always":
+            network.trainer.strategy.setup_optimizers(network.trainer)
+        else:
+            self.step.clear_optimizer_state()
+        self.step.forget_optimizer()
+
+    def _begin_phase(self, name: str) -> None:
+        """Begin a phase of the open task, with an optimizer of its own, unless it runs."""
+        network = self.network
+        before = network.phase
+        if not network.cursor.enter(name):
+            return
+        own = "strategy" in (before.trains, network.phase.trains)
+        if network.stream.reset_optimizer == "always" or own:
+            network.trainer.strategy.setup_optimizers(network.trainer)
+        self.step.forget_optimizer()
+
+    def close(self, task_id: int) -> None:
+        """Consolidate a task in every strategy and fill its row of the matrix, each exactly once.
+
+        What is finished is noted as it happens, so a run that stops in between goes on from there.
+        """
+        network, cursor = self.network, self.network.cursor
+        if task_id <= cursor.closed:
+            return
+        self._check_finite(task_id)
+        for strategy in network.strategies:
+            if strategy.state_key not in cursor.consolidated:
+                strategy.on_task_end(network, network.tasks[task_id])
+                cursor.consolidated.append(strategy.state_key)
+        network.switch(task_id)
+        self._swap_in_merged_weights()
+        row = self._test(self._tested_after(task_id), after=task_id + 1)
+        last = task_id + 1 == len(network.tasks)
+        if last and self.without_oracle and network.mask != "task":
+            at_most = None if self.without_oracle is True else self.without_oracle
+            alone = evaluate_without_oracle(network, range(len(network.tasks)), at_most=at_most)
+            network.accuracy_matrix.update_without_oracle(alone)
+        network.accuracy_matrix.update(task_id + 1, row)
+        self.history.add_point(row, task_id, cursor.schedule.last_epoch(task_id) + 1)
+        split = "val" if network.stream.has_validation else "train"
+        self.history.settling.end_task(task_id, split)
+        cursor.closed = task_id
+        if self.check_processes and network.trainer.world_size > 1:
+            check_processes(self._replicated_state(), f"after task {task_id}")
+        self._log_stream()
+
+    def _check_finite(self, task_id: int) -> None:
+        for name, parameter in self.network.named_parameters():
+            if not parameter.detach().isfinite().all():
+                raise ConfigurationError(
+                    f"Expected the weights to be finite after task {task_id}, but {name} is not: "
+                    "training diverged. Lower the learning rate or the strategies' strength; EWC's "
+                    "update 'proximal' is stable at any strength."
+                )
+
+    def _swap_in_merged_weights(self) -> None:
+        network = self.network
+        if network.training_weights:
+            return
+        for strategy in network.strategies:
+            merged = strategy.merged_weights(network)
+            if merged is not None:
+                network.merged.swap_in(network, merged)
+
+    def _replicated_state(self) -> dict[str, Any]:
+        """What must be the same in every process, by whose it is."""
+        network = self.network
+        optimizer = network.trainer.optimizers[0]
+        own = {type(strategy).__name__: strategy.state_dict() for strategy in network.strategies}
+        return {
+            "the network": network.state_dict(),
+            type(optimizer).__name__: optimizer.state_dict(),
+            "the weights of training": network.training_weights,
+            **own,
+        }
+
+    # --- an epoch --------------------------------------------------------------------------------
+
+    def end_epoch(self, epochs_done: int) -> None:
+        """After an epoch of the open task: end its phase when patience runs out, add to the curve.
+
+        Not in Lightning's validation loop, which a run resumed from an epoch's last batch skips.
+
+        Args:
+            epochs_done: of the stream; each number once, later calls change nothing.
+        """
+        network, cursor = self.network, self.network.cursor
+        if epochs_done <= cursor.checked_epochs or cursor.closed == cursor.opened:
+            return
+        epoch = epochs_done - 1
+        if cursor.phase_of(epoch).trains == "strategy":
+            self._score(epoch, with_loss=False)
+        else:
+            self._check_early_stopping(epoch)
+        if self.history.evaluate_every == "epoch" and (
+            epochs_done <= cursor.schedule.last_epoch(cursor.opened)
+        ):
+            row = self._test(range(cursor.opened + 1))
+            self.history.add_point(row, cursor.opened, epochs_done)
+            self._log(per_task("accuracy", row[: cursor.opened + 1]))
+        cursor.checked_epochs = epochs_done
+        # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
+        network.trainer.fit_loop.max_epochs = cursor.schedule.total
+
+    def _check_early_stopping(self, epoch: int) -> None:
+        """Score an epoch that trained the network; step a scheduler that waits for it, end its phase."""
+        schedule, stopping = self.network.schedule, self.early_stopping
+        wanted = stopping.patience is not None or self.optimization.plateau == "val/loss"
+        loss = self._score(epoch, with_loss=wanted)
+        self.optimization.end_epoch(loss)
+        if stopping.update(loss):
+            schedule.end_phase(epoch)
+        if epoch + 1 == schedule.phase_epochs(epoch).stop:
+            stopping.reset()
+
+    def _score(self, epoch: int, with_loss: bool) -> float:
+        """Note the accuracy of an epoch that may be one of a task's last two.
+
+        Returns:
+            The validation loss if it was asked for, or known anyway; else NaN.
+        """
+        network, settling = self.network, self.history.settling
+        early = self.early_stopping.patience is not None
+        settles = network.cursor.may_end_training(epoch, early)
+        loss = nan
+        accuracy = None
+        if not network.stream.has_validation:
+            accuracy = settling.accuracy(self.right_answers())
+        elif settles or with_loss:
+            loss, accuracy = validation_scores(network, network.opened)
+        if accuracy is not None and (settles or not network.stream.has_validation):
+            settling.end_epoch(accuracy)
+        return loss
+
+    def right_answers(self) -> int:
+        """Answers of all processes that were right since counting, or this run, began."""
+        settling = self.history.settling
+        if not settling.counting:
+            return 0
+        return int(self.network.all_reduce(settling.right.to(self.network.device)))
+
+    # --- what is measured ------------------------------------------------------------------------
+
+    def _tested_after(self, task_id: int) -> range:
+        tasks = range(len(self.network.tasks))
+        if self.evaluate_on == "all" or task_id == tasks[-1]:
+            return tasks
+        return tasks[: task_id + 2] if self.evaluate_on == "seen_and_next" else tasks[task_id:][:1]
+
+    def _test(self, tasks: range, after: int | None = None) -> Tensor:
+        """A row of the matrix: accuracies of these tasks, NaN for the others.
+
+        Args:
+            tasks: what is tested.
+            after: how many tasks are learned, where the metrics are taken too.
+        """
+        row = torch.full((len(self.network.tasks),), nan, dtype=torch.float64)
+        taken = TaskMetrics(self.metrics) if self.metrics and after is not None else None
+        observe = None if taken is None else taken.update
+        row[tasks.start : tasks.stop] = evaluate(self.network, tasks, "test", observe)
+        if taken is not None and after is not None:
+            self.history.add_metrics(after, taken.compute())
+        return row
+
+    def _log_stream(self) -> None:
+        self._log(stream_metrics(self.network, self.evaluate_on == "current"))
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        trainer = self.network.trainer
+        log_metrics(trainer.loggers, metrics, trainer.global_step)
