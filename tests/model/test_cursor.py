@@ -1,0 +1,64 @@
+"""A cursor goes through a schedule, and is saved and loaded."""
+
+import pytest
+
+from bpn_lightning.errors import CheckpointError
+from bpn_lightning.model.cursor import Cursor
+from bpn_lightning.tasks import Phase, Schedule
+
+
+def planned() -> Cursor:
+    cursor = Cursor()
+    cursor.plan(
+        Schedule(
+            [[Phase("train", 3)], [Phase("warm_up", 1, trains="head"), Phase("train", 2)]],
+        )
+    )
+    return cursor
+
+
+def test_a_cursor_goes_through_tasks_and_phases() -> None:
+    cursor = planned()
+    assert (cursor.opened, cursor.closed, cursor.task) == (-1, -1, 0)
+    cursor.open(0)
+    cursor.consolidated.append("ewc")
+    assert not cursor.enter("train")
+    cursor.closed = 0
+    cursor.open(1)
+    assert (cursor.phase.name, cursor.consolidated) == ("warm_up", [])
+    assert cursor.enter("train")
+    assert cursor.phase == Phase("train", 2)
+    assert [cursor.phase_of(epoch).name for epoch in range(6)] == [
+        *("train", "train", "train", "warm_up", "train", "train"),
+    ]
+
+
+def test_epochs_that_may_end_a_tasks_training() -> None:
+    cursor = planned()
+    late = [cursor.may_end_training(epoch, early=False) for epoch in range(6)]
+    assert late == [False, True, True, False, True, True]
+    early = [cursor.may_end_training(epoch, early=True) for epoch in range(6)]
+    assert early == [True, True, True, False, True, True]
+
+
+def test_a_cursor_is_saved_and_loaded() -> None:
+    cursor = planned()
+    cursor.open(0)
+    cursor.schedule.end_phase(1)
+    cursor.closed, cursor.checked_epochs = 0, 2
+    cursor.open(1)
+    cursor.enter("train")
+    cursor.consolidated.append("ewc")
+    again = planned()
+    again.load_state_dict(cursor.state_dict())
+    assert again.state_dict() == cursor.state_dict()
+    assert again.phase == cursor.phase
+    assert again.schedule.total == 5
+
+    alone = Cursor()  # of a module that is loaded without its run
+    alone.load_progress(cursor.state_dict())
+    assert (alone.opened, alone.closed, alone.schedule.total) == (1, 0, 1)
+
+    other = Cursor()
+    with pytest.raises(CheckpointError, match=r"phases of \[1\] epochs"):
+        other.load_state_dict(cursor.state_dict())
