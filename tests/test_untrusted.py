@@ -22,6 +22,7 @@ from bpn_lightning.datamodules.image_sets import Entry, Indoor67
 from bpn_lightning.datamodules.torchvision_sets import _is_whole_idx
 from bpn_lightning.errors import BPNLightningError, CheckpointError
 from bpn_lightning.export import load_exported
+from bpn_lightning.model.structure import SCHEMA
 from bpn_lightning.nn import MLP, torchvision_backbone
 from bpn_lightning.report.reading import find_runs
 from bpn_lightning.run.checkpoints import read_checkpoint
@@ -143,7 +144,7 @@ def set_of(name: str) -> Callable[[], object]:
 
 def exported_with(odd: str) -> Callable[[], object]:
     def read() -> object:
-        record = '{"format": "bpn_lightning model", "version": 1}'
+        record = f'{{"format": "bpn_lightning model", "schema": {SCHEMA}}}'
         if odd != "model.json":
             Path("out/model.json").write_text(record)
         return load_exported("out", MLP([4]))

@@ -39,12 +39,12 @@ class Cursor:
         """The task whose mode holds outside of a fit: the open one, or the first."""
         return max(self.opened, 0)
 
-    def open(self, task: int) -> None:
-        """Begin a task, with its first phase."""
+    def begin_task(self, task: int) -> None:
+        """Open a task, with its first phase."""
         self.opened, self.phase = task, self.schedule.phases[task][0]
         self.consolidated = []
 
-    def enter(self, phase: str) -> bool:
+    def begin_phase(self, phase: str) -> bool:
         """Begin a phase of the open task; whether it is another one than before."""
         before, self.phase = self.phase, self.schedule.phase(self.opened, phase)
         return before.name != phase

@@ -121,7 +121,7 @@ class TaskLoop:
             self.history.add_point(untrained, task_id, epoch=0)
             self._log_stream()
         network.merged.swap_out(network)
-        network.cursor.open(task_id)
+        network.cursor.begin_task(task_id)
         network.switch(task_id)
         for strategy in network.strategies:
             strategy.on_task_start(network, network.tasks[task_id])
@@ -135,7 +135,7 @@ class TaskLoop:
         """Begin a phase of the open task, with an optimizer of its own, unless it runs."""
         network = self.network
         before = network.phase
-        if not network.cursor.enter(name):
+        if not network.cursor.begin_phase(name):
             return
         own = "strategy" in (before.trains, network.phase.trains)
         if network.stream.reset_optimizer == "always" or own:

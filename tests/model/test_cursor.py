@@ -20,13 +20,13 @@ def planned() -> Cursor:
 def test_a_cursor_goes_through_tasks_and_phases() -> None:
     cursor = planned()
     assert (cursor.opened, cursor.closed, cursor.task) == (-1, -1, 0)
-    cursor.open(0)
+    cursor.begin_task(0)
     cursor.consolidated.append("ewc")
-    assert not cursor.enter("train")
+    assert not cursor.begin_phase("train")
     cursor.closed = 0
-    cursor.open(1)
+    cursor.begin_task(1)
     assert (cursor.phase.name, cursor.consolidated) == ("warm_up", [])
-    assert cursor.enter("train")
+    assert cursor.begin_phase("train")
     assert cursor.phase == Phase("train", 2)
     assert [cursor.phase_of(epoch).name for epoch in range(6)] == [
         *("train", "train", "train", "warm_up", "train", "train"),
@@ -43,11 +43,11 @@ def test_epochs_that_may_end_a_tasks_training() -> None:
 
 def test_a_cursor_is_saved_and_loaded() -> None:
     cursor = planned()
-    cursor.open(0)
+    cursor.begin_task(0)
     cursor.schedule.end_phase(1)
     cursor.closed, cursor.checked_epochs = 0, 2
-    cursor.open(1)
-    cursor.enter("train")
+    cursor.begin_task(1)
+    cursor.begin_phase("train")
     cursor.consolidated.append("ewc")
     again = planned()
     again.load_state_dict(cursor.state_dict())

@@ -43,9 +43,9 @@ def test_a_curve_of_tasks_is_the_accuracy_matrix() -> None:
     for moment in range(3):
         row = torch.tensor([moment / 10, moment / 5], dtype=torch.float64)
         made.accuracy_matrix.update(moment, row)
-    made.cursor.open(0)
+    made.cursor.begin_task(0)
     made.cursor.closed = 0
-    made.cursor.open(1)
+    made.cursor.begin_task(1)
     made.cursor.closed = 1
     assert made.curve == [
         {"epoch": 0, "task": 0, "accuracy": [0.0, 0.0]},
