@@ -48,7 +48,7 @@ from torch import nn
 from bpn_lightning import files
 from bpn_lightning.cli import fit
 from bpn_lightning.cli.main import main as bpn_fit
-from bpn_lightning.model import module
+from bpn_lightning.model import module, task_loop
 from bpn_lightning.nn import MLP
 from bpn_lightning.run import checkpoints, recording
 from bpn_lightning.strategies import STRATEGIES
@@ -210,7 +210,7 @@ def watch(clock: Clock) -> None:
             before(strategy, "on_task_end", "consolidation")
             inside(strategy, "on_task_end", "importance")
     for name in ("evaluate", "evaluate_without_oracle", "validation_scores"):
-        inside(module, name, "evaluation")
+        inside(task_loop, name, "evaluation")
     before(recording.MetricsFile, "log_metrics", "metrics row")
     before(recording.LastCheckpoint, "_publish", "after a batch or epoch")
     before(fit, "write_results", "results")

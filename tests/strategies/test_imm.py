@@ -668,7 +668,7 @@ def test_a_failure_while_a_task_closes_merges_nothing_twice(
     fit_imm: Any, same: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, task: int
 ) -> None:
     """The average is served by then, and must not be taken for the weights of training."""
-    from bpn_lightning.model import module as home
+    from bpn_lightning.model import task_loop as home
 
     class Saves(Callback):
         def on_exception(self, trainer: Any, module: Any, error: Any) -> None:
