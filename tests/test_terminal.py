@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from bpn_lightning import errors
+from bpn_lightning import AccuracyMatrix, errors
 from bpn_lightning.bench.pictures import Line, line_chart
 from bpn_lightning.bench.runner import _say
 from bpn_lightning.bench.statistics import Interval
@@ -24,7 +24,6 @@ from bpn_lightning.cli.fit import _tell
 from bpn_lightning.costs import Bytes
 from bpn_lightning.datamodules import SplitImageFolder
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
-from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.report import cli as report
 from bpn_lightning.run.console import StreamProgress, final_table, learned
 from bpn_lightning.run.figures import save_figure

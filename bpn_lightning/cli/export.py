@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bpn-export",
         description="Write what a run learned to a new folder, as model.safetensors and model.json; "
-        "bpn_lightning.export.load_exported reads it.",
+        "bpn_lightning.load_exported reads it.",
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run of bpn-fit")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
