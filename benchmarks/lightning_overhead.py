@@ -18,8 +18,6 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from bpn_lightning.trainer.idle_hooks import leave_out_idle_hooks
-
 BATCH, BATCHES, EPOCHS = 10, 400, 3
 
 Batch = tuple[Tensor, Tensor]
@@ -137,7 +135,6 @@ def by_trainer(
     module: Callable[[], LightningModule],
     bundle: int = 1,
     callbacks: bool = False,
-    leave_out: bool = False,
 ) -> Callable[[], None]:
     """A fit."""
 
@@ -151,8 +148,6 @@ def by_trainer(
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        if leave_out:
-            leave_out_idle_hooks(trainer)
         trainer.fit(module(), Loader(bundle))
 
     return run
@@ -164,9 +159,6 @@ WAYS: dict[str, Callable[[], None]] = {
     "Trainer": by_trainer(Automatic),
     "Trainer, plain attribute": by_trainer(PlainAttribute),
     "Trainer, plain attribute, four empty callbacks": by_trainer(PlainAttribute, callbacks=True),
-    "Trainer, plain attribute, four empty callbacks, empty hooks skipped": by_trainer(
-        PlainAttribute, callbacks=True, leave_out=True
-    ),
     "Trainer, plain attribute, manual optimization": by_trainer(Manual),
     "the same, 5 steps per call": by_trainer(Manual, 5),
     "the same, 20 steps per call": by_trainer(Manual, 20),

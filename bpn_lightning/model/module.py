@@ -43,7 +43,6 @@ from bpn_lightning.tasks import (
     named_dtype,
 )
 from bpn_lightning.trainer.callbacks import check_callbacks, check_rate_monitor
-from bpn_lightning.trainer.idle_hooks import leave_out_idle_hooks
 from bpn_lightning.trainer.optimizers import check_optimizer
 from bpn_lightning.trainer.processes import check_processes
 from bpn_lightning.trainer.rules import (
@@ -240,7 +239,6 @@ class ContinualModule(ContinualSteps):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
         self._find_hooks()
-        leave_out_idle_hooks(trainer)
         self.attach(stream)
         if stage == "fit" and self.opened < 0:  # else it goes on with what it has learned
             for strategy in self._strategies:
