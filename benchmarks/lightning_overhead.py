@@ -18,6 +18,8 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from bpn_lightning.trainer.lightning import HookNameAsPlainAttribute
+
 BATCH, BATCHES, EPOCHS = 10, 400, 3
 
 Batch = tuple[Tensor, Tensor]
@@ -75,14 +77,8 @@ class Automatic(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-class PlainAttribute(Automatic):
+class PlainAttribute(HookNameAsPlainAttribute, Automatic):
     """The name of the running hook, set some forty times per step, is no business of nn.Module."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
 
 class Manual(PlainAttribute):

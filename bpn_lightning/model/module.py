@@ -1,6 +1,5 @@
 """The LightningModule of a stream: the cursor that opens and closes its tasks, and what it saves."""
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -43,6 +42,17 @@ from bpn_lightning.tasks import (
     named_dtype,
 )
 from bpn_lightning.trainer.callbacks import check_callbacks, check_rate_monitor
+from bpn_lightning.trainer.lightning import (
+    datamodule_of,
+    is_attached,
+    is_compiled,
+    mark_epoch_unfinished,
+    progress_in_update,
+    reload_train_loader_every_epoch,
+    set_max_epochs,
+    start_next_epoch,
+    stopped_mid_epoch,
+)
 from bpn_lightning.trainer.optimizers import check_optimizer
 from bpn_lightning.trainer.processes import check_processes
 from bpn_lightning.trainer.rules import (
@@ -220,13 +230,13 @@ class ContinualModule(ContinualSteps):
     def setup(self, stage: str) -> None:
         """Build the structure, and check that the trainer, the stream and the strategies fit."""
         trainer = self.trainer
-        if self._compiler_ctx is not None:
+        if is_compiled(self):
             raise ConfigurationError(
                 f"Expected trainer.{trainer.state.fn} to get the module itself, but got "
                 "torch.compile(module), which is compiled again at every update. Compile its backbone: "
                 "ContinualModule(torch.compile(backbone))."
             )
-        stream = getattr(trainer, "datamodule", None)
+        stream: Any = datamodule_of(trainer)
         if stream is None or not hasattr(stream, "tasks"):
             if stage == "predict":
                 return  # of raw inputs, whose preparation the module knows
@@ -265,8 +275,8 @@ class ContinualModule(ContinualSteps):
             check_lengths(trainer, *self._count_updates(), held_out)
             inputs = dry_inputs(stream, 1, self.device)
             check_batches(trainer, self.backbone, inputs, len(self._tasks), self._smallest_batch)
-            trainer.fit_loop.max_epochs = self.schedule.total
-            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            set_max_epochs(trainer, self.schedule.total)
+            reload_train_loader_every_epoch(trainer)
 
     def _check_metrics(self) -> None:
         """Refuse metrics that would fail in the first evaluation."""
@@ -451,7 +461,7 @@ class ContinualModule(ContinualSteps):
             self._log_stream(_per_task("accuracy", row[: self.opened + 1]))
         self._judged = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
-        self.trainer.fit_loop.max_epochs = self.schedule.total
+        set_max_epochs(self.trainer, self.schedule.total)
 
     def _may_settle(self, epoch: int) -> bool:
         """Whether it may be one of the last two in which its task trains the whole network.
@@ -567,23 +577,10 @@ class ContinualModule(ContinualSteps):
                 f"Expected a module that is about to learn task {task}, but it has opened task "
                 f"{self.opened}. Make a new module, or go on with ckpt_path."
             )
-        self.trainer.fit_loop.max_epochs = self.schedule.total
+        set_max_epochs(self.trainer, self.schedule.total)
         self._restore_random_state()
-        self._begin_epoch_anew()
+        start_next_epoch(self.trainer)
         self.advance()
-
-    def _begin_epoch_anew(self) -> None:
-        """Where a run resumes from an epoch's last batch: let the next epoch begin like any other.
-
-        Lightning has the next epoch's loader by then, and compares the old count of batches with its
-        length; and it takes the next epoch for one that has begun, so that this one would have no start,
-        be counted nowhere, and leave checkpoints of its own whose counts contradict each other.
-        """
-        loop = self.trainer.fit_loop
-        batches = loop.epoch_loop.batch_progress
-        if loop.epoch_loop.restarted_on_train_batch_end and batches.is_last_batch:
-            batches.current.completed = sys.maxsize
-            loop.reset_restart_stage()  # the stage of the epochs; that of the batches stays
 
     def _restore_random_state(self) -> None:
         """Last of all that resuming does: building the structure draws random numbers too."""
@@ -604,7 +601,7 @@ class ContinualModule(ContinualSteps):
 
     def on_train_epoch_end(self) -> None:
         """Leave the task after its last epoch."""
-        if self._cut_short:
+        if stopped_mid_epoch(self.trainer):
             return
         self._agree_on_buffers()
         epochs_done = self.trainer.current_epoch + 1
@@ -621,15 +618,11 @@ class ContinualModule(ContinualSteps):
                 mine = buffer if self.global_rank == 0 else torch.zeros_like(buffer)
                 buffer.copy_(self.all_reduce(mine))
 
-    @property
-    def _cut_short(self) -> bool:
-        """Whether max_steps, max_time or should_stop ended the epoch before its last batch."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return progress.current.ready > 0 and not progress.is_last_batch
-
     def on_train_end(self) -> None:
         """Close the last task where a run resumed at its end."""
-        if self.trainer.current_epoch >= self.schedule.total and not self._cut_short:
+        if self.trainer.current_epoch >= self.schedule.total and not stopped_mid_epoch(
+            self.trainer
+        ):
             self.close(len(self._tasks) - 1)
 
     def on_fit_end(self) -> None:
@@ -686,7 +679,7 @@ class ContinualModule(ContinualSteps):
 
     def on_predict_start(self) -> None:
         """Refuse raw inputs that nobody could prepare, before the first."""
-        if not hasattr(getattr(self.trainer, "datamodule", None), "tasks"):
+        if not hasattr(datamodule_of(self.trainer), "tasks"):
             check_predictable(self)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -727,14 +720,10 @@ class ContinualModule(ContinualSteps):
             "metrics": [dict(one) for one in self._measured],
             "strategies": self._state_keys(),
             "random": self._random_states(),
-            "unfinished": self._unfinished(),
+            "unfinished": progress_in_update(self.trainer),
         }
-        if self._cut_short and "loops" in checkpoint:
-            # Lightning counts an epoch that was cut short as done: its rest would be lost on resuming.
-            # In the middle of an epoch that goes on, this writes what stands there.
-            for part in ("current", "total"):
-                saved = checkpoint["loops"]["fit_loop"]["epoch_progress"][part]
-                saved["processed"] = saved["completed"] = saved["ready"] - 1
+        if stopped_mid_epoch(self.trainer):
+            mark_epoch_unfinished(checkpoint)
 
     def _random_states(self) -> list[dict[str, Any]]:
         """Of every process: their shares of a batch may differ in size, and so in what they draw."""
@@ -744,17 +733,6 @@ class ContinualModule(ContinualSteps):
         states: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(states, mine)
         return states
-
-    def _unfinished(self) -> list[int] | None:
-        """Where in an update this is: how many of how many batches it has had; None between updates."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        current: Any = progress.current
-        done, needed = current.processed, self.trainer.accumulate_grad_batches
-        last = progress.is_last_batch or done == self.trainer.num_training_batches
-        between = done % needed == 0 or (last and done == current.ready)
-        if between and current.started == done:  # else half of a step may be done
-            return None
-        return [done % needed, needed]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -802,7 +780,7 @@ class ContinualModule(ContinualSteps):
             Task(id=i, columns=(c[0], c[1]), class_names=tuple(names), epochs=epochs)
             for i, c, names, epochs in saved["tasks"]
         ]
-        attached = self._trainer is not None
+        attached = is_attached(self)
         resuming = attached and self.trainer.state.fn == "fit"
         here: dict[str, Any] = {"mask": self._mask}
         there = {"mask": saved["mask"]}

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +25,14 @@ from bpn_lightning.nn.layers import (
 )
 from bpn_lightning.preparation import Preparation, differing_preparation
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Split, Task
+from bpn_lightning.trainer.lightning import HookNameAsPlainAttribute
 
 __all__ = ["ContinualNetwork"]
 
 MASKS = ("all", "seen", "task", "shared")
 
 
-class ContinualNetwork(L.LightningModule):
+class ContinualNetwork(HookNameAsPlainAttribute):
     """Structure, forward and modes; :class:`~bpn_lightning.model.module.ContinualModule` trains it.
 
     Args:
@@ -63,13 +63,6 @@ class ContinualNetwork(L.LightningModule):
         self._mode: int | Tensor = 0
         self._switch_hooks: list[Callable[..., Any]] = []
         self._training_weights: dict[str, Tensor] = {}  # while merged ones are in their place
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Lightning notes which hook runs, some forty times per update: that is no parameter."""
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
     # --- structure -------------------------------------------------------------------------------
 

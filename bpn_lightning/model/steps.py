@@ -24,6 +24,7 @@ from bpn_lightning.nn.execution import differentiable
 from bpn_lightning.nn.layers import BiasUnits, evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Mask, Phase, Schedule
+from bpn_lightning.trainer.lightning import grad_scaler, is_attached
 from bpn_lightning.trainer.optimizers import check_repeated_evaluation
 from bpn_lightning.trainer.schedulers import (
     MONITORS,
@@ -146,7 +147,7 @@ class ContinualSteps(ContinualNetwork):
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
-        if self._trainer is None or self.trainer.world_size == 1:
+        if not is_attached(self) or self.trainer.world_size == 1:
             return tensor
         own = tensor.clone(memory_format=torch.contiguous_format)  # nccl takes no other
         return cast(Tensor, self.trainer.strategy.reduce(own, reduce_op="sum"))
@@ -311,7 +312,7 @@ class ContinualSteps(ContinualNetwork):
     @property
     def loss_scale(self) -> float:
         """The scaler's factor, which parameters outside the optimizer keep in their gradients."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = grad_scaler(self.trainer)
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

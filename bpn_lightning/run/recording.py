@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.files import flush, why_unreadable, write_atomically
+from bpn_lightning.trainer.lightning import is_last_batch
 from bpn_lightning.trainer.preemption import StopRequests
 from bpn_lightning.untrusted import read_text
 
@@ -298,12 +299,12 @@ class LastCheckpoint(Checkpoint):
             or trainer.should_stop
             or self._late(trainer)
         )
-        if self._due and not _is_last_batch(trainer):  # after which the epoch's end is near
+        if self._due and not is_last_batch(trainer):  # after which the epoch's end is near
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the module's own hook, unless the epoch was cut short."""
-        if not _is_last_batch(trainer):
+        if not is_last_batch(trainer):
             return
         self._stopping = self.requests.agreed(trainer)
         epochs, tasks, closed = self.every.epochs, self.every.tasks, _closed(pl_module) + 1
@@ -379,9 +380,3 @@ class LastCheckpoint(Checkpoint):
 def _closed(pl_module: LightningModule) -> int:
     closed: int = getattr(pl_module, "closed", 0)
     return closed
-
-
-def _is_last_batch(trainer: Trainer) -> bool:
-    """Whether the epoch has had all its batches, or has the last one now."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches

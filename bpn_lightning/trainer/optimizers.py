@@ -9,6 +9,7 @@ from torch.optim import LBFGS, Optimizer
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualStream
+from bpn_lightning.trainer.lightning import grad_scaler, handles_unscaling
 
 __all__ = ["check_optimizer", "check_repeated_evaluation"]
 
@@ -24,9 +25,8 @@ def check_optimizer(
     Raises:
         ConfigurationError: names the optimizer, the rule and the remedy.
     """
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if scaled and fused and trainer.gradient_clip_val:
+    scaled = grad_scaler(trainer) is not None
+    if scaled and handles_unscaling(optimizer) and trainer.gradient_clip_val:
         raise ConfigurationError(
             "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, "
             f"but got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."

@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     SingleDeviceStrategy,
 )
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import Tensor, nn
@@ -32,6 +30,15 @@ from bpn_lightning.errors import ConfigurationError, ExpectedForgettingWarning
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualHost, ContinualStream, Schedule
+from bpn_lightning.trainer.lightning import (
+    ddp_communication_hook,
+    ddp_options,
+    layer_sync,
+    max_seconds,
+    model_averaging_period,
+    start_method,
+    val_check_interval,
+)
 
 __all__ = [
     "check_batches",
@@ -88,9 +95,9 @@ def _refuse(rules: Iterable[Rule]) -> None:
 
 def _rules(trainer: Trainer, total: int) -> list[Rule]:
     flags: Any = trainer  # Lightning sets most of them elsewhere, unseen by type checkers
-    epochs, several = trainer.fit_loop.max_epochs, trainer.accumulate_grad_batches
-    clip, seconds = trainer.gradient_clip_val, _max_seconds(trainer)
-    every, within = trainer.check_val_every_n_epoch, _val_check_interval(trainer)
+    epochs, several = trainer.max_epochs, trainer.accumulate_grad_batches
+    clip, seconds = trainer.gradient_clip_val, max_seconds(trainer)
+    every, within = trainer.check_val_every_n_epoch, val_check_interval(trainer)
     return [
         (
             bool(flags.fast_dev_run),
@@ -179,18 +186,6 @@ def _rules(trainer: Trainer, total: int) -> list[Rule]:
     ]
 
 
-def _max_seconds(trainer: Trainer) -> float | None:
-    """The shortest time of a Timer, which is what max_time becomes."""
-    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
-    limits = [timer._duration for timer in timers if timer._duration is not None]
-    return min(limits, default=None)
-
-
-def _val_check_interval(trainer: Trainer) -> int | float | None:
-    """Batches, or a fraction of an epoch; None where it is a time, which Lightning keeps elsewhere."""
-    return getattr(trainer, "val_check_interval", None)
-
-
 def check_lengths(
     trainer: Trainer, batches: Sequence[int], updates: int, validation_batches: int
 ) -> None:
@@ -207,7 +202,7 @@ def check_lengths(
     """
     limit, least = trainer.limit_train_batches, trainer.min_steps or 0
     shortest = min(batches)
-    task, within = batches.index(shortest), _val_check_interval(trainer)
+    task, within = batches.index(shortest), val_check_interval(trainer)
     checks = trainer.limit_val_batches and trainer.check_val_every_n_epoch is not None
     _refuse(
         [
@@ -261,12 +256,11 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "'auto' or 'ddp'",
         "Sharded parameters cannot be penalised, biased or restored one by one.",
     )
-    starts = isinstance(strategy.launcher, _MultiProcessingLauncher)
-    name = strategy.launcher._start_method if starts else ""  # type: ignore[union-attr]
+    method = start_method(trainer)
     yield (
-        starts,
+        method is not None,
         "strategy",
-        f"one that starts processes by {name!r}",
+        f"one that starts processes by {method!r}",
         "'auto' or 'ddp'",
         (
             "Their memories, importances and accuracies would be lost when they end: of what such processes "
@@ -282,17 +276,18 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         f"{started}, as many processes as were started",
         "Set devices to the processes of a machine, num_nodes to the machines, and strategy to 'ddp'.",
     )
+    period = model_averaging_period(trainer)
     yield (
-        getattr(strategy, "_model_averaging_period", None) is not None,
+        period is not None,
         "strategy",
-        f"DDPStrategy(model_averaging_period={getattr(strategy, '_model_averaging_period', None)})",
+        f"DDPStrategy(model_averaging_period={period})",
         "one that averages gradients",
         (
             "Between averages every process would have weights, memories and importances of its own. "
             "Leave it out."
         ),
     )
-    hook = getattr(strategy, "_ddp_comm_hook", None)
+    hook = ddp_communication_hook(trainer)
     yield (
         hook is not None,
         "strategy",
@@ -301,15 +296,14 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "Processes would not follow the gradient that one process follows. Leave it out.",
     )
     yield (
-        bool(getattr(strategy, "_ddp_kwargs", {}).get("static_graph"))
-        and trainer.accumulate_grad_batches > 1,
+        bool(ddp_options(trainer).get("static_graph")) and trainer.accumulate_grad_batches > 1,
         "strategy",
         "DDPStrategy(static_graph=True)",
         "without a static graph where gradients accumulate",
         "torch stops on an internal assertion. Leave static_graph or accumulate_grad_batches out.",
     )
     yield (
-        isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm)
+        isinstance(layer_sync(trainer), TorchSyncBatchNorm)
         and trainer.world_size > 1
         and strategy.root_device.type == "cpu",
         "sync_batchnorm",
@@ -367,7 +361,7 @@ def check_batches(
     Raises:
         ConfigurationError: names the layer, the task, its batch and the remedy.
     """
-    together = getattr(trainer.strategy, "_layer_sync", None) is not None
+    together = layer_sync(trainer) is not None
     processes = 1 if together else trainer.world_size
     layers = {
         name: part
@@ -520,7 +514,7 @@ def check_phases(schedule: Schedule, stream: ContinualStream, trainer: Trainer) 
             if (
                 phase.trains == "strategy"
                 and trainer.accumulate_grad_batches > 1
-                and getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
+                and ddp_options(trainer).get("find_unused_parameters")
             ):
                 raise ConfigurationError(
                     "Expected trainer.strategy to be without find_unused_parameters where gradients "
