@@ -24,7 +24,6 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -58,6 +57,7 @@ from bpn_lightning.run.recording import Intervals, LastCheckpoint, MetricsFile
 from bpn_lightning.run.results import collect_provenance, write_results
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
+from bpn_lightning.trainer.lightning import is_first_process
 from bpn_lightning.trainer.rules import check_launch
 from bpn_lightning.untrusted import read_text
 
@@ -302,13 +302,13 @@ class ContinualCLI(LightningCLI):
         self.run_folder = RunFolder(self.folder)
         if self.config.overwrite:
             self._refuse_replaced_inputs()
-        if _first_process():
+        if is_first_process():
             if self.run_folder.acquire():
                 _tell(f"What an interrupted --overwrite had not replaced is back in {self.folder}.")
             self._closing.callback(self._give_folder_back)
         refuse_other_name(self.folder, self._names())
         self.checkpoint = self._checkpoint()
-        if _first_process() and not self.config.overwrite:
+        if is_first_process() and not self.config.overwrite:
             refuse_earlier(self.folder, self._identity()["config"], self._resumes_own)
 
     def _refuse_replaced_inputs(self) -> None:
@@ -381,7 +381,7 @@ class ContinualCLI(LightningCLI):
             os.environ.setdefault("WANDB_SILENT", "true")
             os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         saved, step = self._logged
-        first = _first_process()
+        first = is_first_process()
         specs = complete_loggers(names, config.trainer.logger, run, saved, step, first)
         reason = go_offline(specs)
         if reason:
@@ -527,7 +527,7 @@ class ContinualCLI(LightningCLI):
 
     def prepare_folder(self) -> None:
         """Set aside what an earlier run left, unless this one resumes it, and write config.yaml."""
-        if not _first_process():
+        if not is_first_process():
             return
         if self.config.overwrite:
             self.run_folder.set_aside()
@@ -705,14 +705,9 @@ def _load_streams(command: Command) -> None:
         registered.load()
 
 
-def _first_process() -> bool:
-    """Whether this process writes files and talks; Lightning tells the others their rank."""
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
-
-
 def _tell(line: str) -> None:
     """One line for the user, beside what the run prints."""
-    if _first_process():
+    if is_first_process():
         print(f"bpn-fit: {printable(line)}", file=sys.stderr)
 
 

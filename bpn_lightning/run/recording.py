@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.files import flush, why_unreadable, write_atomically
+from bpn_lightning.tasks import Task
 from bpn_lightning.trainer.lightning import is_last_batch
 from bpn_lightning.trainer.preemption import StopRequests
 from bpn_lightning.untrusted import read_text
@@ -208,6 +209,13 @@ class Intervals:
                 )
 
 
+class _Learner(Protocol):
+    """What is asked of a ContinualModule: its tasks, and the last one that is closed."""
+
+    tasks: Sequence[Task]
+    closed: int
+
+
 class LastCheckpoint(Checkpoint):
     """Saves the run to one file, the one before it kept beside it as ``previous.ckpt``.
 
@@ -323,7 +331,7 @@ class LastCheckpoint(Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the end of a stream that has no checkpoint of it."""
-        complete = _closed(pl_module) + 1 == len(getattr(pl_module, "tasks", ()))
+        complete = _closed(pl_module) + 1 == len(cast(_Learner, pl_module).tasks)
         if stage == "fit" and complete and self._closed != _closed(pl_module):
             self._save(trainer, pl_module)
             self._publish(trainer, stop=False)
@@ -378,5 +386,4 @@ class LastCheckpoint(Checkpoint):
 
 
 def _closed(pl_module: LightningModule) -> int:
-    closed: int = getattr(pl_module, "closed", 0)
-    return closed
+    return cast(_Learner, pl_module).closed
