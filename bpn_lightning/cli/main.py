@@ -1,4 +1,4 @@
-"""The command ``bpn-fit``: what needs no torch is answered here, the rest is :mod:`bpn_lightning.cli.fit`."""
+"""The command ``bpn-fit``: what needs no torch is answered here, the rest is :mod:`bpn_lightning.cli.train`."""
 
 import os
 import sys
@@ -99,7 +99,7 @@ def _later_process() -> str:
 
 def _fit(argv: Sequence[str]) -> int:
     command = read_command(argv)
-    from bpn_lightning.cli.fit import fit  # seconds, for torch and lightning
+    from bpn_lightning.cli.train import fit  # seconds, for torch and lightning
 
     return fit(command)
 
