@@ -38,8 +38,8 @@ from bpn_lightning.run.folder import RunFolder
 from bpn_lightning.run.identity import defining, flatten, run_names
 from bpn_lightning.run.loggers import RunName, complete_loggers, go_offline
 from bpn_lightning.run.recording import Intervals, LastCheckpoint, MetricsFile
+from bpn_lightning.trainer.launch import check_launch
 from bpn_lightning.trainer.lightning import is_first_process
-from bpn_lightning.trainer.rules import check_launch
 
 __all__ = ["ContinualCLI"]
 

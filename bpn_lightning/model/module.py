@@ -42,6 +42,9 @@ from bpn_lightning.tasks import (
     named_dtype,
 )
 from bpn_lightning.trainer.callbacks import check_callbacks, check_rate_monitor
+from bpn_lightning.trainer.composition import check_composition, check_phases, check_precision
+from bpn_lightning.trainer.flags import check_lengths, check_trainer
+from bpn_lightning.trainer.launch import check_batches
 from bpn_lightning.trainer.lightning import (
     datamodule_of,
     is_attached,
@@ -55,14 +58,6 @@ from bpn_lightning.trainer.lightning import (
 )
 from bpn_lightning.trainer.optimizers import check_optimizer
 from bpn_lightning.trainer.processes import check_processes
-from bpn_lightning.trainer.rules import (
-    check_batches,
-    check_composition,
-    check_lengths,
-    check_phases,
-    check_precision,
-    check_trainer,
-)
 
 __all__ = ["ContinualModule"]
 

@@ -16,7 +16,7 @@ from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.independent import IndependentNetworks
 from bpn_lightning.strategies.joint import JointTraining
 from bpn_lightning.tasks import Phase
-from bpn_lightning.trainer.rules import check_phases
+from bpn_lightning.trainer.composition import check_phases
 
 
 class Started(ContinualStrategy):

@@ -19,7 +19,7 @@ from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules import SplitDigits, StreamOf
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies import EncoderBasedLifelongLearning, JointTraining
-from bpn_lightning.trainer.rules import check_batches, check_launch
+from bpn_lightning.trainer.launch import check_batches, check_launch
 
 LOST = (
     "Their memories, importances and accuracies would be lost when they end: of what such processes "
