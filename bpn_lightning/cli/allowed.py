@@ -85,7 +85,7 @@ SINGLE = (
     "bpn_lightning.nn.torchvision_backbone",
     "bpn_lightning.paper.probes.Drift",
     "bpn_lightning.paper.probes.Regions",
-    "bpn_lightning.run.checkpoints.WholeCheckpoints",
+    "bpn_lightning.run.checkpoints.AtomicCheckpointIO",
     "bpn_lightning.run.console.StreamProgress",
     "bpn_lightning.run.dashboards.Dashboard",
     "bpn_lightning.model.steps.sgd",

@@ -31,7 +31,7 @@ from bpn_lightning.errors import (
 from bpn_lightning.files import check_name, refuse_outside, write_atomically
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.registry import CLASS_PATH
-from bpn_lightning.run.checkpoints import WholeCheckpoints
+from bpn_lightning.run.checkpoints import AtomicCheckpointIO
 from bpn_lightning.run.console import StreamProgress
 from bpn_lightning.run.dashboards import Dashboard
 from bpn_lightning.run.folder import RunFolder
@@ -286,7 +286,7 @@ class ContinualCLI(LightningCLI):
                     "often one is taken."
                 )
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-                plugins.append(WholeCheckpoints())
+                plugins.append(AtomicCheckpointIO())
             kwargs["plugins"] = plugins
         if self.config.quiet or self.config.json:
             callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 
 from bpn_lightning.cli.main import main
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.run.checkpoints import WholeCheckpoints, read_checkpoint
+from bpn_lightning.run.checkpoints import AtomicCheckpointIO, read_checkpoint
 from bpn_lightning.run.recording import Intervals, LastCheckpoint, MetricsFile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -265,7 +265,7 @@ def test_every_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
     """Of a file with many small records, which has the most of what no checksum is over."""
     tree = {"weights": torch.arange(300.0), "counts": [torch.arange(5), 7, "name", None]}
     path = tmp_path / "some.ckpt"
-    WholeCheckpoints().save_checkpoint(tree, path)
+    AtomicCheckpointIO().save_checkpoint(tree, path)
     whole, rng = path.read_bytes(), random.Random(0)
     found = 0
     for place in [*range(0, 400, 7), *rng.sample(range(len(whole)), 400)]:
