@@ -168,8 +168,8 @@ class ContinualCLI(LightningCLI):
         """What --overwrite replaces cannot be what the run begins with."""
         if self.config.ckpt_path == "last":
             raise ConfigurationError(
-                "Expected either --overwrite, which begins anew, or --ckpt_path last, which goes "
-                "on, but got both. Leave one out."
+                "Expected either --overwrite, which starts over, or --ckpt_path last, which "
+                "resumes, but got both. Leave one out."
             )
         named = {"ckpt_path": self.config.ckpt_path, **flatten(yaml.safe_load(self.dump()))}
         for key, value in named.items():
@@ -222,7 +222,7 @@ class ContinualCLI(LightningCLI):
         self.config = asked
 
     def _loggers(self) -> Any:
-        """The loggers' classes and arguments, beside our metrics.csv."""
+        """The loggers' classes and arguments, and our metrics.csv."""
         config = self.config
         names = config.logger or []
         names = names.split(",") if isinstance(names, str) else names

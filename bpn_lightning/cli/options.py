@@ -53,10 +53,10 @@ def _own_error(error: BaseException) -> BPNLightningError | None:
 
     Ours are ValueErrors, and are buried in a message about the types that were tried.
     """
-    said: BaseException | None = error
-    while said is not None and not isinstance(said, BPNLightningError):
-        said = said.__cause__ or said.__context__
-    return said
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, BPNLightningError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def add_options(parser: LightningArgumentParser, command: Command) -> None:
@@ -146,8 +146,8 @@ def parse_options(parser: LightningArgumentParser, args: Any) -> Namespace:
         with bounded_includes():
             config: Namespace = parser.parse_args(args)
     except ArgumentError as error:
-        said = _own_error(error) or ConfigurationError(explain(str(error), parser))
-        raise said from error
+        wrong = _own_error(error) or ConfigurationError(explain(str(error), parser))
+        raise wrong from error
     except OmegaConfBaseException as error:
         key = f" in {error.full_key}" if getattr(error, "full_key", None) else ""
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""What ``bpn-fit`` prints beside its progress: a line for the user, and what Lightning says without need."""
+"""What ``bpn-fit`` prints besides its progress: lines for the user, and none of Lightning's hints."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""The checkpoint that a run resumes: which one it is, whether it is whole, and whose it is."""
+"""The checkpoint that a run resumes: which one it is, whether it is intact, and which run wrote it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def previous_checkpoint(folder: Path) -> Path:
 def find_checkpoint(
     wanted: str | None, folder: Path, identity: Mapping[str, Any]
 ) -> Resumed | None:
-    """The checkpoint to resume, which is whole and of this run; None to start from the beginning.
+    """The checkpoint to resume, which is intact and of this run; None to start from the beginning.
 
     Args:
         wanted: a path; or ``"last"`` for the newest of the folder, or the one before it where that is
@@ -79,7 +79,7 @@ def find_checkpoint(
             problems.append(str(error))
             continue
         if problems:
-            notify(f"warning: {problems[0]} Going on from {path}, the checkpoint before it.")
+            notify(f"warning: {problems[0]} Resuming from {path}, the checkpoint before it.")
         _check_run(path, saved, identity)
         loggers = callback_state(saved, Dashboard.__qualname__).get("loggers", [])
         versions = [(kind, version) for kind, version, _ in loggers]
@@ -109,7 +109,7 @@ def _check_run(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) ->
         raise CheckpointError(
             f"Expected ckpt_path to be a checkpoint of this configuration, but {path} differs: "
             f"{'; '.join(different)}. Resume with the configuration that wrote it (config.yaml "
-            "beside it), or start a new run in another --runs folder."
+            "next to it), or start a new run in another --runs folder."
         )
 
 
@@ -124,5 +124,5 @@ def how_to_resume(folder: Path, overwrite: bool) -> str:
         return f"{folder} has its results."
     if not any(path.exists() for path in (last_checkpoint(folder), previous_checkpoint(folder))):
         return "It had no checkpoint yet."
-    place = " in the place of --overwrite" if overwrite else ""
-    return f"The same command with --ckpt_path last{place} goes on from {folder}."
+    replaced = " instead of --overwrite" if overwrite else ""
+    return f"The same command with --ckpt_path last{replaced} resumes {folder}."

@@ -30,8 +30,8 @@ __all__ = ["fit"]
 
 TERMINATED = 143  # as shells say of a command that SIGTERM ended
 
-#: What the system says when there is no room for a file.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: What the system reports when there is no space left for a file.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fit(command: Command) -> int:
@@ -100,10 +100,10 @@ def _train(cli: ContinualCLI, out: TextIO) -> int:
         notify(f"Interrupted. {how_to_resume(cli.folder, cli.config.overwrite)}")
         status = INTERRUPTED
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_SPACE:
             raise
         raise ResultsError(
-            f"Expected room for the files of {cli.folder}, but got: {error}. Make some. "
+            f"No space left for the files of {cli.folder}: {error}. Free some. "
             f"{how_to_resume(cli.folder, cli.config.overwrite)}"
         ) from error
     finally:
@@ -131,7 +131,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         provenance=collect_provenance(seconds),
         extra={"curve": module.curve} if module.evaluate_every == "epoch" else {},
     )
-    if module.closed + 1 == len(module.tasks):  # nothing goes on from here any more
+    if module.closed + 1 == len(module.tasks):  # nothing resumes from here
         previous_checkpoint(cli.folder).unlink(missing_ok=True)
     if config.log_artifacts:
         name = f"{config.experiment}-{config.method}-seed_{config.seed_everything}"

@@ -57,9 +57,8 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
     needing = _names(s for s in strategies if s.needs_task_id)
     if not host.stream.task_id_at_test and (needing or host.mask == "task"):
         raise ConfigurationError(
-            "Expected no need of the task's id at test in a stream with task_id_at_test=False, but "
-            f"{' and '.join(needing) or 'mask=' + repr(host.mask)} answers in the mode of a task. "
-            "Set task_id_at_test to True, or choose another method."
+            f"{' and '.join(needing) or 'mask=' + repr(host.mask)} needs the task ID at inference, but the "
+            "stream has task_id_at_test=False. Set it to True, or choose another method."
         )
     _warn_of_forgetting(host, strategies)
     _warn_of_lone_classes(host)
@@ -100,7 +99,7 @@ def _warn_of_lone_classes(host: ContinualHost) -> None:
 
 
 def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -> None:
-    """Refuse weights of half precision beside strategies that measure or add up what they lose.
+    """Refuse weights in half precision with strategies that sum numbers too small for it.
 
     Raises:
         ConfigurationError: names the strategies and the remedy.
@@ -108,7 +107,7 @@ def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -
     measuring = _names(s for s in strategies if s.needs_full_precision)
     if measuring and trainer.precision in ("bf16-true", "16-true"):
         raise ConfigurationError(
-            f"Expected trainer.precision to keep weights in full precision beside "
+            f"Expected trainer.precision to keep weights in full precision with "
             f"{' and '.join(measuring)}, but got {trainer.precision}: sums of small numbers would be "
             f"lost. Use {trainer.precision.replace('true', 'mixed')}."
         )

@@ -80,7 +80,7 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "strategy",
         type(strategy).__name__,
         "'auto' or 'ddp'",
-        "Sharded parameters cannot be penalised, biased or restored one by one.",
+        "Sharded parameters cannot be penalized, biased or restored one by one.",
     )
     method = start_method(trainer)
     yield (
@@ -135,7 +135,7 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "sync_batchnorm",
         True,
         "off on the CPU",
-        "torch.nn.SyncBatchNorm needs a GPU. Leave it out, or use layers that normalise each sample.",
+        "torch.nn.SyncBatchNorm needs a GPU. Leave it out, or use layers that normalize each sample.",
     )
     yield (
         trainer.precision not in PRECISIONS,
@@ -164,7 +164,7 @@ def check_batches(
 
     Args:
         trainer: before its fit begins.
-        network: which may normalise batches.
+        network: which may normalize batches.
         inputs: ``(1, ...)``, for a dry forward.
         tasks: how many.
         smallest_batch: samples, over all processes, of the smallest batch of a task.
@@ -189,9 +189,9 @@ def check_batches(
             if smallest // processes < needed:
                 raise ConfigurationError(
                     f"Expected batch_size to leave every process {needed} or more samples of each batch "
-                    f"where a layer (backbone.{name}) normalises batches, but task {task} has one of "
+                    f"where a layer (backbone.{name}) normalizes batches, but task {task} has one of "
                     f"{smallest} for {processes} process{'es' if processes > 1 else ''}. Choose another "
-                    "batch_size, or a layer that normalises each sample."
+                    "batch_size, or a layer that normalizes each sample."
                 )
 
 

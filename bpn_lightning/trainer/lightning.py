@@ -98,7 +98,7 @@ def stopped_mid_epoch(trainer: Trainer) -> bool:
 def progress_in_update(trainer: Trainer) -> tuple[int, int] | None:
     """Where inside an update the fit is.
 
-    Seen in 2.6.6: a step that raised leaves ``started`` ahead of ``processed``, and nothing else tells.
+    Seen in 2.6.6: a step that raised leaves ``started`` ahead of ``processed``, and nothing else shows it.
 
     Returns:
         How many of how many batches the update has had; None between two updates.
@@ -134,7 +134,7 @@ def mark_epoch_unfinished(checkpoint: dict[str, Any]) -> None:
     """Let a checkpoint's newest epoch be one to resume inside of.
 
     Seen in 2.6.6: an epoch that ``stopped_mid_epoch`` is counted as done, and a resumed run would lose its
-    rest. In a checkpoint of an epoch that goes on, this writes what stands there.
+    rest. In a checkpoint of an epoch that continues, this changes nothing.
 
     Args:
         checkpoint: while it is saved; one of weights alone has no loops, and stays as it is.

@@ -1,4 +1,4 @@
-"""Which optimizers may run beside which flags and strategies."""
+"""Which optimizers may run with which flags and strategies."""
 
 from collections.abc import Sequence
 from inspect import Parameter, signature
@@ -20,7 +20,7 @@ def check_optimizer(
     strategies: Sequence[ContinualStrategy],
     stream: ContinualStream,
 ) -> None:
-    """Refuse an optimizer that would do something else than it says beside these flags and strategies.
+    """Refuse an optimizer that would do something else than it says with these flags and strategies.
 
     Raises:
         ConfigurationError: names the optimizer, the rule and the remedy.
@@ -90,7 +90,7 @@ def _check_lbfgs(
     ):
         if broken:
             raise ConfigurationError(
-                f"Expected the optimizer not to be LBFGS beside {what}, but got LBFGS. {why} "
+                f"Expected the optimizer not to be LBFGS with {what}, but got LBFGS. {why} "
                 "Leave one of the two out."
             )
 
@@ -105,8 +105,8 @@ def check_repeated_evaluation(trainer: Trainer, optimizer: Optimizer) -> None:
     """
     if trainer.accumulate_grad_batches > 1:
         raise ConfigurationError(
-            "Expected trainer.accumulate_grad_batches to be 1 beside an optimizer that evaluates its "
-            f"closure several times, but got {trainer.accumulate_grad_batches} beside "
+            "Expected trainer.accumulate_grad_batches to be 1 with an optimizer that evaluates its "
+            f"closure several times, but got {trainer.accumulate_grad_batches} with "
             f"{type(optimizer).__name__}. It would see an update's last batch only. Use a larger "
             "batch_size."
         )

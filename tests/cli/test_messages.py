@@ -128,7 +128,7 @@ def said(
         (
             "--ckpt_path last --overwrite",
             (
-                "Expected either --overwrite, which begins anew, or --ckpt_path last, which goes on, but "
+                "Expected either --overwrite, which starts over, or --ckpt_path last, which resumes, but "
                 "got both. Leave one out."
             ),
         ),

@@ -172,8 +172,8 @@ def test_ctrl_c_while_results_are_written_says_how_to_go_on(
         patch.setattr(train, "write_results", interrupt)
         assert run("--overwrite") == 130
     assert capsys.readouterr().err == (
-        "bpn-fit: Interrupted. The same command with --ckpt_path last in the place of --overwrite goes "
-        f"on from {RUN}.\n"
+        "bpn-fit: Interrupted. The same command with --ckpt_path last instead of --overwrite resumes "
+        f"{RUN}.\n"
     )
     assert run("--ckpt_path", "last") == 0
 
