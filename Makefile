@@ -59,7 +59,7 @@ browser:  ## install Chromium for the tests of bpn-report's page (Debian, as roo
 	    apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:  ## remove what builds and tests left; .venv, data and runs stay
-	@rm -rf build dist docs/api *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The environment. A stamp stands for each set of dependencies: an installation is repeated only

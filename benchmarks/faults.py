@@ -46,7 +46,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from bpn_lightning import files
-from bpn_lightning.cli import fit
+from bpn_lightning.cli import train
 from bpn_lightning.cli.main import main as bpn_fit
 from bpn_lightning.model import module, task_loop
 from bpn_lightning.nn import MLP
@@ -213,7 +213,7 @@ def watch(clock: Clock) -> None:
         inside(task_loop, name, "evaluation")
     before(recording.MetricsFile, "log_metrics", "metrics row")
     before(recording.LastCheckpoint, "_publish", "after a batch or epoch")
-    before(fit, "write_results", "results")
+    before(train, "write_results", "results")
     before(os, "replace", lambda old, new: f"renaming to {_kind(Path(new))}")
     files.open = lambda path, mode: _Slow(path, mode, clock)  # type: ignore[attr-defined]
 

@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from bpn_lightning.trainer.idle_hooks import leave_out_idle_hooks
+from bpn_lightning.trainer.lightning import HookNameAsPlainAttribute
 
 BATCH, BATCHES, EPOCHS = 10, 400, 3
 
@@ -77,14 +77,8 @@ class Automatic(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-class PlainAttribute(Automatic):
+class PlainAttribute(HookNameAsPlainAttribute, Automatic):
     """The name of the running hook, set some forty times per step, is no business of nn.Module."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
 
 class Manual(PlainAttribute):
@@ -137,7 +131,6 @@ def by_trainer(
     module: Callable[[], LightningModule],
     bundle: int = 1,
     callbacks: bool = False,
-    leave_out: bool = False,
 ) -> Callable[[], None]:
     """A fit."""
 
@@ -151,8 +144,6 @@ def by_trainer(
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        if leave_out:
-            leave_out_idle_hooks(trainer)
         trainer.fit(module(), Loader(bundle))
 
     return run
@@ -164,9 +155,6 @@ WAYS: dict[str, Callable[[], None]] = {
     "Trainer": by_trainer(Automatic),
     "Trainer, plain attribute": by_trainer(PlainAttribute),
     "Trainer, plain attribute, four empty callbacks": by_trainer(PlainAttribute, callbacks=True),
-    "Trainer, plain attribute, four empty callbacks, empty hooks skipped": by_trainer(
-        PlainAttribute, callbacks=True, leave_out=True
-    ),
     "Trainer, plain attribute, manual optimization": by_trainer(Manual),
     "the same, 5 steps per call": by_trainer(Manual, 5),
     "the same, 20 steps per call": by_trainer(Manual, 20),

@@ -1,6 +1,6 @@
 """Continual learning on PyTorch Lightning, around Beneficial Perturbation Networks.
 
-A name below is imported from its home when it is first asked for, so that ``import bpn_lightning``
+A name below is imported from its file when it is first asked for, so that ``import bpn_lightning``
 and the command line start without torch.
 """
 
@@ -8,20 +8,67 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bpn_lightning.costs import Bytes
+    from bpn_lightning.errors import (
+        BPNLightningError,
+        CheckpointError,
+        ConfigurationError,
+        DataError,
+        ExpectedForgettingWarning,
+        ProcessesError,
+        ResultsError,
+    )
+    from bpn_lightning.export import export_module, load_exported
     from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
     from bpn_lightning.model.evaluation import evaluate
     from bpn_lightning.model.module import ContinualModule
-    from bpn_lightning.tasks import Task
+    from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Schedule, Task
 
     __version__: str
 
-__all__ = ["AccuracyMatrix", "ContinualModule", "Task", "__version__", "evaluate"]
+__all__ = [
+    "AccuracyMatrix",
+    "BPNLightningError",
+    "Batch",
+    "Bytes",
+    "CheckpointError",
+    "ConfigurationError",
+    "ContinualHost",
+    "ContinualModule",
+    "ContinualStream",
+    "DataError",
+    "ExpectedForgettingWarning",
+    "Phase",
+    "ProcessesError",
+    "ResultsError",
+    "Schedule",
+    "Task",
+    "__version__",
+    "evaluate",
+    "export_module",
+    "load_exported",
+]
 
-_HOMES = {
-    "AccuracyMatrix": "bpn_lightning.metrics.accuracy_matrix",
-    "ContinualModule": "bpn_lightning.model.module",
-    "Task": "bpn_lightning.tasks",
-    "evaluate": "bpn_lightning.model.evaluation",
+_FILES = {
+    "AccuracyMatrix": "metrics.accuracy_matrix",
+    "Batch": "tasks",
+    "Bytes": "costs",
+    "BPNLightningError": "errors",
+    "CheckpointError": "errors",
+    "ConfigurationError": "errors",
+    "ContinualHost": "tasks",
+    "ContinualModule": "model.module",
+    "ContinualStream": "tasks",
+    "DataError": "errors",
+    "ExpectedForgettingWarning": "errors",
+    "Phase": "tasks",
+    "ProcessesError": "errors",
+    "ResultsError": "errors",
+    "Schedule": "tasks",
+    "Task": "tasks",
+    "evaluate": "model.evaluation",
+    "export_module": "export",
+    "load_exported": "export",
 }
 
 
@@ -31,8 +78,8 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         value = version(__name__)
-    elif name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _FILES:
+        value = getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value  # the next access does not come here

@@ -7,10 +7,13 @@ if TYPE_CHECKING:
     from bpn_lightning.datamodules.base import ContinualDataModule
     from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
     from bpn_lightning.datamodules.digits import SplitDigits
+    from bpn_lightning.datamodules.division import SamplesOfTasks
     from bpn_lightning.datamodules.eight_datasets import EightDatasets
     from bpn_lightning.datamodules.gaussians import Gaussians
+    from bpn_lightning.datamodules.loading import Samples
     from bpn_lightning.datamodules.own_data import SplitArrays, SplitImageFolder
     from bpn_lightning.datamodules.permuted import PermutedMNIST, RotatedMNIST
+    from bpn_lightning.datamodules.readers import ImageData
     from bpn_lightning.datamodules.stream_of import StreamOf
     from bpn_lightning.datamodules.torchvision_sets import (
         SplitCIFAR10,
@@ -25,8 +28,11 @@ __all__ = [
     "ContinualDataModule",
     "EightDatasets",
     "Gaussians",
+    "ImageData",
     "PermutedMNIST",
     "RotatedMNIST",
+    "Samples",
+    "SamplesOfTasks",
     "SplitArrays",
     "SplitCIFAR10",
     "SplitCIFAR100",
@@ -53,16 +59,19 @@ DATAMODULES: dict[str, str] = {
 }
 """The registered streams, and where each is defined."""
 
-_BASES = {
+_FOR_AUTHORS = {
     "ContinualDataModule": "bpn_lightning.datamodules.base:ContinualDataModule",
     "ClassIncrementalDataModule": (
         "bpn_lightning.datamodules.class_incremental:ClassIncrementalDataModule"
     ),
+    "ImageData": "bpn_lightning.datamodules.readers:ImageData",
+    "Samples": "bpn_lightning.datamodules.loading:Samples",
+    "SamplesOfTasks": "bpn_lightning.datamodules.division:SamplesOfTasks",
 }
 
 
 def __getattr__(name: str) -> Any:
-    place = (DATAMODULES | _BASES).get(name)
+    place = (DATAMODULES | _FOR_AUTHORS).get(name)
     if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = place.split(":")
@@ -70,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

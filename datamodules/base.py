@@ -34,6 +34,7 @@ from bpn_lightning.preparation import (
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.tasks import Batch, Position, Split, Task
 from bpn_lightning.terminal import is_utf8
+from bpn_lightning.trainer.lightning import batches_processed
 
 __all__ = ["ContinualDataModule", "Normalisation"]
 
@@ -420,8 +421,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     def _processed(self) -> int:
         if self.trainer is None:
             return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return int(progress.processed)  # type: ignore[attr-defined]
+        return batches_processed(self.trainer)
 
     def _module(self) -> L.LightningModule | None:
         return None if self.trainer is None else self.trainer.lightning_module

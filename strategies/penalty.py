@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.tasks import ContinualHost
+from bpn_lightning.trainer.lightning import handles_unscaling
 
 __all__ = [
     "UPDATES",
@@ -131,7 +132,7 @@ def refuse_fused(name: str, host: ContinualHost, optimizer: Optimizer) -> None:
     Raises:
         ConfigurationError: names the strategy that edits them.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and host.loss_scale != 1:
+    if handles_unscaling(optimizer) and host.loss_scale != 1:
         raise ConfigurationError(
             f"Expected the optimizer not to be fused where {name} runs in 16-mixed precision, but "
             f"got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."

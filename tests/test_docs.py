@@ -33,7 +33,7 @@ import bpn_lightning.report.cli as html_report
 from bpn_lightning.bench.cli import _parse
 from bpn_lightning.bench.grid import only, read_grid
 from bpn_lightning.cli import export as export_command
-from bpn_lightning.cli.command import CONFIGS
+from bpn_lightning.cli.config_files import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

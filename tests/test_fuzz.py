@@ -27,7 +27,8 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.bench.collection import read_collection
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.cli import main as cli
-from bpn_lightning.cli.command import CONFIGS, read_command
+from bpn_lightning.cli.command import read_command
+from bpn_lightning.cli.config_files import CONFIGS
 from bpn_lightning.datamodules import SplitArrays, SplitDigits, SplitImageFolder, SplitMNIST
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, make_image_set
 from bpn_lightning.errors import BPNLightningError

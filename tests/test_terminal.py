@@ -13,18 +13,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from bpn_lightning import errors
+from bpn_lightning import AccuracyMatrix, errors
 from bpn_lightning.bench.pictures import Line, line_chart
 from bpn_lightning.bench.runner import _say
 from bpn_lightning.bench.statistics import Interval
 from bpn_lightning.cli import data as data_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.cli.command import read_command
-from bpn_lightning.cli.fit import _tell
+from bpn_lightning.cli.output import notify
 from bpn_lightning.costs import Bytes
 from bpn_lightning.datamodules import SplitImageFolder
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
-from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.report import cli as report
 from bpn_lightning.run.console import StreamProgress, final_table, learned
 from bpn_lightning.run.figures import save_figure
@@ -86,7 +85,7 @@ def test_a_run_shows_names_as_they_are(terminal: bool) -> None:
     assert shown.count(SHOWN) >= 4  # the line, the title, the class (cut), the folder twice
 
 
-@pytest.mark.parametrize("say", [_tell, _say], ids=["bpn-fit", "bpn-bench"])
+@pytest.mark.parametrize("say", [notify, _say], ids=["bpn-fit", "bpn-bench"])
 def test_a_line_beside_a_run(say: Callable[[str], None], capsys: Said) -> None:
     say(EVIL)
     assert capsys.readouterr().err.rstrip().endswith(SHOWN)

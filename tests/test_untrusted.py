@@ -16,7 +16,7 @@ from bpn_lightning.bench.collection import read_collection
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.runner import _learned_all
 from bpn_lightning.cli import main as cli
-from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.datamodules import SplitArrays, SplitImageFolder
 from bpn_lightning.datamodules.image_sets import Entry, Indoor67
 from bpn_lightning.datamodules.torchvision_sets import _is_whole_idx

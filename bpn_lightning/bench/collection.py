@@ -14,7 +14,7 @@ from typing import Any, TypedDict, cast
 
 from bpn_lightning.bench.grid import Cell, Grid, NotRun
 from bpn_lightning.bench.runner import state
-from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.metrics.scores import AfterLearning, WithoutOracle

@@ -31,7 +31,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bpn_lightning.cli.command import CONFIGS, methods_of, nearest_file, read_command, read_yaml
+from bpn_lightning.cli.command import read_command
+from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
 

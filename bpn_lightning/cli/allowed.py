@@ -80,14 +80,14 @@ SINGLE = (
     "lightning.pytorch.plugins.environments.LightningEnvironment",
     "lightning.pytorch.plugins.environments.SLURMEnvironment",
     "lightning.pytorch.plugins.environments.TorchElasticEnvironment",
+    "bpn_lightning.nn.CrossEntropy",
     "bpn_lightning.nn.MLP",
     "bpn_lightning.nn.torchvision_backbone",
     "bpn_lightning.paper.probes.Drift",
     "bpn_lightning.paper.probes.Regions",
-    "bpn_lightning.run.checkpoints.WholeCheckpoints",
+    "bpn_lightning.run.checkpoints.AtomicCheckpointIO",
     "bpn_lightning.run.console.StreamProgress",
     "bpn_lightning.run.dashboards.Dashboard",
-    "bpn_lightning.losses.CrossEntropy",
     "bpn_lightning.model.optimization.sgd",
 )
 

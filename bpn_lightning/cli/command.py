@@ -16,13 +16,18 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bpn_lightning import registry
+from bpn_lightning.cli.config_files import (
+    CONFIGS,
+    ConfigLayer,
+    find_config,
+    read_layer,
+)
 from bpn_lightning.cli.trust import (
     FLAGS,
     Named,
@@ -38,29 +43,8 @@ from bpn_lightning.cli.trust import (
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
 from bpn_lightning.terminal import is_utf8
-from bpn_lightning.untrusted import MAX_CONFIG_BYTES, read_text
 
-__all__ = [
-    "CONFIGS",
-    "Command",
-    "flag_values",
-    "methods_of",
-    "nearest_file",
-    "packaged_configs",
-    "read_command",
-    "read_yaml",
-]
-
-CONFIGS = Path(str(files("bpn_lightning.configs")))
-
-#: Keys whose value is a mapping; anything else there would end in a traceback.
-GROUPS = ("trainer", "model", "strategies")
-
-#: Values of a config, aliases counted wherever they stand: a few lines of them make billions.
-MOST_VALUES = 100_000
-
-#: A text counts as one more value for so many of its characters.
-CHARACTERS = 100
+__all__ = ["Command", "flag_values", "read_command"]
 
 
 @dataclass(frozen=True)
@@ -93,33 +77,6 @@ class Command:
     notices: list[str]
 
 
-@dataclass
-class _Layer:
-    """A config file: its name for messages, what ``--config`` gets, and its content."""
-
-    name: str
-    value: str
-    content: dict[str, Any]
-
-    @property
-    def strategies(self) -> dict[str, Any]:
-        return self.content.get("strategies") or {}
-
-    def without_strategies(self) -> "_Layer":
-        content = {key: value for key, value in self.content.items() if key != "strategies"}
-        return _Layer(self.name, yaml.safe_dump(content, sort_keys=False), content)
-
-
-def packaged_configs() -> list[str]:
-    """File names of the experiments that come with this package."""
-    return sorted(path.name for path in CONFIGS.glob("*.yaml"))
-
-
-def methods_of(experiment: str, folder: Path = CONFIGS) -> list[str]:
-    """Methods with tuned values for an experiment."""
-    return sorted(path.stem for path in (folder / "methods" / experiment).glob("*.yaml"))
-
-
 def read_command(argv: Sequence[str]) -> Command:
     """Find the files and the method, and put everything into order; imports nothing that they name.
 
@@ -128,8 +85,8 @@ def read_command(argv: Sequence[str]) -> Command:
             a class that is not trusted.
     """
     flags, rest = _split(argv)
-    paths = [_find_config(name) for name in flags.config]
-    layers = [_read(path) for path in paths]
+    paths = [find_config(name) for name in flags.config]
+    layers = [read_layer(path) for path in paths]
     stated = _last(layers, "method")
     # Under a name of its own, an experiment keeps what was tuned for the one that it is made from.
     tuned_for = [flags.experiment, _last(layers, "experiment"), *(path.stem for path in paths[:1])]
@@ -233,109 +190,18 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, rest
 
 
-def _last(layers: Sequence[_Layer], key: str) -> str | None:
+def _last(layers: Sequence[ConfigLayer], key: str) -> str | None:
     values = [layer.content[key] for layer in layers if layer.content.get(key) is not None]
     return str(values[-1]) if values else None
-
-
-def _find_config(name: str) -> Path:
-    """A path first, then a packaged config, with or without its suffix."""
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    near = nearest_file(name, packaged_configs())
-    raise ConfigurationError(
-        f"Expected --config to be a file or a packaged config, but got {name!r}.{near} "
-        "`bpn-fit --list` shows the packaged ones."
-    )
-
-
-def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
-    """The keys and values of a file, in plain types and in bounds.
-
-    Args:
-        path: of the file.
-        kind: what it should be, for messages.
-
-    Raises:
-        ConfigurationError: it cannot be read, is no YAML of keys and values, or holds too much.
-    """
-    try:
-        content = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
-    except OSError as error:
-        raise ConfigurationError(
-            f"Expected {path} to be readable, but got {error.strerror}. Check its permissions."
-        ) from error
-    # Beside YAMLError: what is no UTF-8, no date, no number or nests too deeply.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
-        if isinstance(error, RecursionError):
-            problem = "it nests too deeply"
-        raise ConfigurationError(
-            f"Expected {path} to be {kind}, but got an error{line}: {problem}. Correct that line."
-        ) from error
-    content = {} if content is None else content
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigurationError(
-            f"Expected {path} to hold keys and values, but got {content!r:.80}. "
-            "Start from the output of `bpn-fit --config digits_inc.yaml --print_config`."
-        )
-    if _count(content, MOST_VALUES) > MOST_VALUES:
-        raise ConfigurationError(
-            f"Expected {path} to hold at most {MOST_VALUES:,} values, but got more, counted as often "
-            "as aliases repeat them. Write out what it needs."
-        )
-    return content
-
-
-def _count(content: Any, enough: int) -> int:
-    """Keys and values below a value, itself included; stops counting when it is more than enough."""
-    stack, count = [content], 0
-    while stack and count <= enough:
-        value = stack.pop()
-        count += 1
-        if isinstance(value, dict):
-            stack += value.keys()
-            stack += value.values()
-        elif isinstance(value, list):
-            stack += value
-        elif isinstance(value, str | bytes):
-            count += len(value) // CHARACTERS
-    return count
-
-
-def nearest_file(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x.yaml'?"``; the suffix that all have in common makes none the nearest."""
-    near = did_you_mean(Path(name).stem, [Path(one).stem for one in known])
-    return near.replace("'?", ".yaml'?")
-
-
-def _read(path: Path) -> _Layer:
-    content = read_yaml(path)
-    for group in GROUPS:
-        if group in content and not isinstance(content[group], Mapping):
-            raise ConfigurationError(
-                f"Expected `{group}:` in {path} to be a mapping, but got {content[group]!r}. "
-                f"Put its keys below `{group}:`, indented."
-            )
-    for name, value in (content.get("strategies") or {}).items():
-        if not isinstance(value, Mapping):
-            raise ConfigurationError(
-                f"Expected `strategies.{name}:` in {path} to be a mapping, but got {value!r}. "
-                f"For its defaults write `{name}: {{}}`."
-            )
-    return _Layer(str(path), str(path), content)
 
 
 def _choose(
     method: str,
     places: Sequence[Path],
     known_methods: Sequence[str],
-    layers: Sequence[_Layer],
+    layers: Sequence[ConfigLayer],
     rest: Sequence[str],
-) -> tuple[dict[str, registry.Registered | None], _Layer | None]:
+) -> tuple[dict[str, registry.Registered | None], ConfigLayer | None]:
     """The method's strategies in order, and the config that holds its values, if there is one."""
     known = registry.strategies()
     by_path = _with_class_path(layers, rest)
@@ -344,7 +210,7 @@ def _choose(
     for place in places:
         path = place / f"{method}.yaml"
         if path.is_file():
-            layer = _read(path)
+            layer = read_layer(path)
             return _look_up(list(layer.strategies), method, known, by_path, known_methods), layer
     parts = method.split("+")
     names = {*registry.ALIASES, *known, *by_path}
@@ -362,7 +228,7 @@ def _choose(
     chosen = _look_up(list(values), method, known, by_path, known_methods)
     arguments = {name: value for name, value in values.items() if value}
     content = {"strategies": arguments}
-    return chosen, _Layer(method, yaml.safe_dump(content), content) if arguments else None
+    return chosen, ConfigLayer(method, yaml.safe_dump(content), content) if arguments else None
 
 
 def _by_class_path(method: str) -> dict[str, registry.Registered]:
@@ -412,7 +278,7 @@ def _look_up(
     return {name: known.get(name) for name in names}
 
 
-def _with_class_path(layers: Sequence[_Layer], rest: Sequence[str]) -> set[str]:
+def _with_class_path(layers: Sequence[ConfigLayer], rest: Sequence[str]) -> set[str]:
     """Names of strategies that come as ``{class_path, init_args}``."""
     found = {
         name
@@ -428,7 +294,7 @@ def _with_class_path(layers: Sequence[_Layer], rest: Sequence[str]) -> set[str]:
 
 
 def _check_overrides(
-    chosen: Mapping[str, object], method: str, layers: Sequence[_Layer], rest: Sequence[str]
+    chosen: Mapping[str, object], method: str, layers: Sequence[ConfigLayer], rest: Sequence[str]
 ) -> None:
     """Values for a strategy that does not run would be lost without a word."""
     named = [(f"strategies.{name}", name) for layer in layers for name in layer.strategies]
@@ -448,7 +314,7 @@ def _check_overrides(
 
 
 def _named_classes(
-    layers: Sequence[_Layer], rest: Sequence[str], typed_method: str | None, method: str
+    layers: Sequence[ConfigLayer], rest: Sequence[str], typed_method: str | None, method: str
 ) -> tuple[list[Named], list[Named]]:
     """Classes that are named by class path: in files, and on the command line."""
     found = [one for layer in layers for one in named_classes(layer.name, layer.content)]
@@ -484,7 +350,7 @@ def _flags(rest: Sequence[str]) -> list[str]:
     ]
 
 
-def _named_plugins(layers: Sequence[_Layer], rest: Sequence[str]) -> list[registry.Registered]:
+def _named_plugins(layers: Sequence[ConfigLayer], rest: Sequence[str]) -> list[registry.Registered]:
     """Streams of other packages that are named; a name that nobody or several have is an error."""
     known = registry.streams()
     stated: list[Any] = []

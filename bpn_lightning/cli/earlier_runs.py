@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.run.identity import defining, differences, run_name, run_names
 from bpn_lightning.run.results import read_results

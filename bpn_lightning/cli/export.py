@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.cli.trust import (
     check_named,
     find_here,
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0, 2 where the user can mend it, 130 after Ctrl-C.
+        0, 2 on a usage error, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bpn-export",
         description="Write what a run learned to a new folder, as model.safetensors and model.json; "
-        "bpn_lightning.export.load_exported reads it.",
+        "bpn_lightning.load_exported reads it.",
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run of bpn-fit")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")

@@ -2,7 +2,7 @@
 
 OmegaConf puts values into each other as often as they are named, so a few lines could fill the memory:
 forty of the form ``k1: ${.k0}${.k0}`` make 2**40 values. What stands in braces is the name of another
-key (``${data.init_args.seed}``, ``${.lr}`` beside it, ``${..lr}`` one level up) or of an environment
+key (``${data.init_args.seed}``, ``${.lr}`` next to it, ``${..lr}`` one level up) or of an environment
 variable (``${oc.env:NAME}``, ``${oc.env:NAME,default}``); nothing is nested, and no other resolver runs.
 """
 
@@ -102,7 +102,7 @@ class _Sizes:
 
     @staticmethod
     def _place(place: _Place, dots: int, key: str) -> _Place:
-        """Where a name leads: from the root or, with dots, from the values beside it and upwards."""
+        """Where a name leads: from the root or, with dots, from the values next to it and upwards."""
         parts = [int(part) if part.isdigit() else part for part in re.findall(r"[\w+-]+", key)]
         return (*(place[: max(len(place) - dots, 0)] if dots else ()), *parts)
 

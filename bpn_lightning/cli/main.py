@@ -1,11 +1,12 @@
-"""The command ``bpn-fit``: what needs no torch is answered here, the rest is :mod:`bpn_lightning.cli.fit`."""
+"""The command ``bpn-fit``: what needs no torch is answered here, the rest is :mod:`bpn_lightning.cli.train`."""
 
 import os
 import sys
 from collections.abc import Sequence
 
 from bpn_lightning import registry
-from bpn_lightning.cli.command import methods_of, packaged_configs, read_command
+from bpn_lightning.cli.command import read_command
+from bpn_lightning.cli.config_files import methods_of, packaged_configs
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ProcessesError
 from bpn_lightning.terminal import INTERRUPTED
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0, 2 where the user can mend it, 130 after Ctrl-C, 143 after SIGTERM; a bug keeps its
+        0, 2 on a usage error, 130 after Ctrl-C, 143 after SIGTERM; a bug keeps its
         traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -98,7 +99,7 @@ def _later_process() -> str:
 
 def _fit(argv: Sequence[str]) -> int:
     command = read_command(argv)
-    from bpn_lightning.cli.fit import fit  # seconds, for torch and lightning
+    from bpn_lightning.cli.train import fit  # seconds, for torch and lightning
 
     return fit(command)
 

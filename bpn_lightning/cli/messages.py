@@ -15,7 +15,6 @@ from bpn_lightning.errors import did_you_mean, needs_trust
 __all__ = ["SHORT_NAMES", "explain", "shorten_help"]
 
 _HELP = "`bpn-fit --help_all` shows all."
-_CHOOSE = " Name another class."
 
 #: Arguments of torch's DataLoader that people give to data modules.
 _OF_DATALOADERS = (
@@ -44,27 +43,22 @@ SHORT_NAMES = (
 def explain(message: str, parser: ArgumentParser) -> str:
     """Say what was given, where, what was expected, and the nearest right spelling.
 
+    Recognized is what the parser says in one way each: an unknown option or key, a missing argument, a
+    value of the wrong type, an import that is not allowed. Of anything else its last line is shown.
+
     Args:
         message: of the parser's error.
         parser: the one that raised it; its options are the known ones.
     """
-    for rule in (
-        _denied,
-        _unknown_flag,
-        _unknown_option,
-        _missing,
-        _missing_argument,
-        _not_importable,
-        _wrong_value,
-    ):
-        said = rule(message, parser)
-        if said:
-            return said
+    for rule in (_denied, _unknown_flag, _unknown_key, _missing, _last_line, _wrong_value):
+        explained = rule(message, parser)
+        if explained:
+            return explained
     return " ".join(message.split())
 
 
 def _denied(message: str, parser: ArgumentParser) -> str | None:
-    """A name that a run may not import."""
+    """An import that is not allowed; the parser's own remedy is to allow it in code."""
     match = re.search(r"Importing '([^']+)' is not allowed, denied by the '([^']+)' entry", message)
     if not match:
         return None
@@ -88,7 +82,7 @@ def _unknown_flag(message: str, parser: ArgumentParser) -> str | None:
     return f"There is no option {given}.{_nearest_option(flag, parser, '--')} {_HELP}"
 
 
-def _unknown_option(message: str, parser: ArgumentParser) -> str | None:
+def _unknown_key(message: str, parser: ArgumentParser) -> str | None:
     """A key that a class, or a group of options, does not have."""
     group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
     if group:
@@ -121,74 +115,37 @@ def _unknown_option(message: str, parser: ArgumentParser) -> str | None:
 
 
 def _missing(message: str, parser: ArgumentParser) -> str | None:
-    match = re.match(r"the following arguments are required: (.+)", message)
+    """An argument without a default: of the command, or of a class."""
+    match = re.search(r"the following arguments are required: (.+)", message)
     if not match:
         return None
-    return (
-        f"Expected a value for {match[1]}, but got none. Name an experiment, such as "
-        "--config digits_inc.yaml, or give it yourself."
-    )
-
-
-def _missing_argument(message: str, parser: ArgumentParser) -> str | None:
-    """An argument without a default, of a class."""
-    match = re.search(r"the following arguments are required: (.+)", message)
-    name = re.search(r"class_path[= ]'([^']+)'", message)
-    if not match or not name:
-        return None
-    keys = ", ".join(f"{_path(message)}.init_args.{key}" for key in match[1].split(", "))
-    return (
-        f"Expected a value for {keys}, but got none. {name[1].rpartition('.')[2]} needs it: give it on "
-        "the command line or in a config."
-    )
-
-
-def _not_importable(message: str, parser: ArgumentParser) -> str | None:
     path = _path(message)
-    attribute = re.search(r"module '([^']+)' has no attribute '([^']+)'", message)
-    if attribute:
-        near = did_you_mean(attribute[2], _names_in(attribute[1]))
-        return f"Expected {path} to be an importable class, but {attribute[1]} has no {attribute[2]!r}.{near}"
-    module = re.search(r"No module named '([^']+)'", message)
-    if module:
+    if not path:
         return (
-            f"Expected {path} to be an importable class, but there is no module {module[1]!r}. "
-            "Check its spelling, or install it."
+            f"Expected a value for {match[1]}, but got none. Name an experiment, such as "
+            "--config digits_inc.yaml, or give it yourself."
         )
-    short = re.search(r"Expected a dot import path string: (\S+)", message)
-    if short:
-        names = [name for module in SHORT_NAMES for name in _names_in(module)]
-        return (
-            f"Expected {path} to be a class, but got {short[1]!r}.{did_you_mean(short[1], names)} "
-            "A class of your own is named by its whole path, package.module.Class."
-        )
-    form = re.search(r"Unexpected import path format: (\S+)", message)
-    if form:
-        return (
-            f"Expected {path} to be a class path, package.module.Class, but got {form[1]!r}. Write it "
-            "out: nothing is put into it."
-        )
-    config = re.search(r"Unable to load config '([^']*)'", message)
-    if config:
-        return (
-            f"Expected {path} to be a config file, but got {config[1]!r}. Set its keys one by one."
-        )
-    base = re.search(r"Import path (\S+ )?does not correspond to a subclass of (\w+)", message)
-    given = re.search(r"Given value: (\S+)", message)
-    got = (base and base[1]) or (given and given[1])
-    if base and got:
-        return f"Expected {path} to be a subclass of {base[2]}, but got {got.strip()!r}.{_CHOOSE}"
-    made = re.search(
-        r"Expected '([^']+)' to be a (?:subclass of|function that returns) ([^\n]+?)\.+ Got",
-        message,
-    )
-    if made:
-        wanted = _readable(re.sub(r"Union\[([^]]*)\]", r"\1", made[2]))
-        return (
-            f"Expected {path} to be a subclass of {wanted}, or a function annotated to return one, but "
-            f"got {made[1]!r}.{_CHOOSE}"
-        )
-    return None
+    keys = ", ".join(f"{path}.init_args.{key}" for key in match[1].split(", "))
+    return f"Expected a value for {keys}, but got none. Give it on the command line or in a config."
+
+
+def _last_line(message: str, parser: ArgumentParser) -> str | None:
+    """The last line that is more than one of the types that a value might have had."""
+    tree, _, given = message.partition("Given value type:")
+    lines = [line.strip(" -") for line in tree.splitlines()]
+    lines = [line for line in lines if line and not re.match(r"Expected an? [<t]", line)]
+    path = _path(message)
+    if not path or lines[-1].endswith(":"):
+        return None
+    reason, _, got = lines[-1].partition(" Got value: ")
+    reason = re.sub(r'^(Parser key "[^"]+"|Type .* callable class): ', "", reason).rstrip(".")
+    reason = re.sub(r"<class '([^']+)'>", r"\1", reason)
+    value = got or given.partition("Given value: ")[2].strip()
+    shown = repr(value) if value and "(" not in value else "an error"
+    word = re.findall(r"\w+", reason)[-1]
+    names = [name for module in (*SHORT_NAMES, "bpn_lightning.nn") for name in _names_in(module)]
+    near = "" if word in names else did_you_mean(word, names)
+    return f"Expected {path} to fit its type, but got {shown}: {reason}.{near} {_HELP}"
 
 
 def _wrong_value(message: str, parser: ArgumentParser) -> str | None:

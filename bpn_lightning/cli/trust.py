@@ -8,7 +8,7 @@ config from somebody else is a program from somebody else. Without being asked, 
 - with ``--trust``: whatever its configs name.
 
 ``--trust false`` takes the second one away, for command lines that a program wrote. Here names are
-judged by where they lead, before torch is imported; what they turn out to be is judged again when
+checked by where they lead, before torch is imported; what they turn out to be is checked again when
 they are, and before anything is built. docs/safety.md says what is promised.
 """
 

@@ -20,16 +20,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
+
 from bpn_lightning.errors import BPNLightningError, CheckpointError
 from bpn_lightning.files import why_unreadable
-from bpn_lightning.model.fit_progress import gather_random_states, unfinished_update
 from bpn_lightning.model.network import ContinualNetwork
 from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.model.structure import Structure, check_schema, schema_fields
 from bpn_lightning.model.task_loop import TaskLoop
+from bpn_lightning.random_state import random_state
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.run.identity import differences, flatten
 from bpn_lightning.tasks import Task
+from bpn_lightning.trainer.lightning import progress_in_update
 
 __all__ = ["ENTRY", "load_state", "loading", "save_state"]
 
@@ -50,8 +54,8 @@ def save_state(loop: TaskLoop) -> dict[str, Any]:
         "optimization": loop.optimization.state_dict(),
         "history": loop.history.state_dict(loop.right_answers()),
         "training_weights": dict(network.training_weights),
-        "random_states": gather_random_states(network.trainer),
-        "unfinished": unfinished_update(network.trainer),
+        "random_states": _random_states(network.trainer),
+        "unfinished": _unfinished(network.trainer),
     }
 
 
@@ -187,3 +191,19 @@ def _table(tasks: Sequence[Task]) -> dict[str, Any]:
     """Tasks as keys and values, for comparison."""
     values = {f"task {task.id}": asdict(task) for task in tasks}
     return {"number of tasks": len(tasks), **flatten(values)}
+
+
+def _unfinished(trainer: Trainer) -> dict[str, int] | None:
+    """Batches of an update that is under way; None between updates."""
+    progress = progress_in_update(trainer)
+    return None if progress is None else dict(zip(("done", "needed"), progress, strict=True))
+
+
+def _random_states(trainer: Trainer) -> list[dict[str, Any]]:
+    """Of every process: their slices of a batch may differ in size, and so in what they draw."""
+    own = random_state()
+    if trainer.world_size == 1:
+        return [own]
+    states: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(states, own)
+    return states

@@ -1,6 +1,6 @@
 """What is refused before a stream is learned, and the schedule of its phases."""
 
-from typing import cast
+from typing import Any, cast
 
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import ConfigurationError
@@ -12,15 +12,16 @@ from bpn_lightning.nn.execution import check_layers_are_called
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Phase, Schedule, dry_inputs
 from bpn_lightning.trainer.callbacks import check_callbacks, check_rate_monitor
-from bpn_lightning.trainer.optimizers import check_optimizer
-from bpn_lightning.trainer.rules import (
-    check_batches,
-    check_composition,
-    check_lengths,
-    check_phases,
-    check_precision,
-    check_trainer,
+from bpn_lightning.trainer.composition import check_composition, check_phases, check_precision
+from bpn_lightning.trainer.flags import check_lengths, check_trainer
+from bpn_lightning.trainer.launch import check_batches
+from bpn_lightning.trainer.lightning import (
+    datamodule_of,
+    is_compiled,
+    reload_train_loader_every_epoch,
+    set_max_epochs,
 )
+from bpn_lightning.trainer.optimizers import check_optimizer
 
 __all__ = [
     "check_fit",
@@ -42,13 +43,13 @@ def find_stream(network: ContinualNetwork, stage: str) -> ContinualDataModule | 
         ConfigurationError: the trainer has no stream, or a compiled module.
     """
     trainer = network.trainer
-    if network._compiler_ctx is not None:
+    if is_compiled(network):
         raise ConfigurationError(
             f"Expected trainer.{trainer.state.fn} to get the module itself, but got "
             "torch.compile(module), which is compiled again at every update. Compile its backbone: "
             "ContinualModule(torch.compile(backbone))."
         )
-    stream = getattr(trainer, "datamodule", None)
+    stream: Any = datamodule_of(trainer)
     if stream is not None and hasattr(stream, "tasks"):
         return cast(ContinualDataModule, stream)
     if stage == "predict":
@@ -157,5 +158,5 @@ def check_fit(network: ContinualNetwork, loop: TaskLoop, stream: ContinualDataMo
     check_lengths(trainer, *optimization.count_updates(), held_out)
     inputs = dry_inputs(stream, 1, network.device)
     check_batches(trainer, network.backbone, inputs, len(tasks), optimization.smallest_batch)
-    trainer.fit_loop.max_epochs = total
-    trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+    set_max_epochs(trainer, total)
+    reload_train_loader_every_epoch(trainer)

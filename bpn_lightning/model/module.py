@@ -14,11 +14,6 @@ from bpn_lightning.metrics.task_metrics import Metrics
 from bpn_lightning.model.checkpoint import ENTRY, load_state, loading, save_state
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate
-from bpn_lightning.model.fit_progress import (
-    begin_epoch_again,
-    leave_epoch_open,
-    stopped_mid_epoch,
-)
 from bpn_lightning.model.history import History
 from bpn_lightning.model.launch import check_fit, check_strategies, configure_network, find_stream
 from bpn_lightning.model.network import ContinualNetwork
@@ -31,7 +26,13 @@ from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.random_state import restore_random_state
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Mask, Position, Split
-from bpn_lightning.trainer.idle_hooks import leave_out_idle_hooks
+from bpn_lightning.trainer.lightning import (
+    datamodule_of,
+    mark_epoch_unfinished,
+    set_max_epochs,
+    start_next_epoch,
+    stopped_mid_epoch,
+)
 
 __all__ = ["ContinualModule"]
 
@@ -177,7 +178,6 @@ class ContinualModule(ContinualNetwork):
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         self.use_strategies([c for c in callbacks if isinstance(c, ContinualStrategy)])
         self.step.find_hooks()
-        leave_out_idle_hooks(self.trainer)
         configure_network(self, stream, stage)
         if stage == "fit":
             check_overrides(self, ContinualModule)
@@ -199,9 +199,9 @@ class ContinualModule(ContinualNetwork):
     def on_train_start(self) -> None:
         """Go on where the checkpoint was, or begin."""
         self.task_loop.check_start(self.position.task)
-        self.trainer.fit_loop.max_epochs = self.schedule.total
+        set_max_epochs(self.trainer, self.schedule.total)
         self._restore_random_state()
-        begin_epoch_again(self.trainer)
+        start_next_epoch(self.trainer)
         self.advance()
 
     def _restore_random_state(self) -> None:
@@ -305,7 +305,7 @@ class ContinualModule(ContinualNetwork):
 
     def on_predict_start(self) -> None:
         """Refuse raw inputs that nobody could prepare, before the first."""
-        if not hasattr(getattr(self.trainer, "datamodule", None), "tasks"):
+        if not hasattr(datamodule_of(self.trainer), "tasks"):
             check_predictable(self)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -325,7 +325,8 @@ class ContinualModule(ContinualNetwork):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save all that is no tensor of the module; see :mod:`bpn_lightning.model.checkpoint`."""
         checkpoint[ENTRY] = save_state(self.task_loop)
-        leave_epoch_open(self.trainer, checkpoint)
+        if stopped_mid_epoch(self.trainer):
+            mark_epoch_unfinished(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the structure, with or without a trainer, and take over the cursor.

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +28,12 @@ from bpn_lightning.nn.layers import (
 )
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Phase, Schedule, Split, Task
+from bpn_lightning.trainer.lightning import HookNameAsPlainAttribute, grad_scaler, is_attached
 
 __all__ = ["ContinualNetwork", "overridden"]
 
 
-class ContinualNetwork(L.LightningModule):
+class ContinualNetwork(HookNameAsPlainAttribute):
     """Structure, forward and modes: what strategies see of :class:`~bpn_lightning.model.module.ContinualModule`.
 
     Args:
@@ -75,13 +75,6 @@ class ContinualNetwork(L.LightningModule):
         self._mode: int | Tensor = 0
         self._switch_hooks: list[Callable[..., Any]] = []
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Lightning notes which hook runs, some forty times per update: that is no parameter."""
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
-
     # --- structure -------------------------------------------------------------------------------
 
     @property
@@ -97,7 +90,7 @@ class ContinualNetwork(L.LightningModule):
     @property
     def has_trainer(self) -> bool:
         """Whether there is one; a loaded module answers without."""
-        return self._trainer is not None
+        return is_attached(self)
 
     @property
     def has_stream(self) -> bool:
@@ -309,7 +302,7 @@ class ContinualNetwork(L.LightningModule):
     @property
     def loss_scale(self) -> float:
         """The scaler's factor, which parameters outside the optimizer keep in their gradients."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = grad_scaler(self.trainer)
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

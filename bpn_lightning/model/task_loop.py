@@ -15,6 +15,7 @@ from bpn_lightning.model.history import History, log_metrics, per_task, stream_m
 from bpn_lightning.model.network import ContinualNetwork
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.step import Step
+from bpn_lightning.trainer.lightning import set_max_epochs
 from bpn_lightning.trainer.processes import check_processes
 
 __all__ = ["TaskLoop"]
@@ -228,7 +229,7 @@ class TaskLoop:
             self._log(per_task("accuracy", row[: cursor.opened + 1]))
         cursor.checked_epochs = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
-        network.trainer.fit_loop.max_epochs = cursor.schedule.total
+        set_max_epochs(network.trainer, cursor.schedule.total)
 
     def _check_early_stopping(self, epoch: int) -> None:
         """Score an epoch that trained the network; step a scheduler that waits for it, end its phase."""

@@ -18,7 +18,7 @@ from bpn_lightning.bench.collection import (
     read_collection,
 )
 from bpn_lightning.bench.grid import Cell, short
-from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.report.labels import setting_labels
 from bpn_lightning.run.identity import OBSERVED, decides

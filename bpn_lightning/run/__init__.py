@@ -1,1 +1,41 @@
-"""What a run shows and leaves: console, loggers, metrics.csv, checkpoints, results and figures."""
+"""What a run shows and leaves: console, loggers, metrics.csv, checkpoints, results and figures.
+
+A name below is imported from its file when it is first asked for: results are read without matplotlib.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bpn_lightning.run.console import StreamProgress
+    from bpn_lightning.run.dashboards import Dashboard
+    from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap
+    from bpn_lightning.run.results import Results, read_results
+
+__all__ = [
+    "Dashboard",
+    "Results",
+    "StreamProgress",
+    "accuracy_curves",
+    "accuracy_heatmap",
+    "read_results",
+]
+
+_FILES = {
+    "Dashboard": "dashboards",
+    "Results": "results",
+    "StreamProgress": "console",
+    "accuracy_curves": "figures",
+    "accuracy_heatmap": "figures",
+    "read_results": "results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

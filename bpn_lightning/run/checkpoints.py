@@ -19,10 +19,10 @@ from bpn_lightning.errors import CheckpointError
 from bpn_lightning.files import why_unreadable, write_atomically
 from bpn_lightning.untrusted import is_bomb, open_untrusted, refuse_deflated
 
-__all__ = ["WholeCheckpoints", "callback_state", "read_checkpoint"]
+__all__ = ["AtomicCheckpointIO", "callback_state", "read_checkpoint"]
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written by :func:`~bpn_lightning.files.write_atomically`.
 
     Lightning's own keep the whole file in memory twice while they write it, and rename it before it

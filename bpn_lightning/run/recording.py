@@ -1,6 +1,6 @@
 """What a run leaves behind while it trains: metrics.csv and the checkpoints that it resumes from.
 
-They belong together. A checkpoint knows how many rows metrics.csv had, so a resumed run goes on
+They belong together. A checkpoint knows how many rows metrics.csv had, so a resumed run continues
 writing where the checkpoint was taken and ends with the file of a run that was never stopped.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -24,6 +24,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.files import flush, why_unreadable, write_atomically
+from bpn_lightning.tasks import Task
+from bpn_lightning.trainer.lightning import is_last_batch
 from bpn_lightning.trainer.preemption import StopRequests
 from bpn_lightning.untrusted import read_text
 
@@ -78,7 +80,7 @@ class MetricsFile(Logger):
         if set(row) <= set(self._columns):
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-                if not file.tell():  # somebody took the file away
+                if not file.tell():  # the file was removed
                     writer.writeheader()
                 writer.writerow(row)
         else:
@@ -120,7 +122,7 @@ class MetricsFile(Logger):
             state = f"has {len(found)}" if source.is_file() else "is not there"
         if damaged or len(found) < rows:
             warnings.warn(
-                f"Expected {source} to have {rows} rows of metrics, but it {state}. {self.path} goes on "
+                f"Expected {source} to have {rows} rows of metrics, but it {state}. {self.path} continues "
                 f"with {'those' if found else 'what comes now'}; nothing else of the run depends on it.",
                 stacklevel=3,
             )
@@ -154,14 +156,14 @@ class MetricsFile(Logger):
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file.
+    """The complete rows of a file.
 
     Raises:
         ValueError: it is no table, or no text.
     """
     text = read_text(path, max_bytes=_MAX_BYTES) if path.is_file() else ""
-    whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
-    rows = list(csv.DictReader(io.StringIO(whole), strict=True))
+    complete = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
+    rows = list(csv.DictReader(io.StringIO(complete), strict=True))
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise ValueError(f"line {line} has other columns than the first")
@@ -207,23 +209,30 @@ class Intervals:
                 )
 
 
+class _Learner(Protocol):
+    """What is asked of a ContinualModule: its tasks, and the last one that is closed."""
+
+    tasks: Sequence[Task]
+    closed: int
+
+
 class LastCheckpoint(Checkpoint):
-    """Saves the run to one file, the one before it kept beside it as ``previous.ckpt``.
+    """Saves the run to one file, and keeps the one before it next to it as ``previous.ckpt``.
 
     Lightning's ModelCheckpoint keeps to one moment, numbers a second ``last.ckpt``, and stores absolute
     paths.
 
     A checkpoint is taken after an update or after the module has finished an epoch, never between the
     batches of one update, whose gradients no checkpoint holds. Lightning logs such a step afterwards and
-    would not do so again after a resume, so the checkpoint is ``next.ckpt`` until training goes on.
+    would not do so again after a resume, so the checkpoint is ``next.ckpt`` until training continues.
 
     Args:
-        path: of the checkpoint; written whole or not at all.
+        path: of the checkpoint; written atomically.
         every: when it is written.
         run: what a resumed run must have in common with the one that saved: its names, and the keys
             of its configuration.
         metrics: the file whose position is saved along.
-        resumed: the checkpoint that this run goes on from.
+        resumed: the checkpoint that this run resumes.
         on_saved: is called on the first process when there is a new checkpoint.
     """
 
@@ -246,8 +255,8 @@ class LastCheckpoint(Checkpoint):
         self._next = path.with_name("next.ckpt")
         self._resumed = resumed
         self._on_saved = on_saved
-        # What lies there is whole, so that it may take the older one's place.
-        self._whole = resumed is not None and path.exists() and path.samefile(resumed)
+        # What is there is intact, so that it may become the previous one.
+        self._intact = resumed is not None and path.exists() and path.samefile(resumed)
         self._trainer: Trainer | None = None
         self._step = 0  # updates when a batch was last seen
         self._due = False
@@ -257,7 +266,7 @@ class LastCheckpoint(Checkpoint):
         self._closed = -1  # tasks closed when it was last saved
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember whose progress the state tells."""
+        """Remember whose progress to save."""
         self._trainer = trainer
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -265,19 +274,19 @@ class LastCheckpoint(Checkpoint):
         self._closed = _closed(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here, and hear what asks the run to stop."""
+        """Count from here, and listen for requests to stop."""
         self._step = trainer.global_step
         self._saved_at = time.monotonic()
         self.requests.listen(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training goes on."""
+        """Training continues."""
         self._publish(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Training goes on."""
+        """Training continues."""
         self._publish(trainer)
 
     def on_train_batch_end(
@@ -298,12 +307,12 @@ class LastCheckpoint(Checkpoint):
             or trainer.should_stop
             or self._late(trainer)
         )
-        if self._due and not _is_last_batch(trainer):  # after which the epoch's end is near
+        if self._due and not is_last_batch(trainer):  # after which the epoch's end is near
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the module's own hook, unless the epoch was cut short."""
-        if not _is_last_batch(trainer):
+        """Save after the module's own hook, unless it stopped mid-epoch."""
+        if not is_last_batch(trainer):
             return
         self._stopping = self.requests.agreed(trainer)
         epochs, tasks, closed = self.every.epochs, self.every.tasks, _closed(pl_module) + 1
@@ -317,12 +326,12 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is logged any more."""
+        """No more is logged."""
         self._publish(trainer, stop=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the end of a stream that has no checkpoint of it."""
-        complete = _closed(pl_module) + 1 == len(getattr(pl_module, "tasks", ()))
+        complete = _closed(pl_module) + 1 == len(cast(_Learner, pl_module).tasks)
         if stage == "fit" and complete and self._closed != _closed(pl_module):
             self._save(trainer, pl_module)
             self._publish(trainer, stop=False)
@@ -347,11 +356,11 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             if self.metrics:
                 self.metrics.flush()
-            if self._whole:
+            if self._intact:
                 os.replace(self.path, self.previous)
             os.replace(self._next, self.path)
             flush(self.path.parent)
-            self._whole = True
+            self._intact = True
             if self._on_saved:
                 self._on_saved()
         if stop and self._stopping:
@@ -359,7 +368,7 @@ class LastCheckpoint(Checkpoint):
             raise SIGTERMException
 
     def state_dict(self) -> dict[str, Any]:
-        """The run, and how far metrics.csv had come."""
+        """The run, and the position in metrics.csv."""
         return {
             "run": dict(self.run),
             "rows": self.metrics.rows if self.metrics else 0,
@@ -367,21 +376,14 @@ class LastCheckpoint(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the rows that metrics.csv had at the checkpoint, in its own run's folder."""
+        """Continue with the rows that metrics.csv had at the checkpoint, in its own run's folder."""
         if self.metrics:
-            beside = self._resumed and self._resumed.parent.parent / self.metrics.path.name
-            source = beside if beside and beside.is_file() else None
+            theirs = self._resumed and self._resumed.parent.parent / self.metrics.path.name
+            source = theirs if theirs and theirs.is_file() else None
             if source and self.metrics.path.exists() and source.samefile(self.metrics.path):
                 source = None
             self.metrics.resume(state_dict["rows"], state_dict["global_step"], source)
 
 
 def _closed(pl_module: LightningModule) -> int:
-    closed: int = getattr(pl_module, "closed", 0)
-    return closed
-
-
-def _is_last_batch(trainer: Trainer) -> bool:
-    """Whether the epoch has had all its batches, or has the last one now."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
+    return cast(_Learner, pl_module).closed

@@ -130,7 +130,7 @@ def check_rate_monitor(trainer: Trainer) -> None:
         interval = callback.logging_interval
         if schedulers and (interval == "epoch" or (interval is None and by_epoch)):
             raise ConfigurationError(
-                "Expected LearningRateMonitor to have logging_interval 'step' beside a scheduler, but got "
+                "Expected LearningRateMonitor to have logging_interval 'step' with a scheduler, but got "
                 f"{interval!r}. At an epoch's start it would read the last rate of the task before. "
                 "Pass logging_interval='step'."
             )

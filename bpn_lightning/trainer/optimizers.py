@@ -1,4 +1,4 @@
-"""Which optimizers may run beside which flags and strategies."""
+"""Which optimizers may run with which flags and strategies."""
 
 from collections.abc import Sequence
 from inspect import Parameter, signature
@@ -9,6 +9,7 @@ from torch.optim import LBFGS, Optimizer
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualStream
+from bpn_lightning.trainer.lightning import grad_scaler, handles_unscaling
 
 __all__ = ["check_optimizer", "check_repeated_evaluation"]
 
@@ -19,14 +20,13 @@ def check_optimizer(
     strategies: Sequence[ContinualStrategy],
     stream: ContinualStream,
 ) -> None:
-    """Refuse an optimizer that would do something else than it says beside these flags and strategies.
+    """Refuse an optimizer that would do something else than it says with these flags and strategies.
 
     Raises:
         ConfigurationError: names the optimizer, the rule and the remedy.
     """
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if scaled and fused and trainer.gradient_clip_val:
+    scaled = grad_scaler(trainer) is not None
+    if scaled and handles_unscaling(optimizer) and trainer.gradient_clip_val:
         raise ConfigurationError(
             "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, "
             f"but got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
@@ -90,7 +90,7 @@ def _check_lbfgs(
     ):
         if broken:
             raise ConfigurationError(
-                f"Expected the optimizer not to be LBFGS beside {what}, but got LBFGS. {why} "
+                f"Expected the optimizer not to be LBFGS with {what}, but got LBFGS. {why} "
                 "Leave one of the two out."
             )
 
@@ -105,8 +105,8 @@ def check_repeated_evaluation(trainer: Trainer, optimizer: Optimizer) -> None:
     """
     if trainer.accumulate_grad_batches > 1:
         raise ConfigurationError(
-            "Expected trainer.accumulate_grad_batches to be 1 beside an optimizer that evaluates its "
-            f"closure several times, but got {trainer.accumulate_grad_batches} beside "
+            "Expected trainer.accumulate_grad_batches to be 1 with an optimizer that evaluates its "
+            f"closure several times, but got {trainer.accumulate_grad_batches} with "
             f"{type(optimizer).__name__}. It would see an update's last batch only. Use a larger "
             "batch_size."
         )

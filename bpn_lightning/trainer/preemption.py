@@ -14,6 +14,8 @@ import threading
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 
+from bpn_lightning.trainer.lightning import cluster_environment
+
 __all__ = ["StopRequests"]
 
 
@@ -35,7 +37,7 @@ class StopRequests:
         if threading.current_thread() is not threading.main_thread():
             return
         signal.signal(signal.SIGTERM, self._note)
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             signal.signal(environment.requeue_signal or signal.SIGUSR1, self._note)
 

@@ -116,7 +116,7 @@ def plateau_monitor(
         )
     if reset_optimizer == "never":
         raise ConfigurationError(
-            "Expected reset_optimizer to be 'always' beside ReduceLROnPlateau, but got 'never'. The loss "
+            "Expected reset_optimizer to be 'always' with ReduceLROnPlateau, but got 'never'. The loss "
             "of the next task begins higher than that of the last one ended."
         )
     return monitor

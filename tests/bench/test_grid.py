@@ -8,7 +8,7 @@ import pytest
 
 from bpn_lightning.bench.grid import ARTEFACTS, find_grid, only, packaged_grids, read_grid
 from bpn_lightning.bench.report import MAKERS
-from bpn_lightning.cli.command import methods_of
+from bpn_lightning.cli.config_files import methods_of
 from bpn_lightning.errors import ConfigurationError
 
 Write = Callable[..., str]

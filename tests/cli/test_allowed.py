@@ -265,7 +265,7 @@ EVIL = {
 
 
 #: Not allowed, of another type, or elsewhere.
-REFUSALS = ("needs no trust", "nothing of it can be named", "to be a subclass of", "to lie below")
+REFUSALS = ("needs no trust", "nothing of it can be named", "to fit its type", "to lie below")
 
 
 @pytest.fixture

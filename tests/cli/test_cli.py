@@ -345,6 +345,4 @@ def test_ctrl_c_says_how_to_go_on() -> None:
         finally:
             process.kill()
     assert process.returncode == 130
-    assert err == (
-        f"bpn-fit: Interrupted. The same command with --ckpt_path last goes on from {RUN}.\n"
-    )
+    assert err == (f"bpn-fit: Interrupted. The same command with --ckpt_path last resumes {RUN}.\n")

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from bpn_lightning import registry
-from bpn_lightning.cli.command import CONFIGS, Command, read_command
+from bpn_lightning.cli.command import Command, read_command
+from bpn_lightning.cli.config_files import CONFIGS
 from bpn_lightning.errors import ConfigurationError
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bpn_lightning.cli.command import methods_of, packaged_configs, read_command
+from bpn_lightning.cli.command import read_command
+from bpn_lightning.cli.config_files import methods_of, packaged_configs
 from bpn_lightning.cli.fit import ContinualCLI
 from bpn_lightning.cli.main import main
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from bpn_lightning.cli.command import read_yaml
+from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.cli.interpolations import MOST_CHARACTERS, check_interpolations
 from bpn_lightning.cli.main import main
 from bpn_lightning.errors import ConfigurationError

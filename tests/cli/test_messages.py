@@ -88,34 +88,35 @@ def said(
         (
             "--model.backbone.class_path bpn_lightning.nn.backbones.MPL",
             (
-                "Expected model.backbone to be an importable class, but bpn_lightning.nn.backbones has no "
-                "'MPL'. Did you mean 'MLP'?"
+                "Expected model.backbone to fit its type, but got an error: module "
+                "'bpn_lightning.nn.backbones' has no attribute 'MPL'. Did you mean 'MLP'?" + ALL
             ),
         ),
         (
             "--model.backbone.class_path not_there.MLP",
             (
-                "Expected model.backbone to be an importable class, but there is no module 'not_there'. "
-                "Check its spelling, or install it."
+                "Expected model.backbone to fit its type, but got an error: No module named 'not_there'."
+                + ALL
             ),
         ),
         (
             "--model.optimizer SDG",
             (
-                "Expected model.optimizer to be a class, but got 'SDG'. Did you mean 'SGD'? "
-                "A class of your own is named by its whole path, package.module.Class."
+                "Expected model.optimizer to fit its type, but got an error: Expected a dot import path "
+                "string: SDG. Did you mean 'SGD'?" + ALL
             ),
         ),
         (
             "--data lightning.Trainer",
             (
-                "Expected data to be a subclass of ContinualDataModule, but got 'lightning.Trainer'. "
-                "Name another class."
+                "Expected data to fit its type, but got 'lightning.Trainer': Import path does not "
+                "correspond to a subclass of ContinualDataModule." + ALL
             ),
         ),
         (
             "--strategies.bd 3",
-            "Expected strategies.bd to be a config file, but got '3'. Set its keys one by one.",
+            'Expected strategies.bd to fit its type, but got an error: Unable to load config "3".'
+            + ALL,
         ),
         (
             "--ckpt_path a.ckpt --runs r",
@@ -127,7 +128,7 @@ def said(
         (
             "--ckpt_path last --overwrite",
             (
-                "Expected either --overwrite, which begins anew, or --ckpt_path last, which goes on, but "
+                "Expected either --overwrite, which starts over, or --ckpt_path last, which resumes, but "
                 "got both. Leave one out."
             ),
         ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bpn_lightning.cli import fit
+from bpn_lightning.cli import train
 from bpn_lightning.cli.main import main
 from bpn_lightning.run.lock import FolderLock
 from bpn_lightning.terminal import plain_warnings
@@ -149,7 +149,7 @@ def test_without_checkpoints_it_is_kept_until_there_are_results(
     before = files()
     off = ["--overwrite", "--trainer.enable_checkpointing=false"]
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "write_results", interrupt)
+        patch.setattr(train, "write_results", interrupt)
         assert run(*off) == 130
     assert files() == before
     assert capsys.readouterr().err == (
@@ -169,11 +169,11 @@ def test_ctrl_c_while_results_are_written_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "write_results", interrupt)
+        patch.setattr(train, "write_results", interrupt)
         assert run("--overwrite") == 130
     assert capsys.readouterr().err == (
-        "bpn-fit: Interrupted. The same command with --ckpt_path last in the place of --overwrite goes "
-        f"on from {RUN}.\n"
+        "bpn-fit: Interrupted. The same command with --ckpt_path last instead of --overwrite resumes "
+        f"{RUN}.\n"
     )
     assert run("--ckpt_path", "last") == 0
 
@@ -184,7 +184,7 @@ def test_results_are_whole_where_a_logger_cannot_keep_them(
     def unreachable(*_: object) -> None:
         raise ConnectionError("no server")
 
-    monkeypatch.setattr(fit, "keep_results", unreachable)
+    monkeypatch.setattr(train, "keep_results", unreachable)
     assert run("--runs", "new", "--log_artifacts") == 2
     here = Path("new", *RUN.parts[1:])
     assert capsys.readouterr().err == (

@@ -134,7 +134,10 @@ def test_the_class_of_a_plugin_needs_no_trust(by: str, allowed: bool, capsys: Sa
             "lab_nets.run",
             "but got 'posix.system': posix runs or loads code",
         ),  # os.system under another name
-        ("lab_nets.unannotated", "to be a subclass of Module, but got 'lab_nets.unannotated'"),
+        (
+            "lab_nets.unannotated",
+            "lab_nets.unannotated does not correspond to a subclass of Module",
+        ),
         ("lab_nets.sys", "but got 'sys': sys runs or loads code"),
     ],
 )

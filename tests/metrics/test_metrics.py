@@ -328,7 +328,7 @@ def test_in_a_trainer(tmp_path: Path) -> None:
 PROCESS = """
 import sys
 import torch.distributed as dist
-from bpn_lightning.metrics import AccuracyMatrix
+from bpn_lightning import AccuracyMatrix
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)

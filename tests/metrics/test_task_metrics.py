@@ -168,7 +168,7 @@ model:
       class_path: torchmetrics.classification.MulticlassConfusionMatrix
       init_args: {num_classes: 4}
   loss:
-    class_path: bpn_lightning.losses.CrossEntropy
+    class_path: bpn_lightning.nn.CrossEntropy
     init_args: {class_weights: [1, 2, 3, 4], label_smoothing: 0.1}
 """
 

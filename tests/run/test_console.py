@@ -8,9 +8,9 @@ from lightning.pytorch import Callback
 from rich.console import Console
 from rich.text import Text
 
+from bpn_lightning import AccuracyMatrix
 from bpn_lightning.cli.main import main
 from bpn_lightning.costs import Bytes
-from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.run import console
 from bpn_lightning.run.console import StreamProgress, final_table, learned
 from bpn_lightning.tasks import Task

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 
 from bpn_lightning.cli.main import main
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.run.checkpoints import WholeCheckpoints, read_checkpoint
+from bpn_lightning.run.checkpoints import AtomicCheckpointIO, read_checkpoint
 from bpn_lightning.run.recording import Intervals, LastCheckpoint, MetricsFile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,7 +130,7 @@ def test_sigterm_stops_after_the_update(whole: Path, capsys: pytest.CaptureFixtu
     term = f"--trainer.callbacks.number={int(signal.SIGTERM)}"
     assert with_fault("Send", term, "--trainer.callbacks.step=20") == 143
     assert capsys.readouterr().err == (
-        f"bpn-fit: Terminated. The same command with --ckpt_path last goes on from {RUN}.\n"
+        f"bpn-fit: Terminated. The same command with --ckpt_path last resumes {RUN}.\n"
     )
     assert read_checkpoint(CHECKPOINTS / "last.ckpt")["global_step"] == 21
     assert run("--ckpt_path", "last") == 0
@@ -204,8 +204,8 @@ def test_a_full_disk_ends_a_run_in_one_sentence(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().err == (
-        f"bpn-fit: error: Expected room for the files of {RUN}, but got: [Errno 27] File too large. "
-        f"Make some. The same command with --ckpt_path last goes on from {RUN}.\n"
+        f"bpn-fit: error: No space left for the files of {RUN}: [Errno 27] File too large. "
+        f"Free some. The same command with --ckpt_path last resumes {RUN}.\n"
     )
     assert {path.name for path in CHECKPOINTS.iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert run("--ckpt_path", "last") == 0
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         f"bpn-fit: warning: Expected {last} to be a checkpoint, but it cannot be read: archive/"
     )
     assert said.endswith(
-        f" does not match its checksum. Going on from {previous}, the checkpoint before it.\n"
+        f" does not match its checksum. Resuming from {previous}, the checkpoint before it.\n"
     )
     assert_same(whole)
 
@@ -257,7 +257,7 @@ def test_a_kill_between_two_renames(whole: Path, capsys: pytest.CaptureFixture[s
     (RUN / "metrics.csv").write_bytes((whole / "metrics.csv").read_bytes())
     assert run("--ckpt_path", "last") == 0
     assert capsys.readouterr().err == (
-        f"bpn-fit: warning: There is no {last}. Going on from {previous}, the checkpoint before it.\n"
+        f"bpn-fit: warning: There is no {last}. Resuming from {previous}, the checkpoint before it.\n"
     )
 
 
@@ -265,7 +265,7 @@ def test_every_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
     """Of a file with many small records, which has the most of what no checksum is over."""
     tree = {"weights": torch.arange(300.0), "counts": [torch.arange(5), 7, "name", None]}
     path = tmp_path / "some.ckpt"
-    WholeCheckpoints().save_checkpoint(tree, path)
+    AtomicCheckpointIO().save_checkpoint(tree, path)
     whole, rng = path.read_bytes(), random.Random(0)
     found = 0
     for place in [*range(0, 400, 7), *rng.sample(range(len(whole)), 400)]:
@@ -300,7 +300,7 @@ def test_another_configuration_is_refused_key_by_key(
     assert capsys.readouterr().err == (
         "bpn-fit: error: Expected ckpt_path to be a checkpoint of this configuration, but "
         f"{last} differs: data.init_args.batch_size is 16 here and 32 there; strategies.ewc.strength "
-        "is 7.0 here and 2000.0 there. Resume with the configuration that wrote it (config.yaml beside "
+        "is 7.0 here and 2000.0 there. Resume with the configuration that wrote it (config.yaml next to "
         "it), or start a new run in another --runs folder.\n"
     )
 

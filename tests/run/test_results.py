@@ -14,11 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bpn_lightning import files
+from bpn_lightning import AccuracyMatrix, files
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.metrics import AccuracyMatrix
 from bpn_lightning.run import results
 from bpn_lightning.run.results import (
     Provenance,

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from wandb import wandb_agent
 
-from bpn_lightning.cli.command import packaged_configs, read_command
+from bpn_lightning.cli.command import read_command
+from bpn_lightning.cli.config_files import packaged_configs
 from bpn_lightning.cli.fit import ContinualCLI
 from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules import SplitDigits

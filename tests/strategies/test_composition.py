@@ -16,7 +16,7 @@ from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.independent import IndependentNetworks
 from bpn_lightning.strategies.joint import JointTraining
 from bpn_lightning.tasks import Phase
-from bpn_lightning.trainer.rules import check_phases
+from bpn_lightning.trainer.composition import check_phases
 
 
 class Started(ContinualStrategy):
@@ -150,17 +150,15 @@ def test_a_correction_of_weights_beside_a_projection(refusal: Any, first: bool) 
 @pytest.mark.parametrize("strategy", [Asks, BeneficialPerturbation, IndependentNetworks])
 def test_a_need_of_the_task_id_where_nobody_tells_it(refusal: Any, strategy: Any) -> None:
     assert refusal([strategy()], stream={"task_id_at_test": False}) == (
-        "Expected no need of the task's id at test in a stream with task_id_at_test=False, but "
-        f"{strategy.__name__} answers in the mode of a task. "
-        "Set task_id_at_test to True, or choose another method."
+        f"{strategy.__name__} needs the task ID at inference, but the stream has "
+        "task_id_at_test=False. Set it to True, or choose another method."
     )
 
 
 def test_heads_of_tasks_where_nobody_tells_the_task(refusal: Any) -> None:
     assert refusal([FineTuning()], stream={"task_id_at_test": False}, mask="task") == (
-        "Expected no need of the task's id at test in a stream with task_id_at_test=False, but "
-        "mask='task' answers in the mode of a task. "
-        "Set task_id_at_test to True, or choose another method."
+        "mask='task' needs the task ID at inference, but the stream has task_id_at_test=False. "
+        "Set it to True, or choose another method."
     )
 
 

@@ -193,7 +193,7 @@ def test_what_lbfgs_cannot_stand_beside(fit, strategy, trainer, options, beside,
     with pytest.raises(ConfigurationError) as error:
         fit([strategy], stream=stream, trainer=trainer, **{"optimizer": LBFGS, **options})
     assert str(error.value) == (
-        f"Expected the optimizer not to be LBFGS beside {beside}, but got LBFGS. {why} Leave one of "
+        f"Expected the optimizer not to be LBFGS with {beside}, but got LBFGS. {why} Leave one of "
         "the two out."
     )
 
@@ -236,7 +236,7 @@ def test_an_unknown_optimizer_that_looks_twice_is_refused_where_gradients_accumu
     with pytest.raises(ConfigurationError) as error:
         fit(optimizer=OPTIMIZERS["sharpness-aware"], trainer={"accumulate_grad_batches": 2})
     assert str(error.value) == (
-        "Expected trainer.accumulate_grad_batches to be 1 beside an optimizer that evaluates its closure "
-        "several times, but got 2 beside SharpnessAware. It would see an update's last batch only. Use a "
+        "Expected trainer.accumulate_grad_batches to be 1 with an optimizer that evaluates its closure "
+        "several times, but got 2 with SharpnessAware. It would see an update's last batch only. Use a "
         "larger batch_size."
     )

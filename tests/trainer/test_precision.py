@@ -295,7 +295,7 @@ def test_gradients_clipped_by_value(name: str, cell: str) -> None:
 
 
 def bounds(name: str, flags: dict[str, Any], size: Callable[[Tensor], Tensor]) -> None:
-    """No update of plain SGD moves what it optimises by more than the learning rate times the limit.
+    """No update of plain SGD moves what it optimizes by more than the learning rate times the limit.
 
     And a limit that is never reached is none.
     """

@@ -1,7 +1,7 @@
 """Several processes learn what one learns, and what they must hold alike is alike or named.
 
 The suite of promises has two processes for every built-in; here are compositions and modes, DDP's own
-switches, batch normalisation, and processes that are led astray on purpose.
+switches, batch normalization, and processes that are led astray on purpose.
 """
 
 import json
@@ -136,10 +136,10 @@ compare("bd+si lbfgs", lambda: [BeneficialPerturbation(8), SynapticIntelligence(
 plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.5)
 compare("plateau", lambda: [EWC(20.0, update="clamped")], module={"scheduler": plateau})
 
-# --- batch normalisation
+# --- batch normalization
 
 
-def normalising():
+def normalizing():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU())
 
 
@@ -171,8 +171,8 @@ class Synced(LayerSync):
 
 
 ewc = lambda: [EWC(20.0, update="clamped")]
-compare("own statistics", ewc, backbone=normalising)
-compare("statistics together", ewc, backbone=normalising, trainer={"plugins": [Synced()]})
+compare("own statistics", ewc, backbone=normalizing)
+compare("statistics together", ewc, backbone=normalizing, trainer={"plugins": [Synced()]})
 
 # --- led astray
 

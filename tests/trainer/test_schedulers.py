@@ -293,7 +293,7 @@ def test_a_resumed_scheduler_is_one_that_was_never_left(fit, tmp_path, make, sav
             PLATEAU,
             {"reset_optimizer": "never"},
             (
-                "Expected reset_optimizer to be 'always' beside ReduceLROnPlateau, but got 'never'. The loss of "
+                "Expected reset_optimizer to be 'always' with ReduceLROnPlateau, but got 'never'. The loss of "
                 "the next task begins higher than that of the last one ended."
             ),
         ),
@@ -344,9 +344,7 @@ def test_monitored_rates_are_those_of_the_open_task(
         trainer={"logger": log, "log_every_n_steps": 1},
     )
     if refused:
-        with pytest.raises(
-            ConfigurationError, match="to have logging_interval 'step' beside a sch"
-        ):
+        with pytest.raises(ConfigurationError, match="to have logging_interval 'step' with a sch"):
             learn()
         return
     learn()

@@ -19,7 +19,7 @@ from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules import SplitDigits, StreamOf
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies import EncoderBasedLifelongLearning, JointTraining
-from bpn_lightning.trainer.rules import check_batches, check_launch
+from bpn_lightning.trainer.launch import check_batches, check_launch
 
 LOST = (
     "Their memories, importances and accuracies would be lost when they end: of what such processes "
@@ -79,7 +79,7 @@ def trainer(**flags):
             {"strategy": "ddp", "sync_batchnorm": True},
             (
                 "Expected trainer.sync_batchnorm to be off on the CPU, but got True. torch.nn.SyncBatchNorm "
-                "needs a GPU. Leave it out, or use layers that normalise each sample."
+                "needs a GPU. Leave it out, or use layers that normalize each sample."
             ),
         ),
     ],
@@ -118,7 +118,7 @@ def test_what_shards_parameters_is_refused(strategy, name):
         check_launch(SimpleNamespace(strategy=strategy))
     assert str(error.value) == (
         f"Expected trainer.strategy to be 'auto' or 'ddp', but got {name}. Sharded parameters cannot be "
-        "penalised, biased or restored one by one."
+        "penalized, biased or restored one by one."
     )
 
 
@@ -165,7 +165,7 @@ def one_place(channels):
     return nn.BatchNorm2d(channels)
 
 
-def normalising(kind=nn.BatchNorm1d):
+def normalizing(kind=nn.BatchNorm1d):
     if kind in (nn.BatchNorm2d, one_place):
         size = 8 if kind is one_place else 3
         return nn.Sequential(nn.Identity(), nn.Conv2d(1, 16, size), kind(16), nn.Flatten())
@@ -191,7 +191,7 @@ def test_batches_too_small_for_their_statistics(kind, smallest, processes, said)
     check = partial(
         check_batches,
         driver,
-        normalising(kind),
+        normalizing(kind),
         torch.zeros(1, 1, 8, 8),
         2,
         lambda task: 64 - task * (64 - smallest),
@@ -201,21 +201,21 @@ def test_batches_too_small_for_their_statistics(kind, smallest, processes, said)
     with pytest.raises(ConfigurationError) as error:
         check()
     assert str(error.value) == (
-        f"Expected batch_size to leave every process {said} where a layer (backbone.2) normalises "
+        f"Expected batch_size to leave every process {said} where a layer (backbone.2) normalizes "
         f"batches, but task 1 has one of {smallest} for {processes} process{'es' if processes > 1 else ''}. Choose another "
-        "batch_size, or a layer that normalises each sample."
+        "batch_size, or a layer that normalizes each sample."
     )
 
 
 def test_layers_that_are_frozen_take_no_statistics():
     driver = SimpleNamespace(strategy=None, world_size=2)
-    check_batches(driver, normalising().eval(), torch.zeros(1, 64), 1, lambda task: 1)
+    check_batches(driver, normalizing().eval(), torch.zeros(1, 64), 1, lambda task: 1)
 
 
 def test_a_single_sample_that_is_left_over_is_learned_with_the_batch_before(fit):
     """288 samples in batches of 41: seven, and one more. BatchNorm would have no statistics of it."""
     stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=41)
-    module, _ = fit(stream=stream, backbone=normalising())
+    module, _ = fit(stream=stream, backbone=normalizing())
     assert module.closed == 1
     assert [batch.global_size for batch in stream.train_loader(0, 0)] == [41] * 6 + [42]
 
@@ -223,7 +223,7 @@ def test_a_single_sample_that_is_left_over_is_learned_with_the_batch_before(fit)
 def test_a_batch_that_cannot_be_avoided_is_refused_and_may_be_left_out(fit):
     stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=1)
     with pytest.raises(ConfigurationError, match=r"task 0 has one of 1 for 1 process\."):
-        fit(stream=stream, backbone=normalising())
+        fit(stream=stream, backbone=normalizing())
 
 
 @pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 3}])
@@ -233,7 +233,7 @@ def test_batches_of_a_stream_of_streams_are_counted(fit, flags):
         SplitDigits(num_tasks=1, epochs_per_task=1, batch_size=size, class_order=order)
         for size, order in ((16, [0, 1]), (41, [2, 3]))
     ]
-    module, _ = fit(stream=StreamOf(parts), backbone=normalising(), trainer=flags)
+    module, _ = fit(stream=StreamOf(parts), backbone=normalizing(), trainer=flags)
     assert module.closed == 1
 
 

@@ -1,0 +1,163 @@
+"""Config files: the packaged ones, and reading one as plain keys and values, in bounds."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.untrusted import MAX_CONFIG_BYTES, read_text
+
+__all__ = [
+    "CONFIGS",
+    "ConfigLayer",
+    "find_config",
+    "methods_of",
+    "nearest_file",
+    "packaged_configs",
+    "read_layer",
+    "read_yaml",
+]
+
+CONFIGS = Path(str(files("bpn_lightning.configs")))
+
+#: Keys whose value is a mapping; anything else there would end in a traceback.
+GROUPS = ("trainer", "model", "strategies")
+
+#: Values of a config, aliases counted wherever they stand: a few lines of them make billions.
+MAX_VALUES = 100_000
+
+#: A text counts as one more value for so many of its characters.
+CHARACTERS = 100
+
+
+@dataclass
+class ConfigLayer:
+    """A config file: its name for messages, what ``--config`` gets, and its content."""
+
+    name: str
+    value: str
+    content: dict[str, Any]
+
+    @property
+    def strategies(self) -> dict[str, Any]:
+        """Its values of strategies, by their names."""
+        return self.content.get("strategies") or {}
+
+    def without_strategies(self) -> "ConfigLayer":
+        """The same, where another method is named on the command line."""
+        content = {key: value for key, value in self.content.items() if key != "strategies"}
+        return ConfigLayer(self.name, yaml.safe_dump(content, sort_keys=False), content)
+
+
+def packaged_configs() -> list[str]:
+    """File names of the experiments that come with this package."""
+    return sorted(path.name for path in CONFIGS.glob("*.yaml"))
+
+
+def methods_of(experiment: str, folder: Path = CONFIGS) -> list[str]:
+    """Methods with tuned values for an experiment."""
+    return sorted(path.stem for path in (folder / "methods" / experiment).glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A path first, then a packaged config, with or without its suffix.
+
+    Raises:
+        ConfigurationError: there is neither.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    near = nearest_file(name, packaged_configs())
+    raise ConfigurationError(
+        f"Expected --config to be a file or a packaged config, but got {name!r}.{near} "
+        "`bpn-fit --list` shows the packaged ones."
+    )
+
+
+def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
+    """The keys and values of a file, in plain types and in bounds.
+
+    Args:
+        path: of the file.
+        kind: what it should be, for messages.
+
+    Raises:
+        ConfigurationError: it cannot be read, is no YAML of keys and values, or holds too much.
+    """
+    try:
+        content = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
+    except OSError as error:
+        raise ConfigurationError(
+            f"Expected {path} to be readable, but got {error.strerror}. Check its permissions."
+        ) from error
+    # Besides YAMLError: what is no UTF-8, no date, no number or nests too deeply.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
+        if isinstance(error, RecursionError):
+            problem = "it nests too deeply"
+        raise ConfigurationError(
+            f"Expected {path} to be {kind}, but got an error{line}: {problem}. Correct that line."
+        ) from error
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigurationError(
+            f"Expected {path} to hold keys and values, but got {content!r:.80}. "
+            "Start from the output of `bpn-fit --config digits_inc.yaml --print_config`."
+        )
+    if _count_values(content, MAX_VALUES) > MAX_VALUES:
+        raise ConfigurationError(
+            f"Expected {path} to hold at most {MAX_VALUES:,} values, but got more, counted as often "
+            "as aliases repeat them. Write out what it needs."
+        )
+    return content
+
+
+def _count_values(content: Any, enough: int) -> int:
+    """Keys and values below a value, itself included; stops counting when it is more than enough."""
+    stack, count = [content], 0
+    while stack and count <= enough:
+        value = stack.pop()
+        count += 1
+        if isinstance(value, dict):
+            stack += value.keys()
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+        elif isinstance(value, str | bytes):
+            count += len(value) // CHARACTERS
+    return count
+
+
+def nearest_file(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x.yaml'?"``; the suffix that all have in common makes none the nearest."""
+    near = did_you_mean(Path(name).stem, [Path(one).stem for one in known])
+    return near.replace("'?", ".yaml'?")
+
+
+def read_layer(path: Path) -> ConfigLayer:
+    """Read a config file, whose groups of keys have to be groups.
+
+    Raises:
+        ConfigurationError: it cannot be read, or a group is none.
+    """
+    content = read_yaml(path)
+    for group in GROUPS:
+        if group in content and not isinstance(content[group], Mapping):
+            raise ConfigurationError(
+                f"Expected `{group}:` in {path} to be a mapping, but got {content[group]!r}. "
+                f"Put its keys below `{group}:`, indented."
+            )
+    for name, value in (content.get("strategies") or {}).items():
+        if not isinstance(value, Mapping):
+            raise ConfigurationError(
+                f"Expected `strategies.{name}:` in {path} to be a mapping, but got {value!r}. "
+                f"For its defaults write `{name}: {{}}`."
+            )
+    return ConfigLayer(str(path), str(path), content)

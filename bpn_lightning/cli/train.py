@@ -1,0 +1,161 @@
+"""``bpn-fit`` once torch may be imported: build, train, and the ways in which training ends."""
+
+import errno
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext, redirect_stdout
+from typing import TextIO
+
+import torch
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+
+from bpn_lightning.cli.command import Command
+from bpn_lightning.cli.fit import ContinualCLI
+from bpn_lightning.cli.output import notify, quiet_lightning
+from bpn_lightning.cli.resume import how_to_resume, last_checkpoint, previous_checkpoint
+from bpn_lightning.costs import bytes_held, bytes_per_task
+from bpn_lightning.errors import ResultsError
+from bpn_lightning.run.console import final_table
+from bpn_lightning.run.dashboards import close_displays, keep_results
+from bpn_lightning.run.folder import written_files
+from bpn_lightning.run.results import collect_provenance, write_results
+from bpn_lightning.terminal import INTERRUPTED
+from bpn_lightning.untrusted import read_text
+
+__all__ = ["fit"]
+
+TERMINATED = 143  # as shells say of a command that SIGTERM ended
+
+#: What the system reports when there is no space left for a file.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def fit(command: Command) -> int:
+    """Train what a command line describes, and write and show its results.
+
+    Args:
+        command: read by :func:`bpn_lightning.cli.command.read_command`.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        BPNLightningError: a usage error.
+    """
+    for notice in command.notices:
+        notify(notice)
+    _look_for_no_gpu()
+    with quiet_lightning():
+        try:
+            cli = ContinualCLI(command)
+        except SystemExit as end:  # --help and --print_config
+            return int(end.code or 0)
+        out = sys.stdout
+        # Whatever libraries and plugins print, standard output has the document only.
+        try:
+            with redirect_stdout(sys.stderr) if cli.config.json else nullcontext():
+                return _train(cli, out)
+        finally:
+            cli.close()
+
+
+def _look_for_no_gpu() -> None:
+    """Where there is no GPU, let optimizers not look for NVIDIA's library at every update.
+
+    Adam and others ask whether there is one; a variable that Lightning sets makes them load the library
+    to find out, which takes much longer where it is missing.
+    """
+    if not torch.cuda.is_available():
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+
+
+def _train(cli: ContinualCLI, out: TextIO) -> int:
+    started = time.perf_counter()
+    status = 1
+    try:
+        cli.trainer.fit(
+            cli.model,
+            datamodule=cli.datamodule,
+            ckpt_path=cli.checkpoint,
+            weights_only=True,
+        )
+        if cli.trainer.is_global_zero:
+            _finish(cli, out, seconds=time.perf_counter() - started)
+        status = 0
+    except SIGTERMException:
+        notify(f"Terminated. {how_to_resume(cli.folder, cli.config.overwrite)}")
+        status = TERMINATED
+    except SystemExit:
+        if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        # Lightning ignores it from then on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        notify(f"Interrupted. {how_to_resume(cli.folder, cli.config.overwrite)}")
+        status = INTERRUPTED
+    except KeyboardInterrupt:  # while the results are written
+        notify(f"Interrupted. {how_to_resume(cli.folder, cli.config.overwrite)}")
+        status = INTERRUPTED
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise ResultsError(
+            f"No space left for the files of {cli.folder}: {error}. Free some. "
+            f"{how_to_resume(cli.folder, cli.config.overwrite)}"
+        ) from error
+    finally:
+        if cli.trainer.is_global_zero:
+            close_displays(cli.trainer.loggers, status)
+    return status
+
+
+def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
+    config, module = cli.config, cli.model
+    stored = bytes_per_task(module.strategies, module)
+    held = bytes_held(module.strategies, module)
+    results = write_results(
+        cli.folder,
+        experiment=config.experiment,
+        method=config.method,
+        seed=config.seed_everything,
+        matrix=module.accuracy_matrix,
+        curve=module.curve,
+        tasks=module.tasks,
+        bytes_per_task=stored,
+        bytes_held=held,
+        unsettled=module.unsettled,
+        metrics=module.task_metrics,
+        provenance=collect_provenance(seconds),
+        extra={"curve": module.curve} if module.evaluate_every == "epoch" else {},
+    )
+    if module.closed + 1 == len(module.tasks):  # nothing resumes from here
+        previous_checkpoint(cli.folder).unlink(missing_ok=True)
+    if config.log_artifacts:
+        name = f"{config.experiment}-{config.method}-seed_{config.seed_everything}"
+        try:
+            keep_results(
+                cli.trainer.loggers, name, written_files(cli.folder), last_checkpoint(cli.folder)
+            )
+        except Exception as error:  # a logger's client may raise any exception
+            raise ResultsError(
+                f"Expected the loggers to keep the run's files, but got: {error}. Its results are whole "
+                f"in {cli.folder}: upload them by hand."
+            ) from error
+    if config.json:
+        out.write(read_text(results))
+    if config.quiet or config.json:
+        return
+    title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
+    final_table(
+        Console(),
+        title,
+        module.tasks,
+        module.accuracy_matrix.summary(),
+        stored,
+        held,
+        results.parent,
+        module.unsettled,
+    )
