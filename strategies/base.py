@@ -23,7 +23,7 @@ class ContinualStrategy(Callback):
     The hooks of an update run in this order: ``loss_terms`` in the forward; then, on gradients that are
     reduced over processes and unscaled but not clipped, ``capture_grad``, ``penalty_grad``,
     ``project_grad``, ``consume_grad``; then, only when the optimizer really stepped,
-    ``on_optimizer_stepped`` and, after that of every strategy, ``observe_step``. Each gets the shared
+    ``correct_step`` and, after that of every strategy, ``observe_step``. Each gets the shared
     parameters that train in the current phase, by name, the head among them. An optimizer may ask for
     an update's gradients several times, at other weights each time: ``penalty_grad`` and
     ``project_grad`` are called for all of them, ``capture_grad`` and ``consume_grad`` for the first
@@ -131,7 +131,7 @@ class ContinualStrategy(Callback):
     def consume_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take gradients of parameters of one's own and set them to None."""
 
-    def on_optimizer_stepped(
+    def correct_step(
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
     ) -> None:
         """The parameters have moved; move them on, if that is the method."""

@@ -318,7 +318,7 @@ class PenaltyStrategy:
             anchors = [self.penalty.anchor[name] for name in held]
             add_pull_(gradients, list(held.values()), anchors, self._update_factors(host, held))
 
-    def on_optimizer_stepped(
+    def correct_step(
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
     ) -> None:
         """Take the implicit step on the penalty alone: its exact minimiser near theta."""

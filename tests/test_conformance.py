@@ -186,7 +186,7 @@ class ProjectsInSecret(Pull):
 
 
 class CorrectsInSecret(Pull):
-    def on_optimizer_stepped(self, host, parameters):
+    def correct_step(self, host, parameters):
         if self.anchor:
             with torch.no_grad():
                 parameters["head.bias"].mul_(0.999)
@@ -349,7 +349,7 @@ class ClipsBadly(Pull):
     def consume_grad(self, host, parameters):
         self.seen = parameters["head.bias"].grad.clone()
 
-    def on_optimizer_stepped(self, host, parameters):
+    def correct_step(self, host, parameters):
         if not torch.equal(parameters["head.bias"].grad, self.seen):
             raise ValueError("The gradient is another one.")
 

@@ -217,7 +217,7 @@ def test_corrects_weights_only_if_it_says_so(trial: Trial) -> None:
     """A strategy that moves shared weights after the optimizer declares it: no projection is beside it."""
     expect_nothing(
         sorted(trial.diary.corrected),
-        "on_optimizer_stepped moved shared weights without corrects_weights, in",
+        "correct_step moved shared weights without corrects_weights, in",
         "Let the property corrects_weights be True, or add a gradient in penalty_grad instead.",
     )
 

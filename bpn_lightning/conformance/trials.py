@@ -119,7 +119,7 @@ class Diary:
         return self.run.surroundings() | weights
 
     def _watch_steps(self, strategy: ContinualStrategy) -> None:
-        original = strategy.on_optimizer_stepped
+        original = strategy.correct_step
 
         def call(host: Any, parameters: Any) -> None:
             before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -127,7 +127,7 @@ class Diary:
             if any(not torch.equal(before[name], p) for name, p in parameters.items()):
                 self.corrected.add(type(strategy).__name__)
 
-        strategy.on_optimizer_stepped = call  # type: ignore[method-assign]
+        strategy.correct_step = call  # type: ignore[method-assign]
 
 
 @contextmanager

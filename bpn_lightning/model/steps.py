@@ -40,7 +40,7 @@ __all__ = ["ContinualSteps", "sgd"]
 
 GRADIENT_EDITS = ("penalty_grad", "project_grad")
 GRADIENT_HOOKS = ("capture_grad", *GRADIENT_EDITS, "consume_grad")
-STEP_HOOKS = ("loss_terms", *GRADIENT_HOOKS, "on_optimizer_stepped", "observe_step", "logs")
+STEP_HOOKS = ("loss_terms", *GRADIENT_HOOKS, "correct_step", "observe_step", "logs")
 
 
 def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
@@ -457,7 +457,7 @@ class ContinualSteps(ContinualNetwork):
         self._steps_under_way -= 1
         if self._phase.trains == "strategy" or self._steps_under_way:
             return
-        for hook in self._hooks["on_optimizer_stepped"]:
+        for hook in self._hooks["correct_step"]:
             hook(self, self._step_parameters)
         for parameter, rows, values in self._other_rows:
             with torch.no_grad():

@@ -387,7 +387,7 @@ def test_a_gradient_that_overflowed_behind_the_scale_moves_no_m() -> None:
     strategy._all_m[0].grad = torch.tensor([[1.0, float("inf"), -1.0]])
     strategy._all_m[1].grad = torch.tensor([[1.0, -2.0, 0.0]])
     strategy.consume_grad(host, {})
-    strategy.on_optimizer_stepped(host, {})
+    strategy.correct_step(host, {})
     assert not strategy._all_m[0].any()
     torch.testing.assert_close(strategy._all_m[1].data, torch.tensor([[-0.1, 0.1, 0.0]]))
 

@@ -72,7 +72,7 @@ class Quadratics:
             if clip is not None:
                 nn.utils.clip_grad_norm_([self.theta], clip)
             optimizer.step()
-            si.on_optimizer_stepped(host, parameters)
+            si.correct_step(host, parameters)
             si.observe_step(host, parameters)
             yield gradient, self.theta.detach() - before
 
