@@ -84,9 +84,6 @@ class ContinualStrategy(Callback):
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
         """Once per task, in its mode, before its optimizer is made."""
 
-    def on_task_switch(self, host: ContinualHost, task: "int | Tensor") -> None:
-        """The module's mode changes, for training, evaluation, replay or an importance pass."""
-
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Once per task, in its mode: consolidate. Compute first, commit last.
 
@@ -131,9 +128,7 @@ class ContinualStrategy(Callback):
     def consume_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take gradients of parameters of one's own and set them to None."""
 
-    def correct_step(
-        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
+    def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """The parameters have moved; move them on, if that is the method."""
 
     def observe_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -34,7 +34,7 @@ from fractions import Fraction
 
 import torch
 from bpn_lightning.costs import Bytes
-from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.nn.layers import TaskModule, evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 
 
@@ -93,6 +93,25 @@ class Pull(ContinualStrategy):
         return Bytes(4 * sum(p.numel() for p in shared) + 4, 0)
 
 
+class Listener(TaskModule):
+    """A layer that changes nothing, and passes each change of the mode on."""
+
+    def __init__(self, num_tasks, tell):
+        super().__init__(num_tasks)
+        self.tell = tell
+
+    def switch(self, task):
+        super().switch(task)
+        self.tell(task)
+
+    def forward(self, inputs):
+        return inputs
+
+
+def listen(host, tell):
+    host.network().get_submodule("backbone").listener = Listener(len(host.tasks), tell)
+
+
 class WithoutNull(Pull):
     """Declares that no arguments make it fine-tuning, so nobody asks."""
 
@@ -125,7 +144,10 @@ class CountsVisits(Pull):
         super().reset()
         self.visits = 0
 
-    def on_task_switch(self, host, task):
+    def configure(self, host, stream):
+        listen(host, self.count)
+
+    def count(self, task):
         self.visits += 1
 
     def state_dict(self):
@@ -141,6 +163,7 @@ class DrawsToSwitch(Pull):
 
     def configure(self, host, stream):
         self.inside = False
+        listen(host, lambda task: self.draw(host))
 
     def on_task_end(self, host, task):
         self.inside = True
@@ -149,7 +172,7 @@ class DrawsToSwitch(Pull):
     def on_task_start(self, host, task):
         self.inside = False
 
-    def on_task_switch(self, host, task):
+    def draw(self, host):
         if host.opened == 1 and not self.inside and self.strength:
             torch.rand(1)
 
@@ -161,8 +184,8 @@ class LogsMoveState(Pull):
 
 
 class OneTaskPerBatch(Pull):
-    def on_task_switch(self, host, task):
-        self.mode = int(task)
+    def configure(self, host, stream):
+        listen(host, int)
 
 
 class HiddenModes(Pull):
@@ -172,8 +195,9 @@ class HiddenModes(Pull):
 
     def configure(self, host, stream):
         host.linear_layers()["head"].register_forward_hook(self.shift)
+        listen(host, self.select)
 
-    def on_task_switch(self, host, task):
+    def select(self, task):
         self.mode = task
 
     def shift(self, layer, inputs, output):

@@ -124,7 +124,7 @@ def test_evaluating_changes_nothing(trial: Trial) -> None:
     expect_nothing(
         found,
         "Evaluating tasks changed something",
-        "Look at on_task_switch: it may select what is there, and neither count, draw nor train.",
+        "Look at your TaskModule's switch: it may select what is there, and neither count, draw nor train.",
     )
 
 
@@ -164,8 +164,8 @@ def test_samples_may_each_have_a_task(trial: Trial) -> None:
     expect_nothing(
         differences({"logits": mixed}, {"logits": alone}, tolerance=TOLERANCE),
         f"With one task id per sample the answers differ by more than {TOLERANCE}",
-        "Look at on_task_switch and at your TaskModule's forward: task may be a tensor (batch,). Where "
-        "that cannot be, declare per_sample = False in the TaskModule.",
+        "Look at your TaskModule's switch and forward: task may be a tensor (batch,). Where that cannot "
+        "be, declare per_sample = False in the TaskModule.",
     )
 
 

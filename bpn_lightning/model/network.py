@@ -1,6 +1,6 @@
 """A network whose mode follows the task: one backbone, one wide head, and bias units on its layers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -61,7 +61,6 @@ class ContinualNetwork(L.LightningModule):
         self._attached: list[list[Any]] = []  # what was attached: kind and arguments
         self._stream: ContinualStream | None = None
         self._mode: int | Tensor = 0
-        self._switch_hooks: list[Callable[..., Any]] = []
         self._training_weights: dict[str, Tensor] = {}  # while merged ones are in their place
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -96,7 +95,7 @@ class ContinualNetwork(L.LightningModule):
     @property
     def has_modes(self) -> bool:
         """Whether the network answers differently in different tasks' modes."""
-        return bool(self._task_modules()) or bool(self._switch_hooks)
+        return bool(self._task_modules())
 
     def batches(self, task_id: int, split: Split, at_most: int | None = None) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
@@ -444,8 +443,6 @@ class ContinualNetwork(L.LightningModule):
         self._mode = task
         for part in self._task_modules():
             part.switch(task)
-        for hook in self._switch_hooks:
-            hook(self, task)
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -142,7 +142,6 @@ class ContinualSteps(ContinualNetwork):
             ]
 
         self._hooks = {name: overriding(name) for name in STEP_HOOKS}
-        self._switch_hooks = overriding("on_task_switch")
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
