@@ -147,6 +147,18 @@ def test_a_correction_of_weights_beside_a_projection(refusal: Any, first: bool) 
     )
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_two_corrections_of_weights(refusal: Any, first: bool) -> None:
+    """Each is a step to an anchor of its own: the second would win, whichever that is."""
+    both = [Corrects(), EWC(update="proximal")]
+    names = "Corrects and EWC" if first else "EWC and Corrects"
+    assert refusal(both if first else both[::-1]) == (
+        "Expected at most one strategy to move shared weights after the step, as each would undo part of "
+        f"the other's, but got {names} with update 'proximal'. "
+        "Set the update of all but one to 'clamped' or 'gradient'."
+    )
+
+
 @pytest.mark.parametrize("strategy", [Asks, BeneficialPerturbation, IndependentNetworks])
 def test_a_need_of_the_task_id_where_nobody_tells_it(refusal: Any, strategy: Any) -> None:
     assert refusal([strategy()], stream={"task_id_at_test": False}) == (
