@@ -186,9 +186,7 @@ class BeneficialPerturbation(ContinualStrategy):
         for m in moving:
             m.grad = None
 
-    def correct_step(
-        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
+    def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Move M: here and not before, because a scaler may skip an update."""
         if self._steps:
             with torch.no_grad():

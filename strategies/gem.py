@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.functional.gradients import segment_gradients, segments_have_closed_forms
+from bpn_lightning.functional.segments import segment_gradients, segments_have_closed_forms
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy

@@ -318,9 +318,7 @@ class PenaltyStrategy:
             anchors = [self.penalty.anchor[name] for name in held]
             add_pull_(gradients, list(held.values()), anchors, self._update_factors(host, held))
 
-    def correct_step(
-        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
+    def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the implicit step on the penalty alone: its exact minimiser near theta."""
         if self.update != "proximal" or not self.penalty or self.pull_strength == 0:
             return

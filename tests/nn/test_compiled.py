@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.functional.gradients import (
-    recorded_forward,
-    sample_gradient_sums,
-    segment_gradients,
-)
+from bpn_lightning.functional.gradients import sample_gradient_sums
+from bpn_lightning.functional.records import recorded_forward
+from bpn_lightning.functional.segments import segment_gradients
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.execution import compiled_in_place, differentiable

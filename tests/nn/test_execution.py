@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.functional.gradients import sample_gradient_sums, segment_gradients
+from bpn_lightning.functional.gradients import sample_gradient_sums
+from bpn_lightning.functional.segments import segment_gradients
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import execution
 from bpn_lightning.nn.execution import check_layers_are_called, differentiable, graph_uses
