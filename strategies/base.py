@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bpn_lightning.costs import Bytes, tensors_in
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
 
-__all__ = ["ContinualStrategy"]
+__all__ = ["ContinualStrategy", "refuse_fused"]
 
 
 class ContinualStrategy(Callback):
@@ -167,3 +168,16 @@ class ContinualStrategy(Callback):
     def state_key(self) -> str:
         """The name of this strategy's state in checkpoints."""
         return f"{type(self).__module__}.{type(self).__qualname__}"
+
+
+def refuse_fused(name: str, host: ContinualHost, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that takes off fp16's loss scale in its step, after gradients were edited.
+
+    Raises:
+        ConfigurationError: names the strategy that edits them.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and host.loss_scale != 1:
+        raise ConfigurationError(
+            f"Expected the optimizer not to be fused where {name} runs in 16-mixed precision, but "
+            f"got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
+        )

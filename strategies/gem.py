@@ -18,8 +18,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.segments import segment_gradients, segments_have_closed_forms
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.penalty import refuse_fused
+from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
 from bpn_lightning.tasks import Batch, ContinualHost, Task
 
 __all__ = ["AveragedGEM", "EpisodicMemory", "GradientEpisodicMemory", "multipliers", "project"]

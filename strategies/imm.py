@@ -16,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from bpn_lightning.costs import Bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
+from bpn_lightning.functional.penalties import merged_quadratic
 from bpn_lightning.nn.layers import TaskModule
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.penalty import collapsed, refuse_fused
+from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
 from bpn_lightning.tasks import ContinualHost, ContinualStream, Task
 
 __all__ = ["IncrementalMomentMatching", "drop_transfer"]
@@ -217,11 +217,13 @@ class IncrementalMomentMatching(ContinualStrategy):
             before = mean.get(name, solution)
             if name in fisher:
                 old = mass.get(name, torch.zeros_like(fisher[name]))
-                mass[name], mean[name], _ = collapsed(old, before, alpha * fisher[name], solution)
+                mass[name], mean[name], _ = merged_quadratic(
+                    old, before, alpha * fisher[name], solution
+                )
             else:
                 weight = torch.tensor(alpha, dtype=torch.float64, device=solution.device)
                 total = torch.full_like(weight, masses.get(name, 0.0))
-                total, mean[name], _ = collapsed(total, before, weight, solution)
+                total, mean[name], _ = merged_quadratic(total, before, weight, solution)
                 masses[name] = float(total)
         self.mean, self.mass, self.masses = mean, mass, masses
         if self.strength or self.drop:

@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import fisher_diagonal
+from bpn_lightning.functional.penalties import merged_quadratic
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
@@ -24,7 +25,6 @@ from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching as IMM
 from bpn_lightning.strategies.imm import drop_transfer
-from bpn_lightning.strategies.penalty import collapsed
 
 MODES = ("mean", "mode")
 
@@ -50,7 +50,7 @@ def made(number: int) -> tuple[Tensor, Tensor]:
 def running(solutions: Tensor, weights: Tensor) -> Tensor:
     mean, mass = torch.full_like(solutions[0], 99.0), torch.zeros_like(solutions[0])
     for solution, weight in zip(solutions, weights, strict=True):
-        mass, mean, _ = collapsed(mass, mean, weight, solution)
+        mass, mean, _ = merged_quadratic(mass, mean, weight, solution)
     torch.testing.assert_close(mass, weights.sum(0).expand_as(mass), rtol=1e-12, atol=0)
     return mean
 

@@ -313,8 +313,13 @@ class PathByHand:
             self.path[n] = self.path[n] - self.gradient[n] * (p.detach() - self.before[n])
 
 
-@pytest.mark.parametrize("update", ["clamped", "proximal"])
-def test_the_path_is_of_raw_gradients_and_real_changes(learn: Any, watch: Any, update: Any) -> None:
+@pytest.mark.parametrize(
+    ("update", "of_other"),
+    [("clamped", "clamped"), ("clamped", "proximal"), ("proximal", "clamped")],
+)
+def test_the_path_is_of_raw_gradients_and_real_changes(
+    learn: Any, watch: Any, update: Any, of_other: Any
+) -> None:
     """Beside bias units, a second penalty before it, clipping and weight decay."""
     by_hand, si, compared = PathByHand(watch), SynapticIntelligence(5.0, update=update), []
 
@@ -329,7 +334,7 @@ def test_the_path_is_of_raw_gradients_and_real_changes(learn: Any, watch: Any, u
         watch(end=compare),
         by_hand.first,
         BeneficialPerturbation(4),
-        EWC(10.0, update=update),
+        EWC(10.0, update=of_other),
         si,
         by_hand.last,
         stream={"num_tasks": 3},
