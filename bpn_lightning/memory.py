@@ -213,11 +213,9 @@ def num_processes(host: ContinualHost) -> int:
     return int(host.all_reduce(torch.ones((), device=host.device)))
 
 
-def memory_bytes(host: ContinualHost, samples: int, tasks: Sequence[Task]) -> int:
-    """Bytes of a memory of so many samples of these tasks, from the shape of an input; 0 of none."""
-    if not samples:
-        return 0
-    return samples * (prod(host.stream.input_shape) * stored_dtype(host, tasks).itemsize + 8)
+def memory_bytes(host: ContinualHost, samples: int, dtype: torch.dtype) -> int:
+    """Bytes of a memory of so many samples, from the shape of an input and its type as it is stored."""
+    return samples * (prod(host.stream.input_shape) * dtype.itemsize + 8)
 
 
 def check_memory_size(

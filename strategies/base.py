@@ -1,13 +1,13 @@
 """The hooks of a continual-learning method, and what they are handed inside a step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bpn_lightning.costs import Bytes, tensors_in
+from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensors_in
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
 
@@ -137,25 +137,13 @@ class ContinualStrategy(Callback):
 
     # --- what it costs, what it says -------------------------------------------------------------
 
-    def bytes_per_task(self, host: Any) -> int:
-        """Bytes that one task adds to what is stored for use after training."""
-        return 0
-
-    def paper_bytes_per_task(self, host: Any) -> int:
-        """The same by the accounting of Wen et al."""
-        return self.bytes_per_task(host)
-
-    def inference_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
-        """What it put into the module for use after training: bank rows, keys."""
-        return ()
-
-    def training_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
-        """What it holds to go on learning: by default every tensor of ``state_dict``."""
-        return tensors_in(self.state_dict())
-
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Bytes that it holds, by formula, from the shapes and the number of learned tasks."""
-        return Bytes(0, 0)
+        return DeclaredBytes()
+
+    def held_tensors(self, host: ContinualHost) -> HeldTensors:
+        """The tensors that it holds: by default every one of ``state_dict``, for training only."""
+        return HeldTensors(training=tensors_in(self.state_dict()))
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """Scalars to log every ``log_every_n_steps`` steps, by key, such as ``penalty/ewc``."""

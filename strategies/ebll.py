@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.optim import Adadelta, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.nn.layers import evaluation_mode, full_precision
 from bpn_lightning.random_state import seeded_generator
@@ -403,7 +403,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
 
     # --- bookkeeping -----------------------------------------------------------------------------
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: LwF's, 4 (c d + c) for each encoder, and the autoencoder that trains, if any."""
         training, number = super().declared_bytes(host).training, self.num_encoders
         if number:
@@ -412,7 +412,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         if self.autoencoder is not None:
             c, d = self.autoencoder.weight.shape
             training += 4 * (2 * c * d + c + d)
-        return Bytes(training, 0)
+        return DeclaredBytes(training)
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher, the encoders, and the autoencoder that trains, if any."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.projection import (
     MARGIN_MODES,
@@ -27,6 +27,7 @@ from bpn_lightning.memory import (
     check_memory_size,
     memory_bytes,
     num_processes,
+    stored_dtype,
 )
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.random_state import seeded_generator
@@ -293,21 +294,20 @@ class GradientEpisodicMemory(ContinualStrategy):
     def _samples(self, task: Task) -> int:
         return self.memory_size * (task.num_classes if self.memory_per == "class" else 1)
 
-    def bytes_per_task(self, host: Any) -> int:
-        """Inputs as the stream stores them, and labels; kept for as long as further tasks are learned."""
-        first = host.tasks[0]
-        return memory_bytes(host, self._samples(first), [first])
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
+        """The memories of the learned tasks, none of which is needed for inference.
 
-    def paper_bytes_per_task(self, host: Any) -> int:
-        """Three bytes per value of an image, as the paper's Table I implies: 47,040 for 20 images of 784 values."""
-        shape: tuple[int, ...] = host.stream.input_shape
-        return self._samples(host.tasks[0]) * prod(shape) * 3
-
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
-        """The memories of the learned tasks, none of which is needed to answer."""
-        learned = host.tasks[: len(self.memory.sizes)]
-        samples = sum(self._samples(task) for task in learned)
-        return Bytes(training=memory_bytes(host, samples, learned), inference=0)
+        A task adds inputs as the stream stores them, and labels; kept for as long as further tasks are
+        learned. The paper has three bytes per value of an image, as its Table I implies: 47,040 for 20
+        images of 784 values.
+        """
+        samples = [self._samples(task) for task in host.tasks]
+        learned = sum(samples[: len(self.memory.sizes)])
+        return DeclaredBytes(
+            training=memory_bytes(host, learned, self.memory.inputs.dtype),
+            per_task=memory_bytes(host, samples[0], stored_dtype(host, host.tasks[:1])),
+            per_task_in_paper=samples[0] * prod(host.stream.input_shape) * 3,
+        )
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """How many memories objected to the last gradient, and the worst conflict with one.

@@ -1,8 +1,7 @@
 """Incremental moment matching."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bpn_lightning.costs import Bytes, tensor_bytes
+from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
 from bpn_lightning.functional.penalties import merged_quadratic
@@ -233,16 +232,16 @@ class IncrementalMomentMatching(ContinualStrategy):
         """The averages."""
         return self.mean
 
-    def training_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
+    def held_tensors(self, host: ContinualHost) -> HeldTensors:
         """The averages, the previous weights, and those of training that the module keeps."""
-        return chain(super().training_tensors(host), host.training_weights.values())
+        return HeldTensors([*super().held_tensors(host).training, *host.training_weights.values()])
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: 4 bytes per number, twice for the averages, and as in ``State``."""
         shared = host.shared_parameters(include_head=host.mask != "task").values()
         parameters, buffers = tensor_bytes(shared), tensor_bytes(_float_buffers(host).values())
         sums = parameters * ((self.mode == "mode") + bool(self.strength or self.drop))
-        return Bytes(2 * (parameters + buffers) + sums, 0)
+        return DeclaredBytes(2 * (parameters + buffers) + sums)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """The value of the L2-transfer, strength included."""

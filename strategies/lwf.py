@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bpn_lightning.costs import Bytes, tensor_bytes
+from bpn_lightning.costs import DeclaredBytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.functional.distillation import distillation_of_heads
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -238,10 +238,10 @@ class LearningWithoutForgetting(ContinualStrategy):
         """Forget what was recorded of the task's samples."""
         self._recorded = None
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: the shared weights and float buffers once more, from the second task on."""
         kept = self.needs_teacher and host.opened > 0
-        return Bytes(tensor_bytes(Teacher.state(host).values()) if kept else 0, 0)
+        return DeclaredBytes(tensor_bytes(Teacher.state(host).values()) if kept else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher."""

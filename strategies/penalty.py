@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.penalties import (
     add_penalty_grad_,
@@ -241,12 +241,12 @@ class PenaltyStrategy(ContinualStrategy):
 
     # --- what it costs, what it says -------------------------------------------------------------
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: ``copies`` of every parameter that is held; nothing for use after it."""
         if self.strength == 0:
-            return Bytes(0, 0)
+            return DeclaredBytes()
         held = self.parameters(host).values()
-        return Bytes(self.copies * sum(p.numel() * p.element_size() for p in held), 0)
+        return DeclaredBytes(self.copies * sum(p.numel() * p.element_size() for p in held))
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """The penalty's value, strength included."""

@@ -33,7 +33,7 @@ PLANTED = '''
 from fractions import Fraction
 
 import torch
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.nn.layers import TaskModule, evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 
@@ -90,7 +90,7 @@ class Pull(ContinualStrategy):
 
     def declared_bytes(self, host):
         shared = host.shared_parameters(include_head=False).values()
-        return Bytes(4 * sum(p.numel() for p in shared) + 4, 0)
+        return DeclaredBytes(4 * sum(p.numel() for p in shared) + 4)
 
 
 class Listener(TaskModule):
@@ -270,7 +270,7 @@ class TrainsWhileMeasuring(Pull):
             self.size = self.measure(host, task)
 
     def declared_bytes(self, host):
-        return Bytes(4, 0)
+        return DeclaredBytes(4)
 
 
 class DrawsGlobally(Pull):
@@ -308,7 +308,7 @@ class MovesOtherHeads(Pull):
 
 class CountsBytesWrong(Pull):
     def declared_bytes(self, host):
-        return Bytes(super().declared_bytes(host).training - 4, 0)
+        return DeclaredBytes(super().declared_bytes(host).training - 4)
 
 
 class Grows(Pull):
@@ -328,7 +328,7 @@ class Grows(Pull):
         self.sizes = list(state["sizes"])
 
     def declared_bytes(self, host):
-        return Bytes(super().declared_bytes(host).training + 4, 0)
+        return DeclaredBytes(super().declared_bytes(host).training + 4)
 
 
 class RanksOnTheirOwn(Pull):

@@ -429,8 +429,8 @@ def test_measured_bytes_are_declared_bytes(trial: Trial) -> None:
     expect_nothing(
         found,
         "Bytes (training, inference) are not what declared_bytes says",
-        "Look at declared_bytes, and at the tensors that training_tensors (by default those of "
-        "state_dict) and inference_tensors list.",
+        "Look at declared_bytes, and at the tensors that held_tensors lists (by default those of "
+        "state_dict).",
     )
 
 

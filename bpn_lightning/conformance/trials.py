@@ -95,7 +95,10 @@ class Diary:
     def _after_close(self, task: int) -> None:
         for strategy in self.run.strategies:
             name, module = type(strategy).__name__, self.run.module
-            measured, declared = measured_bytes(strategy, module), strategy.declared_bytes(module)
+            measured, declared = (
+                measured_bytes(strategy, module),
+                strategy.declared_bytes(module).held,
+            )
             self.bytes_held.append((task, name, measured, declared))
 
     def _watched(self, strategy: ContinualStrategy, hook: str) -> Callable[..., Any]:

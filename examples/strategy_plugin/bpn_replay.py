@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.memory import EpisodicMemory, check_memory_size, memory_bytes
 from bpn_lightning.random_state import seeded_generator
@@ -84,11 +84,11 @@ class Replay(ContinualStrategy):
         orders = [torch.randperm(size, generator=seeded_generator(*key, one)) for one in rounds]
         return torch.cat(orders)[first % size :][:number]
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """The memory after the task that was opened last, by its shape and the type of what is stored."""
         learned = host.tasks[: host.opened + 1]
         samples = self.size * sum(task.num_classes for task in learned)
-        return Bytes(memory_bytes(host, samples, learned), inference=0)
+        return DeclaredBytes(memory_bytes(host, samples, self.memory.inputs.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, and how far replay has come."""

@@ -591,8 +591,8 @@ def test_bytes_with_twenty_outputs(prepare: Any, hidden: int, measured: int) -> 
     run.module.head = nn.Linear(300, 20)  # as 10 tasks of 2 classes need it
     strategy = BeneficialPerturbation(100)
     strategy.configure(run.module, run.stream)
-    assert strategy.bytes_per_task(run.module) == measured
-    assert strategy.paper_bytes_per_task(run.module) == 4 * (hidden * 300 + 2)
+    assert strategy.declared_bytes(run.module).per_task == measured
+    assert strategy.declared_bytes(run.module).per_task_in_paper == 4 * (hidden * 300 + 2)
 
 
 @pytest.mark.parametrize(

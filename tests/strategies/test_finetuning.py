@@ -199,4 +199,4 @@ def test_the_strategy_is_no_strategy(learn: Any, same: Any) -> None:
     with_it, without_it = learn(FineTuning()), learn()
     same(with_it.weights(), without_it.weights())
     assert str(with_it.random) == str(without_it.random)
-    assert FineTuning().bytes_per_task(with_it.module) == 0
+    assert FineTuning().declared_bytes(with_it.module).per_task == 0

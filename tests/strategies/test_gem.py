@@ -855,10 +855,10 @@ def test_bytes_are_those_of_its_tensors(learn: Any) -> None:
         (AveragedGEM(15), 15),
     ):
         run = learn(gem, stream=STREAM)
-        assert gem.bytes_per_task(run.module) == size * (64 + 8)
-        assert gem.paper_bytes_per_task(run.module) == size * 64 * 3
-        assert gem.declared_bytes(run.module) == Bytes(3 * size * 72, 0)
-        assert measured_bytes(gem, run.module) == gem.declared_bytes(run.module)
+        assert gem.declared_bytes(run.module).per_task == size * (64 + 8)
+        assert gem.declared_bytes(run.module).per_task_in_paper == size * 64 * 3
+        assert gem.declared_bytes(run.module).held == Bytes(3 * size * 72, 0)
+        assert measured_bytes(gem, run.module) == gem.declared_bytes(run.module).held
 
 
 @pytest.mark.parametrize(
@@ -886,8 +886,8 @@ def test_the_papers_bytes_are_those_of_its_table(memory_size: int, shape: Any, p
         tasks = (_Task,)
 
     gem = GradientEpisodicMemory(memory_size, memory_per="class")
-    assert gem.paper_bytes_per_task(Host) == paper
-    assert gem.bytes_per_task(Host) == 2 * memory_size * (prod(shape) + 8)
+    assert gem.declared_bytes(Host).per_task_in_paper == paper
+    assert gem.declared_bytes(Host).per_task == 2 * memory_size * (prod(shape) + 8)
 
 
 def test_logs_how_many_memories_objected_and_how_much(learn: Any, watch: Any) -> None:

@@ -424,7 +424,7 @@ def test_holds_the_network_once_more_while_training(
     lwf, held = LearningWithoutForgetting(strength), []
 
     def note(host: Any, task: Any) -> None:
-        assert lwf.declared_bytes(host) == measured_bytes(lwf, host)
+        assert lwf.declared_bytes(host).held == measured_bytes(lwf, host)
         held.append(measured_bytes(lwf, host))
 
     run = learn(watch(end=note), BeneficialPerturbation(3), lwf, stream={"num_tasks": 3})
@@ -437,8 +437,8 @@ def test_holds_the_network_once_more_while_training(
 def test_running_statistics_count(learn: Any) -> None:
     run = learn(lwf := LearningWithoutForgetting(), backbone=noisy)
     parameters = tensor_bytes(run.module.shared_parameters(include_head=True).values())
-    assert lwf.declared_bytes(run.module) == measured_bytes(lwf, run.module)
-    assert lwf.declared_bytes(run.module) == Bytes(parameters + 2 * 4 * 16, 0)
+    assert lwf.declared_bytes(run.module).held == measured_bytes(lwf, run.module)
+    assert lwf.declared_bytes(run.module).held == Bytes(parameters + 2 * 4 * 16, 0)
 
 
 # --- composition ---------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ def test_strength_zero_is_fine_tuning_bit_for_bit(
     same(runs[0].weights(), runs[1].weights())
     same(runs[0].optimizer_state(), runs[1].optimizer_state())
     assert str(runs[0].random) == str(runs[1].random)
-    assert si.declared_bytes(runs[0].module) == measured_bytes(si, runs[0].module) == (0, 0)
+    assert si.declared_bytes(runs[0].module).held == measured_bytes(si, runs[0].module) == (0, 0)
 
 
 def test_the_first_task_is_plain_training(learn: Any, same: Any) -> None:
@@ -399,9 +399,9 @@ def test_bytes_are_three_tensors_of_what_is_held(learn: Any, mask: Any) -> None:
     run = learn(si := SynapticIntelligence(), mask=mask)
     held = run.module.shared_parameters(include_head=mask == "all")
     size = sum(value.numel() for value in held.values())
-    assert si.declared_bytes(run.module) == measured_bytes(si, run.module) == (12 * size, 0)
+    assert si.declared_bytes(run.module).held == measured_bytes(si, run.module) == (12 * size, 0)
     assert set(si.penalty.importance) == set(si.path) == set(held)
-    assert si.bytes_per_task(run.module) == 0
+    assert si.declared_bytes(run.module).per_task == 0
 
 
 def test_rows_that_have_no_gradient_have_no_importance(learn: Any, watch: Any) -> None:

@@ -94,7 +94,9 @@ def test_the_choice_follows_from_the_streams_seed_alone(learned: Any) -> None:
 def test_declared_bytes_are_measured_bytes(learned: Any) -> None:
     """An image of 8 x 8 bytes and a number of 8 bytes for each of 30 samples."""
     module, replay = learned
-    assert replay.declared_bytes(module) == measured_bytes(replay, module) == (30 * (64 + 8), 0)
+    assert (
+        replay.declared_bytes(module).held == measured_bytes(replay, module) == (30 * (64 + 8), 0)
+    )
 
 
 @pytest.mark.parametrize(("number", "batches"), [(60, 1), (20, 3), (7, 9)])
