@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bpn_lightning.strategies.base import ContinualStrategy
-    from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+    from bpn_lightning.strategies.bd import BeneficialPerturbation
     from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
     from bpn_lightning.strategies.ewc import EWC
-    from bpn_lightning.strategies.finetuning import FineTuning
+    from bpn_lightning.strategies.finetune import FineTuning
     from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
     from bpn_lightning.strategies.imm import IncrementalMomentMatching
-    from bpn_lightning.strategies.independent import IndependentNetworks
     from bpn_lightning.strategies.joint import JointTraining
     from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-    from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+    from bpn_lightning.strategies.mas import MemoryAwareSynapses
+    from bpn_lightning.strategies.psp import ParameterSuperposition
+    from bpn_lightning.strategies.si import SynapticIntelligence
     from bpn_lightning.strategies.slnid import SLNID
-    from bpn_lightning.strategies.superposition import ParameterSuperposition
-    from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
+    from bpn_lightning.strategies.stl import IndependentNetworks
 
 __all__ = [
     "EWC",
@@ -41,19 +41,19 @@ __all__ = [
 #: Names on the command line and in configs, and where the class is.
 STRATEGIES: dict[str, str] = {
     "agem": "bpn_lightning.strategies.gem:AveragedGEM",
-    "bd": "bpn_lightning.strategies.beneficial:BeneficialPerturbation",
+    "bd": "bpn_lightning.strategies.bd:BeneficialPerturbation",
     "ebll": "bpn_lightning.strategies.ebll:EncoderBasedLifelongLearning",
     "ewc": "bpn_lightning.strategies.ewc:EWC",
-    "finetune": "bpn_lightning.strategies.finetuning:FineTuning",
+    "finetune": "bpn_lightning.strategies.finetune:FineTuning",
     "gem": "bpn_lightning.strategies.gem:GradientEpisodicMemory",
     "imm": "bpn_lightning.strategies.imm:IncrementalMomentMatching",
     "joint": "bpn_lightning.strategies.joint:JointTraining",
     "lwf": "bpn_lightning.strategies.lwf:LearningWithoutForgetting",
-    "mas": "bpn_lightning.strategies.memory_aware_synapses:MemoryAwareSynapses",
-    "psp": "bpn_lightning.strategies.superposition:ParameterSuperposition",
-    "si": "bpn_lightning.strategies.synaptic_intelligence:SynapticIntelligence",
+    "mas": "bpn_lightning.strategies.mas:MemoryAwareSynapses",
+    "psp": "bpn_lightning.strategies.psp:ParameterSuperposition",
+    "si": "bpn_lightning.strategies.si:SynapticIntelligence",
     "slnid": "bpn_lightning.strategies.slnid:SLNID",
-    "stl": "bpn_lightning.strategies.independent:IndependentNetworks",
+    "stl": "bpn_lightning.strategies.stl:IndependentNetworks",
 }
 
 _HOMES = {

@@ -16,7 +16,7 @@ from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.functional.importance import mean_over_task, squared_lengths
 from bpn_lightning.nn.execution import differentiable
 from bpn_lightning.nn.layers import evaluation_mode, full_precision
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
 from bpn_lightning.strategies.penalty import Update
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Task, dry_inputs
 

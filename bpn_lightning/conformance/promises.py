@@ -20,7 +20,7 @@ from bpn_lightning.conformance.subjects import Subject
 from bpn_lightning.conformance.trials import Consolidation, Diary, Trial, answers, fine_tuning
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.tasks import Position
 
 # What is promised is not silence: Lightning warns of much, and regularisers of what they forget.

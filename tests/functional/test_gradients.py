@@ -17,7 +17,7 @@ from bpn_lightning.functional.records import recorded_forward
 from bpn_lightning.functional.segments import segment_gradients, segments_have_closed_forms
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP, torchvision_backbone
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 MEASURES = {"squares": torch.square, "absolutes": torch.abs}

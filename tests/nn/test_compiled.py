@@ -18,15 +18,15 @@ from bpn_lightning.nn import MLP
 from bpn_lightning.nn.execution import compiled_in_place, differentiable
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.gem import GradientEpisodicMemory
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
+from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.strategies.slnid import SLNID
-from bpn_lightning.strategies.superposition import ParameterSuperposition
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ import torch
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError, ExpectedForgettingWarning
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
-from bpn_lightning.strategies.independent import IndependentNetworks
 from bpn_lightning.strategies.joint import JointTraining
+from bpn_lightning.strategies.stl import IndependentNetworks
 from bpn_lightning.tasks import Phase
 from bpn_lightning.trainer.rules import check_phases
 

@@ -14,7 +14,7 @@ from bpn_lightning.costs import Bytes, measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import (
     Autoencoder,
     EncoderBasedLifelongLearning,
@@ -24,7 +24,7 @@ from bpn_lightning.strategies.ebll import (
 )
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.tasks import Phase
 
 EBLL = partial(EncoderBasedLifelongLearning, autoencoder_epochs=1)

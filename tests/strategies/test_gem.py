@@ -30,11 +30,11 @@ from bpn_lightning.memory import EpisodicMemory, balanced, draw
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.psp import ParameterSuperposition
 
 # --- the quadratic program, against other solvers ------------------------------------------------
 

@@ -107,7 +107,7 @@ from lightning.pytorch import Trainer, seed_everything
 from bpn_lightning import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
 
 devices, folder, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]

@@ -21,8 +21,8 @@ from bpn_lightning.functional.penalties import merged_quadratic
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching as IMM
 from bpn_lightning.strategies.imm import drop_transfer
 

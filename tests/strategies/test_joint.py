@@ -15,7 +15,7 @@ from bpn_lightning.costs import bytes_per_task, measured_bytes
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.joint import JointTraining
 from bpn_lightning.tasks import Phase
 

@@ -17,12 +17,12 @@ from bpn_lightning.costs import Bytes, measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.distillation import distillation, distillation_of_heads
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.tasks import Phase
 from bpn_lightning.teacher import Teacher, concatenated_heads
 

@@ -8,15 +8,15 @@ import torch
 
 from bpn_lightning.costs import tensors_in
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.gem import GradientEpisodicMemory
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
+from bpn_lightning.strategies.psp import ParameterSuperposition
+from bpn_lightning.strategies.si import SynapticIntelligence
 from bpn_lightning.strategies.slnid import SLNID
-from bpn_lightning.strategies.superposition import ParameterSuperposition
-from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
 
 Make = Callable[[], ContinualStrategy]
 

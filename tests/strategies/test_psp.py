@@ -23,10 +23,10 @@ from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.layers import ComplexKeys, ComplexLinear, Keys, SwitchableLinear
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.superposition import (
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.psp import (
     ParameterSuperposition,
     binary_key,
     check_elementwise,
@@ -505,8 +505,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from bpn_lightning import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.psp import ParameterSuperposition
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
 mine = {}

@@ -22,8 +22,8 @@ from bpn_lightning.model.evaluation import evaluate_without_oracle
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.independent import IndependentNetworks as STL
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.stl import IndependentNetworks as STL
 
 TASKS = 3
 Backbone = Callable[[], nn.Module]

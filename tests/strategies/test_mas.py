@@ -10,11 +10,11 @@ from torch.optim import SGD, Adam, AdamW
 
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
-from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
+from bpn_lightning.strategies.si import SynapticIntelligence
 
 OPTIMIZERS = {
     "sgd": partial(SGD, lr=0.05),
@@ -126,7 +126,7 @@ def test_strength_zero_is_fine_tuning_bit_for_bit(
     def refuse(*_: Any) -> None:
         raise AssertionError("a pass over the task")
 
-    monkeypatch.setattr("bpn_lightning.strategies.memory_aware_synapses.output_sensitivity", refuse)
+    monkeypatch.setattr("bpn_lightning.strategies.mas.output_sensitivity", refuse)
     mas = MemoryAwareSynapses(0)
     runs = [
         learn(

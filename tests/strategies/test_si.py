@@ -13,10 +13,10 @@ from torch.optim import SGD, Adam, Optimizer
 
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence, add_importance
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.si import SynapticIntelligence, add_importance
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": partial(SGD, lr=0.1),

@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import ExponentialLR
 from bpn_lightning.costs import bytes_per_task
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation, perturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation, perturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 
 LAYERS = ("backbone.1", "backbone.3", "head")  # of MLP([16, 12])
 RANK = 6
