@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bpn_lightning.costs import Bytes
+    from bpn_lightning.costs import DeclaredBytes
     from bpn_lightning.errors import (
         BPNLightningError,
         CheckpointError,
@@ -30,13 +30,13 @@ __all__ = [
     "AccuracyMatrix",
     "BPNLightningError",
     "Batch",
-    "Bytes",
     "CheckpointError",
     "ConfigurationError",
     "ContinualHost",
     "ContinualModule",
     "ContinualStream",
     "DataError",
+    "DeclaredBytes",
     "ExpectedForgettingWarning",
     "Phase",
     "ProcessesError",
@@ -52,7 +52,7 @@ __all__ = [
 _FILES = {
     "AccuracyMatrix": "metrics.accuracy_matrix",
     "Batch": "tasks",
-    "Bytes": "costs",
+    "DeclaredBytes": "costs",
     "BPNLightningError": "errors",
     "CheckpointError": "errors",
     "ConfigurationError": "errors",

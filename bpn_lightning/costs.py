@@ -7,7 +7,9 @@ from torch import Tensor
 
 __all__ = [
     "Bytes",
+    "DeclaredBytes",
     "HasCosts",
+    "HeldTensors",
     "bias_unit_bytes",
     "bytes_held",
     "bytes_per_task",
@@ -55,22 +57,51 @@ class Bytes(NamedTuple):
     inference: int
 
 
+class DeclaredBytes(NamedTuple):
+    """The same by formula, from shapes and the number of learned tasks, and how it grows.
+
+    Attributes:
+        training: bytes between updates, all that it needs to go on learning.
+        inference: bytes of it that are needed to use what was learned.
+        per_task: what one task adds to what is stored, by the rule of :func:`bytes_per_task`.
+        per_task_in_paper: the same network by the accounting of Wen et al.
+    """
+
+    training: int = 0
+    inference: int = 0
+    per_task: int = 0
+    per_task_in_paper: int = 0
+
+    @property
+    def held(self) -> Bytes:
+        """What is to be equal to :func:`measured_bytes`."""
+        return Bytes(self.training, self.inference)
+
+
+class HeldTensors(NamedTuple):
+    """What a strategy holds beside the network's own weights; a tensor in both counts once.
+
+    Attributes:
+        training: what only going on to learn needs.
+        inference: what is needed to use what was learned.
+    """
+
+    training: Iterable[Tensor] = ()
+    inference: Iterable[Tensor] = ()
+
+
 class HasCosts(Protocol):
     """A strategy, as far as its costs go."""
 
-    def bytes_per_task(self, host: Any) -> int: ...  # noqa: D102
+    def declared_bytes(self, host: Any) -> DeclaredBytes: ...  # noqa: D102
 
-    def paper_bytes_per_task(self, host: Any) -> int: ...  # noqa: D102
-
-    def inference_tensors(self, host: Any) -> Iterable[Tensor]: ...  # noqa: D102
-
-    def training_tensors(self, host: Any) -> Iterable[Tensor]: ...  # noqa: D102
+    def held_tensors(self, host: Any) -> HeldTensors: ...  # noqa: D102
 
 
 def measured_bytes(strategy: HasCosts, host: Any) -> Bytes:
     """What a strategy holds now, from its tensors; one that is listed twice counts once."""
-    inference = list(strategy.inference_tensors(host))
-    everything = [*inference, *strategy.training_tensors(host)]
+    training, inference = map(list, strategy.held_tensors(host))
+    everything = [*inference, *training]
     return Bytes(_once(everything), _once(inference))
 
 
@@ -102,10 +133,10 @@ def bytes_per_task(strategies: Iterable[HasCosts], host: Any) -> dict[str, int]:
     EWC and M and W of the bias units.
 
     Returns:
-        ``measured``, from the tensors, and ``paper``, by its accounting for the same network.
+        ``measured``, of the network that was built, and ``paper``, by its accounting for the same network.
     """
-    strategies = list(strategies)
+    declared = [strategy.declared_bytes(host) for strategy in strategies]
     return {
-        "measured": sum(strategy.bytes_per_task(host) for strategy in strategies),
-        "paper": sum(strategy.paper_bytes_per_task(host) for strategy in strategies),
+        "measured": sum(each.per_task for each in declared),
+        "paper": sum(each.per_task_in_paper for each in declared),
     }

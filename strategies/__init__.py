@@ -7,19 +7,19 @@ from bpn_lightning.strategies.table import STRATEGIES
 
 if TYPE_CHECKING:
     from bpn_lightning.strategies.base import ContinualStrategy
-    from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+    from bpn_lightning.strategies.bd import BeneficialPerturbation
     from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
     from bpn_lightning.strategies.ewc import EWC
-    from bpn_lightning.strategies.finetuning import FineTuning
+    from bpn_lightning.strategies.finetune import FineTuning
     from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
     from bpn_lightning.strategies.imm import IncrementalMomentMatching
-    from bpn_lightning.strategies.independent import IndependentNetworks
     from bpn_lightning.strategies.joint import JointTraining
     from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-    from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+    from bpn_lightning.strategies.mas import MemoryAwareSynapses
+    from bpn_lightning.strategies.psp import ParameterSuperposition
+    from bpn_lightning.strategies.si import SynapticIntelligence
     from bpn_lightning.strategies.slnid import SLNID
-    from bpn_lightning.strategies.superposition import ParameterSuperposition
-    from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
+    from bpn_lightning.strategies.stl import IndependentNetworks
 
 __all__ = [
     "EWC",

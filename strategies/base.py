@@ -1,17 +1,19 @@
 """The hooks of a continual-learning method, and what they are handed inside a step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bpn_lightning.costs import Bytes, tensors_in
+from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensors_in
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies.table import STRATEGIES
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
+from bpn_lightning.trainer.lightning import handles_unscaling
 
-__all__ = ["ContinualStrategy"]
+__all__ = ["ContinualStrategy", "refuse_fused"]
 
 
 class ContinualStrategy(Callback):
@@ -24,7 +26,7 @@ class ContinualStrategy(Callback):
     The hooks of an update run in this order: ``loss_terms`` in the forward; then, on gradients that are
     reduced over processes and unscaled but not clipped, ``capture_grad``, ``penalty_grad``,
     ``project_grad``, ``consume_grad``; then, only when the optimizer really stepped,
-    ``on_optimizer_stepped`` and, after that of every strategy, ``observe_step``. Each gets the shared
+    ``correct_step`` and, after that of every strategy, ``observe_step``. Each gets the shared
     parameters that train in the current phase, by name, the head among them. An optimizer may ask for
     an update's gradients several times, at other weights each time: ``penalty_grad`` and
     ``project_grad`` are called for all of them, ``capture_grad`` and ``consume_grad`` for the first
@@ -85,9 +87,6 @@ class ContinualStrategy(Callback):
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
         """Once per task, in its mode, before its optimizer is made."""
 
-    def on_task_switch(self, host: ContinualHost, task: "int | Tensor") -> None:
-        """The module's mode changes, for training, evaluation, replay or an importance pass."""
-
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Once per task, in its mode: consolidate. Compute first, commit last.
 
@@ -132,9 +131,7 @@ class ContinualStrategy(Callback):
     def consume_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take gradients of parameters of one's own and set them to None."""
 
-    def on_optimizer_stepped(
-        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
+    def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """The parameters have moved; move them on, if that is the method."""
 
     def observe_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -142,25 +139,13 @@ class ContinualStrategy(Callback):
 
     # --- what it costs, what it says -------------------------------------------------------------
 
-    def bytes_per_task(self, host: Any) -> int:
-        """Bytes that one task adds to what is stored for use after training."""
-        return 0
-
-    def paper_bytes_per_task(self, host: Any) -> int:
-        """The same by the accounting of Wen et al."""
-        return self.bytes_per_task(host)
-
-    def inference_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
-        """What it put into the module for use after training: bank rows, keys."""
-        return ()
-
-    def training_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
-        """What it holds to go on learning: by default every tensor of ``state_dict``."""
-        return tensors_in(self.state_dict())
-
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Bytes that it holds, by formula, from the shapes and the number of learned tasks."""
-        return Bytes(0, 0)
+        return DeclaredBytes()
+
+    def held_tensors(self, host: ContinualHost) -> HeldTensors:
+        """The tensors that it holds: by default every one of ``state_dict``, for training only."""
+        return HeldTensors(training=tensors_in(self.state_dict()))
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """Scalars to log every ``log_every_n_steps`` steps, by key, such as ``penalty/ewc``."""
@@ -175,3 +160,16 @@ class ContinualStrategy(Callback):
         module, name = type(self).__module__, type(self).__qualname__
         registered = {target: key for key, target in STRATEGIES.items()}
         return registered.get(f"{module}:{name}", f"{module}.{name}")
+
+
+def refuse_fused(name: str, host: ContinualHost, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that takes off fp16's loss scale in its step, after gradients were edited.
+
+    Raises:
+        ConfigurationError: names the strategy that edits them.
+    """
+    if handles_unscaling(optimizer) and host.loss_scale != 1:
+        raise ConfigurationError(
+            f"Expected the optimizer not to be fused where {name} runs in 16-mixed precision, but "
+            f"got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
+        )

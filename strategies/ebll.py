@@ -12,17 +12,13 @@ from torch.func import functional_call
 from torch.optim import Adadelta, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.nn.layers import evaluation_mode, full_precision
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.lwf import (
-    Answer,
-    LearningWithoutForgetting,
-    side_by_side,
-    student_answer,
-)
+from bpn_lightning.strategies.lwf import LearningWithoutForgetting
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task, dry_inputs
+from bpn_lightning.teacher import Outputs, concatenated_heads, student_outputs
 
 __all__ = ["Autoencoder", "EncoderBasedLifelongLearning", "code_loss", "codes"]
 
@@ -107,7 +103,7 @@ class Autoencoder(nn.Module):
 def reconstructed(
     network: nn.Module, layer: str, autoencoder: Autoencoder, inputs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""What a network says when a layer's features are replaced by their reconstruction.
+    r"""The logits of a network when a layer's features are replaced by their reconstruction.
 
     Its parameters take part detached: only the autoencoder's get gradients.
 
@@ -250,7 +246,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether anything is asked of a teacher."""
+        """Whether a teacher is used."""
         return self.strength > 0 or self.alpha > 0
 
     @property
@@ -372,41 +368,42 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         """The distillation of all old heads, and the codes of all old tasks."""
         features, self._features = self._features, None
-        if not self.asks(host):
+        if not self.distills(host):
             return {}
         layer = self.layer if self.encoders else None
-        answer = Answer(logits, features)
+        outputs = Outputs(logits, features)
         if layer and features is None:  # the layer was not run
-            answer = student_answer(host, batch.inputs, layer)
-        students = self.students(host, batch, answer, layer)
-        teachers = self.teachers(host, batch.inputs, layer)
+            outputs = student_outputs(host, batch.inputs, layer)
+        students = self.student_outputs(host, batch, outputs, layer)
+        teachers = self.teacher_outputs(host, batch.inputs, layer)
         terms = {}
         if self.strength:
             heads = self.old_heads(host)
-            student, teacher = side_by_side(students, heads), side_by_side(teachers, heads)
+            student, teacher = (
+                concatenated_heads(students, heads),
+                concatenated_heads(teachers, heads),
+            )
             terms["lwf"] = self.distilled(student, teacher, heads)
         if self.encoders:
-            terms["ebll"] = self.held(students, teachers)
+            terms["ebll"] = self.code_term(students, teachers)
         return terms
 
-    def held(self, students: Sequence[Answer], teachers: Sequence[Answer]) -> Tensor:
-        """The loss of these answers' codes, alpha included: ``(batch,)``."""
+    def code_term(self, students: Sequence[Outputs], teachers: Sequence[Outputs]) -> Tensor:
+        """The loss of these outputs' codes, alpha included: ``(batch,)``."""
         several = len(students) > 1  # one pair for each encoder, or one for all
         losses = []
         for index, pair in enumerate(zip(students, teachers, strict=True)):
             own = slice(index, index + 1) if several else slice(None)
             weight, bias = self.encoders["weight"][own], self.encoders["bias"][own]
             student, teacher = (
-                codes(answer.features, weight, bias)
-                for answer in pair
-                if answer.features is not None
+                codes(one.features, weight, bias) for one in pair if one.features is not None
             )
             losses.append(code_loss(student, teacher, self.alpha))
         return torch.stack(losses).sum(0)
 
     # --- bookkeeping -----------------------------------------------------------------------------
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: LwF's, 4 (c d + c) for each encoder, and the autoencoder that trains, if any."""
         training, number = super().declared_bytes(host).training, self.num_encoders
         if number:
@@ -415,7 +412,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         if self.autoencoder is not None:
             c, d = self.autoencoder.weight.shape
             training += 4 * (2 * c * d + c + d)
-        return Bytes(training, 0)
+        return DeclaredBytes(training)
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher, the encoders, and the autoencoder that trains, if any."""

@@ -5,7 +5,6 @@ from typing import ClassVar
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
 from bpn_lightning.tasks import ContinualHost, Task
 
@@ -14,8 +13,8 @@ __all__ = ["EWC"]
 LABELS = ("empirical", "sampled", "exact", "predicted")
 
 
-class EWC(PenaltyStrategy, ContinualStrategy):
-    r"""Elastic weight consolidation: a quadratic pull towards each past task's solution.
+class EWC(PenaltyStrategy):
+    r"""Elastic weight consolidation: a quadratic penalty towards each past task's solution.
 
     .. math:: \lambda \sum_k \sum_i F_{k,i} (\theta_i - \theta^*_{k,i})^2
 
@@ -29,7 +28,7 @@ class EWC(PenaltyStrategy, ContinualStrategy):
     of Schwarz et al. (2018), https://arxiv.org/abs/1805.06370.
 
     Differs from the papers: the sum over tasks is kept as two running sums (exact, and the same cost
-    at any number of tasks), and by default the pull is an implicit step after the optimizer's,
+    at any number of tasks), and by default the penalty is an implicit (proximal) step after the optimizer's,
     because the explicit gradient diverges once the learning rate times 2 lambda F exceeds 2.
 
     Args:
@@ -80,7 +79,7 @@ class EWC(PenaltyStrategy, ContinualStrategy):
         self.fisher: FisherLabels = fisher
 
     @property
-    def pull_strength(self) -> float:
+    def effective_strength(self) -> float:
         """Lambda, times gamma online."""
         return self.strength if self.gamma is None else self.strength * self.gamma
 

@@ -1,8 +1,7 @@
 """Incremental moment matching."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,13 +12,13 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bpn_lightning.costs import Bytes, tensor_bytes
+from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
+from bpn_lightning.functional.penalties import merged_quadratic
 from bpn_lightning.nn.layers import TaskModule
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.penalty import collapsed, refuse_fused
+from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
 from bpn_lightning.tasks import ContinualHost, ContinualStream, Task
 
 __all__ = ["IncrementalMomentMatching", "drop_transfer"]
@@ -217,11 +216,13 @@ class IncrementalMomentMatching(ContinualStrategy):
             before = mean.get(name, solution)
             if name in fisher:
                 old = mass.get(name, torch.zeros_like(fisher[name]))
-                mass[name], mean[name], _ = collapsed(old, before, alpha * fisher[name], solution)
+                mass[name], mean[name], _ = merged_quadratic(
+                    old, before, alpha * fisher[name], solution
+                )
             else:
                 weight = torch.tensor(alpha, dtype=torch.float64, device=solution.device)
                 total = torch.full_like(weight, masses.get(name, 0.0))
-                total, mean[name], _ = collapsed(total, before, weight, solution)
+                total, mean[name], _ = merged_quadratic(total, before, weight, solution)
                 masses[name] = float(total)
         self.mean, self.mass, self.masses = mean, mass, masses
         if self.strength or self.drop:
@@ -231,16 +232,16 @@ class IncrementalMomentMatching(ContinualStrategy):
         """The averages."""
         return self.mean
 
-    def training_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
+    def held_tensors(self, host: ContinualHost) -> HeldTensors:
         """The averages, the previous weights, and those of training that the module keeps."""
-        return chain(super().training_tensors(host), host.training_weights.values())
+        return HeldTensors([*super().held_tensors(host).training, *host.training_weights.values()])
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: 4 bytes per number, twice for the averages, and as in ``State``."""
         shared = host.shared_parameters(include_head=host.mask != "task").values()
         parameters, buffers = tensor_bytes(shared), tensor_bytes(_float_buffers(host).values())
         sums = parameters * ((self.mode == "mode") + bool(self.strength or self.drop))
-        return Bytes(2 * (parameters + buffers) + sums, 0)
+        return DeclaredBytes(2 * (parameters + buffers) + sums)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """The value of the L2-transfer, strength included."""

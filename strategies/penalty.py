@@ -1,4 +1,4 @@
-r"""A quadratic pull towards past solutions: what is remembered of them, and three ways to apply it.
+r"""A quadratic penalty towards past solutions: what is remembered of them, and three ways to apply it.
 
 EWC, SI, MAS and SLNID differ in how much each parameter matters, :math:`\Omega`, and share the rest:
 :math:`\lambda \sum_i \Omega_i (\theta_i - \mu_i)^2`, with its gradient in closed form. Added to the
@@ -6,137 +6,29 @@ gradients after they are reduced over processes and unscaled, it is the same on 
 never leaves fp16's range.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.functional.penalties import (
+    add_penalty_grad_,
+    gradient_coefficients,
+    merged_quadratic,
+    proximal_step_,
+    proximal_weights,
+)
+from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
 from bpn_lightning.tasks import ContinualHost
-from bpn_lightning.trainer.lightning import handles_unscaling
 
-__all__ = [
-    "UPDATES",
-    "PenaltyStrategy",
-    "QuadraticPenalty",
-    "Update",
-    "add_pull_",
-    "collapsed",
-    "explicit_pulls",
-    "implicit_shares",
-    "refuse_fused",
-    "step_back_",
-]
+__all__ = ["UPDATES", "PenaltyStrategy", "QuadraticPenalty", "Update"]
 
 Update = Literal["proximal", "clamped", "gradient"]
 UPDATES = ("proximal", "clamped", "gradient")
-
-
-# --- two quadratics as one -----------------------------------------------------------------------
-
-
-def collapsed(
-    importance: Tensor, anchor: Tensor, added: Tensor, solution: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The sum of two penalties as one with a constant.
-
-    .. math:: A (\theta - \mu)^2 + F (\theta - \theta^*)^2
-        = (A + F) (\theta - \mu')^2 + C, \quad \mu' = \mu + \frac{F}{A + F} (\theta^* - \mu)
-
-    As a moving mean, which keeps differences small where sums of F theta would cancel. Where nothing is
-    important the anchor is the last solution.
-
-    Args:
-        importance: A, at least 0, any shape, as all of them.
-        anchor: mu.
-        added: F, at least 0.
-        solution: theta*.
-
-    Returns:
-        A + F and mu', in the precision of the arguments, and C summed, a scalar in double precision.
-    """
-    total, gap = importance.double() + added, solution.double() - anchor
-    share = torch.where(total > 0, added.double() / total, torch.ones_like(total))
-    constant = (importance * share * gap.square()).sum()
-    mean = torch.lerp(anchor.double(), solution.double(), share)  # exact at a share of 0 and of 1
-    return total.to(added.dtype), mean.to(solution.dtype), constant
-
-
-# --- three updates -------------------------------------------------------------------------------
-
-
-def explicit_pulls(
-    importances: Sequence[Tensor], strength: float, rates: Sequence[float] | None = None
-) -> list[Tensor]:
-    r"""What gaps :math:`\theta - \mu` are multiplied by in the gradient: :math:`2 \lambda \Omega`.
-
-    Args:
-        importances: one tensor per parameter.
-        strength: lambda.
-        rates: learning rates; with them, a pull is at most 1 / rate: one step of plain gradient descent
-            reaches the anchor and does not pass it.
-
-    >>> explicit_pulls([torch.tensor([1.0, 9.0])], 0.5, [0.5])
-    [tensor([1., 2.])]
-    """
-    pulls = list(torch._foreach_mul(list(importances), 2 * strength))
-    for pull, rate in zip(pulls, rates or [0.0] * len(pulls), strict=True):
-        if rate > 0:
-            pull.clamp_(max=1 / rate)
-    return pulls
-
-
-def implicit_shares(
-    importances: Sequence[Tensor], strength: float, rates: Sequence[float]
-) -> list[Tensor]:
-    r"""The share of each gap that an implicit step on the penalty closes.
-
-    .. math:: \frac{2 \eta\lambda\Omega}{1 + 2 \eta\lambda\Omega}
-
-    The minimiser of :math:`\eta\lambda\Omega (\theta - \mu)^2 + \frac12 (\theta - \theta_0)^2` lies
-    so far from :math:`\theta_0` towards mu; at any strength it is between the two.
-
-    >>> implicit_shares([torch.tensor([1.0, 1.5])], 1.0, [0.5])
-    [tensor([0.5000, 0.6000])]
-    """
-    pulls = torch._foreach_mul(list(importances), [2 * strength * rate for rate in rates])
-    return [pull / (1 + pull) for pull in pulls]
-
-
-def add_pull_(
-    gradients: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    pulls: Sequence[Tensor],
-) -> None:
-    """Add pull times gap to each gradient, in place."""
-    with torch.no_grad():
-        gaps = torch._foreach_sub(list(parameters), list(anchors))
-        torch._foreach_addcmul_(list(gradients), list(pulls), gaps)
-
-
-def step_back_(
-    parameters: Sequence[Tensor], anchors: Sequence[Tensor], shares: Sequence[Tensor]
-) -> None:
-    """Move each parameter that share of its way to the anchor, in place."""
-    with torch.no_grad():
-        torch._foreach_lerp_(list(parameters), list(anchors), list(shares))
-
-
-def refuse_fused(name: str, host: ContinualHost, optimizer: Optimizer) -> None:
-    """Refuse an optimizer that takes off fp16's loss scale in its step, after gradients were edited.
-
-    Raises:
-        ConfigurationError: names the strategy that edits them.
-    """
-    if handles_unscaling(optimizer) and host.loss_scale != 1:
-        raise ConfigurationError(
-            f"Expected the optimizer not to be fused where {name} runs in 16-mixed precision, but "
-            f"got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
-        )
 
 
 # --- what is remembered --------------------------------------------------------------------------
@@ -168,7 +60,7 @@ class QuadraticPenalty:
             theta = solution[name].detach()
             old = self.importance.get(name, torch.zeros_like(added))
             anchor = self.anchor.get(name, theta)
-            total, mean, left = collapsed(old, anchor, added, theta)
+            total, mean, left = merged_quadratic(old, anchor, added, theta)
             new_importance[name], new_anchor[name] = total, mean
             constant += float(left)
         self.importance, self.anchor, self.constant = new_importance, new_anchor, constant
@@ -227,11 +119,8 @@ class QuadraticPenalty:
         self.anchor = {name: value.to(device) for name, value in self.anchor.items()}
 
 
-class PenaltyStrategy:
-    """The hooks of a strategy that is a quadratic penalty; which tasks it holds is for it to say.
-
-    Mixed into a :class:`~bpn_lightning.strategies.base.ContinualStrategy`, which fills ``penalty`` when
-    a task ends and documents the arguments.
+class PenaltyStrategy(ContinualStrategy):
+    """A strategy that is a quadratic penalty; a subclass fills ``penalty`` when a task ends.
 
     Args:
         strength: lambda; 0 stores nothing and does nothing.
@@ -280,15 +169,15 @@ class PenaltyStrategy:
         return self.update == "proximal" and self.strength > 0
 
     @property
-    def pull_strength(self) -> float:
+    def effective_strength(self) -> float:
         """What the penalty is multiplied by."""
         return self.strength
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse optimizers beside which the update would be another one than it says.
 
-        The implicit step is the minimiser of its objective beside plain SGD only; and a fused
-        optimizer takes off fp16's loss scale in its step, after the gradients were penalised.
+        The implicit step is the minimizer of its objective beside plain SGD only; and a fused
+        optimizer takes off fp16's loss scale in its step, after the gradients were penalized.
         """
         if self.strength == 0:
             return
@@ -311,59 +200,59 @@ class PenaltyStrategy:
 
     def penalty_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Add 2 lambda Omega (theta - mu), with 2 lambda Omega at most 1 / lr when clamped."""
-        if self.update == "proximal" or not self.penalty or self.pull_strength == 0:
+        if self.update == "proximal" or not self.penalty or self.effective_strength == 0:
             return
         held = {n: p for n, p in self._held(parameters).items() if p.grad is not None}
         if held:
             gradients = [value.grad for value in held.values() if value.grad is not None]
             anchors = [self.penalty.anchor[name] for name in held]
-            add_pull_(gradients, list(held.values()), anchors, self._update_factors(host, held))
+            add_penalty_grad_(
+                gradients, list(held.values()), anchors, self._update_factors(host, held)
+            )
 
-    def on_optimizer_stepped(
-        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
-        """Take the implicit step on the penalty alone: its exact minimiser near theta."""
-        if self.update != "proximal" or not self.penalty or self.pull_strength == 0:
+    def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the implicit step on the penalty alone: its exact minimizer near theta."""
+        if self.update != "proximal" or not self.penalty or self.effective_strength == 0:
             return
         held = self._held(parameters)
         if held:
             anchors = [self.penalty.anchor[name] for name in held]
-            step_back_(list(held.values()), anchors, self._update_factors(host, held))
+            proximal_step_(list(held.values()), anchors, self._update_factors(host, held))
 
     def _held(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """What has importance and trains now: a frozen layer needs no pull."""
+        """What has importance and trains now: a frozen layer needs no penalty."""
         return {name: parameters[name] for name in self.penalty.importance if name in parameters}
 
     def _update_factors(
         self, host: ContinualHost, held: Mapping[str, nn.Parameter]
     ) -> list[Tensor]:
-        """Pulls or shares of what is held now, computed where anything has changed."""
+        """Gradient coefficients or proximal weights of what is held now, computed where anything has changed."""
         importance = self.penalty.importance
         rates = {name: host.learning_rate(value) for name, value in held.items()}
         if self._factors_of[0] is not importance or self._factors_of[1] != rates:
             tensors, by_name = [importance[name] for name in held], list(rates.values())
             if self.update == "proximal":
-                self._factors = implicit_shares(tensors, self.pull_strength, by_name)
+                self._factors = proximal_weights(tensors, self.effective_strength, by_name)
             else:
                 limits = by_name if self.update == "clamped" else None
-                self._factors = explicit_pulls(tensors, self.pull_strength, limits)
+                self._factors = gradient_coefficients(tensors, self.effective_strength, limits)
             self._factors_of = (importance, rates)
         return self._factors
 
     # --- what it costs, what it says -------------------------------------------------------------
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: ``copies`` of every parameter that is held; nothing for use after it."""
         if self.strength == 0:
-            return Bytes(0, 0)
+            return DeclaredBytes()
         held = self.parameters(host).values()
-        return Bytes(self.copies * sum(p.numel() * p.element_size() for p in held), 0)
+        return DeclaredBytes(self.copies * sum(p.numel() * p.element_size() for p in held))
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """The penalty's value, strength included."""
         if not self.penalty:
             return {}
-        value = self.pull_strength * self.penalty.value(self.parameters(host))
+        value = self.effective_strength * self.penalty.value(self.parameters(host))
         return {f"penalty/{self.penalty_name}": value}
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from bpn_lightning.costs import Bytes
+from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.functional.importance import mean_over_task, squared_lengths
 from bpn_lightning.nn.execution import differentiable
 from bpn_lightning.nn.layers import evaluation_mode, full_precision
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
 from bpn_lightning.strategies.penalty import Update
 from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Task, dry_inputs
 
@@ -262,7 +262,7 @@ class SLNID(MemoryAwareSynapses):
 
     # --- state and costs -------------------------------------------------------------------------
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """MAS's, and a number per unit once a task is learned, of 4 bytes as the weights."""
         weights = super().declared_bytes(host)
         units = sum(self.units.values()) if self.alpha else 0

@@ -33,8 +33,8 @@ PLANTED = '''
 from fractions import Fraction
 
 import torch
-from bpn_lightning.costs import Bytes
-from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.costs import DeclaredBytes
+from bpn_lightning.nn.layers import TaskModule, evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 
 
@@ -90,7 +90,26 @@ class Pull(ContinualStrategy):
 
     def declared_bytes(self, host):
         shared = host.shared_parameters(include_head=False).values()
-        return Bytes(4 * sum(p.numel() for p in shared) + 4, 0)
+        return DeclaredBytes(4 * sum(p.numel() for p in shared) + 4)
+
+
+class Listener(TaskModule):
+    """A layer that changes nothing, and passes each change of the mode on."""
+
+    def __init__(self, num_tasks, tell):
+        super().__init__(num_tasks)
+        self.tell = tell
+
+    def switch(self, task):
+        super().switch(task)
+        self.tell(task)
+
+    def forward(self, inputs):
+        return inputs
+
+
+def listen(host, tell):
+    host.network().get_submodule("backbone").listener = Listener(len(host.tasks), tell)
 
 
 class WithoutNull(Pull):
@@ -125,7 +144,10 @@ class CountsVisits(Pull):
         super().reset()
         self.visits = 0
 
-    def on_task_switch(self, host, task):
+    def configure(self, host, stream):
+        listen(host, self.count)
+
+    def count(self, task):
         self.visits += 1
 
     def state_dict(self):
@@ -141,6 +163,7 @@ class DrawsToSwitch(Pull):
 
     def configure(self, host, stream):
         self.inside = False
+        listen(host, lambda task: self.draw(host))
 
     def on_task_end(self, host, task):
         self.inside = True
@@ -149,7 +172,7 @@ class DrawsToSwitch(Pull):
     def on_task_start(self, host, task):
         self.inside = False
 
-    def on_task_switch(self, host, task):
+    def draw(self, host):
         if host.opened == 1 and not self.inside and self.strength:
             torch.rand(1)
 
@@ -161,8 +184,8 @@ class LogsMoveState(Pull):
 
 
 class OneTaskPerBatch(Pull):
-    def on_task_switch(self, host, task):
-        self.mode = int(task)
+    def configure(self, host, stream):
+        listen(host, int)
 
 
 class HiddenModes(Pull):
@@ -172,8 +195,9 @@ class HiddenModes(Pull):
 
     def configure(self, host, stream):
         host.linear_layers()["head"].register_forward_hook(self.shift)
+        listen(host, self.select)
 
-    def on_task_switch(self, host, task):
+    def select(self, task):
         self.mode = task
 
     def shift(self, layer, inputs, output):
@@ -186,7 +210,7 @@ class ProjectsInSecret(Pull):
 
 
 class CorrectsInSecret(Pull):
-    def on_optimizer_stepped(self, host, parameters):
+    def correct_step(self, host, parameters):
         if self.anchor:
             with torch.no_grad():
                 parameters["head.bias"].mul_(0.999)
@@ -246,7 +270,7 @@ class TrainsWhileMeasuring(Pull):
             self.size = self.measure(host, task)
 
     def declared_bytes(self, host):
-        return Bytes(4, 0)
+        return DeclaredBytes(4)
 
 
 class DrawsGlobally(Pull):
@@ -284,7 +308,7 @@ class MovesOtherHeads(Pull):
 
 class CountsBytesWrong(Pull):
     def declared_bytes(self, host):
-        return Bytes(super().declared_bytes(host).training - 4, 0)
+        return DeclaredBytes(super().declared_bytes(host).training - 4)
 
 
 class Grows(Pull):
@@ -304,7 +328,7 @@ class Grows(Pull):
         self.sizes = list(state["sizes"])
 
     def declared_bytes(self, host):
-        return Bytes(super().declared_bytes(host).training + 4, 0)
+        return DeclaredBytes(super().declared_bytes(host).training + 4)
 
 
 class RanksOnTheirOwn(Pull):
@@ -349,7 +373,7 @@ class ClipsBadly(Pull):
     def consume_grad(self, host, parameters):
         self.seen = parameters["head.bias"].grad.clone()
 
-    def on_optimizer_stepped(self, host, parameters):
+    def correct_step(self, host, parameters):
         if not torch.equal(parameters["head.bias"].grad, self.seen):
             raise ValueError("The gradient is another one.")
 

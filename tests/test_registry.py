@@ -17,7 +17,7 @@ from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualHost, Task
 
 GOOD = """
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.datamodules.digits import SplitDigits
 
 
@@ -209,7 +209,7 @@ CLASHES = {
     "gd": TWICE.format(
         kind="strategy",
         name="gd",
-        one="bpn_lightning.strategies.beneficial.BeneficialPerturbation (built in)",
+        one="bpn_lightning.strategies.bd.BeneficialPerturbation (built in)",
         other="good_plugin.Replay (shadows 1.2)",
         plugins="shadows 1.2",
         path="good_plugin.Replay",

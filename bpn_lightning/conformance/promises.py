@@ -20,7 +20,7 @@ from bpn_lightning.conformance.subjects import Subject
 from bpn_lightning.conformance.trials import Consolidation, Diary, Trial, answers, fine_tuning
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.tasks import Position
 
 # What is promised is not silence: Lightning warns of much, and regularisers of what they forget.
@@ -124,7 +124,7 @@ def test_evaluating_changes_nothing(trial: Trial) -> None:
     expect_nothing(
         found,
         "Evaluating tasks changed something",
-        "Look at on_task_switch: it may select what is there, and neither count, draw nor train.",
+        "Look at your TaskModule's switch: it may select what is there, and neither count, draw nor train.",
     )
 
 
@@ -164,8 +164,8 @@ def test_samples_may_each_have_a_task(trial: Trial) -> None:
     expect_nothing(
         differences({"logits": mixed}, {"logits": alone}, tolerance=TOLERANCE),
         f"With one task id per sample the answers differ by more than {TOLERANCE}",
-        "Look at on_task_switch and at your TaskModule's forward: task may be a tensor (batch,). Where "
-        "that cannot be, declare per_sample = False in the TaskModule.",
+        "Look at your TaskModule's switch and forward: task may be a tensor (batch,). Where that cannot "
+        "be, declare per_sample = False in the TaskModule.",
     )
 
 
@@ -217,7 +217,7 @@ def test_corrects_weights_only_if_it_says_so(trial: Trial) -> None:
     """A strategy that moves shared weights after the optimizer declares it: no projection is beside it."""
     expect_nothing(
         sorted(trial.diary.corrected),
-        "on_optimizer_stepped moved shared weights without corrects_weights, in",
+        "correct_step moved shared weights without corrects_weights, in",
         "Let the property corrects_weights be True, or add a gradient in penalty_grad instead.",
     )
 
@@ -429,8 +429,8 @@ def test_measured_bytes_are_declared_bytes(trial: Trial) -> None:
     expect_nothing(
         found,
         "Bytes (training, inference) are not what declared_bytes says",
-        "Look at declared_bytes, and at the tensors that training_tensors (by default those of "
-        "state_dict) and inference_tensors list.",
+        "Look at declared_bytes, and at the tensors that held_tensors lists (by default those of "
+        "state_dict).",
     )
 
 

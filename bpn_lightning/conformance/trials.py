@@ -95,7 +95,10 @@ class Diary:
     def _after_close(self, task: int) -> None:
         for strategy in self.run.strategies:
             name, module = type(strategy).__name__, self.run.module
-            measured, declared = measured_bytes(strategy, module), strategy.declared_bytes(module)
+            measured, declared = (
+                measured_bytes(strategy, module),
+                strategy.declared_bytes(module).held,
+            )
             self.bytes_held.append((task, name, measured, declared))
 
     def _watched(self, strategy: ContinualStrategy, hook: str) -> Callable[..., Any]:
@@ -119,7 +122,7 @@ class Diary:
         return self.run.surroundings() | weights
 
     def _watch_steps(self, strategy: ContinualStrategy) -> None:
-        original = strategy.on_optimizer_stepped
+        original = strategy.correct_step
 
         def call(host: Any, parameters: Any) -> None:
             before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -127,7 +130,7 @@ class Diary:
             if any(not torch.equal(before[name], p) for name, p in parameters.items()):
                 self.corrected.add(type(strategy).__name__)
 
-        strategy.on_optimizer_stepped = call  # type: ignore[method-assign]
+        strategy.correct_step = call  # type: ignore[method-assign]
 
 
 @contextmanager

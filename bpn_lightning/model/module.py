@@ -176,7 +176,7 @@ class ContinualModule(ContinualNetwork):
         if stream is None:
             return  # of raw inputs, whose preparation the module knows
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        self.use_strategies([c for c in callbacks if isinstance(c, ContinualStrategy)])
+        self.strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
         self.step.find_hooks()
         configure_network(self, stream, stage)
         if stage == "fit":

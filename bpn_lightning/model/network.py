@@ -1,6 +1,6 @@
 """A network whose mode follows the task: one backbone, one wide head, and bias units on its layers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Phase, Schedule, Split, Task
 from bpn_lightning.trainer.lightning import HookNameAsPlainAttribute, grad_scaler, is_attached
 
-__all__ = ["ContinualNetwork", "overridden"]
+__all__ = ["ContinualNetwork"]
 
 
 class ContinualNetwork(HookNameAsPlainAttribute):
@@ -73,7 +73,6 @@ class ContinualNetwork(HookNameAsPlainAttribute):
         self.param_groups: dict[int, dict[str, Any]] = {}
         self._stream: ContinualStream | None = None
         self._mode: int | Tensor = 0
-        self._switch_hooks: list[Callable[..., Any]] = []
 
     # --- structure -------------------------------------------------------------------------------
 
@@ -132,11 +131,6 @@ class ContinualNetwork(HookNameAsPlainAttribute):
         """The task whose mode holds, or ``(batch,)`` one of each sample."""
         return self._mode
 
-    def use_strategies(self, strategies: Sequence[ContinualStrategy]) -> None:
-        """Let these strategies hear of the task modes, and take part in training."""
-        self.strategies = strategies
-        self._switch_hooks = overridden(strategies, "on_task_switch")
-
     def training_tasks(self, task_id: int) -> list[int]:
         """The tasks whose data a task is trained on: its own, and what a strategy adds."""
         wanted = (strategy.training_tasks(self.tasks[task_id]) for strategy in self.strategies)
@@ -150,7 +144,7 @@ class ContinualNetwork(HookNameAsPlainAttribute):
     @property
     def has_modes(self) -> bool:
         """Whether the network answers differently in different tasks' modes."""
-        return bool(self.task_modules()) or bool(self._switch_hooks)
+        return bool(self.task_modules())
 
     def batches(self, task_id: int, split: Split, at_most: int | None = None) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
@@ -496,14 +490,6 @@ class ContinualNetwork(HookNameAsPlainAttribute):
         self._mode = task
         for part in self.task_modules():
             part.switch(task)
-        for hook in self._switch_hooks:
-            hook(self, task)
-
-
-def overridden(strategies: Sequence[ContinualStrategy], hook: str) -> list[Callable[..., Any]]:
-    """A hook's methods, of the strategies that override it: the others cost nothing."""
-    base = getattr(ContinualStrategy, hook)
-    return [getattr(s, hook) for s in strategies if getattr(type(s), hook) is not base]
 
 
 def _no_task_named(method: str, remedy: str) -> ConfigurationError:

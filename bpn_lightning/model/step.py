@@ -1,6 +1,6 @@
 """One update of a network: the loss, the strategies' hooks in their order, and the optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.metrics.settling import Settling
-from bpn_lightning.model.network import ContinualNetwork, overridden
+from bpn_lightning.model.network import ContinualNetwork
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.nn.execution import differentiable
 from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch
 from bpn_lightning.trainer.optimizers import check_repeated_evaluation
 
@@ -25,7 +26,7 @@ __all__ = ["Step"]
 
 GRADIENT_EDITS = ("penalty_grad", "project_grad")
 GRADIENT_HOOKS = ("capture_grad", *GRADIENT_EDITS, "consume_grad")
-STEP_HOOKS = ("loss_terms", *GRADIENT_HOOKS, "on_optimizer_stepped", "observe_step", "logs")
+STEP_HOOKS = ("loss_terms", *GRADIENT_HOOKS, "correct_step", "observe_step", "logs")
 
 
 class Step:
@@ -58,7 +59,7 @@ class Step:
 
     def find_hooks(self) -> None:
         """Look up the hooks that the network's strategies override."""
-        self._hooks = {name: overridden(self.network.strategies, name) for name in STEP_HOOKS}
+        self._hooks = {name: _overridden(self.network.strategies, name) for name in STEP_HOOKS}
 
     def forget_optimizer(self) -> None:
         """Gather anew what an update needs: the task, the phase or the optimizer is another one."""
@@ -262,10 +263,16 @@ class Step:
         network = self.network
         if network.phase.trains == "strategy" or self._steps_under_way:
             return
-        for hook in self._hooks["on_optimizer_stepped"]:
+        for hook in self._hooks["correct_step"]:
             hook(network, self._parameters)
         for parameter, rows, values in self._frozen_rows:
             with torch.no_grad():
                 parameter[rows] = values
         for hook in self._hooks["observe_step"]:
             hook(network, self._parameters)
+
+
+def _overridden(strategies: Sequence[ContinualStrategy], hook: str) -> list[Callable[..., Any]]:
+    """A hook's methods, of the strategies that override it: the others cost nothing."""
+    base = getattr(ContinualStrategy, hook)
+    return [getattr(s, hook) for s in strategies if getattr(type(s), hook) is not base]

@@ -20,10 +20,10 @@ __all__ = [
     "SwitchableLinear",
     "TaskModule",
     "WeightBank",
+    "effective_input",
     "evaluation_mode",
     "full_precision",
     "is_linear",
-    "taken_input",
 ]
 
 
@@ -416,7 +416,7 @@ def _aligned(vectors: Tensor, input: Tensor) -> Tensor:
     return vectors.reshape(vectors.shape[0], *(1,) * (input.dim() - 2), vectors.shape[1])
 
 
-def taken_input(layer: nn.Module, input: Tensor) -> Tensor:
+def effective_input(layer: nn.Module, input: Tensor) -> Tensor:
     """What a layer's weights see of an input: the input itself, but for keyed layers."""
     return layer.taken(input) if isinstance(layer, SwitchableLinear) else input
 

@@ -54,6 +54,12 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
             f"sure of the step's direction, but got {correcting[0]} with update 'proximal'. "
             "Set its update to 'clamped' or 'gradient'."
         )
+    if len(correcting) > 1:
+        raise ConfigurationError(
+            "Expected at most one strategy to move shared weights after the step, as each would undo part "
+            f"of the other's, but got {' and '.join(correcting)} with update 'proximal'. "
+            "Set the update of all but one to 'clamped' or 'gradient'."
+        )
     needing = _names(s for s in strategies if s.needs_task_id)
     if not host.stream.task_id_at_test and (needing or host.mask == "task"):
         raise ConfigurationError(

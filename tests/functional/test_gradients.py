@@ -11,16 +11,13 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from bpn_lightning.datamodules.digits import SplitDigits
-from bpn_lightning.functional import gradients
-from bpn_lightning.functional.gradients import (
-    recorded_forward,
-    sample_gradient_sums,
-    segment_gradients,
-    segments_have_closed_forms,
-)
+from bpn_lightning.functional import gradients, records
+from bpn_lightning.functional.gradients import sample_gradient_sums
+from bpn_lightning.functional.records import recorded_forward
+from bpn_lightning.functional.segments import segment_gradients, segments_have_closed_forms
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP, torchvision_backbone
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 MEASURES = {"squares": torch.square, "absolutes": torch.abs}
@@ -593,11 +590,11 @@ def test_weights_of_keyed_layers_see_keyed_inputs(monkeypatch: pytest.MonkeyPatc
     first = network[0]
     first.forward = lambda input: plain(first, input * keys)
     monkeypatch.setattr(
-        gradients, "taken_input", lambda layer, input: input * keys if layer is first else input
+        records, "effective_input", lambda layer, input: input * keys if layer is first else input
     )
     parameters, inputs = prepared(network, shape)
     assert segments_have_closed_forms(network, parameters, inputs[:1])
     compare(network, shape)
     compare_groups(network, shape, [2, 4])
-    monkeypatch.setattr(gradients, "taken_input", lambda layer, input: input)
+    monkeypatch.setattr(records, "effective_input", lambda layer, input: input)
     assert not segments_have_closed_forms(network, parameters, inputs[:1])

@@ -19,9 +19,9 @@ from bpn_lightning.functional.importance import fisher_diagonal, output_sensitiv
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
 from bpn_lightning.tasks import Batch
 
 MODES = ("empirical", "sampled", "exact", "predicted")

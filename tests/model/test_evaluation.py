@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.model.evaluation import evaluate, evaluate_without_oracle, validation_scores
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 
 TASKS = 3
 

@@ -11,10 +11,10 @@ from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
-from bpn_lightning.strategies.independent import IndependentNetworks
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.psp import ParameterSuperposition
+from bpn_lightning.strategies.stl import IndependentNetworks
 
 IDS = torch.tensor([0, 1, 1, 0, 1])
 

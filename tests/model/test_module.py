@@ -48,7 +48,7 @@ class Diary(ContinualStrategy):
         position = host.position
         self.events.append(f"step {position.task} {position.phase}")
 
-    def on_optimizer_stepped(self, host, parameters):
+    def correct_step(self, host, parameters):
         self.events.append("stepped")
 
     def on_task_end(self, host, task):

@@ -234,7 +234,7 @@ def test_other_strategies_have_no_part_in_it(fit):
         def capture_grad(self, host, parameters):
             seen.add(("capture", host.phase.name))
 
-        def on_optimizer_stepped(self, host, parameters):
+        def correct_step(self, host, parameters):
             seen.add(("stepped", host.phase.name))
 
         def logs(self, host):

@@ -10,25 +10,23 @@ from torch import Tensor, nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.functional.gradients import (
-    recorded_forward,
-    sample_gradient_sums,
-    segment_gradients,
-)
+from bpn_lightning.functional.gradients import sample_gradient_sums
+from bpn_lightning.functional.records import recorded_forward
+from bpn_lightning.functional.segments import segment_gradients
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.execution import compiled_in_place, differentiable
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.gem import GradientEpisodicMemory
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
+from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.strategies.slnid import SLNID
-from bpn_lightning.strategies.superposition import ParameterSuperposition
 
 
 @pytest.fixture(autouse=True)

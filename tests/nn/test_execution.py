@@ -14,17 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.functional.gradients import sample_gradient_sums, segment_gradients
+from bpn_lightning.functional.gradients import sample_gradient_sums
+from bpn_lightning.functional.segments import segment_gradients
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import execution
 from bpn_lightning.nn.execution import check_layers_are_called, differentiable, graph_uses
 from bpn_lightning.nn.layers import SwitchableLinear, evaluation_mode
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
+from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.strategies.slnid import SLNID
-from bpn_lightning.strategies.superposition import ParameterSuperposition
 
 
 class Function(nn.Module):

@@ -17,8 +17,8 @@ from bpn_lightning.nn.layers import (
     SwitchableConv2d,
     SwitchableLinear,
     WeightBank,
+    effective_input,
     evaluation_mode,
-    taken_input,
 )
 
 TASKS, RANK, INPUTS, OUTPUTS = 4, 3, 5, 7
@@ -292,11 +292,11 @@ def test_what_weights_take_is_the_keyed_input(tasks: int | Tensor) -> None:
     x = torch.randn(6, 2, INPUTS, dtype=torch.float64)
     layer = keyed()
     switch(layer, tasks)
-    taken = taken_input(layer, x)
+    taken = effective_input(layer, x)
     torch.testing.assert_close(layer(x), F.linear(taken, layer.weight, layer.bias))
     assert not torch.equal(taken, x)
     for plain in (nn.Linear(INPUTS, OUTPUTS), switchable()[0]):
-        assert taken_input(plain, x) is x
+        assert effective_input(plain, x) is x
 
 
 def test_keys_are_state_and_no_parameters() -> None:

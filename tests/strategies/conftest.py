@@ -55,7 +55,7 @@ class Watch(ContinualStrategy):
     def consume_grad(self, host: Any, parameters: Any) -> None:
         self.call("consume", host, parameters)
 
-    def on_optimizer_stepped(self, host: Any, parameters: Any) -> None:
+    def correct_step(self, host: Any, parameters: Any) -> None:
         self.call("stepped", host, parameters)
 
 

@@ -9,12 +9,12 @@ import torch
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError, ExpectedForgettingWarning
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
-from bpn_lightning.strategies.independent import IndependentNetworks
 from bpn_lightning.strategies.joint import JointTraining
+from bpn_lightning.strategies.stl import IndependentNetworks
 from bpn_lightning.tasks import Phase
 from bpn_lightning.trainer.composition import check_phases
 
@@ -144,6 +144,18 @@ def test_a_correction_of_weights_beside_a_projection(refusal: Any, first: bool) 
         "Expected no strategy to move weights after the step beside Projects, which makes sure of the "
         "step's direction, but got Corrects with update 'proximal'. "
         "Set its update to 'clamped' or 'gradient'."
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_corrections_of_weights(refusal: Any, first: bool) -> None:
+    """Each is a step to an anchor of its own: the second would win, whichever that is."""
+    both = [Corrects(), EWC(update="proximal")]
+    names = "Corrects and EWC" if first else "EWC and Corrects"
+    assert refusal(both if first else both[::-1]) == (
+        "Expected at most one strategy to move shared weights after the step, as each would undo part of "
+        f"the other's, but got {names} with update 'proximal'. "
+        "Set the update of all but one to 'clamped' or 'gradient'."
     )
 
 

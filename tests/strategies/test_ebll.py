@@ -14,7 +14,7 @@ from bpn_lightning.costs import Bytes, measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import (
     Autoencoder,
     EncoderBasedLifelongLearning,
@@ -24,7 +24,7 @@ from bpn_lightning.strategies.ebll import (
 )
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.tasks import Phase
 
 EBLL = partial(EncoderBasedLifelongLearning, autoencoder_epochs=1)
@@ -497,8 +497,8 @@ def test_holds_the_teacher_and_the_encoders_while_training(learn: Any, watch: An
     ebll, held = EBLL(code_size=5), []
 
     def note(host: Any, *_: Any) -> None:
-        assert ebll.declared_bytes(host) == measured_bytes(ebll, host)
-        held.append(ebll.declared_bytes(host))
+        assert ebll.declared_bytes(host).held == measured_bytes(ebll, host)
+        held.append(ebll.declared_bytes(host).held)
 
     run = learn(watch(stepped=note), ebll, watch(end=note), stream={"num_tasks": 3})
     network = tensor_bytes(run.module.shared_parameters(include_head=True).values())
@@ -510,7 +510,7 @@ def test_holds_the_teacher_and_the_encoders_while_training(learn: Any, watch: An
 def test_the_autoencoder_that_trains_counts(prepare: Any) -> None:
     run = prepare(ebll := EBLL(code_size=5))
     ebll.autoencoder = Autoencoder(12, 5)
-    assert ebll.declared_bytes(run.module) == measured_bytes(ebll, run.module)
+    assert ebll.declared_bytes(run.module).held == measured_bytes(ebll, run.module)
     assert ebll.declared_bytes(run.module).training == 4 * (2 * 5 * 12 + 5 + 12)
 
 

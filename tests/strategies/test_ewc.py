@@ -16,9 +16,9 @@ from bpn_lightning.costs import measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import fisher_diagonal
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
 
 Tasks = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
@@ -331,7 +331,11 @@ def test_three_tasks_online_are_not_the_sum(learn: Any) -> None:
 def test_online_bytes_do_not_grow(learn: Any, tasks: int) -> None:
     run = learn(ewc := EWC(gamma=0.9), stream={"num_tasks": tasks, "classes_per_task": 2})
     parameters = sum(p.numel() for p in run.module.shared_parameters(include_head=True).values())
-    assert ewc.declared_bytes(run.module) == measured_bytes(ewc, run.module) == (8 * parameters, 0)
+    assert (
+        ewc.declared_bytes(run.module).held
+        == measured_bytes(ewc, run.module)
+        == (8 * parameters, 0)
+    )
 
 
 def test_logs_the_penalty_with_its_strength(learn: Any, watch: Any) -> None:
@@ -425,7 +429,7 @@ def test_without_strength_nothing_is_measured_or_stored(
 
     monkeypatch.setattr("bpn_lightning.strategies.ewc.fisher_diagonal", refuse)
     run = learn(ewc := EWC(0.0, gamma=gamma))
-    assert ewc.declared_bytes(run.module) == measured_bytes(ewc, run.module) == (0, 0)
+    assert ewc.declared_bytes(run.module).held == measured_bytes(ewc, run.module) == (0, 0)
     assert not ewc.logs(run.module)
 
 
@@ -441,12 +445,16 @@ def test_says_what_it_is() -> None:
 
 def test_stores_nothing_for_use_after_training(learn: Any) -> None:
     run = learn(ewc := EWC())
-    assert ewc.bytes_per_task(run.module) == ewc.paper_bytes_per_task(run.module) == 0
+    assert (
+        ewc.declared_bytes(run.module).per_task
+        == ewc.declared_bytes(run.module).per_task_in_paper
+        == 0
+    )
     parameters = run.module.shared_parameters(include_head=True).values()
     state = ewc.state_dict()
     training = tensor_bytes([*state["importance"].values(), *state["anchor"].values()])
     assert training == 8 * sum(parameter.numel() for parameter in parameters)
-    assert ewc.declared_bytes(run.module) == measured_bytes(ewc, run.module) == (training, 0)
+    assert ewc.declared_bytes(run.module).held == measured_bytes(ewc, run.module) == (training, 0)
 
 
 # --- refusals ------------------------------------------------------------------------------------

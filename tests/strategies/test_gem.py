@@ -19,25 +19,22 @@ from torch.optim import SGD, Adam
 
 from bpn_lightning.costs import Bytes, measured_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.nn import MLP
-from bpn_lightning.nn.layers import evaluation_mode
-from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
-from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.gem import (
-    AveragedGEM,
-    EpisodicMemory,
-    GradientEpisodicMemory,
-    balanced,
-    choose,
+from bpn_lightning.functional.projection import (
     combined,
     inner_products,
     multipliers,
     project,
     violated,
 )
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.memory import EpisodicMemory, balanced, draw
+from bpn_lightning.nn import MLP
+from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.ewc import EWC
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
+from bpn_lightning.strategies.psp import ParameterSuperposition
 
 # --- the quadratic program, against other solvers ------------------------------------------------
 
@@ -294,7 +291,7 @@ def test_nearly_opposite_memories_cancel_exactly_enough() -> None:
 
 
 def test_products_and_sums_in_pieces_are_those_of_the_whole(monkeypatch: Any) -> None:
-    monkeypatch.setattr("bpn_lightning.strategies.gem.CHUNK", 10)
+    monkeypatch.setattr("bpn_lightning.functional.projection.CHUNK", 10)
     gradient, gradients = made_problem(0, memories=3)
     products, gram = inner_products(gradient, gradients)
     torch.testing.assert_close(products, gradients @ gradient)
@@ -321,15 +318,15 @@ def test_balance_gives_as_evenly_as_classes_allow(seed: int) -> None:
 @pytest.mark.parametrize(("memory_per", "counts"), [("task", [3, 3, 2]), ("class", [8, 8, 8])])
 def test_every_class_has_its_part(memory_per: Any, counts: list[int]) -> None:
     targets = torch.randint(4, 7, (100,))
-    chosen = choose(targets, 8, memory_per, ("key",))
+    chosen = draw(targets, 8, memory_per, ("key",))
     assert sorted(targets[chosen].bincount(minlength=7)[4:].tolist(), reverse=True) == counts
     assert chosen.tolist() == sorted(set(chosen.tolist()))
 
 
 def test_the_choice_follows_from_the_key_and_reaches_the_whole_task() -> None:
     targets = torch.zeros(50, dtype=torch.int64)
-    choices = [choose(targets, 5, "task", ("memory", 0, task)).tolist() for task in range(100)]
-    assert choices[0] == choose(targets, 5, "task", ("memory", 0, 0)).tolist()
+    choices = [draw(targets, 5, "task", ("memory", 0, task)).tolist() for task in range(100)]
+    assert choices[0] == draw(targets, 5, "task", ("memory", 0, 0)).tolist()
     assert choices[0] != choices[1]
     assert {place for choice in choices for place in choice} == set(range(50))
 
@@ -393,9 +390,9 @@ def test_tasks_with_the_same_classes_draw_on_their_own(learn: Any, monkeypatch: 
 
     def note(targets: Tensor, memory_size: int, memory_per: Any, key: Any) -> Tensor:
         keys.append(key)
-        return choose(targets, memory_size, memory_per, key)
+        return draw(targets, memory_size, memory_per, key)
 
-    monkeypatch.setattr("bpn_lightning.strategies.gem.choose", note)
+    monkeypatch.setattr("bpn_lightning.memory.draw", note)
     learn(
         GradientEpisodicMemory(20),
         stream=STREAM | {"domain_incremental": True, "seed": 4},
@@ -727,7 +724,7 @@ def test_with_one_memory_and_no_margin_gem_is_the_averaged_form(learn: Any) -> N
 def test_draws_from_all_tasks_anew_for_every_update(
     learn: Any, watch: Any, monkeypatch: Any
 ) -> None:
-    draws, whole = [], AveragedGEM.replayed
+    draws, whole = [], AveragedGEM.replay_indices
 
     def note(self: Any, host: Any) -> Any:
         positions, groups = whole(self, host)
@@ -735,7 +732,7 @@ def test_draws_from_all_tasks_anew_for_every_update(
         draws.append(positions.tolist())
         return positions, groups
 
-    monkeypatch.setattr(AveragedGEM, "replayed", note)
+    monkeypatch.setattr(AveragedGEM, "replay_indices", note)
     learn(AveragedGEM(30, sample_size=12), stream=STREAM)
     first = list(draws)
     assert len(first) == 10
@@ -858,10 +855,10 @@ def test_bytes_are_those_of_its_tensors(learn: Any) -> None:
         (AveragedGEM(15), 15),
     ):
         run = learn(gem, stream=STREAM)
-        assert gem.bytes_per_task(run.module) == size * (64 + 8)
-        assert gem.paper_bytes_per_task(run.module) == size * 64 * 3
-        assert gem.declared_bytes(run.module) == Bytes(3 * size * 72, 0)
-        assert measured_bytes(gem, run.module) == gem.declared_bytes(run.module)
+        assert gem.declared_bytes(run.module).per_task == size * (64 + 8)
+        assert gem.declared_bytes(run.module).per_task_in_paper == size * 64 * 3
+        assert gem.declared_bytes(run.module).held == Bytes(3 * size * 72, 0)
+        assert measured_bytes(gem, run.module) == gem.declared_bytes(run.module).held
 
 
 @pytest.mark.parametrize(
@@ -889,8 +886,8 @@ def test_the_papers_bytes_are_those_of_its_table(memory_size: int, shape: Any, p
         tasks = (_Task,)
 
     gem = GradientEpisodicMemory(memory_size, memory_per="class")
-    assert gem.paper_bytes_per_task(Host) == paper
-    assert gem.bytes_per_task(Host) == 2 * memory_size * (prod(shape) + 8)
+    assert gem.declared_bytes(Host).per_task_in_paper == paper
+    assert gem.declared_bytes(Host).per_task == 2 * memory_size * (prod(shape) + 8)
 
 
 def test_logs_how_many_memories_objected_and_how_much(learn: Any, watch: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bpn_lightning.datamodules.loading import Share
-from bpn_lightning.strategies.gem import choose, gather, read_share
+from bpn_lightning.memory import draw, gather, read_slice
 from bpn_lightning.tasks import Batch
 
 # --- which samples, in threads that stand for processes ------------------------------------------
@@ -70,9 +70,9 @@ def kept(number: int, batch_size: int, dealt: bool) -> list[tuple[Tensor, Tensor
             all_reduce=lambda value: ranks.reduce(rank, value),
             stream=SimpleNamespace(loader=lambda task, split: batches(rank)),
         )
-        share = read_share(host, 0)
-        chosen = choose(share.targets, 13, "task", ("memory", 0, 0))
-        return gather(host, 0, share, chosen), share.targets[chosen]
+        own = read_slice(host, 0)
+        chosen = draw(own.targets, 13, "task", ("memory", 0, 0))
+        return gather(host, 0, own, chosen), own.targets[chosen]
 
     return ranks.run(keep)
 
@@ -107,7 +107,7 @@ from lightning.pytorch import Trainer, seed_everything
 from bpn_lightning import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
 
 devices, folder, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]

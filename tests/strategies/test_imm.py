@@ -17,14 +17,14 @@ from torch.optim import SGD, Adam
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import fisher_diagonal
+from bpn_lightning.functional.penalties import merged_quadratic
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching as IMM
 from bpn_lightning.strategies.imm import drop_transfer
-from bpn_lightning.strategies.penalty import collapsed
 
 MODES = ("mean", "mode")
 
@@ -50,7 +50,7 @@ def made(number: int) -> tuple[Tensor, Tensor]:
 def running(solutions: Tensor, weights: Tensor) -> Tensor:
     mean, mass = torch.full_like(solutions[0], 99.0), torch.zeros_like(solutions[0])
     for solution, weight in zip(solutions, weights, strict=True):
-        mass, mean, _ = collapsed(mass, mean, weight, solution)
+        mass, mean, _ = merged_quadratic(mass, mean, weight, solution)
     torch.testing.assert_close(mass, weights.sum(0).expand_as(mass), rtol=1e-12, atol=0)
     return mean
 
@@ -704,8 +704,8 @@ def test_bytes(learn: Any, mode: Any, strength: float, drop: float, mask: str) -
     body = (64 * 16 + 16) + 2 * 16 + (16 * 12 + 12) + (12 * 4 + 4) * (mask == "all")
     copies = 2 + (mode == "mode") + (strength + drop > 0)  # the average, the weights of training
     wanted = 4 * (copies * body + 2 * 2 * 16)  # running mean and variance, averaged and kept
-    assert measured_bytes(imm, run.module) == imm.declared_bytes(run.module) == (wanted, 0)
-    assert imm.bytes_per_task(run.module) == 0
+    assert measured_bytes(imm, run.module) == imm.declared_bytes(run.module).held == (wanted, 0)
+    assert imm.declared_bytes(run.module).per_task == 0
 
 
 def test_size_does_not_grow_with_tasks(learn: Any) -> None:

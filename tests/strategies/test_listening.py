@@ -180,10 +180,10 @@ def test_what_ebll_hears_of_a_layer_is_what_goes_on_from_it():
     heard: list[tuple[Tensor, Tensor]] = []
 
     class Hears(EncoderBasedLifelongLearning):
-        def students(self, host: Any, batch: Any, answer: Any, layer: Any = None) -> Any:
+        def student_outputs(self, host: Any, batch: Any, answer: Any, layer: Any = None) -> Any:
             if answer.features is not None:
                 heard.append((answer.features.detach(), inputs[-1]))
-            return super().students(host, batch, answer, layer)
+            return super().student_outputs(host, batch, answer, layer)
 
     inputs: list[Tensor] = []
 

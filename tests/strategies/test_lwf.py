@@ -15,20 +15,16 @@ from torch.optim import SGD, Adam
 
 from bpn_lightning.costs import Bytes, measured_bytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.functional.distillation import distillation, distillation_of_heads
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.lwf import (
-    LearningWithoutForgetting,
-    Teacher,
-    distillation,
-    distillation_of_heads,
-    side_by_side,
-)
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.lwf import LearningWithoutForgetting
+from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.tasks import Phase
+from bpn_lightning.teacher import Teacher, concatenated_heads
 
 SHARED = {"num_tasks": 3, "domain_incremental": True}
 sgd = partial(SGD, lr=0.1)
@@ -302,7 +298,7 @@ def test_the_teacher_has_no_dropout_and_its_own_statistics(learn: Any, watch: An
         if host.opened == 1:
             before = torch.get_rng_state()
             for _ in range(2):
-                answer = lwf.teacher.answer(host, torch.ones(3, 1, 8, 8)).logits
+                answer = lwf.teacher.forward(host, torch.ones(3, 1, 8, 8)).logits
                 assert torch.equal(answer, said[0])
             assert not answer.requires_grad
             assert torch.equal(torch.get_rng_state(), before)
@@ -428,7 +424,7 @@ def test_holds_the_network_once_more_while_training(
     lwf, held = LearningWithoutForgetting(strength), []
 
     def note(host: Any, task: Any) -> None:
-        assert lwf.declared_bytes(host) == measured_bytes(lwf, host)
+        assert lwf.declared_bytes(host).held == measured_bytes(lwf, host)
         held.append(measured_bytes(lwf, host))
 
     run = learn(watch(end=note), BeneficialPerturbation(3), lwf, stream={"num_tasks": 3})
@@ -441,8 +437,8 @@ def test_holds_the_network_once_more_while_training(
 def test_running_statistics_count(learn: Any) -> None:
     run = learn(lwf := LearningWithoutForgetting(), backbone=noisy)
     parameters = tensor_bytes(run.module.shared_parameters(include_head=True).values())
-    assert lwf.declared_bytes(run.module) == measured_bytes(lwf, run.module)
-    assert lwf.declared_bytes(run.module) == Bytes(parameters + 2 * 4 * 16, 0)
+    assert lwf.declared_bytes(run.module).held == measured_bytes(lwf, run.module)
+    assert lwf.declared_bytes(run.module).held == Bytes(parameters + 2 * 4 * 16, 0)
 
 
 # --- composition ---------------------------------------------------------------------------------
@@ -467,13 +463,13 @@ TWICE = {"num_tasks": 3, "epochs_per_task": 2}
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many samples a teacher is asked about, call by call."""
     sizes: list[int] = []
-    answer = Teacher.answer
+    forward = Teacher.forward
 
     def counting(teacher: Teacher, host: Any, inputs: Tensor, *layer: Any) -> Any:
         sizes.append(len(inputs))
-        return answer(teacher, host, inputs, *layer)
+        return forward(teacher, host, inputs, *layer)
 
-    monkeypatch.setattr(Teacher, "answer", counting)
+    monkeypatch.setattr(Teacher, "forward", counting)
     return sizes
 
 
@@ -486,7 +482,7 @@ def test_what_is_recorded_is_what_the_teacher_would_say(
 
     def terms(host: Any, batch: Any, _: Tensor) -> dict[str, Tensor]:
         if host.opened:
-            said = side_by_side(lwf.teachers(host, batch.inputs), lwf.old_heads(host))
+            said = concatenated_heads(lwf.teacher_outputs(host, batch.inputs), lwf.old_heads(host))
             torch.testing.assert_close(lwf.recorded(host, batch), said, rtol=1e-5, atol=1e-6)
             checked.append(host.opened)
         return {}
@@ -553,10 +549,10 @@ TEMPERATURE = " The paper's is 2; 1 leaves the outputs as they are."
 def test_no_teacher_before_a_task_is_learned(prepare: Any) -> None:
     run = prepare(lwf := LearningWithoutForgetting())
     with pytest.raises(ConfigurationError) as error:
-        lwf.teacher.answer(run.module, torch.zeros(1, 1, 8, 8))
+        lwf.teacher.forward(run.module, torch.zeros(1, 1, 8, 8))
     assert str(error.value) == (
-        "Expected a teacher to be asked after a first task, but no task is learned yet. The first task "
-        "has nothing to be distilled: ask from the second task's start on."
+        "Expected a teacher to be run after a first task, but no task is learned yet. The first task "
+        "has nothing to be distilled: run it from the second task's start on."
     )
 
 

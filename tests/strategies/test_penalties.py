@@ -8,14 +8,14 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from bpn_lightning.costs import tensor_bytes
-from bpn_lightning.strategies.penalty import (
-    QuadraticPenalty,
-    add_pull_,
-    collapsed,
-    explicit_pulls,
-    implicit_shares,
-    step_back_,
+from bpn_lightning.functional.penalties import (
+    add_penalty_grad_,
+    gradient_coefficients,
+    merged_quadratic,
+    proximal_step_,
+    proximal_weights,
 )
+from bpn_lightning.strategies.penalty import QuadraticPenalty
 
 Tasks = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 SHAPES = {"weight": (5, 4), "bias": (5,)}
@@ -78,7 +78,7 @@ def test_running_sums_are_the_list_in_value_and_gradient(number: int) -> None:
 def test_where_nothing_is_important_the_anchor_is_the_last_solution() -> None:
     none = torch.zeros(4, dtype=torch.float64)
     first, last = torch.randn(2, 4, dtype=torch.float64)
-    total, anchor, constant = collapsed(none, first, none, last)
+    total, anchor, constant = merged_quadratic(none, first, none, last)
     assert torch.equal(anchor, last)
     assert not total.any()
     assert constant == 0
@@ -275,8 +275,8 @@ def test_pulls_are_autograd_of_the_written_penalty() -> None:
     before = [torch.randn_like(at) for at in theta.values()]
     wanted = torch.autograd.grad(value, list(theta.values()))
     gradients = [gradient.clone() for gradient in before]
-    pulls = explicit_pulls([penalty.importance[name] for name in theta], 0.7)
-    add_pull_(gradients, list(theta.values()), [penalty.anchor[n] for n in theta], pulls)
+    pulls = gradient_coefficients([penalty.importance[name] for name in theta], 0.7)
+    add_penalty_grad_(gradients, list(theta.values()), [penalty.anchor[n] for n in theta], pulls)
     for found, there, added in zip(gradients, before, wanted, strict=True):
         torch.testing.assert_close(found, there + added, rtol=1e-10, atol=1e-10)
 
@@ -285,8 +285,8 @@ def test_limited_pulls_reach_the_anchor_and_do_not_pass_it() -> None:
     """By steps of plain gradient descent: without the limit the same steps diverge."""
     importance = torch.tensor([0.0, 0.1, 1.0, 50.0]).double()
     anchor, start, rate = torch.zeros(4).double(), torch.ones(4).double(), 0.5
-    (free,) = explicit_pulls([importance], 1.0)
-    (limited,) = explicit_pulls([importance], 1.0, [rate])
+    (free,) = gradient_coefficients([importance], 1.0)
+    (limited,) = gradient_coefficients([importance], 1.0, [rate])
     same(limited, torch.tensor([0.0, 0.2, 2.0, 2.0]).double())
     same(free, 2 * importance)
     ends = []
@@ -294,7 +294,7 @@ def test_limited_pulls_reach_the_anchor_and_do_not_pass_it() -> None:
         theta = start.clone()
         for _ in range(30):
             gradient = torch.zeros(4).double()
-            add_pull_([gradient], [theta], [anchor], [pull])
+            add_penalty_grad_([gradient], [theta], [anchor], [pull])
             theta -= rate * gradient
         ends.append(theta)
     assert ends[0][3].abs() > 1e20
@@ -302,7 +302,7 @@ def test_limited_pulls_reach_the_anchor_and_do_not_pass_it() -> None:
 
 
 def test_a_rate_of_zero_limits_nothing() -> None:
-    (pull,) = explicit_pulls([torch.tensor([1e9])], 1.0, [0.0])
+    (pull,) = gradient_coefficients([torch.tensor([1e9])], 1.0, [0.0])
     assert pull == 2e9
 
 
@@ -313,8 +313,8 @@ def test_the_implicit_step_minimises_its_objective(rate: float) -> None:
     penalty, strength = added_up(tasks), 40.0
     theta = {name: value.detach().clone() for name, value in leaves().items()}
     start = {name: value.clone() for name, value in theta.items()}
-    shares = implicit_shares([penalty.importance[n] for n in theta], strength, [rate] * len(theta))
-    step_back_(list(theta.values()), [penalty.anchor[name] for name in theta], shares)
+    shares = proximal_weights([penalty.importance[n] for n in theta], strength, [rate] * len(theta))
+    proximal_step_(list(theta.values()), [penalty.anchor[name] for name in theta], shares)
     for place in [(0, 0), (2, 3), (4, 1)]:
 
         def objective(value: float, place: tuple[int, int] = place) -> float:
@@ -332,5 +332,5 @@ def test_the_implicit_step_minimises_its_objective(rate: float) -> None:
 
 
 def test_at_infinite_strength_the_implicit_step_is_the_anchor() -> None:
-    (share,) = implicit_shares([torch.tensor([0.0, 1.0])], 1e12, [0.1])
+    (share,) = proximal_weights([torch.tensor([0.0, 1.0])], 1e12, [0.1])
     same(share, torch.tensor([0.0, 1.0]))

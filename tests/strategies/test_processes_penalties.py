@@ -12,8 +12,8 @@ from torch import nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
-from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
+from bpn_lightning.strategies.si import SynapticIntelligence
 
 SCRIPT = """
 import sys
@@ -23,8 +23,8 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
-from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
+from bpn_lightning.strategies.si import SynapticIntelligence
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
 

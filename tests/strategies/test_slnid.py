@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
 from bpn_lightning.strategies.slnid import SLNID, inhibition, inhibition_weights
 
 

@@ -17,10 +17,10 @@ from torch import nn
 from bpn_lightning import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitArrays, SplitDigits
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 from bpn_lightning.strategies.gem import GradientEpisodicMemory
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
-from bpn_lightning.strategies.independent import IndependentNetworks
+from bpn_lightning.strategies.stl import IndependentNetworks
 from bpn_lightning.strategies.joint import JointTraining
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
 

@@ -58,13 +58,20 @@ def images_of(module: ContinualModule, task: int) -> dict[bytes, int]:
     return {image.numpy().tobytes(): int(target) for image, target in pairs}
 
 
+def same_memory(one: Replay, other: Replay) -> None:
+    """Bit for bit."""
+    states = one.memory.state_dict(), other.memory.state_dict()
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 # --- the memory ----------------------------------------------------------------------------------
 
 
 def test_the_memory_is_size_training_samples_of_each_class(learned: Any) -> None:
     """Neither test nor held-out images, none twice, labels and tasks those of the stream."""
     module, replay = learned
-    images, targets, tasks = (replay.memory[name] for name in ("images", "targets", "tasks"))
+    memory = replay.memory
+    images, targets, tasks = memory.inputs, memory.targets, memory.tasks()
     assert images.dtype == torch.uint8
     assert Counter(targets.tolist()) == dict.fromkeys(range(6), 5)
     assert len({image.numpy().tobytes() for image in images}) == 30
@@ -81,13 +88,15 @@ def test_the_choice_follows_from_the_streams_seed_alone(learned: Any) -> None:
 
     again = Replay(size=5)
     run(Draws(), again)
-    torch.testing.assert_close(again.memory, learned[1].memory, rtol=0, atol=0)
+    same_memory(again, learned[1])
 
 
 def test_declared_bytes_are_measured_bytes(learned: Any) -> None:
-    """An image of 8 x 8 bytes and two numbers of 8 bytes for each of 30 samples."""
+    """An image of 8 x 8 bytes and a number of 8 bytes for each of 30 samples."""
     module, replay = learned
-    assert replay.declared_bytes(module) == measured_bytes(replay, module) == (30 * (64 + 16), 0)
+    assert (
+        replay.declared_bytes(module).held == measured_bytes(replay, module) == (30 * (64 + 8), 0)
+    )
 
 
 @pytest.mark.parametrize(("number", "batches"), [(60, 1), (20, 3), (7, 9)])
@@ -109,13 +118,15 @@ def test_every_sample_comes_once_before_any_comes_again(
 # --- the loss ------------------------------------------------------------------------------------
 
 
-def term_and_rows(module: Any, replay: Replay, size: int) -> tuple[Tensor, Tensor]:
-    """Replay's loss term beside a batch of this size, and the samples that it is over."""
-    before = replay.replayed
-    rows = replay._next(module, size)[replay.share.of(0, size)]
+def term_and_rows(
+    module: Any, replay: Replay, size: int, share: slice | None = None
+) -> tuple[Tensor, Tensor]:
+    """Replay's loss term beside a slice of a batch of this size, and the samples that it is over."""
+    before, share = replay.replayed, share or slice(0, size)
+    rows = replay._next(module, size)[share]
     replay.replayed = before
-    empty = Batch(torch.empty(0), torch.empty(0), 0, size)
-    term = replay.loss_terms(module, empty, torch.empty(0))["replay"]
+    batch = Batch(torch.empty(0), torch.empty(len(rows)), 0, size, start=share.start)
+    term = replay.loss_terms(module, batch, torch.empty(0))["replay"].sum()
     replay.replayed = before
     return term, rows
 
@@ -133,7 +144,7 @@ def test_at_equal_logits_it_is_the_log_of_the_number_of_classes(mask: str, colum
     (gradient,) = torch.autograd.grad(term, module.head.bias)
     expected = [0.0] * 6
     for row in rows.tolist():
-        target, task = (int(replay.memory[name][row]) for name in ("targets", "tasks"))
+        target, task = int(replay.memory.targets[row]), int(replay.memory.tasks()[row])
         active = range(2 * task, 2 * task + 2) if mask == "task" else range(6)
         for column in active:
             expected[column] += 1 / columns - (column == target)
@@ -146,9 +157,10 @@ def test_it_is_the_sum_of_cross_entropies(learned: Any) -> None:
     term, rows = term_and_rows(module, replay, 40)
     total = 0.0
     for row in rows.tolist():
-        image, target, task = (replay.memory[name][row] for name in ("images", "targets", "tasks"))
-        one = module.stream.prepare(Batch(image[None], target[None], int(task), 1))
-        with torch.no_grad(), module.task_mode(int(task)):
+        image, target = replay.memory.inputs[row], replay.memory.targets[row]
+        task = int(replay.memory.tasks()[row])
+        one = module.stream.prepare(Batch(image[None], target[None], task, 1))
+        with torch.no_grad(), module.task_mode(task):
             probabilities = module(one.inputs)[0].double().softmax(0)
         total -= log(probabilities[int(target)])
     assert term.item() == pytest.approx(total, rel=1e-5)
@@ -161,9 +173,7 @@ def test_the_shares_of_processes_add_up_to_the_whole(learned: Any, size: int) ->
     whole, _ = term_and_rows(module, replay, size)
     parts = []
     for rank in range(3):
-        replay.share = Share(rank, 3)
-        parts.append(term_and_rows(module, replay, size)[0].item())
-    replay.share = Share()
+        parts.append(term_and_rows(module, replay, size, Share(rank, 3).of(0, size))[0].item())
     assert sum(parts) == pytest.approx(whole.item(), rel=1e-6)
 
 
@@ -202,7 +212,7 @@ def test_a_run_that_was_stopped_inside_a_task_goes_on_to_the_same_end(tmp_path: 
     again, _ = run(resumed, ckpt_path=tmp_path / "inside.ckpt")
     saved = torch.load(tmp_path / "inside.ckpt", weights_only=True)["callbacks"]
     assert saved[whole.state_key]["replayed"] == 6 * 32
-    torch.testing.assert_close(whole.memory, resumed.memory, rtol=0, atol=0)
+    same_memory(whole, resumed)
     weights = module.state_dict(), again.state_dict()
     torch.testing.assert_close(*weights, rtol=0, atol=0, equal_nan=True)
 
@@ -213,7 +223,7 @@ def test_a_second_fit_of_the_same_object_begins_with_an_empty_memory() -> None:
     run(used)
     weights = [run(replay)[0].state_dict() for replay in (used, new)]
     torch.testing.assert_close(*weights, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(used.memory, new.memory, rtol=0, atol=0)
+    same_memory(used, new)
 
 
 # --- what is refused, and its name ---------------------------------------------------------------
@@ -231,7 +241,8 @@ def test_a_negative_size_is_refused() -> None:
 def test_more_than_a_class_has_is_refused_before_training() -> None:
     """Also where the class is one of the last task."""
     with pytest.raises(
-        ConfigurationError, match=r"to be at most \d+, .* of task \d, but got 130\."
+        ConfigurationError,
+        match=r"size to be at most the \d+ training samples of class '\d' in task \d, but got 130\.",
     ):
         run(Replay(130))
 

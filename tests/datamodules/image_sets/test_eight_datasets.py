@@ -13,8 +13,8 @@ from bpn_lightning.datamodules.eight_datasets import EightDatasets
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.nn import torchvision_backbone
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.psp import ParameterSuperposition
 
 Trees = Callable[..., Any]
 CLASSES = [3, 3, 3, 3, 3, 10, 3, 10]

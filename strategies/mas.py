@@ -3,15 +3,14 @@
 from typing import ClassVar
 
 from bpn_lightning.functional.importance import output_sensitivity
-from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
 from bpn_lightning.tasks import ContinualHost, Task
 
 __all__ = ["MemoryAwareSynapses"]
 
 
-class MemoryAwareSynapses(PenaltyStrategy, ContinualStrategy):
-    r"""MAS: a pull towards the last solution, on parameters that the outputs are sensitive to.
+class MemoryAwareSynapses(PenaltyStrategy):
+    r"""MAS: a penalty towards the last solution, on parameters that the outputs are sensitive to.
 
     .. math:: \lambda \sum_i \Omega_i (\theta_i - \theta^*_i)^2, \quad
         \Omega_i = \sum_k \frac{1}{N_k} \sum_n
@@ -23,7 +22,7 @@ class MemoryAwareSynapses(PenaltyStrategy, ContinualStrategy):
 
     Differs from the published code, which takes the absolute value of a batch's summed gradient
     unless its batches have one sample: here every sample's own gradient counts, and every sample once.
-    The pull has an upper limit by default: below it the two are the same, and beyond twice of it the
+    The gradient coefficient has an upper limit by default: below it the two are the same, and beyond twice of it the
     explicit gradient diverges.
 
     Args:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
 from bpn_lightning.tasks import ContinualHost, Task
 
@@ -43,8 +42,8 @@ def add_importance(
     return total.relu() if clamp == "cumulative" else total
 
 
-class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
-    r"""SI: a pull towards the last solution, on parameters whose moves made the loss fall.
+class SynapticIntelligence(PenaltyStrategy):
+    r"""SI: a penalty towards the last solution, on parameters whose moves made the loss fall.
 
     .. math:: c \sum_i \Omega_i (\theta_i - \tilde\theta_i)^2, \quad
         \Omega_i = \sum_k \frac{\omega_{k,i}}{\Delta_{k,i}^2 + \xi}, \quad
@@ -53,11 +52,11 @@ class SynapticIntelligence(PenaltyStrategy, ContinualStrategy):
     Zenke et al. (2017), https://arxiv.org/abs/1703.04200. The sum over s runs over the updates of task
     k, and Delta is how far they moved the parameter. g is the gradient of the task's loss alone, over
     all processes and accumulated batches, before any penalty, projection or clipping; the change is
-    the one that really happened, with momentum, weight decay, clipping and the pulls of this strategy
+    the one that really happened, with momentum, weight decay, clipping and the penalties of this strategy
     and of others, also where they are implicit steps. An update that a scaler skips adds nothing.
 
-    Differs from the paper: negative sums are set to 0, as in the authors' code (``clamp``). The pull
-    has an upper limit by default: below it the two are the same, and beyond twice of it the explicit
+    Differs from the paper: negative sums are set to 0, as in the authors' code (``clamp``). The gradient
+    coefficient has an upper limit by default: below it the two are the same, and beyond twice of it the explicit
     gradient diverges.
 
     Args:

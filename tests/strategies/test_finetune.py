@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 
 OPTIMIZERS = {
     "sgd": partial(SGD, lr=0.05),
@@ -199,4 +199,4 @@ def test_the_strategy_is_no_strategy(learn: Any, same: Any) -> None:
     with_it, without_it = learn(FineTuning()), learn()
     same(with_it.weights(), without_it.weights())
     assert str(with_it.random) == str(without_it.random)
-    assert FineTuning().bytes_per_task(with_it.module) == 0
+    assert FineTuning().declared_bytes(with_it.module).per_task == 0

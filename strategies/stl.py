@@ -1,15 +1,13 @@
 """Single-task learning: a network of its own for every task."""
 
 import random
-from collections.abc import Iterable
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from bpn_lightning.costs import Bytes, tensor_bytes
+from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import WeightBank
 from bpn_lightning.random_state import seeded_generator
@@ -75,24 +73,21 @@ class IndependentNetworks(ContinualStrategy):
         """Keep the task's network."""
         self._bank.freeze()
 
-    def inference_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
-        """The networks of the learned tasks."""
-        return [tensor for weights in self._bank.learned.values() for tensor in weights.values()]
+    def held_tensors(self, host: ContinualHost) -> HeldTensors:
+        """The weights of the beginning, and the networks of the learned tasks."""
+        learned = self._bank.learned.values()
+        return HeldTensors(
+            training=self._bank.beginning.values(),
+            inference=[tensor for weights in learned for tensor in weights.values()],
+        )
 
-    def training_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
-        """The weights of the beginning."""
-        return self._bank.beginning.values()
-
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Inference: 4 P and the buffers for each learned task; training: once more."""
-        learned = (host.opened + 1) * self.bytes_per_task(host)
-        return Bytes(learned + self.bytes_per_task(host), learned)
-
-    def bytes_per_task(self, host: Any) -> int:
-        """A whole network."""
         network = host.network()
         parts = [network.get_submodule(name) for name in self._bank.parts]
-        return sum(tensor_bytes([*part.parameters(), *part.buffers()]) for part in parts)
+        one = sum(tensor_bytes([*part.parameters(), *part.buffers()]) for part in parts)
+        learned = (host.opened + 1) * one
+        return DeclaredBytes(learned + one, learned, one, one)
 
     @property
     def _bank(self) -> WeightBank:

@@ -1,6 +1,6 @@
 """Parameter superposition: the networks of all tasks in one set of weights, each behind its key."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import pi
 from typing import Any, ClassVar, Literal, cast
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from bpn_lightning.costs import Bytes, tensor_bytes
+from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.nn.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
 from bpn_lightning.random_state import seeded_generator
@@ -184,31 +184,26 @@ class ParameterSuperposition(ContinualStrategy):
 
     # --- what it costs ---------------------------------------------------------------------------
 
-    def inference_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
+    def held_tensors(self, host: ContinualHost) -> HeldTensors:
         """The keys of all tasks, and the imaginary parts of complex weights."""
         imaginary = [layer.weight_imag for layer in self._complex_layers(host).values()]
-        return [*(keys.bank for keys in self.keys.values()), *imaginary]
+        return HeldTensors(inference=[*(keys.bank for keys in self.keys.values()), *imaginary])
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
-        """For training as for inference, T n per layer; complex: 4 T n, and 4 per complex weight."""
-        weights = [layer.weight for layer in self._complex_layers(host).values()]
-        total = len(host.tasks) * self.bytes_per_task(host) + tensor_bytes(weights)
-        return Bytes(total, total)
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
+        """For training as for inference, T n per layer; complex: 4 T n, and 4 per complex weight.
 
-    def bytes_per_task(self, host: Any) -> int:
-        """One key of each layer, as it is stored: a byte for a sign, four for a phase."""
-        return tensor_bytes(keys.bank[0] for keys in self.keys.values())
-
-    def paper_bytes_per_task(self, host: Any) -> int:
-        """A float for each input of each keyed layer and each output of the head; complex: two.
-
-        So counted, three hidden layers of 300 with 3,072 inputs and 20 classes give the 15,968 bytes of
-        the paper's table, 4 (3,072 + 3 * 300 + 20), which it does not derive. Logits have no keys here.
+        A task adds one key of each layer, as it is stored: a byte for a sign, four for a phase. The paper
+        has a float for each input of each keyed layer and each output of the head; complex: two. So
+        counted, three hidden layers of 300 with 3,072 inputs and 20 classes give the 15,968 bytes of its
+        table, 4 (3,072 + 3 * 300 + 20), which it does not derive. Logits have no keys here.
         """
+        weights = [layer.weight for layer in self._complex_layers(host).values()]
+        keys = tensor_bytes(keys.bank[0] for keys in self.keys.values())
         floats = sum(keys.bank.shape[1] for keys in self.keys.values())
         if "head" in self.keys:
             floats += host.linear_layers()["head"].out_features
-        return floats * (8 if self.kind == "complex" else 4)
+        total = len(host.tasks) * keys + tensor_bytes(weights)
+        return DeclaredBytes(total, total, keys, floats * (8 if self.kind == "complex" else 4))
 
 
 def check_elementwise(network: nn.Module, inputs: Tensor) -> None:

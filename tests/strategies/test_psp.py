@@ -23,10 +23,10 @@ from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.layers import ComplexKeys, ComplexLinear, Keys, SwitchableLinear
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.superposition import (
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.psp import (
     ParameterSuperposition,
     binary_key,
     check_elementwise,
@@ -505,8 +505,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from bpn_lightning import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
-from bpn_lightning.strategies.superposition import ParameterSuperposition
+from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.psp import ParameterSuperposition
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
 mine = {}
@@ -734,12 +734,12 @@ def test_pixels_that_a_convolution_takes_have_no_key(learn: Any) -> None:
 def test_bytes_of_the_network_of_the_paper() -> None:
     """3,072 pixels, three hidden layers of 300, 20 classes; 10 tasks."""
     sizes = {"a": 3072, "b": 300, "c": 300, "head": 300}
-    host = SimpleNamespace(linear_layers=lambda: {"head": nn.Linear(300, 20)})
+    host = SimpleNamespace(tasks=range(10), linear_layers=lambda: {"head": nn.Linear(300, 20)})
     strategy = ParameterSuperposition()
     strategy.keys = {name: Keys(10, size) for name, size in sizes.items()}
     assert bytes_per_task([strategy], host) == {"measured": 3972, "paper": 15968}
     del strategy.keys["head"]
-    assert strategy.paper_bytes_per_task(host) == 4 * (3072 + 300 + 300)
+    assert strategy.declared_bytes(host).per_task_in_paper == 4 * (3072 + 300 + 300)
 
 
 @pytest.mark.parametrize(
@@ -768,9 +768,9 @@ def test_measured_bytes_are_declared_bytes(
 ) -> None:
     strategy = ParameterSuperposition(**arguments)
     module = learn(strategy, **({"backbone": backbone} if backbone else {})).module
-    assert measured_bytes(strategy, module) == strategy.declared_bytes(module)
-    assert strategy.declared_bytes(module) == Bytes(total, total)
-    assert strategy.bytes_per_task(module) == one
+    assert measured_bytes(strategy, module) == strategy.declared_bytes(module).held
+    assert strategy.declared_bytes(module).held == Bytes(total, total)
+    assert strategy.declared_bytes(module).per_task == one
 
 
 @pytest.mark.parametrize(

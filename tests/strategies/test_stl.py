@@ -22,8 +22,8 @@ from bpn_lightning.model.evaluation import evaluate_without_oracle
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.independent import IndependentNetworks as STL
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.stl import IndependentNetworks as STL
 
 TASKS = 3
 Backbone = Callable[[], nn.Module]
@@ -366,8 +366,8 @@ def test_bytes(learn: Any, tasks: int) -> None:
     run = learn(strategy := STL(), stream={"num_tasks": tasks}, backbone=with_everything)
     floats = (64 * 16 + 16) + 2 * 16 + 2 * 16 + (16 * 2 * tasks + 2 * tasks)
     one = 4 * floats + 8  # and the counter of batches
-    assert strategy.declared_bytes(run.module) == ((tasks + 1) * one, tasks * one)
-    assert measured_bytes(strategy, run.module) == strategy.declared_bytes(run.module)
+    assert strategy.declared_bytes(run.module).held == ((tasks + 1) * one, tasks * one)
+    assert measured_bytes(strategy, run.module) == strategy.declared_bytes(run.module).held
     assert bytes_per_task([strategy], run.module) == {"measured": one, "paper": one}
 
 

@@ -10,11 +10,11 @@ from torch.optim import SGD, Adam, AdamW
 
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
-from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.mas import MemoryAwareSynapses
+from bpn_lightning.strategies.si import SynapticIntelligence
 
 OPTIMIZERS = {
     "sgd": partial(SGD, lr=0.05),
@@ -126,7 +126,7 @@ def test_strength_zero_is_fine_tuning_bit_for_bit(
     def refuse(*_: Any) -> None:
         raise AssertionError("a pass over the task")
 
-    monkeypatch.setattr("bpn_lightning.strategies.memory_aware_synapses.output_sensitivity", refuse)
+    monkeypatch.setattr("bpn_lightning.strategies.mas.output_sensitivity", refuse)
     mas = MemoryAwareSynapses(0)
     runs = [
         learn(
@@ -141,7 +141,7 @@ def test_strength_zero_is_fine_tuning_bit_for_bit(
     same(runs[0].weights(), runs[1].weights())
     same(runs[0].optimizer_state(), runs[1].optimizer_state())
     assert str(runs[0].random) == str(runs[1].random)
-    assert mas.declared_bytes(runs[0].module) == measured_bytes(mas, runs[0].module) == (0, 0)
+    assert mas.declared_bytes(runs[0].module).held == measured_bytes(mas, runs[0].module) == (0, 0)
 
 
 def test_one_task_is_plain_training_and_draws_nothing(learn: Any, same: Any) -> None:
@@ -156,8 +156,8 @@ def test_bytes_are_two_tensors_of_what_is_held(learn: Any, mask: Any, tasks: int
     run = learn(mas := MemoryAwareSynapses(), mask=mask, stream={"num_tasks": tasks})
     held = run.module.shared_parameters(include_head=mask != "task")
     size = sum(value.numel() for value in held.values())
-    assert mas.declared_bytes(run.module) == measured_bytes(mas, run.module) == (8 * size, 0)
-    assert mas.bytes_per_task(run.module) == 0
+    assert mas.declared_bytes(run.module).held == measured_bytes(mas, run.module) == (8 * size, 0)
+    assert mas.declared_bytes(run.module).per_task == 0
 
 
 def test_at_any_strength_what_matters_stays(learn: Any, watch: Any) -> None:

@@ -1,12 +1,12 @@
 """Beneficial perturbations: the bias units of the Beneficial Perturbation Network."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from bpn_lightning.costs import Bytes, bias_unit_bytes, tensor_bytes
+from bpn_lightning.costs import DeclaredBytes, HeldTensors, bias_unit_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.nn.layers import BiasUnits
 from bpn_lightning.random_state import seeded_generator
@@ -186,9 +186,7 @@ class BeneficialPerturbation(ContinualStrategy):
         for m in moving:
             m.grad = None
 
-    def on_optimizer_stepped(
-        self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
+    def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Move M: here and not before, because a scaler may skip an update."""
         if self._steps:
             with torch.no_grad():
@@ -200,29 +198,24 @@ class BeneficialPerturbation(ContinualStrategy):
         for units in self.units.values():
             units.freeze()
 
-    def inference_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
-        """The banks of frozen biases."""
-        return [units.bank for units in self.units.values()]
+    def held_tensors(self, host: ContinualHost) -> HeldTensors:
+        """M and W of the live task, and the banks of frozen biases."""
+        live = [tensor for units in self.units.values() for tensor in (units.M, units.W)]
+        return HeldTensors(training=live, inference=[u.bank for u in self.units.values()])
 
-    def training_tensors(self, host: ContinualHost) -> Iterable[Tensor]:
-        """M and W of the live task."""
-        return [tensor for units in self.units.values() for tensor in (units.M, units.W)]
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
+        """In numbers of 4 bytes: T K per layer, for all tasks from the start; training: H + H K more.
 
-    def declared_bytes(self, host: ContinualHost) -> Bytes:
-        """In numbers of 4 bytes: T K per layer, for all tasks from the start; training: H + H K more."""
-        outputs = [units.bank.shape[1] for units in self.units.values()]
+        A task adds a row of each bank; the paper counts its own outputs in place of the whole head.
+        """
+        outputs = {name: units.bank.shape[1] for name, units in self.units.items()}
         size = next(iter(self.units.values())).bank.element_size()  # 8 in double precision
-        banks = size * len(host.tasks) * sum(outputs)
-        return Bytes(banks + size * self.rank * (len(outputs) + sum(outputs)), banks)
-
-    def bytes_per_task(self, host: Any) -> int:
-        """One row of each bank."""
-        return tensor_bytes(units.bank[0] for units in self.units.values())
-
-    def paper_bytes_per_task(self, host: Any) -> int:
-        """The same, with the task's own outputs in place of the whole head."""
-        hidden = [units.bank.shape[1] for name, units in self.units.items() if name != "head"]
-        return bias_unit_bytes(hidden, host.tasks[0].num_classes if "head" in self.units else 0)
+        row = size * sum(outputs.values())
+        banks = len(host.tasks) * row
+        live = self.rank * (size * len(outputs) + row)
+        hidden = [units for name, units in outputs.items() if name != "head"]
+        own = host.tasks[0].num_classes if "head" in outputs else 0
+        return DeclaredBytes(banks + live, banks, row, bias_unit_bytes(hidden, own))
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
         """The norm of each layer's live bias."""

@@ -13,10 +13,10 @@ from torch.optim import SGD, Adam, Optimizer
 
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
-from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence, add_importance
+from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.strategies.si import SynapticIntelligence, add_importance
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": partial(SGD, lr=0.1),
@@ -72,7 +72,7 @@ class Quadratics:
             if clip is not None:
                 nn.utils.clip_grad_norm_([self.theta], clip)
             optimizer.step()
-            si.on_optimizer_stepped(host, parameters)
+            si.correct_step(host, parameters)
             si.observe_step(host, parameters)
             yield gradient, self.theta.detach() - before
 
@@ -313,8 +313,13 @@ class PathByHand:
             self.path[n] = self.path[n] - self.gradient[n] * (p.detach() - self.before[n])
 
 
-@pytest.mark.parametrize("update", ["clamped", "proximal"])
-def test_the_path_is_of_raw_gradients_and_real_changes(learn: Any, watch: Any, update: Any) -> None:
+@pytest.mark.parametrize(
+    ("update", "of_other"),
+    [("clamped", "clamped"), ("clamped", "proximal"), ("proximal", "clamped")],
+)
+def test_the_path_is_of_raw_gradients_and_real_changes(
+    learn: Any, watch: Any, update: Any, of_other: Any
+) -> None:
     """Beside bias units, a second penalty before it, clipping and weight decay."""
     by_hand, si, compared = PathByHand(watch), SynapticIntelligence(5.0, update=update), []
 
@@ -329,7 +334,7 @@ def test_the_path_is_of_raw_gradients_and_real_changes(learn: Any, watch: Any, u
         watch(end=compare),
         by_hand.first,
         BeneficialPerturbation(4),
-        EWC(10.0, update=update),
+        EWC(10.0, update=of_other),
         si,
         by_hand.last,
         stream={"num_tasks": 3},
@@ -381,7 +386,7 @@ def test_strength_zero_is_fine_tuning_bit_for_bit(
     same(runs[0].weights(), runs[1].weights())
     same(runs[0].optimizer_state(), runs[1].optimizer_state())
     assert str(runs[0].random) == str(runs[1].random)
-    assert si.declared_bytes(runs[0].module) == measured_bytes(si, runs[0].module) == (0, 0)
+    assert si.declared_bytes(runs[0].module).held == measured_bytes(si, runs[0].module) == (0, 0)
 
 
 def test_the_first_task_is_plain_training(learn: Any, same: Any) -> None:
@@ -394,9 +399,9 @@ def test_bytes_are_three_tensors_of_what_is_held(learn: Any, mask: Any) -> None:
     run = learn(si := SynapticIntelligence(), mask=mask)
     held = run.module.shared_parameters(include_head=mask == "all")
     size = sum(value.numel() for value in held.values())
-    assert si.declared_bytes(run.module) == measured_bytes(si, run.module) == (12 * size, 0)
+    assert si.declared_bytes(run.module).held == measured_bytes(si, run.module) == (12 * size, 0)
     assert set(si.penalty.importance) == set(si.path) == set(held)
-    assert si.bytes_per_task(run.module) == 0
+    assert si.declared_bytes(run.module).per_task == 0
 
 
 def test_rows_that_have_no_gradient_have_no_importance(learn: Any, watch: Any) -> None:

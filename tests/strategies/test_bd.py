@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import ExponentialLR
 from bpn_lightning.costs import bytes_per_task
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies.beneficial import BeneficialPerturbation, perturbation
+from bpn_lightning.strategies.bd import BeneficialPerturbation, perturbation
 from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.finetuning import FineTuning
+from bpn_lightning.strategies.finetune import FineTuning
 
 LAYERS = ("backbone.1", "backbone.3", "head")  # of MLP([16, 12])
 RANK = 6
@@ -387,7 +387,7 @@ def test_a_gradient_that_overflowed_behind_the_scale_moves_no_m() -> None:
     strategy._all_m[0].grad = torch.tensor([[1.0, float("inf"), -1.0]])
     strategy._all_m[1].grad = torch.tensor([[1.0, -2.0, 0.0]])
     strategy.consume_grad(host, {})
-    strategy.on_optimizer_stepped(host, {})
+    strategy.correct_step(host, {})
     assert not strategy._all_m[0].any()
     torch.testing.assert_close(strategy._all_m[1].data, torch.tensor([[-0.1, 0.1, 0.0]]))
 
@@ -591,8 +591,8 @@ def test_bytes_with_twenty_outputs(prepare: Any, hidden: int, measured: int) -> 
     run.module.head = nn.Linear(300, 20)  # as 10 tasks of 2 classes need it
     strategy = BeneficialPerturbation(100)
     strategy.configure(run.module, run.stream)
-    assert strategy.bytes_per_task(run.module) == measured
-    assert strategy.paper_bytes_per_task(run.module) == 4 * (hidden * 300 + 2)
+    assert strategy.declared_bytes(run.module).per_task == measured
+    assert strategy.declared_bytes(run.module).per_task_in_paper == 4 * (hidden * 300 + 2)
 
 
 @pytest.mark.parametrize(

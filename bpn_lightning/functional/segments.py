@@ -1,0 +1,204 @@
+r"""The gradient of every group of samples from one forward and one backward.
+
+For a linear layer the gradient of a group g is :math:`\delta_g^T a_g`, from what
+:mod:`bpn_lightning.functional.records` holds of its samples; where layers have no closed form, a forward and a
+backward for each group. Episodic memories ask for it, one group for each past task.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from bpn_lightning.functional.gradients import cross_entropies
+from bpn_lightning.functional.records import (
+    agree,
+    differentiated,
+    least_likely,
+    logits_of,
+    recorded_forward,
+    vector_gradients,
+)
+from bpn_lightning.nn.execution import differentiable
+
+__all__ = ["layer_segments", "segment_gradients", "segments_have_closed_forms"]
+
+
+def layer_segments(
+    layer: nn.Module,
+    layer_input: Tensor,
+    delta: Tensor,
+    sizes: Sequence[int],
+    into: Mapping[str, Tensor],
+) -> None:
+    """Write the sums over each group of samples of their gradients.
+
+    Args:
+        layer: linear, convolution or batch normalization.
+        layer_input: ``(n, ...)``, what its weights saw.
+        delta: ``(n, ...)``, the gradient of the loss by its output.
+        sizes: samples of each group, which stand one group after another.
+        into: where they go, ``(groups, *the parameter's shape)``, by the parameter's name within the
+            layer; the others are not asked for.
+    """
+    for name, gradients in vector_gradients(layer, layer_input, delta).items():
+        if name in into:
+            for rows, place in zip(torch.split(gradients, list(sizes)), into[name], strict=True):
+                torch.sum(rows, 0, out=place)
+    if "weight" not in into or not isinstance(layer, nn.Linear | nn.Conv2d):
+        return
+    groups = zip(
+        torch.split(layer_input, list(sizes)),
+        torch.split(delta, list(sizes)),
+        into["weight"],
+        strict=True,
+    )
+    for a, d, place in groups:
+        if isinstance(layer, nn.Conv2d):
+            place.copy_(_convolution_gradient(layer, a, d))
+        else:
+            torch.mm(d.flatten(0, -2).mT, a.flatten(0, -2), out=place)
+
+
+def _convolution_gradient(layer: nn.Conv2d, layer_input: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of a convolution's weight over a group of samples."""
+    gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+        layer_input,
+        layer.weight.shape,
+        delta,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+    )
+    return gradient
+
+
+def segment_gradients(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    inputs: Tensor,
+    losses_of: Callable[[Tensor, slice], Tensor],
+    sizes: Sequence[int],
+    *,
+    tasks: Tensor | None = None,
+    closed_forms: bool | None = None,
+) -> Tensor:
+    r"""The gradient of each group's mean loss, of all groups for about the price of one.
+
+    .. math:: G_g = \frac{1}{n_g} \sum_{n \in g} \partial \ell_n / \partial \theta
+
+    One forward and one backward over all samples, in which a layer's gradient is summed group by
+    group; where the layers have no closed form, a forward and a backward for each group. Neither
+    ``.grad`` nor the reducer of several processes is touched. Samples must not influence one another,
+    so the module is to be in evaluation mode.
+
+    Args:
+        module: maps ``(n, ...)`` to logits ``(n, columns)``.
+        parameters: what to differentiate by, by name within the module.
+        inputs: ``(n, ...)``, one group after another.
+        losses_of: maps the logits of some samples, and which of the n these are, to their losses:
+            ``(part, columns)`` and a slice to ``(part,)``.
+        sizes: samples of each group, at least 1; they add up to n.
+        tasks: ``(n,)``, each sample's task; None for the mode that holds.
+        closed_forms: whether they hold, as :func:`segments_have_closed_forms` said of this network;
+            None asks it, which costs a sample.
+
+    Returns:
+        ``(groups, P)``, the parameters flattened, in their order.
+    """
+    if closed_forms is None:
+        first = None if tasks is None else tasks[:1]
+        closed_forms = segments_have_closed_forms(module, parameters, inputs[:1], tasks=first)
+    arguments = (module, parameters, inputs, losses_of, sizes, tasks)
+    with differentiable(module):
+        gradients = _closed_segments(*arguments) if closed_forms else None
+        return _segments_one_by_one(*arguments) if gradients is None else gradients
+
+
+def segments_have_closed_forms(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    sample: Tensor,
+    *,
+    tasks: Tensor | None = None,
+) -> bool:
+    """Whether one sample's gradient by the closed forms is autograd's.
+
+    Args:
+        module: maps ``(n, ...)`` to logits, in evaluation mode.
+        parameters: by name within the module.
+        sample: ``(1, ...)``.
+        tasks: ``(1,)``, its task; None for the mode that holds.
+    """
+
+    def loss(logits: Tensor, _: slice) -> Tensor:
+        return cross_entropies(logits, least_likely(logits.detach()))
+
+    arguments = (module, parameters, sample, loss, [1], tasks)
+    with differentiable(module):
+        try:
+            found = _closed_segments(*arguments)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        if found is None:
+            return False
+        wanted = _segments_one_by_one(*arguments)
+    sizes = [value.numel() for value in parameters.values()]
+    parts = [dict(zip(parameters, torch.split(g[0], sizes), strict=True)) for g in (found, wanted)]
+    return agree(*parts)
+
+
+def _closed_segments(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    inputs: Tensor,
+    losses_of: Callable[[Tensor, slice], Tensor],
+    sizes: Sequence[int],
+    tasks: Tensor | None,
+) -> Tensor | None:
+    """From one forward and one backward; None where a layer has no closed form."""
+    forward = recorded_forward(module, parameters, inputs, tasks)
+    if forward is None:
+        return None
+    logits, records = forward
+    with torch.enable_grad():
+        losses = losses_of(logits, slice(0, len(inputs)))
+        repeats = torch.tensor(sizes, device=losses.device)
+        shares = repeats.to(losses.dtype).reciprocal()
+        total = losses @ shares.repeat_interleave(repeats, output_size=len(inputs))
+    counts = [value.numel() for value in parameters.values()]
+    gradients = logits.new_zeros(len(sizes), sum(counts))
+    places = dict(zip(map(id, parameters.values()), torch.split(gradients, counts, 1), strict=True))
+    for layer, layer_input, delta in differentiated(total, records):
+        into = {
+            name: places[id(value)].view(-1, *value.shape)
+            for name, value in layer.named_parameters(recurse=False)
+            if id(value) in places
+        }
+        layer_segments(layer, layer_input, delta, sizes, into)
+    return gradients
+
+
+def _segments_one_by_one(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    inputs: Tensor,
+    losses_of: Callable[[Tensor, slice], Tensor],
+    sizes: Sequence[int],
+    tasks: Tensor | None,
+) -> Tensor:
+    """By their definition: a forward and a backward for every group."""
+    gradients, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        start += size
+        with torch.enable_grad():
+            logits = logits_of(module, inputs[part], None if tasks is None else tasks[part])
+            mean = losses_of(logits, part).mean()
+        found = torch.autograd.grad(mean, list(parameters.values()), allow_unused=True)
+        pairs = zip(parameters.values(), found, strict=True)
+        flat = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+        gradients.append(torch.cat([value.flatten() for value in flat]))
+    return torch.stack(gradients)
