@@ -3,8 +3,10 @@
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 import pytest
+from ranks import Ranks
 
 # Set before anything imports torch or matplotlib, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order; and two ranks share a small machine
@@ -24,6 +26,14 @@ def _seeded() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Runs a function of a test file in processes that the whole session shares."""
+    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture
