@@ -121,9 +121,11 @@ def _serve(rank: int, end: Any) -> None:
         random.seed(0)
         torch.manual_seed(0)
         failure, result = "", io.BytesIO()
-        torch.distributed.init_process_group("gloo", rank=rank, **group)
         try:
-            torch.save(_find(*place)(*args), result)
+            # Before there is a group: torch binds some defaults to the group of the first import.
+            function = _find(*place)
+            torch.distributed.init_process_group("gloo", rank=rank, **group)
+            torch.save(function(*args), result)
             torch.distributed.barrier()  # no rank leaves while another one still talks to it
         except BaseException:  # noqa: BLE001 (the caller raises it)
             failure = traceback.format_exc()
