@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim import SGD, Adadelta, Adam
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.costs import tensors_in
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn.backbones import MLP
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies import EWC, BeneficialPerturbation, ContinualStrategy
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning

@@ -11,10 +11,10 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 from waiting import PATIENCE
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.datamodules.loading import Share
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn.backbones import MLP
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.gem import (
     AveragedGEM,

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.datamodules.digits import SplitDigits
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn.backbones import MLP
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
 from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence

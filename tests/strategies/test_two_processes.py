@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 
-from bpn_lightning.backbones import MLP
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.datamodules.own_data import SplitArrays
-from bpn_lightning.module import ContinualModule
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn.backbones import MLP
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.finetuning import FineTuning
 from bpn_lightning.strategies.gem import GradientEpisodicMemory

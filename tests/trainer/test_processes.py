@@ -22,7 +22,6 @@ from torch.distributed.nn.functional import all_reduce
 
 from bpn_lightning.conformance.runs import Setting, differences, fit
 from bpn_lightning.errors import ProcessesError
-from bpn_lightning.processes import disagreements, fingerprints
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.beneficial import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
@@ -30,6 +29,7 @@ from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
 from bpn_lightning.strategies.superposition import ParameterSuperposition
 from bpn_lightning.strategies.synaptic_intelligence import SynapticIntelligence
+from bpn_lightning.trainer.processes import disagreements, fingerprints
 
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "processes.py"
 COMPARED = [
