@@ -17,6 +17,19 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("BPN_DATA", None)  # a test makes its data, or finds none
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs several processes as slow, and begin with the files that have slow tests.
+
+    Workers take one file after another (`--dist loadfile`): what is long must not come last.
+    """
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Start each test from one seed, whichever tests ran before; torch only where it is in use."""
