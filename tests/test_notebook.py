@@ -19,7 +19,7 @@ def execute(folder: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     metadata = nbformat.from_dict(dict(notebook.metadata))
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, record_timing=False, resources=resources, timeout=300).execute()
+    NotebookClient(notebook, record_timing=False, resources=resources, timeout=None).execute()
     notebook.metadata = metadata  # the kernel adds its version
     return notebook
 

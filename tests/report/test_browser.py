@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE
 
 from bpn_lightning.report.cli import main
 
@@ -41,7 +42,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
         context = browser.new_context(viewport={"width": width, "height": 800}, **options)
         contexts.append(context)
         one = Opened(context.new_page())
-        one.page.set_default_timeout(30_000)
+        one.page.set_default_timeout(1000 * PATIENCE)
         one.page.on("console", lambda message: one.messages.append(message.text))
         one.page.on("pageerror", lambda error: one.messages.append(str(error)))
         one.page.on("request", lambda request: one.requests.append(request.url))
