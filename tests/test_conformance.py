@@ -22,6 +22,8 @@ from bpn_lightning.conformance.subjects import read_subjects
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies import STRATEGIES
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = "{planted.NeedsAnArgument: {strength: 0.02}}"
 
 COMPOSITIONS = [

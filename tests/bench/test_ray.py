@@ -20,6 +20,8 @@ from bpn_lightning.bench.ray_executor import LOST, OnRay, on_ray
 from bpn_lightning.bench.runner import Runner, state
 from bpn_lightning.errors import ConfigurationError
 
+pytestmark = pytest.mark.slow
+
 Write = Callable[..., str]
 
 # Kills the process that started it, the worker, and says so if it lives on.

@@ -18,6 +18,8 @@ from waiting import PATIENCE
 from bpn_lightning import __version__
 from bpn_lightning.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 BPN_FIT = str(Path(sys.executable).with_name("bpn-fit"))
 SHORT = ["--trainer.accelerator", "cpu", "--data.init_args.epochs_per_task", "2"]
 RUN = Path("runs", "digits_inc", "bd+ewc", "seed_0")

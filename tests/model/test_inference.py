@@ -85,6 +85,7 @@ def test_an_exported_network_answers_as_the_module(learned: Any, case: str) -> N
             torch.testing.assert_close(found, expected.repeat(3, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "task"), [("bd+psp", None), ("complex", 1), ("task mask", None)], ids=str
 )

@@ -359,6 +359,7 @@ def same(one, two):
     return one == two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_stopping):
     """In a warm-up, in an autoencoder's phase, at their last batches, and between phases."""

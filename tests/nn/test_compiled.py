@@ -96,6 +96,7 @@ def labels_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     return labels, torch.ones_like(labels, dtype=logits.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_gradients_of_a_graph_that_is_older_than_the_hooks(way: str, backend: str) -> None:

@@ -11,6 +11,8 @@ from waiting import PATIENCE
 
 from bpn_lightning.report.cli import main
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Path]
 
 MATRIX: list[list[float | None]] = [

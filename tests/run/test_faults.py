@@ -20,6 +20,8 @@ from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.run.checkpoints import AtomicCheckpointIO, read_checkpoint
 from bpn_lightning.run.recording import Intervals, LastCheckpoint, MetricsFile
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 LINE = [
     *("--config", "digits_inc.yaml", "--method", "ewc", "--trainer.accelerator", "cpu"),

@@ -228,6 +228,7 @@ def test_knows_what_one_training_on_all_data_knows(learn: Any) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["all", "task"])
 def test_resuming_anywhere_changes_nothing(fit: Any, same: Any, tmp_path: Any, mask: str) -> None:
     """Also where an epoch is followed by one with more batches."""

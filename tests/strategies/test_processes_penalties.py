@@ -86,6 +86,7 @@ MADE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_resuming_anywhere_changes_nothing(fit: Any, tmp_path: Path, same: Any, name: str) -> None:
     def run(*more: Callback, **options: Any) -> list[Any]:

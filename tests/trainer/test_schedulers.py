@@ -199,6 +199,7 @@ def test_a_plateau_is_found_in_the_open_tasks_loss(fit, make, fraction, wanted, 
     assert watch.acted
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
 @pytest.mark.parametrize(
