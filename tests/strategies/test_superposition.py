@@ -336,9 +336,7 @@ def by_complex_numbers(host: Any, inputs: Tensor, task: int) -> Tensor:
     return value.real
 
 
-@pytest.mark.parametrize(
-    ("keys", "answer"), [("binary", by_hand), ("complex", by_complex_numbers)], ids=str
-)
+@pytest.mark.parametrize(("keys", "answer"), [("binary", by_hand), ("complex", by_complex_numbers)])
 @pytest.mark.parametrize("beside", ["alone", "bd first", "bd last"])
 @pytest.mark.parametrize("widths", [[16, 12], [12, 12]], ids=["16-12", "square"])
 def test_key_and_bias_follow_the_mode(
@@ -739,7 +737,6 @@ def test_bytes_of_the_network_of_the_paper() -> None:
             9 + 54 + 64 + 12,
         ),
     ],
-    ids=str,
 )
 def test_measured_bytes_are_declared_bytes(
     learn: Any, arguments: dict[str, Any], backbone: Any, total: int, one: int
