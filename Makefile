@@ -27,7 +27,7 @@ PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durat
 test: $(VENV)/.installed-dev  ## run the tests: of each matrix, one cell of a kind
 	@$(PYTEST) -m "not matrix" $(ARGS)
 
-test-fast: $(VENV)/.installed-dev  ## run those that start no command, process or browser: a minute
+test-fast: $(VENV)/.installed-dev  ## run the quick ones, without commands, processes and browsers: a minute
 	@$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
 test-all: $(VENV)/.installed-dev  ## run all tests, with the whole matrices

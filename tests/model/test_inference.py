@@ -16,6 +16,8 @@ from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.independent import IndependentNetworks
 from bpn_lightning.strategies.superposition import ParameterSuperposition
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([0, 1, 1, 0, 1])
 
 
@@ -85,7 +87,6 @@ def test_an_exported_network_answers_as_the_module(learned: Any, case: str) -> N
             torch.testing.assert_close(found, expected.repeat(3, 1))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "task"), [("bd+psp", None), ("complex", 1), ("task mask", None)], ids=str
 )

@@ -111,6 +111,7 @@ class Diary(Callback):
 # --- phases that train the head ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("reset", ["always", "never"])
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])

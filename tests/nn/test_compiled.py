@@ -30,6 +30,8 @@ from bpn_lightning.strategies.memory_aware_synapses import MemoryAwareSynapses
 from bpn_lightning.strategies.slnid import SLNID
 from bpn_lightning.strategies.superposition import ParameterSuperposition
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _no_graphs() -> Iterator[None]:
@@ -96,7 +98,6 @@ def labels_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     return labels, torch.ones_like(labels, dtype=logits.dtype)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_gradients_of_a_graph_that_is_older_than_the_hooks(way: str, backend: str) -> None:

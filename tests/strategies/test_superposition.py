@@ -100,6 +100,7 @@ class OneKey(ParameterSuperposition):
 # --- what it must be equal to --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mask", ["all", "task"])
 @pytest.mark.parametrize("convolutions", [False, True])
@@ -421,6 +422,7 @@ def case(request: Any) -> Any:
     return [make() for make in made], {"stream": {"num_tasks": 3}} | arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])
 def test_a_task_per_sample_equals_a_forward_per_task(learn: Any, case: Any, mask: str) -> None:
     module = learn(*case[0], mask=mask, **case[1]).module
@@ -463,6 +465,7 @@ class Saves(Callback):
             trainer.save_checkpoint(self.paths[-1])
 
 
+@pytest.mark.slow
 def test_resuming_changes_nothing(prepare: Any, tmp_path: Any, same: Any, request: Any) -> None:
     for name, (made, arguments) in CASES.items():
         folder = tmp_path / name
@@ -657,6 +660,7 @@ def test_accepts_networks_that_work_by_element(learn: Any, between: Any) -> None
 # --- what it is for ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", ["binary", "complex"])
 def test_remembers_what_fine_tuning_forgets(learn: Any, keys: Any) -> None:
     final = {

@@ -359,6 +359,7 @@ def test_monitored_rates_are_those_of_the_open_task(
 # --- the command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "given", "length"),
     [
@@ -377,6 +378,7 @@ def test_a_config_names_a_scheduler_and_not_its_length(tmp_path, monkeypatch, na
     assert last_rate(tmp_path, monkeypatch, name, given) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_config_names_a_plateau(tmp_path, monkeypatch):
     """After the first epoch of a task, none lowers the loss by nine tenths."""
     given = {"patience": 0, "threshold": 0.9}
