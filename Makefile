@@ -2,24 +2,55 @@
 #   PYTHON  the Python that makes the environment
 #   VENV    where the environment stands: by default the active one, else .venv
 #   SOURCE  what is installed into it: the checkout, or a wheel
-#   ARGS    added to the command of `fit` and `test`: make test ARGS="-k ewc"
+#   ARGS    added to the command of `fit` and of the tests: make test ARGS="-k ewc"
+#   JOBS    processes that share the tests; a debugger wants 0: make test JOBS=0 ARGS="--pdb -k ewc"
 
 PYTHON ?= python3
 VENV   ?= $(or $(VIRTUAL_ENV),.venv)
 SOURCE  = -e .
 ARGS    =
+JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN    := $(VENV)/bin
 
-.PHONY: help fit test check format docs notebook roof wheel browser clean
+.PHONY: help fit test test-fast test-all test-pythons test-lowest check format docs notebook roof \
+    wheel browser clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 fit: $(VENV)/.installed  ## learn five tasks of handwritten digits, one after the other
 	@$(BIN)/bpn-fit --config digits_inc.yaml --overwrite true $(ARGS)
 
-test: $(VENV)/.installed-dev  ## run the tests
-	@$(BIN)/pytest $(ARGS)
+# A file stays in one process, with what its tests share; files with slow tests come first.
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
+
+test: $(VENV)/.installed-dev  ## run the tests: of each matrix, one cell of a kind
+	@$(PYTEST) -m "not matrix" $(ARGS)
+
+test-fast: $(VENV)/.installed-dev  ## run the quick ones, without commands, processes and browsers: a minute
+	@$(PYTEST) -m "not slow and not matrix" $(ARGS)
+
+test-all: $(VENV)/.installed-dev  ## run all tests, with the whole matrices
+	@$(PYTEST) $(ARGS)
+
+PYTHONS = python3.10 python3.11 python3.12 python3.13
+
+test-pythons: wheel  ## install the wheel with every Python of PATH that can run it, and run test-fast
+	@for python in $(PYTHONS); do \
+	    $$python -c "" 2>/dev/null || { echo "$$python is not on PATH: left out"; continue; }; \
+	    $(MAKE) --no-print-directory test-fast PYTHON=$$python VENV=build/$$python \
+	        SOURCE="$$(echo dist/*.whl)" || exit 1; \
+	    rm -rf build/$$python; \
+	done
+
+# Every requirement in setup.cfg, at its lower bound: `torch>=2.6,<2.15` becomes `torch==2.6`.
+LOWEST = import re; [print(name + "==" + bound) for name, bound in sorted(set( \
+    re.findall(r"^    ([\w-]+)\S*?>=([\d.]+),<", open("setup.cfg").read(), re.M)))]
+
+test-lowest:  ## run test-fast on the oldest releases that setup.cfg allows, with PYTHON
+	@mkdir -p build && $(PYTHON) -c '$(LOWEST)' >build/lowest.txt
+	@PIP_CONSTRAINT=$(abspath build/lowest.txt) $(MAKE) --no-print-directory test-fast VENV=build/lowest
+	@rm -rf build/lowest
 
 check: $(VENV)/.installed-dev roof  ## formatting, lint, types and the rules of the layout
 	@$(BIN)/ruff format --check .

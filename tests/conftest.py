@@ -3,8 +3,10 @@
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 import pytest
+from ranks import Ranks
 
 # Set before anything imports torch or matplotlib, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order; and two ranks share a small machine
@@ -13,6 +15,19 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("BPN_DATA", None)  # a test makes its data, or finds none
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs several processes as slow, and begin with the files that have slow tests.
+
+    Workers take one file after another (`--dist loadfile`): what is long must not come last.
+    """
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +39,14 @@ def _seeded() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Runs a function of a test file in processes that the whole session shares."""
+    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture

@@ -15,11 +15,14 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import pytest
+from waiting import PATIENCE
 
 from bpn_lightning.conformance.discovery import _asks_for_the_suite
 from bpn_lightning.conformance.subjects import read_subjects
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies import STRATEGIES
+
+pytestmark = pytest.mark.slow
 
 ARGUMENTS = "{planted.NeedsAnArgument: {strength: 0.02}}"
 
@@ -467,7 +470,7 @@ def outcome(tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
-        timeout=900,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     failed, examined = defaultdict(dict), defaultdict(set)

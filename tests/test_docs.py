@@ -35,6 +35,8 @@ from bpn_lightning.bench.grid import only, read_grid
 from bpn_lightning.cli import export as export_command
 from bpn_lightning.cli.config_files import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()

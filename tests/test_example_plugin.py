@@ -32,6 +32,7 @@ def test_its_entry_point_is_a_strategy() -> None:
     assert registry.by_class_path("bpn_replay.Replay").problem() is None
 
 
+@pytest.mark.slow
 def test_it_remembers_in_a_run_of_the_command() -> None:
     line = "--config digits_inc.yaml --method bpn_replay.Replay --strategies.Replay.size 5"
     short = (

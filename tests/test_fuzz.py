@@ -39,6 +39,8 @@ from bpn_lightning.report.page import render
 from bpn_lightning.report.reading import find_runs
 from bpn_lightning.run.results import read_matrix_csv, read_results
 
+pytestmark = pytest.mark.slow
+
 TIMES = int(os.environ.get("BPN_FUZZ", "1"))
 COUNTS: Counter[tuple[str, str]] = Counter()
 

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
 MOST_BYTES = 300_000  # everybody who clones it has them
 
@@ -19,7 +21,7 @@ def execute(folder: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     metadata = nbformat.from_dict(dict(notebook.metadata))
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, record_timing=False, resources=resources, timeout=300).execute()
+    NotebookClient(notebook, record_timing=False, resources=resources, timeout=None).execute()
     notebook.metadata = metadata  # the kernel adds its version
     return notebook
 

@@ -91,6 +91,7 @@ def packages_imported_by(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"bpn_lightning"}
 
 
+@pytest.mark.slow
 def test_every_import_is_a_declared_dependency() -> None:
     """What another dependency happens to bring along may be gone with its next release."""
     extras = [

@@ -263,6 +263,7 @@ def test_a_run_that_uses_a_name_of_two_classes_is_refused(
     assert capsys.readouterr().err.splitlines()[-1] == f"bpn-fit: error: {CLASHES[name]}"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rivals")
 @pytest.mark.parametrize(
     "flags",
@@ -399,6 +400,7 @@ def test_arguments_of_a_class_path_are_checked(
     assert capsys.readouterr().err.splitlines()[-1] == f"bpn-fit: error: {message}"
 
 
+@pytest.mark.slow
 def test_a_run_by_class_path_is_named_by_it_and_its_config_runs_again(install: Install) -> None:
     code = (
         "from bpn_lightning.strategies.base import ContinualStrategy\n\n\n"

@@ -14,8 +14,9 @@ from typing import Any
 
 __all__ = ["TwoProcesses"]
 
-#: Seconds that both processes have, and as many again for each strategy.
-PATIENCE = 60
+#: Seconds that both processes have, and as many again for each strategy; and that one of them waits for
+#: the other. Nothing is judged by it: it ends a deadlock.
+PATIENCE = float(os.environ.get("BPN_TEST_PATIENCE", "300"))
 
 
 class TwoProcesses:
@@ -132,7 +133,7 @@ class TwoProcesses:
             try:
                 process.wait(patience)
             except subprocess.TimeoutExpired:
-                said = f"No end after {patience} s."
+                said = f"No end after {patience:.0f} s; BPN_TEST_PATIENCE={2 * PATIENCE:.0f} allows more."
         self.stop()
         undone = [index for index in self._round if not self._known(index)]
         failed = [i for i in self._round if any(path.exists() for path in self._files(i, "txt"))]

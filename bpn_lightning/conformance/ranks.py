@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from bpn_lightning.conformance.pair import PATIENCE
 from bpn_lightning.conformance.runs import PLAIN, Setting, fit
 from bpn_lightning.conformance.subjects import read_subjects
 
 __all__ = ["setting", "work"]
-
-#: How long one process waits for the other.
-PATIENCE = timedelta(seconds=60)
 
 
 def setting(**trainer: Any) -> Setting:
@@ -43,7 +41,9 @@ def work(rank: int, folder: Path, task: Mapping[str, Any]) -> None:
         try:
             named = {part: task["arguments"].get(part, {}) for part in name.split("+")}
             (subject,) = read_subjects([name], named)
-            together = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)
+            together = DDPStrategy(
+                process_group_backend="gloo", timeout=timedelta(seconds=PATIENCE)
+            )
             run = fit(subject.make(), setting(devices=2, strategy=together))
             torch.save(run.learned(), folder / f"{index}_{rank}.part")
             (folder / f"{index}_{rank}.part").rename(folder / f"{index}_{rank}.pt")

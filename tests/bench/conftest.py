@@ -34,7 +34,7 @@ with open(os.environ["CALLS"], "a") as file:
 if given["--method"] == os.environ.get("FAILS"):
     sys.exit("no such data")
 if given["--method"] == os.environ.get("HANGS"):
-    time.sleep(60)
+    time.sleep(3600)
 results = json.loads(Path(os.environ["RESULTS"]).read_text())
 results |= {"experiment": experiment, "method": given["--method"]}
 results["seed"] = int(given["--seed_everything"])

@@ -133,6 +133,7 @@ def test_an_unknown_grid_is_named_with_the_nearest_one() -> None:
         read_grid("digts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", packaged_grids())
 def test_every_packaged_grid_says_its_command_and_is_valid(name: str) -> None:
     assert find_grid(name).read_text(encoding="utf-8").startswith(f"# bpn-bench {name}")

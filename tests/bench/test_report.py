@@ -87,6 +87,7 @@ def test_a_report_needs_cells_json_only_and_is_the_same_again(
     assert "](results/two/accuracy_digits_inc.png)" in page
 
 
+@pytest.mark.slow
 def test_what_only_a_report_has_left_is_not_replaced(
     tmp_path: Path,
     write_grid: Callable[..., str],

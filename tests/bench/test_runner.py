@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from waiting import PATIENCE
 
 from bpn_lightning.bench.collection import collect
 from bpn_lightning.bench.grid import read_grid
@@ -244,11 +245,11 @@ def test_ctrl_c_ends_the_processes_and_marks_nothing_as_failed(
     runs = tmp_path / "runs"
     line = [sys.executable, "-c", code, write_grid(), str(runs), *stand_in]
     with subprocess.Popen(line, stderr=subprocess.PIPE, start_new_session=True) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while "ewc 0" not in calls(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGINT)  # not to the group: they have to be told
-        process.communicate(timeout=20)
+        process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert not list(runs.rglob("failed.json"))
     assert "ewc 1" not in calls(tmp_path) or len(calls(tmp_path)) < 4

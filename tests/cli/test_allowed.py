@@ -23,6 +23,8 @@ from bpn_lightning.cli.main import main
 from bpn_lightning.cli.trust import OPEN
 from bpn_lightning.errors import ConfigurationError
 
+pytestmark = pytest.mark.slow
+
 Said = pytest.CaptureFixture[str]
 
 ALLOWED = allowed_objects()

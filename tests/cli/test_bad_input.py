@@ -24,6 +24,8 @@ from bpn_lightning.errors import CheckpointError, ResultsError
 from bpn_lightning.nn import MLP
 from bpn_lightning.run import results
 
+pytestmark = pytest.mark.slow
+
 Said = pytest.CaptureFixture[str]
 BadFile = Callable[[str, str], None]
 

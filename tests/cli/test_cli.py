@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from waiting import PATIENCE
 
 from bpn_lightning import __version__
 from bpn_lightning.cli.main import main
+
+pytestmark = pytest.mark.slow
 
 BPN_FIT = str(Path(sys.executable).with_name("bpn-fit"))
 SHORT = ["--trainer.accelerator", "cpu", "--data.init_args.epochs_per_task", "2"]
@@ -320,7 +323,7 @@ def test_two_processes_reach_the_accuracies_of_one() -> None:
     assert run() == 0
     line = [BPN_FIT, "--config", "digits_inc.yaml", *SHORT, "--runs", "two"]
     line += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--logger", "tensorboard"]
-    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     other = Path("two", *RUN.parts[1:])
     assert (RUN / "accuracy_matrix.csv").read_text() == (other / "accuracy_matrix.csv").read_text()
@@ -336,12 +339,12 @@ def test_ctrl_c_says_how_to_go_on() -> None:
     with subprocess.Popen(
         [*start, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while not (RUN / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         try:
-            _, err = process.communicate(timeout=120)
+            _, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert process.returncode == 130

@@ -12,6 +12,8 @@ from bpn_lightning.cli.config_files import methods_of, packaged_configs
 from bpn_lightning.cli.fit import ContinualCLI
 from bpn_lightning.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("bench", "sweeps"))
 EXPERIMENTS = [name.removesuffix(".yaml") for name in packaged_configs()]

@@ -7,6 +7,8 @@ import pytest
 from bpn_lightning.cli.main import main
 from bpn_lightning.cli.messages import shorten_help
 
+pytestmark = pytest.mark.slow
+
 ALL = " `bpn-fit --help_all` shows all."
 DIGITS = (
     "It takes epochs_per_task, batch_size, eval_batch_size, validation_fraction, augment, channels, "

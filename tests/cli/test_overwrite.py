@@ -14,6 +14,8 @@ from bpn_lightning.cli.main import main
 from bpn_lightning.run.lock import FolderLock
 from bpn_lightning.terminal import plain_warnings
 
+pytestmark = pytest.mark.slow
+
 LINE = [
     *("--config", "digits_inc.yaml", "--method", "finetune", "--trainer.accelerator", "cpu"),
     *("--data.init_args.num_tasks", "2", "--data.init_args.epochs_per_task", "1"),

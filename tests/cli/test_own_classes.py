@@ -9,6 +9,8 @@ import pytest
 
 from bpn_lightning.cli.trust import find_here
 
+pytestmark = pytest.mark.slow
+
 NET = "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self) -> None:\n"
 NET += "        super().__init__(nn.Flatten(), nn.LazyLinear(3))\n"
 TRAP = "from pathlib import Path\nPath('trapped').touch()\n"

@@ -191,6 +191,7 @@ STRATEGIES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "made", STRATEGIES, ids=lambda made: "+".join(type(one).__name__ for one in made())

@@ -223,6 +223,7 @@ def test_streams_of_one_data_set_are_learned_as_one_stream_of_it(fit: Any) -> No
     assert torch.equal(first, second), "up to the second task, whose order has another key"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [EWC, JointTraining])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(
     fit: Any, tmp_path: Path, method: Any

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.tasks import Batch, Phase, Position, Schedule
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., ContinualDataModule]
 
 

@@ -509,6 +509,7 @@ def test_a_selection_of_parameters_is_enough() -> None:
     torch.testing.assert_close(found, by_sample, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
 def test_networks_of_torchvision(name: str) -> None:
     network = torchvision_backbone(name).double().eval()

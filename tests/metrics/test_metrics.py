@@ -1,10 +1,9 @@
 """The metrics against figures worked out by hand, against NumPy loops, and across processes."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -325,44 +324,29 @@ def test_in_a_trainer(tmp_path: Path) -> None:
     assert torch.equal(state["matrix.accuracy"][1:], learner.matrix.accuracy[1:])
 
 
-PROCESS = """
-import sys
-import torch.distributed as dist
-from bpn_lightning import AccuracyMatrix
-
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-matrix = AccuracyMatrix(2)
-for row, accuracies in enumerate([[0.5, 0.5], [0.75, 0.25], [0.5, 1.0]]):
-    matrix.update(row, accuracies)
-matrix.update_without_oracle([0.25, 0.5])
-if rank == 0:  # alone: a collective in here would wait for the other process for ever
-    first = matrix.compute()
-    assert {k: v.item() for k, v in first.items() if v.item() == v.item()} == {
-        "average": 0.75, "first_task": 0.5, "after_learning": 0.875, "bwt": -0.25, "fwt": -0.25,
-        "forgetting": 0.25, "without_oracle": 0.375}, first
-dist.barrier()
-matrix.sync()  # by hand: still neither stacked nor summed
-assert matrix.accuracy.tolist() == [[0.5, 0.5], [0.75, 0.25], [0.5, 1.0]]
-assert matrix.without_oracle.tolist() == [0.25, 0.5]
-matrix.unsync()
-assert matrix.summary()["average"] == 0.75
-dist.destroy_process_group()
-"""
+def measure(rank_alone: int) -> None:
+    matrix = AccuracyMatrix(2)
+    for row, accuracies in enumerate([[0.5, 0.5], [0.75, 0.25], [0.5, 1.0]]):
+        matrix.update(row, accuracies)
+    matrix.update_without_oracle([0.25, 0.5])
+    if torch.distributed.get_rank() == rank_alone:  # a collective in here would wait for the other
+        first = matrix.compute()
+        assert {k: v.item() for k, v in first.items() if v.item() == v.item()} == {
+            "average": 0.75,
+            "first_task": 0.5,
+            "after_learning": 0.875,
+            "bwt": -0.25,
+            "fwt": -0.25,
+            "forgetting": 0.25,
+            "without_oracle": 0.375,
+        }, first
+    torch.distributed.barrier()
+    matrix.sync()  # by hand: still neither stacked nor summed
+    assert matrix.accuracy.tolist() == [[0.5, 0.5], [0.75, 0.25], [0.5, 1.0]]
+    assert matrix.without_oracle.tolist() == [0.25, 0.5]
+    matrix.unsync()
+    assert matrix.summary()["average"] == 0.75
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
-def test_two_processes_neither_sum_nor_wait(tmp_path: Path) -> None:
-    # Started as scripts, since pytest's importlib mode gives test functions no name to pickle.
-    command = [sys.executable, "-W", "ignore", "-c", PROCESS]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors.decode()
-    finally:
-        for process in processes:
-            process.kill()
+def test_two_processes_neither_sum_nor_wait(ranks: Any) -> None:
+    ranks(measure, 0)

@@ -284,6 +284,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("runs/digits_inc/bd/seed_0")
 
 
+@pytest.mark.slow
 def test_a_run_is_exported(run: Path, capsys: Said) -> None:
     capsys.readouterr()
     assert export_command.main([str(run), "out"]) == 0

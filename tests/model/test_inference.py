@@ -16,6 +16,8 @@ from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.strategies.stl import IndependentNetworks
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([0, 1, 1, 0, 1])
 
 

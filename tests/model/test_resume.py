@@ -16,6 +16,8 @@ from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.run.recording import Intervals, LastCheckpoint
 from bpn_lightning.strategies import EWC, BeneficialPerturbation
 
+pytestmark = pytest.mark.slow
+
 MOMENTS = (
     "on_train_batch_end",
     "on_validation_batch_end",

@@ -69,6 +69,7 @@ def test_mlp_refuses_what_is_no_list_of_widths(hidden: Any) -> None:
 # --- torchvision's -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "features"),
     [
@@ -129,6 +130,7 @@ def test_refuses_unknown_weights() -> None:
         torchvision_backbone("resnet18", weights="IMAGENET")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alexnet", "resnet18"])
 def test_a_local_file_gives_the_weights(name: str, tmp_path: Path) -> None:
     """Of any number of classes, as the last layer is cut off."""

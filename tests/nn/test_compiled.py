@@ -28,6 +28,8 @@ from bpn_lightning.strategies.mas import MemoryAwareSynapses
 from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.strategies.slnid import SLNID
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _no_graphs() -> Iterator[None]:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE
 
 from bpn_lightning.report.cli import main
+
+pytestmark = pytest.mark.slow
 
 Make = Callable[..., Path]
 
@@ -41,7 +44,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
         context = browser.new_context(viewport={"width": width, "height": 800}, **options)
         contexts.append(context)
         one = Opened(context.new_page())
-        one.page.set_default_timeout(30_000)
+        one.page.set_default_timeout(1000 * PATIENCE)
         one.page.on("console", lambda message: one.messages.append(message.text))
         one.page.on("pageerror", lambda error: one.messages.append(str(error)))
         one.page.on("request", lambda request: one.requests.append(request.url))

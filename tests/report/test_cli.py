@@ -10,6 +10,8 @@ import pytest
 
 from bpn_lightning.report.cli import main
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Path]
 
 

@@ -174,6 +174,7 @@ def test_a_page_of_unfinished_runs_names_them(make_run: Make, tmp_path: Path) ->
     assert "digits_inc/ewc/seed_0" in parsed.text
 
 
+@pytest.mark.slow
 def test_hundreds_of_runs_and_a_hundred_tasks(
     make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -398,6 +398,7 @@ def test_one_run_in_two_places_counts_once(tmp_path: Path) -> None:
     assert found.problems[0].state == "not shown"
 
 
+@pytest.mark.slow
 def test_the_committed_results_are_all_there() -> None:
     lines = sum(
         line.startswith('    {"experiment"')

@@ -41,6 +41,8 @@ from bpn_lightning.strategies import (
     SynapticIntelligence,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 DOCS = (ROOT / "docs" / "wandb.md").read_text(encoding="utf-8")
 FOLDER = Path("runs", "digits_inc", "bd+ewc", "seed_3")

@@ -6,6 +6,8 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from bpn_lightning.cli.main import main
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.run.checkpoints import AtomicCheckpointIO, read_checkpoint
 from bpn_lightning.run.recording import Intervals, LastCheckpoint, MetricsFile
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
 LINE = [
@@ -314,14 +318,20 @@ def test_what_does_not_change_a_run_may_change(whole: Path) -> None:
     assert_same(whole)
 
 
-def test_two_processes_go_on_where_one_stopped(whole: Path) -> None:
+def resume_in_two(folder: str) -> tuple[int, str]:
+    """The exit code of the command, and what it says."""
+    flags = ("--ckpt_path", "last", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as said:
+        patch.chdir(folder)
+        return run(*flags), said.getvalue()
+
+
+def test_two_processes_go_on_where_one_stopped(whole: Path, ranks: Any) -> None:
     with pytest.raises(ZeroDivisionError):
         with_fault("Crash", "--checkpoint_every_n_steps", "5")
-    command = [str(Path(sys.executable).with_name("bpn-fit")), *LINE, "--ckpt_path", "last"]
-    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("The checkpoint is of 1 and this run of 2 processes.") == 1
+    statuses, said = zip(*ranks(resume_in_two, str(Path.cwd())), strict=True)
+    assert statuses == (0, 0), said
+    assert "".join(said).count("The checkpoint is of 1 and this run of 2 processes.") == 1
     torch.testing.assert_close(weights(RUN), weights(whole), rtol=1e-4, atol=1e-5)
     assert figures(RUN)[1] == figures(whole)[1]
 

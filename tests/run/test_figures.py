@@ -202,6 +202,7 @@ assert pyplot.get_fignums() == []
 """
 
 
+@pytest.mark.slow
 def test_equal_pictures_are_equal_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In another process, on another day, under another style and on a machine with a screen."""
     here, there = tmp_path / "here", tmp_path / "there"

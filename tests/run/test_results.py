@@ -28,6 +28,8 @@ from bpn_lightning.run.results import (
 )
 from bpn_lightning.tasks import Task
 
+pytestmark = pytest.mark.slow
+
 TASKS = [Task(k, (2 * k, 2 * k + 2), (f"{2 * k}", f"{2 * k + 1} é"), epochs=2) for k in range(3)]
 ROWS = [[1 / 3, 0.4, 0.3], [0.9, 0.5, 0.4], [0.6, 0.8, 0.6], [0.5, 0.9, 0.7]]
 PROVENANCE: Provenance = {

@@ -183,6 +183,7 @@ class Killed(BaseException):
     """As nothing in a run catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [False, True])
 def test_a_kill_between_any_two_steps_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: bool

@@ -14,6 +14,8 @@ from bpn_lightning.cli.fit import ContinualCLI
 from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules import SplitDigits
 
+pytestmark = pytest.mark.slow
+
 SWEEPS = Path(__file__).parent.parent.parent / "configs" / "sweeps"
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 

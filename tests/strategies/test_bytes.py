@@ -76,6 +76,7 @@ def learned(strategy: ContinualStrategy, stream: Any, **module: Any) -> Continua
     return learner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", MAKERS)
 def test_whatever_the_stream_stores(name, kind):

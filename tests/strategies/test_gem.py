@@ -822,6 +822,7 @@ def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
 # --- state ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [GradientEpisodicMemory, partial(AveragedGEM, sample_size=7)])
 def test_resuming_inside_a_task_changes_nothing(
     prepare: Any, same: Any, tmp_path: Any, kind: Callable[..., Any]

@@ -261,6 +261,7 @@ def test_one_task_is_served_as_it_was_trained(learn: Any, same: Any, mode: Any) 
     assert str(one.random) == str(plain.random)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", ["always", "never"])
 @pytest.mark.parametrize("mask", ["all", "task"])
 @pytest.mark.parametrize("mode", MODES)
@@ -624,6 +625,7 @@ def digits() -> Callable[..., Any]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_resuming_from_every_checkpoint_changes_nothing(
     fit_imm: Any, same: Any, tmp_path: Any, mode: Any

@@ -146,6 +146,7 @@ def train(module: Any, stream: Any, make_optimizer: Any, mask: str) -> nn.Module
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mask", ["all", "seen", "task", "shared"])
 def test_equals_a_plain_loop(fitted: Any, mask: str, optimizer: str) -> None:
@@ -205,6 +206,7 @@ def test_the_scheduler_knows_how_many_updates_there_are(fitted: Any) -> None:
     assert updates[2] > updates[1] > updates[0]
 
 
+@pytest.mark.slow
 def test_knows_what_one_training_on_all_data_knows(learn: Any) -> None:
     """The first stream ends as the second begins: with all ten digits at once."""
     arguments = {"optimizer": partial(SGD, lr=0.1), "backbone": lambda: MLP([32, 32])}
@@ -228,6 +230,7 @@ def test_knows_what_one_training_on_all_data_knows(learn: Any) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["all", "task"])
 def test_resuming_anywhere_changes_nothing(fit: Any, same: Any, tmp_path: Any, mask: str) -> None:
     """Also where an epoch is followed by one with more batches."""

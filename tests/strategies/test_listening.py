@@ -24,6 +24,8 @@ from bpn_lightning.strategies import (
 )
 from bpn_lightning.tasks import Batch, ContinualHost
 
+pytestmark = pytest.mark.slow
+
 SCALE = 4.0
 
 

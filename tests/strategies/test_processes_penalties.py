@@ -1,36 +1,36 @@
 """Penalties of two processes are those of one; stopped and resumed, those of never stopped."""
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.nn.backbones import MLP
 from bpn_lightning.strategies.ewc import EWC
 from bpn_lightning.strategies.mas import MemoryAwareSynapses
 from bpn_lightning.strategies.si import SynapticIntelligence
 
-SCRIPT = """
-import sys
-import torch
-from lightning.pytorch import Trainer, seed_everything
-from bpn_lightning import ContinualModule
-from bpn_lightning.nn import MLP
-from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.strategies.ewc import EWC
-from bpn_lightning.strategies.mas import MemoryAwareSynapses
-from bpn_lightning.strategies.si import SynapticIntelligence
+LEARNED: dict[str, tuple[Callable[[], Any], str]] = {
+    "online": (lambda: EWC(20.0, gamma=0.7, fisher="exact"), "all"),
+    "sampled": (lambda: EWC(20.0, fisher="sampled"), "all"),
+    "si": (lambda: SynapticIntelligence(2.0), "all"),
+    "si_task": (lambda: SynapticIntelligence(2.0, update="proximal", include_head=True), "task"),
+    "mas": (lambda: MemoryAwareSynapses(0.1), "task"),
+}
 
-devices, folder = int(sys.argv[1]), sys.argv[2]
 
-def run(name, strategy, mask="all"):
-    seed_everything(0)
-    # 287 samples in batches of 33: shares of 17 and 16, and a last batch of 23.
+def learn(name: str, devices: int) -> list[dict[str, Any]]:
+    """The network's weights, and the strategy's state."""
+    seed_everything(0, verbose=False)
+    make, mask = LEARNED[name]
+    strategy = make()
+    # 287 samples in batches of 33: shards of 17 and 16, and a last batch of 23.
     stream = SplitDigits(
         num_tasks=2, epochs_per_task=2, batch_size=33, eval_batch_size=101, augment=True
     )
@@ -38,42 +38,24 @@ def run(name, strategy, mask="all"):
         MLP([16, 16]), mask=mask, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)
     )
     trainer = Trainer(
-        max_epochs=-1, accelerator="cpu", devices=devices,
-        strategy="ddp" if devices > 1 else "auto", callbacks=[strategy], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        callbacks=[strategy],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(module, stream)
     weights = {n: v for n, v in module.state_dict().items() if not n.startswith("accuracy")}
-    torch.save([weights, strategy.state_dict()], f"{folder}/{name}_{devices}_{trainer.global_rank}.pt")
-
-run("online", EWC(20.0, gamma=0.7, fisher="exact"))
-run("sampled", EWC(20.0, fisher="sampled"))
-run("si", SynapticIntelligence(2.0))
-run("si_task", SynapticIntelligence(2.0, update="proximal", include_head=True), mask="task")
-run("mas", MemoryAwareSynapses(0.1), mask="task")
-"""
-RUNS = ("online", "sampled", "si", "si_task", "mas")
+    return [weights, strategy.state_dict()]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    for devices in ("1", "2"):
-        command = [sys.executable, str(script), devices, str(folder)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert run.returncode == 0, run.stderr
-    return folder
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_learn_and_remember_what_one_does(folder: Path, name: str, same: Any) -> None:
-    one, two, other = (
-        torch.load(folder / f"{name}_{which}.pt", weights_only=True)
-        for which in ("1_0", "2_0", "2_1")
-    )
+@pytest.mark.parametrize("name", LEARNED)
+def test_two_processes_learn_and_remember_what_one_does(ranks: Any, name: str, same: Any) -> None:
+    one, (two, other) = learn(name, 1), ranks(learn, name, 2)
     same(two, other)
     assert one[1]["importance"]["backbone.1.weight"].any()
     # An importance of SI is a quotient of small numbers.
@@ -104,6 +86,7 @@ MADE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_resuming_anywhere_changes_nothing(fit: Any, tmp_path: Path, same: Any, name: str) -> None:
     def run(*more: Callback, **options: Any) -> list[Any]:

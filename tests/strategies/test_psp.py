@@ -1,8 +1,5 @@
 """Superposition against plain training in other coordinates, torch's complex numbers and z-scores."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -13,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from bpn_lightning.costs import Bytes, bytes_per_task, measured_bytes
+from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
@@ -101,6 +100,7 @@ class OneKey(ParameterSuperposition):
 # --- what it must be equal to --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mask", ["all", "task"])
 @pytest.mark.parametrize("convolutions", [False, True])
@@ -337,9 +337,7 @@ def by_complex_numbers(host: Any, inputs: Tensor, task: int) -> Tensor:
     return value.real
 
 
-@pytest.mark.parametrize(
-    ("keys", "answer"), [("binary", by_hand), ("complex", by_complex_numbers)], ids=str
-)
+@pytest.mark.parametrize(("keys", "answer"), [("binary", by_hand), ("complex", by_complex_numbers)])
 @pytest.mark.parametrize("beside", ["alone", "bd first", "bd last"])
 @pytest.mark.parametrize("widths", [[16, 12], [12, 12]], ids=["16-12", "square"])
 def test_key_and_bias_follow_the_mode(
@@ -424,6 +422,7 @@ def case(request: Any) -> Any:
     return [make() for make in made], {"stream": {"num_tasks": 3}} | arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])
 def test_a_task_per_sample_equals_a_forward_per_task(learn: Any, case: Any, mask: str) -> None:
     module = learn(*case[0], mask=mask, **case[1]).module
@@ -466,6 +465,7 @@ class Saves(Callback):
             trainer.save_checkpoint(self.paths[-1])
 
 
+@pytest.mark.slow
 def test_resuming_changes_nothing(prepare: Any, tmp_path: Any, same: Any, request: Any) -> None:
     for name, (made, arguments) in CASES.items():
         folder = tmp_path / name
@@ -497,58 +497,37 @@ def test_a_checkpoint_answers_without_a_trainer(learn: Any, case: Any, tmp_path:
             assert torch.equal(loaded(inputs, task=task), run.module(inputs, task=task))
 
 
-SCRIPT = """
-import json, sys
-import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
-from bpn_lightning import ContinualModule
-from bpn_lightning.nn import MLP
-from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.strategies.bd import BeneficialPerturbation
-from bpn_lightning.strategies.psp import ParameterSuperposition
-
-devices, folder = int(sys.argv[1]), sys.argv[2]
-mine = {}
-for keys in ("binary", "complex"):
-    seed_everything(0)
+def learn_keys(keys: str, devices: int) -> dict[str, torch.Tensor]:
+    seed_everything(0, verbose=False)
     stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=33, eval_batch_size=101)
     module = ContinualModule(MLP([16, 16]))
     trainer = Trainer(
-        max_epochs=-1, accelerator="cpu", devices=devices, logger=False,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=devices,
         # What rank 0 has is not sent to the others: they have to draw the same.
         strategy=DDPStrategy(broadcast_buffers=False) if devices > 1 else "auto",
         callbacks=[ParameterSuperposition(keys), BeneficialPerturbation(4)],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     torch.manual_seed(trainer.global_rank)  # keys are not from the global generator
     trainer.fit(module, stream)
-    values = {f"{keys} {name}": value for name, value in module.state_dict().items()}
-    mine |= {name: value.double().flatten().tolist() for name, value in values.items()
-             if isinstance(value, torch.Tensor)}
-with open(f"{folder}/{devices}_{trainer.global_rank}.json", "w") as file:
-    json.dump(mine, file)
-"""
+    return dict(module.state_dict())
 
 
-def test_two_processes_have_the_keys_of_one(tmp_path: Any) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    for devices in ("1", "2"):
-        command = [sys.executable, str(script), devices, str(tmp_path)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert run.returncode == 0, run.stderr
-    one, two, other = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")
-    )
-    as_text = [json.dumps(values, sort_keys=True) for values in (two, other)]
-    assert as_text[0] == as_text[1]
-    for name, values in one.items():
-        if "keys.bank" in name:
-            assert two[name] == values
-            assert len(set(values)) > 1
-        assert two[name] == pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True), name
+@pytest.mark.parametrize("keys", ["binary", "complex"])
+def test_two_processes_have_the_keys_of_one(ranks: Any, same: Any, keys: str) -> None:
+    one, (two, other) = learn_keys(keys, 1), ranks(learn_keys, keys, 2)
+    same(two, other)
+    banks = [name for name in one if "keys.bank" in name]
+    assert banks
+    for name in banks:
+        same(two[name], one[name])
+        assert len(one[name].unique()) > 1
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 # --- complex weights -----------------------------------------------------------------------------
@@ -681,6 +660,7 @@ def test_accepts_networks_that_work_by_element(learn: Any, between: Any) -> None
 # --- what it is for ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", ["binary", "complex"])
 def test_remembers_what_fine_tuning_forgets(learn: Any, keys: Any) -> None:
     final = {
@@ -761,7 +741,6 @@ def test_bytes_of_the_network_of_the_paper() -> None:
             9 + 54 + 64 + 12,
         ),
     ],
-    ids=str,
 )
 def test_measured_bytes_are_declared_bytes(
     learn: Any, arguments: dict[str, Any], backbone: Any, total: int, one: int

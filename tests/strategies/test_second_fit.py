@@ -25,6 +25,8 @@ from bpn_lightning.strategies import (
     SynapticIntelligence,
 )
 
+pytestmark = pytest.mark.slow
+
 Maker = Callable[[], ContinualStrategy]
 
 #: Of each, the conformance suite compares a second fit and a resumed one with what a new object learns.

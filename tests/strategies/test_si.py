@@ -126,6 +126,7 @@ def test_the_trapezoid_of_two_gradients_is_the_fall_itself() -> None:
     torch.testing.assert_close(si.path["theta"], trapezoid + rest, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damping", [1e-12, 0.5])
 def test_small_steps_find_half_the_curvature(damping: float) -> None:
     """Omega goes to h d^2 / 2 (d^2 + damping): with c = 1 the penalty is the task's own loss."""
@@ -142,6 +143,7 @@ def test_small_steps_find_half_the_curvature(damping: float) -> None:
     torch.testing.assert_close(found, wanted, rtol=0.016, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_two_quadratic_tasks_end_at_the_joint_optimum_and_three_do_not() -> None:
     """A negative control: the third task's weight is what the second one's path happened to be."""
     world = Quadratics(tasks=3)
@@ -156,6 +158,7 @@ def test_two_quadratic_tasks_end_at_the_joint_optimum_and_three_do_not() -> None
     assert far[2] > 0.2
 
 
+@pytest.mark.slow
 def test_the_joint_optimum_is_that_of_small_steps() -> None:
     gaps = []
     torch.manual_seed(5)

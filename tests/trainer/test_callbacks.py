@@ -147,6 +147,7 @@ def test_what_acts_on_the_whole_stream_is_refused_by_name(fit, name):
 
 
 # Lightning's, of modules that do not say how many operations a batch takes.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`, you need to define")
 @pytest.mark.parametrize("name", [name for name, (make, _) in GOOD.items() if make])
 def test_what_works_changes_nothing_that_is_learned(fit, tmp_path, name):

@@ -24,6 +24,8 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional import importance
 from bpn_lightning.strategies import STRATEGIES, BeneficialPerturbation
 
+pytestmark = pytest.mark.slow
+
 LR = 0.05
 ARGUMENTS = {
     "agem": {"memory_size": 20, "sample_size": 10},

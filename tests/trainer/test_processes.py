@@ -4,16 +4,31 @@ The suite of promises has two processes for every built-in; here are composition
 switches, batch normalization, and processes that are led astray on purpose.
 """
 
-import json
-import subprocess
-import sys
+import runpy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
-from bpn_lightning.conformance.runs import differences
+from bpn_lightning.conformance.runs import Setting, differences, fit
+from bpn_lightning.errors import ProcessesError
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
+from bpn_lightning.strategies.ewc import EWC
+from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
+from bpn_lightning.strategies.psp import ParameterSuperposition
+from bpn_lightning.strategies.si import SynapticIntelligence
 from bpn_lightning.trainer.processes import disagreements, fingerprints
 
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "processes.py"
@@ -23,29 +38,27 @@ COMPARED = [
 ]  # fmt: skip
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
-
-
 # --- the short version of benchmarks/processes.py ------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rows() -> dict[str, list[str]]:
-    """The table's rows by method: how many numbers, absolute, relative, accuracies."""
-    text = run(str(BENCHMARK), "--processes", "1", "3", "--methods", *COMPARED)
-    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {name: rest for name, *rest in cells}
+def benchmark() -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARK))
+
+
+def learn_method(name: str, number: int, folder: str) -> None:
+    benchmark()["_learn"](name, number, "64-true", Path(folder))
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_three_processes_learn_what_one_learns(rows: dict[str, list[str]], name: str) -> None:
+def test_three_processes_learn_what_one_learns(
+    ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     """In double precision, where a sample that is dropped or counted twice has nowhere to hide."""
-    numbers, _, relative, accuracies = rows[name]
+    learn_method(name, 1, str(tmp_path))
+    ranks(learn_method, name, 3, str(tmp_path), number=3)
+    benchmark()["_print_table"](tmp_path, [name], [1, 3], "64-true")
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {name}")]
+    _, numbers, _, relative, accuracies = row.strip("| ").split(" | ")
     assert int(numbers.replace(",", "")) > 5000
     assert float(relative) < (1e-5 if "ebll" in name else 1e-10)  # autoencoders are in float32
     assert float(accuracies) == 0
@@ -53,100 +66,33 @@ def test_three_processes_learn_what_one_learns(rows: dict[str, list[str]], name:
 
 # --- two processes for everything else -----------------------------------------------------------
 
-SCRIPT = '''
-import json, sys
-from functools import partial
-from pathlib import Path
-
-import torch
-from lightning.pytorch.plugins import LayerSync
-from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
-from torch.distributed.nn.functional import all_reduce
-
-from bpn_lightning.conformance.runs import Setting, fit
-from bpn_lightning.errors import ProcessesError
-from bpn_lightning.strategies import (
-    EWC, AveragedGEM, BeneficialPerturbation, EncoderBasedLifelongLearning, GradientEpisodicMemory,
-    ParameterSuperposition, SynapticIntelligence,
-)
-from bpn_lightning.strategies.base import ContinualStrategy
-
-folder = Path(sys.argv[1])
-
-# --- as strict as nccl, which takes no tensor with gaps and not every type
-
-plain_all_reduce = torch.distributed.all_reduce
-TYPES = {
-    getattr(torch, name)
-    for name in ("uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
-}
+EVEN = {"num_tasks": 2, "batch_size": 67}  # 288 samples: shards of 33 and 34, and of 10 and 10
 
 
-def strict_all_reduce(tensor, *args, **kwargs):
-    assert tensor.is_contiguous(), "Tensors must be contiguous"
-    assert tensor.dtype in TYPES, tensor.dtype
-    return plain_all_reduce(tensor, *args, **kwargs)
+@contextmanager
+def strict_all_reduce() -> Iterator[None]:
+    """As strict as nccl, which takes no tensor with gaps and not every type."""
+    all_reduce = torch.distributed.all_reduce
+    names = ("uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+    types = {getattr(torch, name) for name in names}
+
+    def strict(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert tensor.is_contiguous(), "Tensors must be contiguous"
+        assert tensor.dtype in types, tensor.dtype
+        return all_reduce(tensor, *args, **kwargs)
+
+    with patch("torch.distributed.all_reduce", strict):
+        yield
 
 
-torch.distributed.all_reduce = strict_all_reduce
-
-EVEN = {"num_tasks": 2, "batch_size": 67}  # 288 samples: shares of 33 and 34, and of 10 and 10
-
-
-def setting(together, backbone=None, optimizer=None, module=(), trainer=(), **ddp):
-    flags = {"devices": 1, **dict(trainer)}
-    if together:
-        flags |= {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo", **ddp)}
-    else:
-        flags.pop("plugins", None)
-    kinds = {"backbone": backbone, "optimizer": optimizer}
-    kinds = {name: kind for name, kind in kinds.items() if kind is not None}
-    return Setting(stream=EVEN, module=dict(module), trainer=flags, **kinds)
-
-
-def compare(name, make, **options):
-    """Two processes, then one in the first of them."""
-    run = fit(make(), setting(True, **options))
-    torch.save(run.learned(), folder / f"{name}_2_{run.trainer.global_rank}.pt")
-    if run.trainer.global_rank == 0:
-        for flag in ("static_graph", "gradient_as_bucket_view", "find_unused_parameters"):
-            options.pop(flag, None)
-        torch.save(fit(make(), setting(False, **options)).learned(), folder / f"{name}_1_0.pt")
-    torch.distributed.barrier()
-
-
-# --- DDP's switches
-
-several = {"accumulate_grad_batches": 2}
-for switch, flags in (
-    ("static_graph", {}), ("gradient_as_bucket_view", several), ("find_unused_parameters", {}),
-):
-    compare(f"bd+ewc {switch}", lambda: [BeneficialPerturbation(8), EWC()], trainer=flags, **{switch: True})
-    compare(
-        f"ebll {switch}",
-        lambda: [EncoderBasedLifelongLearning(autoencoder_epochs=2, warm_up_epochs=1)],
-        trainer=flags, **{switch: True},
-    )
-
-# --- an optimizer that looks at an update several times, and a scheduler that looks at the training loss
-
-twice = partial(torch.optim.LBFGS, lr=0.1, max_iter=2)
-compare("bd+si lbfgs", lambda: [BeneficialPerturbation(8), SynapticIntelligence()], optimizer=twice)
-plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.5)
-compare("plateau", lambda: [EWC(20.0, update="clamped")], module={"scheduler": plateau})
-
-# --- batch normalization
-
-
-def normalizing():
+def batch_norm_net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU())
 
 
-class Together(nn.BatchNorm1d):
+class WholeBatchNorm(nn.BatchNorm1d):
     """What torch.nn.SyncBatchNorm does on GPUs: statistics of the whole batch, with their gradients."""
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         count = all_reduce(torch.tensor(float(len(input))))
@@ -160,124 +106,182 @@ class Together(nn.BatchNorm1d):
 
 
 class Synced(LayerSync):
-    def apply(self, model):
+    def apply(self, model: nn.Module) -> nn.Module:
         for part in model.modules():
             if type(part) is nn.BatchNorm1d:
-                part.__class__ = Together
+                part.__class__ = WholeBatchNorm
         return model
 
-    def revert(self, model):
+    def revert(self, model: nn.Module) -> nn.Module:
         return model
 
 
-ewc = lambda: [EWC(20.0, update="clamped")]
-compare("own statistics", ewc, backbone=normalizing)
-compare("statistics together", ewc, backbone=normalizing, trainer={"plugins": [Synced()]})
-
-# --- led astray
-
-
-class Astray(ContinualStrategy):
-    """Comes last, and spoils something in the second process."""
-
-    def __init__(self, spoil):
-        self.spoil = spoil
-
-    def on_task_end(self, host, task):
-        if host.global_rank == 1 and task.id == 1:
-            with torch.no_grad():
-                self.spoil(host)
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], list[ContinualStrategy]]
+    setting: Setting = field(default_factory=Setting)
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+    plugins: Callable[[], list[Any]] = list
 
 
-said = {}
-bd, ewc, gem, agem, psp = (
-    BeneficialPerturbation(8), EWC(update="clamped"), GradientEpisodicMemory(7), AveragedGEM(7),
-    ParameterSuperposition(),
-)
-for name, strategy, spoil in (
-    ("weights", bd, lambda host: host.head.weight[0, 0].nextafter_(torch.tensor(9.0))),
-    ("bank", bd, lambda host: host.head.bias_units.bank[1, 3].add_(1e-3)),
-    ("importances", ewc, lambda host: ewc.penalty.importance["head.bias"][0].mul_(1.001)),
-    ("memory", gem, lambda host: gem.memory.inputs[0].add_(1)),
-    ("count", agem, lambda host: setattr(agem, "draws", agem.draws + 1)),
-    ("keys", psp, lambda host: next(iter(host.head.keys.buffers())).neg_()),
-):
-    checked = setting(True, module={"check_processes": True})
-    try:
-        run = fit([strategy, Astray(spoil)], checked)
-        said[name] = "nothing"
-    except ProcessesError as error:
-        said[name] = str(error)
-rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
-(folder / f"said_{sys.argv[2:] or rank}.json").write_text(json.dumps(said))
-'''
+def bd_ewc() -> list[ContinualStrategy]:
+    return [BeneficialPerturbation(8), EWC()]
+
+
+def ebll() -> list[ContinualStrategy]:
+    return [EncoderBasedLifelongLearning(autoencoder_epochs=2, warm_up_epochs=1)]
+
+
+def clamped_ewc() -> list[ContinualStrategy]:
+    return [EWC(20.0, update="clamped")]
+
+
+SWITCHES = {
+    "static_graph": {},
+    "gradient_as_bucket_view": {"accumulate_grad_batches": 2},
+    "find_unused_parameters": {},
+}
+CASES = {
+    **{
+        f"{name} {switch}": Case(make, Setting(trainer=flags), {switch: True})
+        for switch, flags in SWITCHES.items()
+        for name, make in (("bd+ewc", bd_ewc), ("ebll", ebll))
+    },
+    # An optimizer that looks at an update several times, and a scheduler that looks at the loss.
+    "bd+si lbfgs": Case(
+        lambda: [BeneficialPerturbation(8), SynapticIntelligence()],
+        Setting(optimizer=partial(torch.optim.LBFGS, lr=0.1, max_iter=2)),
+    ),
+    "plateau": Case(
+        clamped_ewc,
+        Setting(
+            module={
+                "scheduler": partial(
+                    torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.5
+                )
+            }
+        ),
+    ),
+    "own statistics": Case(clamped_ewc, Setting(batch_norm_net)),
+    "statistics together": Case(clamped_ewc, Setting(batch_norm_net), plugins=lambda: [Synced()]),
+}
+
+
+def learn(name: str, devices: int) -> dict[str, Any]:
+    """Everything of the module and of the strategies."""
+    case = CASES[name]
+    flags: dict[str, Any] = {**case.setting.trainer, "devices": devices}
+    if devices > 1:
+        flags |= {"strategy": DDPStrategy(**case.ddp), "plugins": case.plugins()}
+    with strict_all_reduce():
+        run = fit(case.make(), replace(case.setting, stream=EVEN, trainer=flags))
+    return run.learned()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    (folder / "script.py").write_text(SCRIPT)
-    run(str(folder / "script.py"), str(folder))
-    return folder
-
-
-def learned(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """By one process, and by the first and the second of two."""
-    found = [
-        torch.load(folder / f"{name}_{which}.pt", weights_only=True)
-        for which in ("1_0", "2_0", "2_1")
-    ]
-    return found[0], found[1], found[2]
+def learned(ranks: Any) -> Callable[[str], tuple[Any, Any, Any]]:
+    """What one process learns, and the first and the second of two."""
+    return cache(lambda name: (learn(name, 1), *ranks(learn, name, 2)))
 
 
 @pytest.mark.parametrize("method", ["bd+ewc", "ebll"])
 @pytest.mark.parametrize(
     "switch", ["static_graph", "gradient_as_bucket_view", "find_unused_parameters"]
 )
-def test_switches_of_ddp_change_nothing(folder: Path, method: str, switch: str) -> None:
-    one, first, second = learned(folder, f"{method} {switch}")
+def test_switches_of_ddp_change_nothing(learned: Any, method: str, switch: str) -> None:
+    one, first, second = learned(f"{method} {switch}")
     assert not differences(first, second)
     assert not differences(first, one, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bd+si lbfgs", "plateau"])
-def test_steps_that_look_more_than_once_are_those_of_one_process(folder: Path, name: str) -> None:
-    one, first, second = learned(folder, name)
+def test_steps_that_look_more_than_once_are_those_of_one_process(learned: Any, name: str) -> None:
+    one, first, second = learned(name)
     assert not differences(first, second)
     assert not differences(first, one, tolerance=1e-4)
 
 
-def test_statistics_of_own_shares_are_alike_but_not_those_of_one_process(folder: Path) -> None:
-    one, first, second = learned(folder, "own statistics")
+def test_statistics_of_own_shares_are_alike_but_not_those_of_one_process(learned: Any) -> None:
+    one, first, second = learned("own statistics")
     assert not differences(first, second)
     found = differences(first, one, tolerance=1e-2)
     assert any("running_mean" in place for place in found)
 
 
-def test_statistics_of_whole_batches_are_those_of_one_process(folder: Path) -> None:
+def test_statistics_of_whole_batches_are_those_of_one_process(learned: Any) -> None:
     """By a double: torch.nn.SyncBatchNorm needs a GPU."""
-    one, first, second = learned(folder, "statistics together")
+    one, first, second = learned("statistics together")
     assert not differences(first, second)
     assert not differences(first, one, tolerance=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("weights", "head.weight of the network"),
-        ("bank", "head.bias_units.bank of the network"),
-        ("importances", "importance/head.bias of EWC"),
-        ("memory", "inputs of GradientEpisodicMemory"),
-        ("count", "draws of AveragedGEM"),
-        ("keys", "head.keys.bank of the network"),
-    ],
-)
-def test_a_process_that_goes_astray_is_named(folder: Path, name: str, place: str) -> None:
-    mine, theirs = (json.loads(path.read_text())[name] for path in sorted(folder.glob("said_*")))
+class Astray(ContinualStrategy):
+    """Comes last, and spoils something in the second process."""
+
+    def __init__(self, spoil: Callable[[Any], object]) -> None:
+        self.spoil = spoil
+
+    def on_task_end(self, host: Any, task: Any) -> None:
+        if host.global_rank == 1 and task.id == 1:
+            with torch.no_grad():
+                self.spoil(host)
+
+
+#: What is spoiled: the strategy, how it is done, and how it is named.
+SPOILED: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], object], str]] = {
+    "weights": (
+        lambda: BeneficialPerturbation(8),
+        lambda bd, host: host.head.weight[0, 0].nextafter_(torch.tensor(9.0)),
+        "head.weight of the network",
+    ),
+    "bank": (
+        lambda: BeneficialPerturbation(8),
+        lambda bd, host: host.head.bias_units.bank[1, 3].add_(1e-3),
+        "head.bias_units.bank of the network",
+    ),
+    "importances": (
+        lambda: EWC(update="clamped"),
+        lambda ewc, host: ewc.penalty.importance["head.bias"][0].mul_(1.001),
+        "importance/head.bias of EWC",
+    ),
+    "memory": (
+        lambda: GradientEpisodicMemory(7),
+        lambda gem, host: gem.memory.inputs[0].add_(1),
+        "inputs of GradientEpisodicMemory",
+    ),
+    "count": (
+        lambda: AveragedGEM(7),
+        lambda agem, host: setattr(agem, "draws", agem.draws + 1),
+        "draws of AveragedGEM",
+    ),
+    "keys": (
+        ParameterSuperposition,
+        lambda psp, host: next(iter(host.head.keys.buffers())).neg_(),
+        "head.keys.bank of the network",
+    ),
+}
+
+
+def go_astray(name: str) -> str:
+    """What is raised."""
+    make, spoil, _ = SPOILED[name]
+    strategy = make()
+    together = {"devices": 2, "strategy": DDPStrategy()}
+    checked = Setting(stream=EVEN, module={"check_processes": True}, trainer=together)
+    try:
+        fit([strategy, Astray(partial(spoil, strategy))], checked)
+    except ProcessesError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_process_that_goes_astray_is_named(ranks: Any, name: str) -> None:
+    mine, theirs = ranks(go_astray, name)
     assert mine == theirs, "every process stops, for the same reason"
     assert mine == (
         f"Expected every process to hold the same after task 1, but some differ from process 0 in "
-        f"{place} (process 1). host.batches gives a process its share of the samples: sum over it, then "
+        f"{SPOILED[name][2]} (process 1). host.batches gives a process its share of the samples: sum over it, then "
         "host.all_reduce; draw random numbers from random_state.seeded_generator."
     )
 

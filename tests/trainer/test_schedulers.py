@@ -199,6 +199,7 @@ def test_a_plateau_is_found_in_the_open_tasks_loss(fit, make, fraction, wanted, 
     assert watch.acted
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
 @pytest.mark.parametrize(
@@ -358,6 +359,7 @@ def test_monitored_rates_are_those_of_the_open_task(
 # --- the command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "given", "length"),
     [
@@ -376,6 +378,7 @@ def test_a_config_names_a_scheduler_and_not_its_length(tmp_path, monkeypatch, na
     assert last_rate(tmp_path, monkeypatch, name, given) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_config_names_a_plateau(tmp_path, monkeypatch):
     """After the first epoch of a task, none lowers the loss by nine tenths."""
     given = {"patience": 0, "threshold": 0.9}

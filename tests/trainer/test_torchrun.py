@@ -7,7 +7,6 @@ double, the variables that srun sets for each process.
 import csv
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import PATIENCE
 
 from bpn_lightning.cli.main import main
 from bpn_lightning.errors import DataError
+
+pytestmark = pytest.mark.slow
 
 FIT = str(Path(sys.executable).parent / "bpn-fit")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -46,7 +48,7 @@ def start(command: list[str], **variables: str) -> "subprocess.Popen[str]":
 
 def finish(*processes: "subprocess.Popen[str]") -> list[str]:
     try:
-        return [process.communicate(timeout=240)[0] for process in processes]
+        return [process.communicate(timeout=PATIENCE)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -87,7 +89,7 @@ def assert_same(found: dict[str, Any], alone: dict[str, Any]) -> None:
         assert found[part] == alone[part]
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_torchrun_learns_what_one_process_learns(
     tmp_path: Path, alone: dict[str, Any], number: int
 ) -> None:
@@ -100,6 +102,7 @@ def test_torchrun_learns_what_one_process_learns(
     assert said.count("results: ") == 1
 
 
+@pytest.mark.matrix  # what each process prints is asked of the command below
 def test_an_error_is_printed_once(tmp_path: Path) -> None:
     launch = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--no-python", FIT]
     run = start([*launch, *FLAGS, "--strategies.bd.epsilom", "1", "--runs", str(tmp_path)])
@@ -182,7 +185,7 @@ ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 
 def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30)
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -230,13 +233,10 @@ def test_two_machines_learn_what_one_process_learns(
 # --- SLURM ---------------------------------------------------------------------------------------
 
 
-def test_srun_learns_what_one_process_learns(tmp_path: Path, alone: dict[str, Any]) -> None:
-    """By its variables, which is all that Lightning knows of SLURM."""
-    with socket.socket() as free:  # SLURM's default follows from the job's number
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        "MASTER_PORT": port,
+def fit_in_slurm(runs: str) -> int:
+    """The exit code of the command, with the variables that srun sets."""
+    number = str(torch.distributed.get_rank())
+    slurm = {
         "SLURM_JOB_NAME": "bpn",
         "SLURM_JOB_ID": "4711",
         "SLURM_NTASKS": "2",
@@ -245,12 +245,21 @@ def test_srun_learns_what_one_process_learns(tmp_path: Path, alone: dict[str, An
         "SLURM_NODEID": "0",
         "SLURM_NODELIST": "localhost",
         "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": number,
+        "SLURM_LOCALID": number,
     }
-    flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--runs", str(tmp_path)]
-    running = [
-        start([FIT, *FLAGS, *flags], **shared, SLURM_PROCID=number, SLURM_LOCALID=number)
-        for number in ("0", "1")
-    ]
-    said = finish(*running)
-    assert [run.returncode for run in running] == [0, 0], "\n".join(said)
+    flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--runs", runs]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LOCAL_RANK", "NODE_RANK"):
+            patch.delenv(name)
+        for name, value in slurm.items():
+            patch.setenv(name, value)
+        return main([*FLAGS, *flags])
+
+
+def test_srun_learns_what_one_process_learns(
+    tmp_path: Path, alone: dict[str, Any], ranks: Any
+) -> None:
+    """By its variables, which is all that Lightning knows of SLURM."""
+    assert ranks(fit_in_slurm, str(tmp_path)) == [0, 0]
     assert_same(report(tmp_path), alone)

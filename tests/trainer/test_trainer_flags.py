@@ -214,6 +214,7 @@ def deterministic():
     torch.backends.cudnn.benchmark = False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.filterwarnings("ignore:.*barebones=True")
 @pytest.mark.filterwarnings("ignore:.*GPU available but not used")

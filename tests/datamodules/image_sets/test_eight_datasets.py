@@ -126,6 +126,7 @@ def test_an_absent_set_is_named_before_another_is_decoded(trees: Trees) -> None:
     assert not (root / "bpn_cache").exists()
 
 
+@pytest.mark.slow
 def test_the_whole_sequence_through_alexnet(trees: Trees, fit: Any) -> None:
     """BD+PSP with the first key at ones; bias units stand on all fully connected layers."""
     stream = stream_of(trees().root, batch_size=64, eval_batch_size=64)

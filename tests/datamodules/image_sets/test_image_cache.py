@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
+from waiting import PATIENCE
 
 from bpn_lightning.datamodules import image_cache
 from bpn_lightning.datamodules.image_cache import CachedImages, cached_images
@@ -187,7 +188,7 @@ def test_of_two_processes_one_builds_and_both_read(entries: list[Entry]) -> None
     for process in processes:
         process.start()
     start.set()
-    got = sorted(answers.get(timeout=60) for _ in processes)
+    got = sorted(answers.get(timeout=PATIENCE) for _ in processes)
     for process in processes:
         process.join()
     total = int(cached(entries).images.sum())
