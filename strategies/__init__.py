@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bpn_lightning.strategies.table import STRATEGIES
+from bpn_lightning.strategies import table
 
 if TYPE_CHECKING:
     from bpn_lightning.strategies.base import ContinualStrategy
@@ -39,6 +39,9 @@ __all__ = [
     "ParameterSuperposition",
     "SynapticIntelligence",
 ]
+
+#: Names on the command line, in configs and in checkpoints, and where the class is.
+STRATEGIES: dict[str, str] = table.STRATEGIES
 
 _HOMES = {
     **{path.partition(":")[2]: path.partition(":")[0] for path in STRATEGIES.values()},
