@@ -8,7 +8,14 @@ from typing import BinaryIO
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
 
-__all__ = ["check_name", "flush", "refuse_outside", "why_unreadable", "write_atomically"]
+__all__ = [
+    "check_name",
+    "flush",
+    "has_variable",
+    "refuse_outside",
+    "why_unreadable",
+    "write_atomically",
+]
 
 _LONGEST = 255  # bytes of a name, as file systems have it
 
@@ -21,12 +28,18 @@ def check_name(argument: str, name: str) -> None:
     """
     encoded = name.encode(errors="replace")
     plain = name.isprintable() and len(encoded) <= _LONGEST
-    if not plain or name in ("", ".", "..") or "/" in name or os.sep in name:
+    if not plain or name in ("", ".", "..") or "/" in name or os.sep in name or has_variable(name):
         shown = name if len(name) <= 60 else f"{name[:60]}... ({len(name)} characters)"
+        never = "slashes or variables" if has_variable(name) else "slashes"
         raise ConfigurationError(
             f"Expected {argument} to be a name for a folder, but got {shown!r}. Write 1 to "
-            f"{_LONGEST} characters without slashes; --runs says where the folders lie."
+            f"{_LONGEST} characters without {never}; --runs says where the folders lie."
         )
+
+
+def has_variable(path: str) -> bool:
+    """Whether a path may lead elsewhere once the environment's variables are put in, as loggers do."""
+    return "$" in path or (os.name == "nt" and "%" in path)
 
 
 def refuse_outside(root: Path, folder: Path) -> None:

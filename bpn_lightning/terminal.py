@@ -1,13 +1,95 @@
 """What every command shows in the same way."""
 
+import os
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import wraps
+from typing import Any
 
-__all__ = ["INTERRUPTED", "is_utf8", "plain_warnings", "printable"]
+__all__ = ["INTERRUPTED", "PIPE_CLOSED", "command", "is_utf8", "plain_warnings", "printable"]
 
 INTERRUPTED = 130
 """Exit status of a command that Ctrl-C ended, as shells have it."""
+
+
+PIPE_CLOSED = 141
+"""Exit status of a command whose reader ended first, as ``head`` does; as shells have it of SIGPIPE."""
+
+_Main = Callable[[Sequence[str] | None], int]
+
+
+def command(program: str) -> "Callable[[_Main], Callable[..., int]]":
+    """Let a command end without a traceback where nothing takes what it prints.
+
+    Quietly if whoever read it is gone, as in ``bpn-fit --list | head``; in one line if its disk is full.
+
+    Args:
+        program: the name of the command.
+    """
+
+    def decorate(main: _Main) -> Callable[..., int]:
+        @wraps(main)
+        def whole(argv: Sequence[str] | None = None) -> int:
+            output: Any = _Output(sys.stdout)
+            try:
+                with redirect_stdout(output):
+                    try:
+                        status = main(argv)
+                    finally:
+                        output.flush()
+            except (OSError, SystemExit):  # argparse prints its help, and exits
+                if output.failure is None:
+                    raise
+            if output.failure is None:
+                return status
+            failure = output.failure
+            # Python would write it once more when it exits.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(failure, BrokenPipeError):
+                return PIPE_CLOSED
+            print(
+                f"{program}: error: Expected standard output to take what is printed, but got: "
+                f"{failure.strerror}. Free space, or send it elsewhere.",
+                file=sys.stderr,
+            )
+            return 2
+
+        return whole
+
+    return decorate
+
+
+class _Output:
+    """Standard output, which remembers why it did not take something."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.failure: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        with self._remembered():
+            written: int = self.stream.write(text)
+        return written
+
+    def flush(self) -> None:
+        """Write what is kept."""
+        with self._remembered():
+            self.stream.flush()
+
+    @contextmanager
+    def _remembered(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What reaches a terminal is text: no sequence of a name's moves its cursor, and no name stops a run."""
 
 import os
+import sys
 import unicodedata
 from collections.abc import Callable
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from bpn_lightning.report import cli as report
 from bpn_lightning.run.console import StreamProgress, final_table, learned
 from bpn_lightning.run.figures import save_figure
 from bpn_lightning.tasks import Task
-from bpn_lightning.terminal import is_utf8, printable
+from bpn_lightning.terminal import command, is_utf8, printable
 
 Said = pytest.CaptureFixture[str]
 
@@ -164,3 +166,48 @@ def test_a_value_that_is_no_utf8_is_refused(flags: list[str], content: str, tmp_
     with pytest.raises(ConfigurationError, match="to be text in UTF-8"):
         read_command([*config, "--method", "ewc", *flags])
     assert not is_utf8("\udcff")
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "said"),
+    [
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "Expected standard output to take what is printed, but got: No space left on device.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["cli.main", "cli.export", "cli.data", "bench.cli", "report.cli"])
+def test_output_that_nothing_takes_ends_every_command(
+    name: str,
+    failure: OSError,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Full(StringIO):
+        def write(self, text: str) -> int:
+            raise failure
+
+        def flush(self) -> None:
+            raise failure
+
+    main = import_module(f"bpn_lightning.{name}").main
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        assert main(["--help"]) == status
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == bool(said)
+
+
+def test_other_errors_of_a_command_stay() -> None:
+    @command("bpn-x")
+    def main(argv: object = None) -> int:
+        raise BrokenPipeError(32, "of a socket")
+
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        main()

@@ -1,8 +1,10 @@
 """One function opens what comes from outside: what it refuses, and that nothing else opens anything."""
 
 import ast
+import codecs
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -235,6 +237,75 @@ def deflated(path: str, source: str) -> None:
             new.writestr(record.filename, old.read(record))
 
 
+class Called:
+    """Is pickled as a call."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> object:
+        return self.call
+
+
+def nested(count: int, kind: type) -> object:
+    value = kind()
+    for _ in range(count):
+        value = kind((value, value))
+    return value
+
+
+def hexed(count: int) -> object:
+    value: object = Called(codecs.encode, ("x", "latin1"))
+    for _ in range(count):
+        value = Called(codecs.encode, (value, "hex"))
+    return value
+
+
+def loop() -> list[object]:
+    value: list[object] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(Called(bytearray, (3 << 30,)), Called(torch.UntypedStorage, (1 << 40,)), hexed(40)),
+        *(Called(torch.Tensor, (1 << 34,)), Called(Counter, ({},))),
+        Called(set, ([nested(40, tuple)],)),
+        {nested(12, tuple): 1},
+        *(
+            nested(40, list),
+            nested(40, tuple),
+            [nested(300, lambda pair=(): list(pair[:1]))],
+            loop(),
+        ),
+    ],
+)
+def test_a_checkpoint_that_grows_as_it_is_read_is_refused(value: object) -> None:
+    torch.save({"x": value}, "x.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_checkpoint(Path("x.ckpt"))
+
+
+def test_a_checkpoint_may_hold_what_states_consist_of() -> None:
+    layer = torch.nn.BatchNorm1d(3)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    saved = {
+        "state": (layer.state_dict(), optimizer.state_dict(), torch.nn.Parameter(torch.zeros(2))),
+        "plain": [None, True, 1, 70_000, 2**80, -1.5, 1j, "a", b"a\xff", {1, 2}, (), {(1, 2): 3}],
+        "torch": [torch.float32, torch.device("cpu"), torch.Size([1, 2]), torch.strided],
+        "types": [
+            torch.zeros(2, dtype=kind) for kind in (torch.bool, torch.bfloat16, torch.uint16)
+        ],
+        "shared": [(0.9, 0.99)] * 100,
+    }
+    torch.save(saved, "x.ckpt")
+    assert str(read_checkpoint(Path("x.ckpt"))) == str(saved)
+
+
 def test_a_checkpoint_that_is_packed_is_refused_before_it_is_unpacked() -> None:
     torch.save({"x": torch.zeros(10**6)}, "whole.ckpt")
     deflated("packed.ckpt", "whole.ckpt")
@@ -292,6 +363,7 @@ EXEMPT = {
         "bpn_lightning/run/checkpoints.py",
         "torch.load",
     ): "maps a file that was looked at lines before",
+    ("bpn_lightning/terminal.py", "os.open"): "writes to the null device",
     ("bpn_lightning/model/module.py", "super().load_from_checkpoint"): "after read_checkpoint",
     ("bpn_lightning/cli/export.py", "ContinualModule.load_from_checkpoint"): "is ours",
     ("bpn_lightning/cli/data.py", "image_set.open"): "is ours",

@@ -10,7 +10,7 @@ from pathlib import Path
 from bpn_lightning.bench.grid import Grid, check_key, only, packaged_grids, read_grid
 from bpn_lightning.bench.runner import Executor, Runner, on_this_machine
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
+from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
 
 __all__ = ["main"]
 
@@ -47,6 +47,7 @@ USAGE_ERROR = 2
 FAILED = 1
 
 
+@command("bpn-bench")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 

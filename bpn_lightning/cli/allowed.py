@@ -17,6 +17,7 @@ functions or classes take these only.
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -35,6 +36,7 @@ from bpn_lightning.cli.messages import SHORT_NAMES
 from bpn_lightning.cli.trust import NEVER
 from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.errors import ConfigurationError, needs_trust
+from bpn_lightning.files import has_variable
 from bpn_lightning.strategies import STRATEGIES
 
 __all__ = [
@@ -96,6 +98,15 @@ _FETCHING = frozenset({"pretrained", "pretrained_backbone"})
 
 #: Values that are what they say.
 _PLAIN = (str, int, float, bytes, type(None), timedelta, torch.device, torch.dtype, os.PathLike)
+
+#: Names below those places; loggers put in the variables of some, and ``filename`` is formatted.
+_PARTS = frozenset({"filename", "name", "prefix", "sub_dir", "version"})
+
+#: What ``str.format`` makes of it holds nothing but names and numbers. With more, such as
+#: ``{epoch.__class__.__name__[0:.>2.0}``, it makes ``..``; ``{/tmp/x}`` puts in its own name.
+_TEMPLATE = re.compile(
+    r"(?:[^{}]|\{[a-z_][\w/-]*(?::(?:0?[0-9]{0,2}d|\.[0-9]{1,2}f))?\})*", re.ASCII | re.IGNORECASE
+)
 
 _NOTHING = object()
 
@@ -222,7 +233,21 @@ def check_places(values: Iterable[Given], folder: Path, typed: Collection[str] =
         if one.name or not isinstance(one.value, str | os.PathLike):
             continue
         text = os.fspath(one.value)
-        if text not in typed and _leads_out(text, one.key.rpartition(".")[2], folder):
+        argument = one.key.rpartition(".")[2]
+        if text in typed:
+            continue
+        if argument == "filename" and not _TEMPLATE.fullmatch(text):
+            raise ConfigurationError(
+                f"Expected {one.key} to be a name in which braces hold a key, a number of digits and "
+                f"nothing else, such as {{epoch:02d}} or {{val/loss:.3f}}, but got {text!r:.200}. Write "
+                "it so, type it on the command line, or add --trust."
+            )
+        if argument in _PARTS and has_variable(text):
+            raise ConfigurationError(
+                f"Expected {one.key} to be a name without variables, but got {text!r:.200}. Write out "
+                "what it stands for, type it on the command line, or add --trust."
+            )
+        if _leads_out(text, argument, folder):
             raise ConfigurationError(
                 f"Expected {one.key} to lie below {folder}, where a file may let a run write, but got "
                 f"{text!r}. Leave it out for a place there, type it on the command line, or add --trust."
@@ -231,11 +256,11 @@ def check_places(values: Iterable[Given], folder: Path, typed: Collection[str] =
 
 def _leads_out(text: str, argument: str, folder: Path) -> bool:
     """Whether a text is a place outside of a folder; a part of a name is none."""
-    is_place = argument.endswith(("dir", "dirpath", "_path")) and argument != "sub_dir"
+    is_place = argument.endswith(("dir", "dirpath", "_path", "runs")) and argument != "sub_dir"
     parts = Path(text).parts
     if not is_place and not (os.path.isabs(text) or ".." in parts or text.startswith("~")):
         return ":/" in text or "::" in text
-    if ":/" in text or "::" in text or "\0" in text:
+    if ":/" in text or "::" in text or "\0" in text or has_variable(text):
         return True
     return not Path(text).expanduser().resolve().is_relative_to(folder.resolve())
 

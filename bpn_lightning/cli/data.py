@@ -11,7 +11,7 @@ import yaml
 
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, ImageSet, make_image_set
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
+from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
 
 __all__ = ["SetReport", "check_set", "main"]
 
@@ -76,6 +76,7 @@ def _damaged(image_set: ImageSet, entries: Sequence[Any]) -> list[str]:
     return faults
 
 
+@command("bpn-data")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 

@@ -18,13 +18,14 @@ from bpn_lightning.cli.trust import (
     words,
 )
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
+from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
 
 __all__ = ["main"]
 
 USAGE_ERROR = 2  # as argparse exits
 
 
+@command("bpn-export")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -78,6 +79,7 @@ def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
     from torch import nn
 
     from bpn_lightning.cli.allowed import canonical_names, check_given, given
+    from bpn_lightning.cli.building import building_error
     from bpn_lightning.cli.messages import explain
 
     restrict_imports([*importable(trusted), *canonical_names()], trust)
@@ -87,11 +89,14 @@ def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
         parsed = parser.parse_object({"backbone": model["backbone"]})
         if not trust:
             check_given(given(parsed.backbone, "model.backbone"))
-        return parser.instantiate(parsed).backbone, model["mask"]
     except ConfigurationError:
         raise
     except (ArgumentError, ValueError) as error:
         raise ConfigurationError(explain(str(error), parser)) from error
+    try:
+        return parser.instantiate(parsed).backbone, model["mask"]
+    except Exception as error:  # classes raise whatever their arguments lead to
+        raise building_error(error, parsed, "model.") from error
 
 
 def _parser() -> argparse.ArgumentParser:

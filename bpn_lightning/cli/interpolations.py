@@ -19,15 +19,16 @@ MOST_CHARACTERS = 100_000
 
 _KEY = re.compile(r"\$\{(\.*)(\w[\w+-]*(?:\.\w[\w+-]*|\[\w+\])*)\}", re.ASCII)
 _VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(?:,([^${}]*))?\}", re.ASCII)
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 
-_Place = tuple[str | int, ...]
+_Place = tuple[Any, ...]
 
 
 def check_interpolations(config: dict[str, Any]) -> None:
-    """Refuse interpolations that lead back to themselves, or make too much; resolves none.
+    """Refuse interpolations that lead nowhere, back to themselves, or make too much; resolves none.
 
     Args:
-        config: the whole configuration in plain types; a name that it has not is left to OmegaConf.
+        config: the whole configuration in plain types; a name that it has not is refused.
 
     Raises:
         ConfigurationError: names the key.
@@ -77,11 +78,15 @@ class _Sizes:
             )
         self.open.append(place)
         if isinstance(value, dict):
-            size = sum(1 + self.of((*place, key), one) for key, one in value.items())
+            size = 2 + sum(
+                len(str(key)) + 6 + self.of((*place, key), one) for key, one in value.items()
+            )
         elif isinstance(value, list):
-            size = sum(1 + self.of((*place, i), one) for i, one in enumerate(value))
-        else:
-            size = self._of_text(place, value) if isinstance(value, str) else 1
+            size = 2 + sum(4 + self.of((*place, i), one) for i, one in enumerate(value))
+        elif isinstance(value, str):
+            size = self._of_text(place, value)
+        else:  # 30 bits have at most ten digits
+            size = value.bit_length() // 3 + 2 if isinstance(value, int) else len(str(value))
         self.open.pop()
         self.known[place] = size
         return size
@@ -91,8 +96,7 @@ class _Sizes:
         for found in _VARIABLE.finditer(text):
             size += 1 + len(os.environ.get(found[1], found[2] or ""))
         for found in _KEY.finditer(text):
-            named = self._place(place, len(found[1]), found[2])
-            size += 1 + self._size_at(named, place)
+            size += 1 + self._size_at(place, len(found[1]), found[2])
         if _KEY.sub("", _VARIABLE.sub("", text)).count("${"):
             raise ConfigurationError(
                 "Expected every ${...} to name a key or, as ${oc.env:NAME}, an environment variable, "
@@ -100,27 +104,37 @@ class _Sizes:
             )
         return size
 
-    @staticmethod
-    def _place(place: _Place, dots: int, key: str) -> _Place:
-        """Where a name leads: from the root or, with dots, from the values next to it and upwards."""
-        parts = [int(part) if part.isdigit() else part for part in re.findall(r"[\w+-]+", key)]
-        return (*(place[: max(len(place) - dots, 0)] if dots else ()), *parts)
-
-    def _size_at(self, named: _Place, by: _Place) -> int:
+    def _size_at(self, by: _Place, dots: int, name: str) -> int:
+        """Of what a name leads to: from the root or, with dots, from the values next to it and upwards."""
+        if dots > len(by):
+            raise self._missing(by, "." * dots + name)
         value: Any = self.config
-        for key in named:
+        place: _Place = ()
+        for key in by[: len(by) - dots] if dots else ():
+            value, place = value[key], (*place, key)
+        for part in re.findall(r"[\w+-]+", name):
             if isinstance(value, str) and "${" in value:
                 raise ConfigurationError(
-                    f"Expected every ${{...}} to name a key itself, but got {_name(named)} in "
+                    f"Expected every ${{...}} to name a key itself, but got {'.' * dots}{name} in "
                     f"{_name(by)}, which leads through {value!r:.100}. Name the key that it stands for."
                 )
-            if isinstance(value, list) and isinstance(key, int):
-                value = value[key] if key < len(value) else None
-            elif isinstance(value, dict):
-                value = value.get(key, value.get(str(key)))
+            # As text: "001" is another key than 1, and int() reads "1_0" as 10.
+            if isinstance(value, list):
+                keys: list[Any] = [int(part)] if _INDEX.fullmatch(part) else []
+                keys = [index for index in keys if index < len(value)]
             else:
-                return 0  # OmegaConf says that there is none
-        return self.of(named, value)
+                keys = [key for key in value if str(key) == part] if isinstance(value, dict) else []
+            if len(keys) != 1:
+                raise self._missing(by, "." * dots + name)
+            value, place = value[keys[0]], (*place, keys[0])
+        return self.of(place, value)
+
+    @staticmethod
+    def _missing(by: _Place, name: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"Expected every ${{...}} to name another key, but got an error in {_name(by)}: Interpolation "
+            f"key {name!r:.100} not found. `--print_config` shows the keys."
+        )
 
 
 def _name(place: _Place) -> str:

@@ -8,7 +8,7 @@ from bpn_lightning import registry
 from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import methods_of, packaged_configs
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ProcessesError
-from bpn_lightning.terminal import INTERRUPTED
+from bpn_lightning.terminal import INTERRUPTED, command
 
 __all__ = ["main"]
 
@@ -49,6 +49,7 @@ USAGE_ERROR = 2  # as argparse exits
 SAID_ONCE = (ConfigurationError, ProcessesError)
 
 
+@command("bpn-fit")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -98,10 +99,10 @@ def _later_process() -> str:
 
 
 def _fit(argv: Sequence[str]) -> int:
-    command = read_command(argv)
+    read = read_command(argv)
     from bpn_lightning.cli.train import fit  # seconds, for torch and lightning
 
-    return fit(command)
+    return fit(read)
 
 
 def _version() -> str:

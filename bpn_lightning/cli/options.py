@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 
+from bpn_lightning.cli.building import building_error, own_error
 from bpn_lightning.cli.command import Command
 from bpn_lightning.cli.includes import bounded_includes
 from bpn_lightning.cli.interpolations import check_interpolations
@@ -40,23 +41,14 @@ class FitParser(LightningArgumentParser):
         """Without the names of the thousand modules that a backbone might be."""
         return shorten_help(super().format_help(*args, **kwargs))
 
-    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """What Lightning 2.6 calls by a name that jsonargparse has deprecated."""
         try:
-            return self.instantiate(*args, **kwargs)
-        except ValueError as error:
-            raise _own_error(error) or error from None
-
-
-def _own_error(error: BaseException) -> BPNLightningError | None:
-    """The one below an error of jsonargparse's, which takes ours for a value of another type.
-
-    Ours are ValueErrors, and are buried in a message about the types that were tried.
-    """
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, BPNLightningError):
-        found = found.__cause__ or found.__context__
-    return found
+            return self.instantiate(cfg, **kwargs)
+        except BPNLightningError:
+            raise
+        except Exception as error:  # classes raise whatever their arguments lead to
+            raise building_error(error, cfg) from error
 
 
 def add_options(parser: LightningArgumentParser, command: Command) -> None:
@@ -146,7 +138,7 @@ def parse_options(parser: LightningArgumentParser, args: Any) -> Namespace:
         with bounded_includes():
             config: Namespace = parser.parse_args(args)
     except ArgumentError as error:
-        wrong = _own_error(error) or ConfigurationError(explain(str(error), parser))
+        wrong = own_error(error) or ConfigurationError(explain(str(error), parser))
         raise wrong from error
     except OmegaConfBaseException as error:
         key = f" in {error.full_key}" if getattr(error, "full_key", None) else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.terminal import INTERRUPTED, plain_warnings, printable
+from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
 from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["main"]
@@ -36,6 +36,7 @@ USAGE_ERROR = 2  # as argparse exits
 _PAGE = b"<!DOCTYPE html>"  # how every page begins
 
 
+@command("bpn-report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 

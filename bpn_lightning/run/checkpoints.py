@@ -5,7 +5,7 @@ checksum is the one that is in there anyway: torch writes a zip archive with a C
 which ``torch.load`` does not look at.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,14 @@ from torch import Tensor
 
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.files import why_unreadable, write_atomically
+from bpn_lightning.run.pickles import check_pickle
 from bpn_lightning.untrusted import is_bomb, open_untrusted, refuse_deflated
 
 __all__ = ["AtomicCheckpointIO", "callback_state", "read_checkpoint"]
+
+#: How deep values nest at most, and how many they are for each byte of the file.
+_DEEPEST = 200
+_MOST_TIMES_LARGER = 100
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -62,27 +67,53 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if damaged is not None:
         raise _unreadable(path, f"{damaged} does not match its checksum")
     try:
+        check_pickle(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # and so does torch, which finds code here, too
         raise _unreadable(path, why_unreadable(error)) from error
     if not isinstance(checkpoint, dict):
         raise _unreadable(path, f"it holds a {type(checkpoint).__name__}")
-    unpacked = sum(one.numel() * one.element_size() for one in _tensors(checkpoint))
+    if _unfolded(checkpoint, {}) > _MOST_TIMES_LARGER * packed:
+        raise _unreadable(
+            path, "its lists hold themselves, nest too deeply, or repeat others too often"
+        )
+    unpacked = sum(one.numel() * one.element_size() for one in _tensors(checkpoint, set()))
     if is_bomb(packed, unpacked):
         raise _unreadable(path, f"its {packed:,} bytes hold tensors of {unpacked:,}")
     return checkpoint
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings and lists; one of stride 0 is larger than what is saved of it."""
+def _unfolded(tree: Any, known: dict[int, float], depth: int = 0) -> float:
+    """How many values nested mappings and lists have, counting again those that stand in several places.
+
+    Whoever compares, prints or copies them goes through as many. Infinite if they hold themselves.
+    """
+    if depth > _DEEPEST:
+        return float("inf")
+    if id(tree) not in known:
+        known[id(tree)] = float("inf")  # until it is known, it holds itself
+        known[id(tree)] = 1 + sum(_unfolded(one, known, depth + 1) for one in _values(tree))
+    return known[id(tree)]
+
+
+def _tensors(tree: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor in nested mappings and lists, once; one of stride 0 is larger than what is saved of it."""
+    if id(tree) in seen:
+        return
+    seen.add(id(tree))
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
+    for value in _values(tree):
+        yield from _tensors(value, seen)
+
+
+def _values(tree: Any) -> Iterable[Any]:
+    if isinstance(tree, dict):
+        return [
+            *dict.keys(tree),
+            *dict.values(tree),
+        ]  # of an OrderedDict, whose own could be replaced
+    return tree if isinstance(tree, list | tuple | set) else ()
 
 
 def _unreadable(path: Path, reason: str) -> CheckpointError:

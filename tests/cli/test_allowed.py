@@ -17,7 +17,14 @@ import yaml
 from torch import nn
 
 from bpn_lightning import registry
-from bpn_lightning.cli.allowed import FAMILIES, SINGLE, Given, allowed_objects, check_given
+from bpn_lightning.cli.allowed import (
+    FAMILIES,
+    SINGLE,
+    Given,
+    allowed_objects,
+    check_given,
+    check_places,
+)
 from bpn_lightning.cli.export import main as export
 from bpn_lightning.cli.main import main
 from bpn_lightning.cli.trust import OPEN
@@ -231,6 +238,7 @@ RUN = "import os; os.system('touch owned')\n"
 GRAPH = f"torch.fx.graph_module.reduce_graph_module, init_args: {{body: {{_code: pass}}, import_block: {RUN!r}}}"
 LOAD = "load_from_checkpoint, init_args: {checkpoint_path: x.ckpt, weights_only: false}"
 LAYER = "torch.nn.TransformerEncoderLayer, init_args: {d_model: 8, nhead: 2, activation: %s}"
+UP = "{epoch].__class__.__name__[0:.>2.0}/"
 EVIL = {
     "the issue's": f"model: {{backbone: {{class_path: {GRAPH}}}}}",
     "as an argument": "model: {backbone: {class_path: torch.nn.DataParallel, init_args: {module: "
@@ -257,6 +265,16 @@ EVIL = {
     "a folder beside": "trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: logs}}}",
     "a name that leads up": "trainer: {callbacks: {class_path: ModelCheckpoint, init_args: "
     "{filename: ../../../../x}}}",
+    "a name that leads up when it is formatted": "trainer: {callbacks: {class_path: ModelCheckpoint, "
+    f"init_args: {{auto_insert_metric_name: false, filename: '{UP}{UP}{UP}{UP}x'}}}}}}",
+    "a field that is a place": "trainer: {callbacks: {class_path: ModelCheckpoint, init_args: "
+    "{filename: '{/tmp/x}'}}}",
+    "a variable": "trainer: {logger: {class_path: TensorBoardLogger, init_args: "
+    "{save_dir: '$HOME/ewc/seed_0/x'}}}",
+    "a variable in all runs": "runs: $HOME",
+    "a variable in a part": "trainer: {logger: {class_path: TensorBoardLogger, init_args: {save_dir: "
+    "runs/digits_inc/bd+ewc/seed_0/x, sub_dir: $HOME}}}",
+    "a variable in a name": "experiment: $HOME",
     "a store": "trainer: {callbacks: {class_path: ModelCheckpoint, init_args: {dirpath: 's3://x'}}}",
     "an environment's": "trainer: {default_root_dir: '${oc.env:HOME}'}",
     "a profile": "trainer: {profiler: {class_path: SimpleProfiler, init_args: {dirpath: ., filename: x}}}",
@@ -267,7 +285,15 @@ EVIL = {
 
 
 #: Not allowed, of another type, or elsewhere.
-REFUSALS = ("needs no trust", "nothing of it can be named", "to fit its type", "to lie below")
+REFUSALS = (
+    "needs no trust",
+    "nothing of it can be named",
+    "to fit its type",
+    "to lie below",
+    "to be a name in which braces hold",
+    "to be a name without variables",
+    "without slashes or variables",
+)
 
 
 @pytest.fixture
@@ -330,3 +356,65 @@ def test_what_is_typed_is_the_users_and_a_default_is_nobodys(here: Path) -> None
     )  # by default with a function
     line = ["--config", "digits_inc.yaml", "--config", "x.yaml", "--trainer.accelerator", "cpu"]
     assert main([*line, "--data.validation_fraction", "2"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        *((name, True) for name in ("{epoch}", "{epoch:02d}-{val/loss:.3f}", "best-{step:d}", "x")),
+        *(
+            (name, False)
+            for name in ("{epoch!r}", "{epoch:>9}", "{a.b}", "{a[0]}", "{}", "{0}", "{{x")
+        ),
+        *(
+            (name, False)
+            for name in ("{step:0999999999d}", "{x:.999999999f}", "{/tmp/x}", "{../x}")
+        ),
+    ],
+)
+def test_a_files_name_is_formatted_with_plain_fields_only(
+    name: str, good: bool, here: Path
+) -> None:
+    value = [Given("trainer.callbacks.init_args.filename", name)]
+    check_places(value, here, {name})  # a user may type it
+    if good:
+        check_places(value, here)
+    else:
+        with pytest.raises(ConfigurationError, match="in which braces hold a key"):
+            check_places(value, here)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (
+            f"model: {{backbone: {{class_path: {LAYER % 'torch.load'}}}}}",
+            (
+                "Expected model.backbone to be arguments that TransformerEncoderLayer can be built with, but "
+                "it raised RuntimeError: activation should be relu/gelu, not torch.load."
+            ),
+        ),
+        (
+            "trainer: {callbacks: {class_path: ModelCheckpoint, init_args: {every_n_epochs: -3}}}",
+            (
+                "Expected trainer.callbacks to be what its classes can be built with, but got an error: "
+                "Invalid value for every_n_epochs=-3. Must be >= 0"
+            ),
+        ),
+    ],
+)
+def test_what_a_class_raises_is_said_with_its_key(
+    text: str, part: str, here: Path, capsys: Said
+) -> None:
+    Path("x.yaml").write_text(text)
+    line = ["--config", "digits_inc.yaml", "--config", "x.yaml", "--trainer.accelerator", "cpu"]
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert part in said
+    if "backbone" in text:
+        config = yaml.safe_load(text)
+        config["model"]["mask"] = "all"
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+        assert export([".", "out"]) == 2
+        assert part in capsys.readouterr().err

@@ -1,13 +1,14 @@
 """Interpolations are bounded before they are resolved, and what is bounded is what OmegaConf makes."""
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from bpn_lightning.cli.config_files import read_yaml
-from bpn_lightning.cli.interpolations import MOST_CHARACTERS, check_interpolations
+from bpn_lightning.cli.interpolations import MOST_CHARACTERS, _Sizes, check_interpolations
 from bpn_lightning.cli.main import main
 from bpn_lightning.errors import ConfigurationError
 
@@ -46,7 +47,40 @@ def test_bounds_count_as_omegaconf_resolves(monkeypatch: pytest.MonkeyPatch) -> 
         config["a"]["b"] = {f"n{i}": text for i in range(4)}
         with pytest.raises(ConfigurationError):
             check_interpolations(config)
-    check_interpolations({"a": "x" * 1_000_000, "b": "${c.d}"})  # OmegaConf says that there is no c
+    check_interpolations({"a": "x" * 1_000_000})
+
+
+def size(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(len(str(key)) + size(one) for key, one in value.items())
+    return sum(map(size, value)) if isinstance(value, list) else len(str(value))
+
+
+def test_what_is_counted_is_never_below_what_omegaconf_makes() -> None:
+    """Names of all kinds that lead to something, in trees with keys that look like numbers."""
+    random = Random(0)
+    keys = ["000", "001", "0", "1", "a", "1_0", "01", "10", 1, 0]
+    read = 0
+    for _ in range(400):
+        tree: dict[Any, Any] = {
+            random.choice(keys): random.choice(
+                ["x" * 50, 10**30, None, ["y" * 40] * 12, dict.fromkeys(keys[:7], "z" * 30)]
+            )
+            for _ in range(5)
+        }
+        for i in range(4):
+            first, second = random.choice(list(tree)), random.choice(keys)
+            deep = random.choice(["", f".{second}", f"[{second}]"])
+            name = f"${{{random.choice(['', '.'])}{first}{deep}}}"
+            tree[f"k{i}"] = random.choice(["", "-", name]) + name
+        try:
+            check_interpolations(tree)
+        except ConfigurationError:
+            continue
+        read += 1
+        made = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        assert size(made) <= _Sizes(tree).of((), tree), tree
+    assert read > 10
 
 
 @pytest.mark.parametrize(
@@ -61,6 +95,15 @@ def test_bounds_count_as_omegaconf_resolves(monkeypatch: pytest.MonkeyPatch) -> 
         ({"a": {"b": "${oc.dict.values:a}"}}, "in a.b. Nothing else is put in, and nothing nests."),
         ({"a": "${${b}}", "b": "a"}, "but got '${${b}}' in a."),
         ({"a": "${oc.env:X,${b}}", "b": "a"}, "but got '${oc.env:X,${b}}' in a."),
+        ({"a": "x", "b": "${c.d}"}, "error in b: Interpolation key 'c.d' not found."),
+        ({"a": ["x"] * 11, "b": "${a[1_0]}"}, "in b: Interpolation key 'a[1_0]' not found."),
+        ({"a": ["x"] * 11, "b": "${a.01}"}, "in b: Interpolation key 'a.01' not found."),
+        ({"1": "x", 1: "y", "b": "${.1}"}, "in b: Interpolation key '.1' not found."),
+        ({"a": 10**4000, "b": "${a}" * 30}, "at most 100,000 characters"),
+        (
+            {"000": "x" * 100} | {f"{i + 1:03}": f"${{.{i:03}}}" * 2 for i in range(30)},
+            "at most 100,000 characters",
+        ),
         ({"a": "${ b }"}, "but got '${ b }' in a."),
     ],
 )

@@ -1,0 +1,143 @@
+"""What a checkpoint's pickle asks for, looked at before anything of it is made.
+
+``torch.load(weights_only=True)`` runs no program, but calls some classes with any arguments:
+``bytearray(3 << 30)`` and ``torch.UntypedStorage(1 << 40)`` fill the memory, and so do a few calls of
+``codecs.encode`` on what the one before has made. So its instructions are followed here with a stack of
+descriptions in the place of values, which takes as long as reading them.
+"""
+
+import pickletools
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["check_pickle"]
+
+#: What checkpoints hold beside plain values: tensors, their parts, and the types of those.
+_PARTS = frozenset(
+    {
+        "collections.OrderedDict",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_parameter",
+        "torch.Size",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "__builtin__.complex",
+        "builtins.complex",
+        "__builtin__.set",
+        "builtins.set",
+        "_codecs.encode",  # as bytes are written
+    }
+)
+
+#: Named as the type of a tensor's storage, and by nothing else.
+_STORAGES = frozenset(
+    {"torch.storage.UntypedStorage", "torch.UntypedStorage"}
+    | {f"torch.{one.__name__}" for one in torch._storage_classes if one.__module__ == "torch"}
+)
+
+#: How many values a key may have, each of which is hashed whenever the key is looked up.
+_LARGEST_KEY = 1000
+
+
+class _Value(NamedTuple):
+    """What the stack has in a value's place."""
+
+    size: float = 1
+    """Of a tuple: itself and all in it, again wherever it stands; of all else 1, which is no key or small."""
+    name: str = ""
+    """What a global is called."""
+    parts: tuple[Any, ...] = ()
+    """Of a tuple; of a text that is short, its one."""
+
+
+def check_pickle(content: bytes) -> None:
+    """Refuse a pickle that calls something else than what checkpoints consist of.
+
+    Classes that were registered by ``torch.serialization.add_safe_globals`` are allowed as well.
+
+    Args:
+        content: of the record ``data.pkl``.
+
+    Raises:
+        UnpicklingError: it has an instruction of another kind.
+        ValueError: it is no pickle.
+    """
+    users = {f"{one.__module__}.{one.__qualname__}" for one in _registered()}
+    largest = 0.0
+    stack: list[Any] = []
+    memo: dict[int, _Value] = {}
+    argument: Any
+    for code, argument, _ in pickletools.genops(content):
+        if code.name == "MARK":
+            stack.append(None)
+        elif code.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif code.name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif code.name == "GLOBAL":
+            name = ".".join(argument.split(" ", 1))
+            dtype = isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
+            if name not in _PARTS | _STORAGES | users and not (dtype and name.startswith("torch.")):
+                raise UnpicklingError(f"{name} is no part of a checkpoint")
+            stack.append(_Value(name=name))
+        else:
+            taken = _taken(code, stack)
+            if code.name in ("SETITEM", "SETITEMS"):
+                _check_keys(taken[1::2])
+            if code.name == "REDUCE":
+                _check_call(taken[0].name, taken[1].parts, users, largest)
+            if code.name == "NEWOBJ" and taken[0].name not in users:
+                raise UnpicklingError(f"{taken[0].name} is made without being called")
+            if code.name.startswith("TUPLE"):
+                stack.append(_Value(1 + sum(one.size for one in taken), parts=tuple(taken)))
+                largest = max(largest, stack[-1].size)
+            elif code.name == "BINUNICODE" and len(argument) < 10:
+                stack.append(_Value(parts=(argument,)))
+            elif code.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
+                stack.append(taken[0])
+            else:
+                stack += [_Value()] * len(code.stack_after)
+
+
+def _registered() -> list[Any]:
+    found = torch.serialization.get_safe_globals()
+    return [one[0] if isinstance(one, tuple) else one for one in found]
+
+
+def _taken(code: pickletools.OpcodeInfo, stack: list[Any]) -> list[_Value]:
+    """What an instruction takes from the stack, in its order and without the mark."""
+    marked = pickletools.markobject in code.stack_before
+    fixed = len(code.stack_before) - (2 if marked else 0)  # the mark, and all above it
+    taken: list[_Value] = []
+    if marked:
+        while (value := stack.pop()) is not None:
+            taken.append(value)
+    for _ in range(fixed):
+        taken.append(stack.pop())
+    if None in taken:
+        raise ValueError("a mark stands where a value should")
+    return taken[::-1]
+
+
+def _check_keys(keys: list[_Value]) -> None:
+    if any(key.size > _LARGEST_KEY for key in keys):
+        raise UnpicklingError("a key holds too much")
+
+
+def _check_call(name: str, arguments: tuple[Any, ...], users: set[str], largest: float) -> None:
+    """Refuse calls that make more than they are given, or hash what they are given."""
+    if name == "_codecs.encode":
+        wrong = len(arguments) != 2 or arguments[1].parts != ("latin1",)
+    elif name == "collections.OrderedDict":
+        wrong = bool(arguments)
+    elif name in ("__builtin__.set", "builtins.set"):  # of a list, which may hold any tuple so far
+        wrong = largest > _LARGEST_KEY
+    else:
+        wrong = not name or name in _STORAGES
+    if wrong and name not in users:
+        raise UnpicklingError(
+            f"{name or 'a value'} is called with something else than a checkpoint has"
+        )
