@@ -383,7 +383,7 @@ def test_deep_images_are_read_by_their_upper_bits(tmp_path: Path) -> None:
             r"shape \(n, features\), but got float64 of shape \(100,\)",
         ),
         (iris(test_features=np.zeros((50, 3))), r"of one size, but got \(4,\) and \(3,\)\. Bring"),
-        (iris(train_labels=load_iris().data[:100, 0]), "cut them into some, .* numpy.digitize"),
+        (iris(train_labels=load_iris().data[:100, 0]), "discretize them, .* numpy.digitize"),
         (iris(train_labels=np.array([None] * 100)), r"train_labels .* object .* by .astype\(str\)"),
         (
             iris(train_tokens=np.zeros((100, 4))),

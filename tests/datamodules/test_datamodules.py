@@ -82,6 +82,9 @@ def test_every_public_name_is_there_and_the_table_is_true() -> None:
         "DATAMODULES",
         "ClassIncrementalDataModule",
         "ContinualDataModule",
+        "ImageData",
+        "Samples",
+        "SamplesOfTasks",
         *DATAMODULES,
     }
     assert set(datamodules.__all__) <= set(dir(datamodules))

@@ -546,7 +546,7 @@ def host_with_biases(mask: Any) -> tuple[ContinualModule, dict[str, Any], Tensor
     bias = BeneficialPerturbation(4)
     bias.configure(host, stream)
     host.double().eval()
-    host.opened = 2
+    host.cursor.opened = 2
     with torch.no_grad():
         for layer in host.linear_layers().values():
             layer.bias_units.bank.normal_()

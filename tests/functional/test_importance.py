@@ -251,7 +251,7 @@ def test_sensitivity_follows_neither_batches_nor_order_nor_copies(
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])
 def test_sensitivity_is_of_the_active_columns(mask: Any) -> None:
     host = made(MLP([6]), mask=mask)
-    host.opened = 1
+    host.cursor.opened = 1
     rows = output_sensitivity(host, 1, shared(host))["head.bias"] > 0
     first, stop = host.columns(1)
     assert rows[first:stop].all()
@@ -282,7 +282,7 @@ def loop_over_task(host: ContinualModule, task: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bias_units", [True, False])
 def test_columns_and_biases_of_the_task_are_active(mask: Any, bias_units: bool) -> None:
     host = made(MLP([6]), mask=mask)
-    host.opened = 1
+    host.cursor.opened = 1
     if bias_units:
         strategy = BeneficialPerturbation(4, m_start="normal")
         strategy.configure(host, host.stream)

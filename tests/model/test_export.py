@@ -308,7 +308,7 @@ def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.Mon
     for backbone, said in {
         "evil.Net": "Expected model.backbone in config.yaml to name what needs no trust",
         "os.system": "Nothing of the standard library or of an installer can be named",
-        "torch.optim.SGD": "Expected backbone to be a subclass of Module, but got 'torch.optim.SGD'",
+        "torch.optim.SGD": "path torch.optim.SGD does not correspond to a subclass of Module",
     }.items():
         Path("evil.py").write_text("open('owned', 'w')")
         monkeypatch.syspath_prepend(str(Path.cwd()))

@@ -166,7 +166,9 @@ READ: dict[str, Callable[[], nn.Module]] = {
         **linear(fc=parametrizations.weight_norm(nn.Linear(64, 64))),
     ),
     "a choice": lambda: Function(
-        lambda m, x: torch.distributions.Normal(m.fc(m.flat(x)), m.fc.weight.norm()).mean,
+        lambda m, x: (
+            torch.distributions.Normal(m.fc(m.flat(x)), m.fc.weight.norm(), validate_args=True).mean
+        ),
         **linear(),
     ),
 }

@@ -260,7 +260,7 @@ def test_fused_optimizers_in_half_precision(name: str, cell: str) -> None:
 @of("bf16-true, 16-true")
 def test_weights_in_half_precision(name: str, cell: str, precision: str) -> None:
     if cell == "refused":
-        rule = f"weights in full precision beside {type(subject(name).make()[0]).__name__}, but got"
+        rule = f"weights in full precision with {type(subject(name).make()[0]).__name__}, but got"
         return expect_refusal(name, under(precision=precision), rule)
     learned = assert_near(name, under(precision=precision), 0.25)
     assert torch.float32 not in dtypes(learned) or name == "ebll"
