@@ -114,7 +114,7 @@ def test_what_cannot_be_bounded_is_refused(config: dict[str, Any], part: str) ->
 
 
 BOMB = ", ".join(f"{key}: '{value}'" for key, value in doubling(40).items())
-BAR = "trainer: {callbacks: {class_path: RichProgressBar, init_args: {console_kwargs: {%s}}}}"
+BAR = "trainer: {callbacks: {class_path: lightning.pytorch.callbacks.RichProgressBar, init_args: {console_kwargs: {%s}}}}"
 
 
 @pytest.mark.parametrize(
