@@ -26,6 +26,7 @@ from bpn_lightning.run.results import (
     BytesPerTask,
     read_matrix_rows,
     read_results,
+    read_schema,
     violations,
 )
 from bpn_lightning.untrusted import read_json
@@ -289,23 +290,8 @@ def read_collection(path: Path) -> Collection:
         ResultsError: it is missing, no JSON, of another version, or lacks a key.
     """
     path = path / CELLS if path.is_dir() else path
-    try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ResultsError(
-            f"Expected {path} to be what bpn-bench keeps of a grid, but got: {error}. "
-            "Run the grid, or `bpn-bench collect`."
-        ) from error
-    version = found.get("schema_version") if isinstance(found, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ResultsError(
-            f"Expected schema_version of {path} to be {SCHEMA_VERSION}, but got {version!r}. "
-            "Collect the runs again with this release."
-        )
-    for key, rule, value in violations(found, _Kept, ""):
-        raise ResultsError(
-            f"Expected {key} of {path} to be {rule}, but got {value}. Collect the runs again."
-        )
+    what, remedy = "what bpn-bench keeps of a grid", "Run the grid, or `bpn-bench collect`."
+    found = read_schema(path, _Kept, SCHEMA_VERSION, what, remedy)
     records, left_out = [], []
     for number, cell in enumerate(found["cells"], start=1):
         try:

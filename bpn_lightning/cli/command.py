@@ -52,7 +52,8 @@ class Command:
     """A command line in order of precedence.
 
     Args:
-        args: for the parser: configs first, flags after.
+        layers: the config files and the method's values, the later ones over the earlier.
+        flags: what is set over them, in the order of the line.
         experiment: name of the results folder.
         method: name of the method.
         strategies: name of each strategy, in order, and what it stands for; None where a config or
@@ -65,7 +66,8 @@ class Command:
         notices: what to tell the user, before anything is imported.
     """
 
-    args: list[str]
+    layers: list[ConfigLayer]
+    flags: list[str]
     experiment: str
     method: str
     strategies: dict[str, registry.Registered | None]
@@ -75,6 +77,14 @@ class Command:
     typed: frozenset[str]
     classes: list[str]
     notices: list[str]
+
+    @property
+    def args(self) -> list[str]:
+        """For the parser."""
+        return [
+            *(token for layer in self.layers for token in ("--config", layer.text)),
+            *self.flags,
+        ]
 
 
 def read_command(argv: Sequence[str]) -> Command:
@@ -149,8 +159,8 @@ def read_command(argv: Sequence[str]) -> Command:
     find_here(trusted)
     notices += imported_by(by_files)
     return Command(
-        args=[
-            *(token for layer in layers for token in ("--config", layer.value)),
+        layers=layers,
+        flags=[
             f"--experiment={experiment}",
             f"--method={method}",
             *rest,  # last, since `--data.help CLASS` takes the rest of the line for itself
@@ -228,7 +238,7 @@ def _choose(
     chosen = _look_up(list(values), method, known, by_path, known_methods)
     arguments = {name: value for name, value in values.items() if value}
     content = {"strategies": arguments}
-    return chosen, ConfigLayer(method, yaml.safe_dump(content), content) if arguments else None
+    return chosen, ConfigLayer(method, content) if arguments else None
 
 
 def _by_class_path(method: str) -> dict[str, registry.Registered]:

@@ -36,11 +36,16 @@ CHARACTERS = 100
 
 @dataclass
 class ConfigLayer:
-    """A config file: its name for messages, what ``--config`` gets, and its content."""
+    """A config file: its name for messages, and its content, which was read once and checked."""
 
     name: str
-    value: str
     content: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What ``--config`` gets: the parser opens no file."""
+        text: str = yaml.safe_dump(self.content, sort_keys=False)
+        return text
 
     @property
     def strategies(self) -> dict[str, Any]:
@@ -50,7 +55,7 @@ class ConfigLayer:
     def without_strategies(self) -> "ConfigLayer":
         """The same, where another method is named on the command line."""
         content = {key: value for key, value in self.content.items() if key != "strategies"}
-        return ConfigLayer(self.name, yaml.safe_dump(content, sort_keys=False), content)
+        return ConfigLayer(self.name, content)
 
 
 def packaged_configs() -> list[str]:
@@ -160,4 +165,4 @@ def read_layer(path: Path) -> ConfigLayer:
                 f"Expected `strategies.{name}:` in {path} to be a mapping, but got {value!r}. "
                 f"For its defaults write `{name}: {{}}`."
             )
-    return ConfigLayer(str(path), str(path), content)
+    return ConfigLayer(str(path), content)

@@ -210,7 +210,7 @@ class ContinualCLI(LightningCLI):
         caches = [one for one in values if one.key.endswith(".cache_dir")]
         check_given([*values, *flags], typed)
         check_places([*flags, *caches], self.folder, typed)
-        if not any(word.partition("=")[0] == "--runs" for word in self.command.args):
+        if not any(word.partition("=")[0] == "--runs" for word in self.command.flags):
             check_places([Given("runs", config.runs)], Path.cwd())
 
     def instantiate_classes(self) -> None:

@@ -10,7 +10,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bpn_lightning.cli.building import building_error, own_error
 from bpn_lightning.cli.command import Command
-from bpn_lightning.cli.includes import bounded_includes
 from bpn_lightning.cli.interpolations import check_interpolations
 from bpn_lightning.cli.messages import explain, shorten_help
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
@@ -21,7 +20,7 @@ __all__ = ["FitParser", "add_options", "parse_options"]
 
 
 class FitParser(LightningArgumentParser):
-    """Lightning's parser, with a help that can be read, reading no files but those of ``--config``."""
+    """Lightning's parser, with a help that can be read, reading no files."""
 
     whole = False
     """Whether this is the parser of a whole configuration, and not of the arguments of a class."""
@@ -133,10 +132,10 @@ def parse_options(parser: LightningArgumentParser, args: Any) -> Namespace:
     Raises:
         ConfigurationError: in one line, what is wrong with it.
     """
-    parser.whole = True  # type: ignore[attr-defined]
+    assert isinstance(parser, FitParser)
+    parser.whole = True
     try:
-        with bounded_includes():
-            config: Namespace = parser.parse_args(args)
+        config: Namespace = parser.parse_args(args)
     except ArgumentError as error:
         wrong = own_error(error) or ConfigurationError(explain(str(error), parser))
         raise wrong from error

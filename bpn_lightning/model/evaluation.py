@@ -106,13 +106,13 @@ def most_confident(module: ContinualHost, inputs: Tensor, modes: Sequence[int]) 
     network = module.network()
     with module.task_mode(modes[0]):
         logits: Tensor = network(inputs)
-    confidence = logits.softmax(1).amax(1) if len(modes) > 1 else None
+    confidence = logits.softmax(1).amax(1)
     for mode in modes[1:]:
         with module.task_mode(mode):
             others = network(inputs)
         surer = others.softmax(1).amax(1)
         logits = torch.where((surer > confidence)[:, None], others, logits)
-        confidence = torch.maximum(surer, confidence)  # type: ignore[arg-type]
+        confidence = torch.maximum(surer, confidence)
     return logits
 
 

@@ -67,6 +67,7 @@ __all__ = [
     "read_matrix_csv",
     "read_matrix_rows",
     "read_results",
+    "read_schema",
     "violations",
     "write_results",
 ]
@@ -319,27 +320,38 @@ def read_results(path: Path) -> Results:
             another type; names the file and the key.
     """
     path = path / _RESULTS if path.is_dir() else path
+    what, remedy = "the results.json of a finished run", "Run again with --overwrite true."
+    return cast(Results, read_schema(path, Results, SCHEMA_VERSION, what, remedy))
+
+
+def read_schema(path: Path, schema: type, version: int, what: str, remedy: str) -> dict[str, Any]:
+    """Read a JSON file that has the keys of a typed dictionary.
+
+    Args:
+        path: of the file.
+        schema: the typed dictionary.
+        version: that its ``schema_version`` has to be.
+        what: the file should be, for messages.
+        remedy: for messages.
+
+    Raises:
+        ResultsError: it is missing, is no JSON, has another version, lacks a key or holds a value of
+            another type; names the file and the key.
+    """
     try:
         found = read_json(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ResultsError(
-            f"Expected {path} to be the results of a finished run, but got: {error}."
+            f"Expected {path} to be {what}, JSON in UTF-8, but got: {error}. {remedy}"
         ) from error
-    except ValueError as error:
+    here = found.get("schema_version") if isinstance(found, dict) else None
+    if here != version:
         raise ResultsError(
-            f"Expected {path} to be JSON in UTF-8, but got: {error}. Run again with --overwrite true."
-        ) from error
-    version = found.get("schema_version") if isinstance(found, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ResultsError(
-            f"Expected schema_version of {path} to be {SCHEMA_VERSION}, but got {version!r}. "
-            "Read it with the release of bpn_lightning that wrote it, or run again."
+            f"Expected schema_version of {path} to be {version}, but got {here!r}. {remedy}"
         )
-    for key, rule, value in violations(found, Results, ""):
-        raise ResultsError(
-            f"Expected {key} of {path} to be {rule}, but got {value}. Run again with --overwrite true."
-        )
-    return cast(Results, found)
+    for key, rule, value in violations(found, schema, ""):
+        raise ResultsError(f"Expected {key} of {path} to be {rule}, but got {value}. {remedy}")
+    return cast("dict[str, Any]", found)
 
 
 def read_matrix_csv(path: Path) -> "Tensor":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bpn_lightning import registry
 from bpn_lightning.cli.command import Command, read_command
@@ -23,17 +24,19 @@ def write(name: str, text: str) -> str:
 
 
 def configs(command: Command) -> list[str]:
-    return [b for a, b in zip(command.args, command.args[1:], strict=False) if a == "--config"]
+    return [layer.name for layer in command.layers]
 
 
 def test_files_come_first_then_the_method_then_the_flags_wherever_they_stand() -> None:
     extra = write("extra.yaml", "trainer: {max_steps: 3}")
     line = ["--seed_everything", "1", "--config=digits_inc.yaml", "--method", "ewc", "-c", extra]
     command = read_command([*line, "--trainer.devices=1"])
-    assert command.args == [
-        *("--config", str(CONFIGS / "digits_inc.yaml")),
-        *("--config", extra),
-        *("--config", str(CONFIGS / "methods" / "digits_inc" / "ewc.yaml")),
+    method = CONFIGS / "methods" / "digits_inc" / "ewc.yaml"
+    assert configs(command) == [str(CONFIGS / "digits_inc.yaml"), extra, str(method)]
+    assert command.args[::2][:3] == ["--config"] * 3
+    assert yaml.safe_load(command.args[5]) == yaml.safe_load(method.read_text())
+    assert command.args[6:] == command.flags
+    assert command.flags == [
         "--experiment=digits_inc",
         "--method=ewc",
         *("--seed_everything", "1", "--trainer.devices=1"),
@@ -102,7 +105,9 @@ def test_a_method_without_tuned_values_says_so_and_takes_its_parts_in_order() ->
 def test_an_alias_is_a_strategy_with_a_value() -> None:
     command = read_command(["--method", "gd"])
     assert list(command.strategies) == ["bd"]
-    assert configs(command) == ["strategies:\n  bd:\n    direction: gradient\n"]
+    assert [layer.text for layer in command.layers] == [
+        "strategies:\n  bd:\n    direction: gradient\n"
+    ]
 
 
 def test_a_file_with_strategies_comes_after_the_methods_file() -> None:
@@ -120,7 +125,7 @@ def test_another_method_leaves_the_strategies_of_files_out() -> None:
     old = write("old.yaml", "method: bd+ewc\nseed_everything: 7\nstrategies: {bd: {epsilon: 0.5}}")
     command = read_command(["--config", old, "--method", "ewc"])
     assert list(command.strategies) == ["ewc"]
-    assert configs(command) == ["method: bd+ewc\nseed_everything: 7\n"]
+    assert [layer.text for layer in command.layers] == ["method: bd+ewc\nseed_everything: 7\n"]
     assert "--method ewc leaves out the `strategies:` of old.yaml." in command.notices
 
 

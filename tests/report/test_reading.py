@@ -75,7 +75,7 @@ def test_a_stream_that_ended_early(make_run: Make) -> None:
         ({"config.yaml": ""}, "not finished", "It is running, or was stopped."),
         ({"checkpoints/last.ckpt": ""}, "not finished", "It has a checkpoint to go on from."),
         ({"failed.json": "{}", "log.txt": "x"}, "failed", "Its log.txt says why."),
-        ({"results.json": "{"}, "unreadable", "to be JSON in UTF-8"),
+        ({"results.json": "{"}, "unreadable", "to be the results.json of a finished run"),
         ({"results.json": '{"schema_version": 1}'}, "unreadable", "to be 2, but got 1"),
         ({"results.json": '{"schema_version": 2}'}, "unreadable", "Expected experiment of"),
     ],
