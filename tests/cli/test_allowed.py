@@ -395,7 +395,10 @@ def test_a_files_name_is_formatted_with_plain_fields_only(
             ),
         ),
         (
-            "trainer: {callbacks: {class_path: ModelCheckpoint, init_args: {every_n_epochs: -3}}}",
+            (
+                "trainer: {callbacks: {class_path: lightning.pytorch.callbacks.ModelCheckpoint, "
+                "init_args: {every_n_epochs: -3}}}"
+            ),
             (
                 "Expected trainer.callbacks to be what its classes can be built with, but got an error: "
                 "Invalid value for every_n_epochs=-3. Must be >= 0"

@@ -62,7 +62,7 @@ def _a_folder_with_runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
-    Path("user_code.py").write_text(CRASH)
+    Path("crashing_code.py").write_text(CRASH)
     monkeypatch.syspath_prepend(os.getcwd())
 
 
@@ -133,7 +133,7 @@ def test_an_earlier_run_is_kept_until_the_new_one_has_a_checkpoint(
     step: int, back: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files()
-    crash = ["--trainer.callbacks", "user_code.Crash", f"--trainer.callbacks.step={step}"]
+    crash = ["--trainer.callbacks", "crashing_code.Crash", f"--trainer.callbacks.step={step}"]
     with pytest.raises(ZeroDivisionError):
         run("--overwrite", "--model.mask", "seen", *crash)
     said = "bpn-fit: The run had no checkpoint yet, so what was in {} before is back.\n"

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fits import Function
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -72,19 +73,6 @@ def group_by_group(
 
 
 # --- networks ------------------------------------------------------------------------------------
-
-
-class Function(nn.Module):
-    """A network whose forward is a function of its parts."""
-
-    def __init__(self, function: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.function(self, inputs)
 
 
 class OwnLinear(nn.Linear):

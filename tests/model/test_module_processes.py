@@ -5,7 +5,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from fits import trainer_of
+from lightning.pytorch import seed_everything
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from bpn_lightning.datamodules.digits import SplitDigits
@@ -25,18 +26,7 @@ def learn(devices: int) -> tuple[dict[str, Any], list[Any], list[Any]]:
         loss=CrossEntropy([1, 2, 3, 4], 0.1),
         metrics={"f1": MulticlassF1Score(4), "calibration": MulticlassCalibrationError(4)},
     )
-    trainer = Trainer(
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        precision="64-true",
-        accumulate_grad_batches=3,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_of(devices, [], precision="64-true", accumulate_grad_batches=3)
     with patch.object(settling, "MAX_FALL", -2.0):
         trainer.fit(module, stream)
     weights = {name: p.detach().double() for name, p in module.named_parameters()}

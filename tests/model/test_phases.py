@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer, seed_everything
+from fits import trainer_of
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim import SGD, Adadelta, Adam
@@ -406,18 +407,7 @@ def learn_in_phases(devices):
     )
     # A linear reconstruction of large features: a gradient that is not reduced shows.
     ebll = EncoderBasedLifelongLearning(alpha=3.0, autoencoder_epochs=2, warm_up_epochs=1)
-    trainer = Trainer(
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        callbacks=[BeneficialPerturbation(8), ebll],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accumulate_grad_batches=2,
-    )
+    trainer = trainer_of(devices, [BeneficialPerturbation(8), ebll], accumulate_grad_batches=2)
     trainer.fit(module, stream)
     return [dict(module.state_dict()), list(tensors_in(ebll.state_dict()))]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fits import Function
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -26,19 +27,6 @@ from bpn_lightning.strategies.imm import IncrementalMomentMatching
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
 from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.strategies.slnid import SLNID
-
-
-class Function(nn.Module):
-    """A network whose forward is a function of its parts."""
-
-    def __init__(self, function: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.function(self, inputs)
 
 
 def attached(backbone: nn.Module, *, keys: bool = True) -> ContinualModule:

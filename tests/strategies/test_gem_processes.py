@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from fits import trainer_of
+from lightning.pytorch import seed_everything
 from torch import Tensor
 from waiting import PATIENCE
 
@@ -123,17 +124,7 @@ def learn(name: str, devices: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     module = ContinualModule(
         MLP([16, 16]), mask=mask, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)
     )
-    trainer = Trainer(
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        callbacks=[BeneficialPerturbation(4), gem],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_of(devices, [BeneficialPerturbation(4), gem])
     trainer.fit(module, stream)
     return dict(module.state_dict()), gem.state_dict()
 

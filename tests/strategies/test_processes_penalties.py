@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from fits import trainer_of
+from lightning.pytorch import Callback, seed_everything
 from torch import nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
@@ -37,17 +38,7 @@ def learn(name: str, devices: int) -> list[dict[str, Any]]:
     module = ContinualModule(
         MLP([16, 16]), mask=mask, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)
     )
-    trainer = Trainer(
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        callbacks=[strategy],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_of(devices, [strategy])
     trainer.fit(module, stream)
     weights = {n: v for n, v in module.state_dict().items() if not n.startswith("accuracy")}
     return [weights, strategy.state_dict()]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from fits import trainer_of
+from lightning.pytorch import seed_everything
 from torch import nn
 
 from bpn_lightning.datamodules.base import ContinualDataModule
@@ -93,17 +94,7 @@ def learn(name: str, devices: int) -> list[dict[str, Any]]:
     module = ContinualModule(
         case.backbone(), mask=case.mask, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)
     )
-    trainer = Trainer(
-        max_epochs=-1,
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        callbacks=[strategy],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_of(devices, [strategy])
     trainer.fit(module, stream)
     (tested,) = trainer.test(module, stream, verbose=False)
     weights = dict(module.training_weights)
