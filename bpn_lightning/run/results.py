@@ -347,7 +347,8 @@ def read_schema(path: Path, schema: type, version: int, what: str, remedy: str) 
     here = found.get("schema_version") if isinstance(found, dict) else None
     if here != version:
         raise ResultsError(
-            f"Expected schema_version of {path} to be {version}, but got {here!r}. {remedy}"
+            f"Expected schema_version of {path} to be {version}, but got {here!r}. Read it with the "
+            f"release of bpn_lightning that wrote it. {remedy}"
         )
     for key, rule, value in violations(found, schema, ""):
         raise ResultsError(f"Expected {key} of {path} to be {rule}, but got {value}. {remedy}")
