@@ -209,7 +209,7 @@ def watch(clock: Clock) -> None:
         if "on_task_end" in vars(strategy):
             before(strategy, "on_task_end", "consolidation")
             inside(strategy, "on_task_end", "importance")
-    for name in ("evaluate", "evaluate_without_oracle", "validation_scores"):
+    for name in ("evaluate", "evaluate_task_agnostic", "validation_scores"):
         inside(task_loop, name, "evaluation")
     before(recording.MetricsFile, "log_metrics", "metrics row")
     before(recording.LastCheckpoint, "_publish", "after a batch or epoch")

@@ -82,7 +82,7 @@ class PlainAttribute(HookNameAsPlainAttribute, Automatic):
 
 
 class Manual(PlainAttribute):
-    """Manual optimisation, of one batch or of a bundle."""
+    """Manual optimization, of one batch or of a bundle."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ def by_the_framework(stream: PermutedMNIST, lr: float, memory: MemoryPerTask) ->
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
         mask="shared",
         evaluate_on="seen_and_next",
-        without_oracle=False,
+        task_agnostic=False,
     )
     Trainer(
         max_epochs=-1,
@@ -69,7 +69,7 @@ def by_the_framework(stream: PermutedMNIST, lr: float, memory: MemoryPerTask) ->
 def by_hand(stream: PermutedMNIST, lr: float) -> Tensor:
     """The same without Lightning and without this package's classes, on the stream's tensors."""
     seed_everything(0, verbose=False)
-    mean, std = stream.normalisation.mean[0], stream.normalisation.std[0]
+    mean, std = stream.normalization.mean[0], stream.normalization.std[0]
     scale, shift = 1 / (255 * std), -mean / std
     tasks = range(stream.num_tasks)
     orders = [stream.permutation(task) for task in tasks]

@@ -335,7 +335,7 @@ def draw_growth(kept: Mapping[str, Any]) -> Figure:
         axes = left if name == "bpn_lightning" and method != "gem" else right
         if axes is right and method not in ("ewc", "gem", "mas", "si"):
             continue
-        # Medians over neighbours: the updates of a task take a tenth of a second.
+        # Medians over neighbors: the updates of a task take a tenth of a second.
         ratio = found["ratio"]
         width = 2 if axes is left else 0
         smooth = [median(ratio[max(0, k - width) : k + width + 1]) for k in range(len(ratio))]

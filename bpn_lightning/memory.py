@@ -204,7 +204,9 @@ def gather(host: ContinualHost, task_id: int, own: TaskSlice, drawn: Tensor) -> 
 
 def stored_dtype(host: ContinualHost, tasks: Sequence[Task]) -> torch.dtype:
     """The type that holds the inputs of some tasks as their streams store them: uint8 of images."""
-    samples = (next(iter(host.stream.loader(task.id, "train", at_most=1))).inputs for task in tasks)
+    samples = (
+        next(iter(host.stream.loader(task.id, "train", max_samples=1))).inputs for task in tasks
+    )
     return reduce(torch.promote_types, (sample.dtype for sample in samples))
 
 

@@ -205,19 +205,19 @@ class ContinualStream(Protocol):
     seed: int
     reset_optimizer: Literal["always", "never"]
     has_validation: bool
-    task_id_at_test: bool
+    task_id_at_inference: bool
 
     def loader(
         self,
         task_id: int,
         split: Split,
         batch_size: int | None = None,
-        at_most: int | None = None,
+        max_samples: int | None = None,
     ) -> Iterable[Batch]:
         """Every sample of this process's share once, or of a draw of so many, in order and as it is."""
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
-        """Raw images to normalised floats, on the device that they lie on."""
+        """Raw images to normalized floats, on the device that they lie on."""
 
     def preparations(self) -> list[Preparation]:
         """The same without augmentation, as what a module keeps of all tasks in order."""
@@ -324,7 +324,9 @@ class ContinualHost(Protocol):
     def task_mode(self, task: "int | Tensor") -> AbstractContextManager[None]:
         """Whatever runs inside uses this task's mode; the one before returns afterwards."""
 
-    def batches(self, task_id: int, split: Split, at_most: int | None = None) -> Iterable[Batch]:
+    def batches(
+        self, task_id: int, split: Split, max_samples: int | None = None
+    ) -> Iterable[Batch]:
         """The stream's loader, moved to the device and prepared."""
 
     def losses(self, logits: Tensor, targets: Tensor, task: "int | Tensor") -> Tensor:

@@ -36,14 +36,14 @@ from bpn_lightning.tasks import Batch, Position, Split, Task
 from bpn_lightning.terminal import is_utf8
 from bpn_lightning.trainer.lightning import batches_processed
 
-__all__ = ["ContinualDataModule", "Normalisation"]
+__all__ = ["ChannelStats", "ContinualDataModule"]
 
 
 MAX_VERIFIED = 64
 """The number of evenly spaced tasks on which a described preprocessing is verified."""
 
 
-class Normalisation(NamedTuple):
+class ChannelStats(NamedTuple):
     """Mean and standard deviation of each channel of images, or of each feature.
 
     Images use units of the brightest pixel (0 to 1), features their own units.
@@ -53,7 +53,7 @@ class Normalisation(NamedTuple):
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, samples: Samples, indices: Tensor) -> "Normalisation":
+    def of(cls, samples: Samples, indices: Tensor) -> "ChannelStats":
         """Measure some samples in double precision; 0 and 1 for tokens, which are not quantities.
 
         For images the result is exact, from counts of the 256 values.
@@ -74,7 +74,7 @@ class Normalisation(NamedTuple):
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
 
-IDENTITY = Normalisation(mean=(0.0,), std=(1.0,))
+IDENTITY = ChannelStats(mean=(0.0,), std=(1.0,))
 """Leaves inputs unchanged."""
 
 
@@ -115,7 +115,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         seed: seed of the sample order, the held-out part and the augmentation; by default the seed of
             seed_everything (the variable PL_GLOBAL_SEED), then 0.
         reset_optimizer: ``always`` creates a new optimizer for each task, ``never`` keeps it.
-        task_id_at_test: whether the task ID of a sample is given at inference. If not, methods that need
+        task_id_at_inference: whether the task ID of a sample is given at inference. If not, methods that need
             it are refused.
 
     Attributes:
@@ -124,7 +124,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         input_shape: ``(channels, height, width)``, or the shape of one sample of another kind.
         input_dtype: dtype of the outputs of ``prepare``: float32, or int64 for tokens.
         has_validation: whether a part of the training data is held out.
-        normalisation: mean and standard deviation that ``prepare`` uses.
+        normalization: mean and standard deviation that ``prepare`` uses.
     """
 
     epochs_per_task: int | list[int] = 5
@@ -136,18 +136,18 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     # None until setup, which may run before or after seed_everything; then an int.
     seed: int = None  # type: ignore[assignment]
     reset_optimizer: Literal["always", "never"] = "always"
-    task_id_at_test: bool = True
+    task_id_at_inference: bool = True
 
     tasks: list[Task] = field(init=False)
     num_classes: int = field(init=False)
     input_shape: tuple[int, ...] = field(init=False)
     input_dtype: torch.dtype = field(init=False)
     has_validation: bool = field(init=False)
-    normalisation: Normalisation = field(init=False)
+    normalization: ChannelStats = field(init=False)
 
     title: ClassVar[str] = "the data set"
     """The data set's name in messages."""
-    constants: ClassVar[Normalisation | None] = None
+    constants: ClassVar[ChannelStats | None] = None
     """Known mean and standard deviation of the original channels; None measures them on the first
     task's training samples."""
     mirrored: ClassVar[bool] = True
@@ -213,12 +213,12 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         """
         return images
 
-    def known_normalization(self, data: ImageData) -> Normalisation | None:
+    def known_normalization(self, data: ImageData) -> ChannelStats | None:
         """The ``constants``, if they apply to images with these channels; None measures them."""
         known, channels = self.constants, self.channels
         if known is None or channels in (None, self._native_channels):
             return known
-        return Normalisation(known.mean * 3, known.std * 3) if channels == 3 else None
+        return ChannelStats(known.mean * 3, known.std * 3) if channels == 3 else None
 
     @property
     def augmentation(self) -> CropAndFlip:
@@ -275,7 +275,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
                 self._refuse_empty_classes(split, parts[split], data.source)
             else:
                 self._refuse_empty_tasks(split, parts[split], data.source)
-        self.normalisation = self.known_normalization(data) or Normalisation.of(
+        self.normalization = self.known_normalization(data) or ChannelStats.of(
             train, parts["train"].members[0]
         )
         self._parts = parts
@@ -335,7 +335,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         task_id: int,
         split: Split,
         batch_size: int | None = None,
-        at_most: int | None = None,
+        max_samples: int | None = None,
     ) -> EvaluationLoader:
         """This process's shard of a task, each sample once, in order and without augmentation.
 
@@ -343,15 +343,15 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             task_id: the task.
             split: "train" (without the held-out part), "val" or "test".
             batch_size: over all processes; None: ``eval_batch_size``.
-            at_most: maximum number of samples over all processes. If the task has more, a random subset
+            max_samples: maximum number of samples over all processes. If the task has more, a random subset
                 is used, which depends on the stream's seed, the task and the split.
         """
         samples = self._parts[split].samples
         size = batch_size or self.eval_batch_size
         indices = self.members(task_id, split)
-        if at_most is not None and at_most < len(indices):
+        if max_samples is not None and max_samples < len(indices):
             generator = seeded_generator("at most", split, self.seed, task_id)
-            drawn = torch.randperm(len(indices), generator=generator)[:at_most]
+            drawn = torch.randperm(len(indices), generator=generator)[:max_samples]
             indices = indices[drawn.sort().values]
         return EvaluationLoader(samples, indices, task_id, size, self._share())
 
@@ -460,10 +460,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         images = batch.inputs
         if augment and batch.augmentation is not None:
             images = self.augmentation.apply(images, batch.augmentation)
-        inputs = self.transform(self.normalise(images), batch.task)
+        inputs = self.transform(self.normalize(images), batch.task)
         return batch._replace(inputs=inputs, augmentation=None)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Standardize stored inputs to mean 0 and standard deviation 1; tokens are unchanged.
 
         Args:
@@ -476,19 +476,19 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             return images
         where = images.device
         if where not in self._affine:  # a copy to the GPU in every step would stall it
-            of_one, rank = (*self.normalisation, self._brightest), len(self.input_shape)
+            of_one, rank = (*self.normalization, self._brightest), len(self.input_shape)
             self._affine[where] = scale_and_shift(*of_one, rank, where)
         return normalize(images, *self._affine[where], self._brightest)
 
     def preparation_steps(self) -> list[Step]:
         """The steps of ``prepare`` without augmentation, named as in :mod:`bpn_lightning.preparation`.
 
-        A stream that overrides ``prepare``, ``normalise`` or ``transform`` describes them here, if these
+        A stream that overrides ``prepare``, ``normalize`` or ``transform`` describes them here, if these
         functions suffice; otherwise only the stream itself can preprocess inputs.
         """
         if self.input_dtype == torch.int64:
             return []
-        mean, std = self.normalisation
+        mean, std = self.normalization
         return [["normalize", list(mean), list(std), self._brightest]]
 
     def raw_samples(self, task_id: int) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.datasets import load_digits
 
-from bpn_lightning.datamodules.base import Normalisation
+from bpn_lightning.datamodules.base import ChannelStats
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
@@ -25,7 +25,7 @@ class SplitDigits(ClassIncrementalDataModule):
     """
 
     title = "the digits"
-    constants = Normalisation(mean=(0.3057,), std=(0.3761,))
+    constants = ChannelStats(mean=(0.3057,), std=(0.3761,))
     mirrored = False
 
     def read(self) -> ImageData:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from bpn_lightning.datamodules.augmentation import CropAndFlip
-from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, check_positive_int
+from bpn_lightning.datamodules.base import ChannelStats, ContinualDataModule, check_positive_int
 from bpn_lightning.datamodules.image_cache import cached_images
 from bpn_lightning.datamodules.image_sets import Entry, ImageSet
 from bpn_lightning.datamodules.loading import Samples
@@ -53,7 +53,7 @@ class ImageSetStream(ContinualDataModule):
 
     channels: Literal[1, 3] | None = field(init=False, default=None)  # always color
 
-    constants = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    constants = ChannelStats(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpn_lightning.datamodules.arrays import ARRAYS, from_arrays
-from bpn_lightning.datamodules.base import IDENTITY, Normalisation, check_positive_int
+from bpn_lightning.datamodules.base import IDENTITY, ChannelStats, check_positive_int
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.readers import ImageData, read_class_folders, read_npz
 
@@ -81,7 +81,7 @@ class SplitArrays(ClassIncrementalDataModule):
             arrays, source = read_npz(file, ARRAYS), str(file)
         return from_arrays(arrays, source)
 
-    def known_normalization(self, data: ImageData) -> Normalisation | None:
+    def known_normalization(self, data: ImageData) -> ChannelStats | None:
         """The identity for features if ``standardize`` is off."""
         features = data.train.images.is_floating_point()
         return IDENTITY if features and not self.standardize else super().known_normalization(data)

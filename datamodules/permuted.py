@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation, check_positive_int
+from bpn_lightning.datamodules.base import ChannelStats, ContinualDataModule, check_positive_int
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.torchvision_sets import SplitMNIST
 from bpn_lightning.errors import ConfigurationError
@@ -52,7 +52,7 @@ class _TransformedMNIST(ContinualDataModule):
         self._mnist = SplitMNIST(root=self.root, download=self.download, padding=self.padding)
 
     @property
-    def constants(self) -> Normalisation:  # type: ignore[override]
+    def constants(self) -> ChannelStats:  # type: ignore[override]
         """The constants of MNIST, before the transform."""
         return self._mnist.constants
 
@@ -185,11 +185,11 @@ class RotatedMNIST(_TransformedMNIST):
 
     def transform_of(self, task_id: int, images: Tensor) -> Tensor:
         """Rotate around the center of the image."""
-        black = self.normalise(torch.zeros_like(images[:1, :, :1, :1]))
+        black = self.normalize(torch.zeros_like(images[:1, :, :1, :1]))
         return rotate(images, self.angle(task_id), black)
 
     def preparation_steps(self) -> list[Step]:
         """Normalize, then rotate."""
-        black = float(self.normalise(torch.zeros(1, 1, 1, 1)))
+        black = float(self.normalize(torch.zeros(1, 1, 1, 1)))
         own: Step = ["rotate", self.max_angle, self.num_tasks, black]
         return [*super().preparation_steps(), own]

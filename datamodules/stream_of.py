@@ -260,7 +260,7 @@ class StreamOf(ContinualDataModule):
         task_id: int,
         split: Split,
         batch_size: int | None = None,
-        at_most: int | None = None,
+        max_samples: int | None = None,
     ) -> ChainedLoader:
         """This process's shard of a task, each sample once, in order and without augmentation.
 
@@ -268,11 +268,11 @@ class StreamOf(ContinualDataModule):
             task_id: the task.
             split: "train" (without the held-out part), "val" or "test".
             batch_size: over all processes; None: the ``eval_batch_size`` of the task's stream.
-            at_most: maximum number of samples over all processes; a random subset if the task has more.
+            max_samples: maximum number of samples over all processes; a random subset if the task has more.
         """
         substream = self._substream(task_id)
         of_task = substream.stream.loader(
-            task_id - substream.first_task, split, batch_size, at_most
+            task_id - substream.first_task, split, batch_size, max_samples
         )
         return ChainedLoader([(substream, of_task)])
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from bpn_lightning.datamodules.base import Normalisation
+from bpn_lightning.datamodules.base import ChannelStats
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.misplaced import misplaced_hint
@@ -163,16 +163,16 @@ class _IdxDataModule(_NamedDataModule):
             )
 
     @property
-    def constants(self) -> Normalisation:  # type: ignore[override]
+    def constants(self) -> ChannelStats:  # type: ignore[override]
         """The constants of padded images, computed from those of unpadded images."""
         if self.padding == 0:
             return self.unpadded
         (mean,), (std,) = self.unpadded
         share = prod(self.shape[1:]) / prod(size + 2 * self.padding for size in self.shape[1:])
         of_all = mean * share
-        return Normalisation((of_all,), ((share * (std**2 + mean**2) - of_all**2) ** 0.5,))
+        return ChannelStats((of_all,), ((share * (std**2 + mean**2) - of_all**2) ** 0.5,))
 
-    unpadded: ClassVar[Normalisation]
+    unpadded: ClassVar[ChannelStats]
     """Mean and standard deviation of the unpadded images."""
 
     def read(self) -> ImageData:
@@ -245,7 +245,7 @@ class SplitMNIST(_IdxDataModule):
     title = "MNIST"
     class_in_torchvision = "MNIST"
     tree = "mnist"
-    unpadded = Normalisation(mean=(0.1307,), std=(0.3081,))
+    unpadded = ChannelStats(mean=(0.1307,), std=(0.3081,))
     mirrored = False
 
 
@@ -258,7 +258,7 @@ class SplitFashionMNIST(_IdxDataModule):
     title = "Fashion-MNIST"
     class_in_torchvision = "FashionMNIST"
     tree = "fashion_mnist"
-    unpadded = Normalisation(mean=(0.2860,), std=(0.3530,))
+    unpadded = ChannelStats(mean=(0.2860,), std=(0.3530,))
 
 
 class SplitCIFAR10(_PickledDataModule):
@@ -270,7 +270,7 @@ class SplitCIFAR10(_PickledDataModule):
     title = "CIFAR-10"
     class_in_torchvision = "CIFAR10"
     tree = "cifar10"
-    constants = Normalisation(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+    constants = ChannelStats(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
 
 class SplitCIFAR100(_PickledDataModule):
@@ -282,4 +282,4 @@ class SplitCIFAR100(_PickledDataModule):
     title = "CIFAR-100"
     class_in_torchvision = "CIFAR100"
     tree = "cifar100"
-    constants = Normalisation(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+    constants = ChannelStats(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))

@@ -65,7 +65,7 @@ def workspace(entity: str, project: str) -> ws.Workspace:
                     ),
                     wr.BarPlot(
                         title="ACC with the task oracle, and without it",
-                        metrics=["accuracy/average", "accuracy_without_oracle/average"],
+                        metrics=["accuracy/average", "accuracy_task_agnostic/average"],
                         range_x=(0, 1),
                         **SEEDS,
                     ),

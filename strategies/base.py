@@ -45,7 +45,7 @@ class ContinualStrategy(Callback):
     needs_full_precision: ClassVar[bool] = False
     #: Holds weights or outputs near old ones and nothing else: with one head for all classes and no
     #: task id it is expected to forget.
-    regulariser: ClassVar[bool] = False
+    regularizer: ClassVar[bool] = False
     #: Arguments with which it is fine-tuning bit for bit; None where there are none.
     null_arguments: ClassVar[Mapping[str, Any] | None] = None
     #: Its first task is plain training; False where it acts from the first update on.

@@ -15,28 +15,28 @@ from bpn_lightning.tasks import ContinualHost, ContinualStream, Task
 
 __all__ = ["BeneficialPerturbation", "Direction", "perturbation"]
 
-Direction = Literal["sign", "gradient", "normalised", "frozen"]
-DIRECTIONS = ("sign", "gradient", "normalised", "frozen")
+Direction = Literal["sign", "gradient", "normalized", "frozen"]
+DIRECTIONS = ("sign", "gradient", "normalized", "frozen")
 
 
 def perturbation(gradients: list[Tensor], direction: Direction, epsilon: float) -> Sequence[Tensor]:
     r"""The steps that are taken off several M, of the shapes of their gradients.
 
     ``sign`` is :math:`\epsilon\,\mathrm{sign}(g)` (Alg. 2 of Wen et al.), ``gradient`` is
-    :math:`\epsilon g` (their GD), ``normalised`` is :math:`\epsilon \sqrt{H}\, g / \|g\|`, as long as
+    :math:`\epsilon g` (their GD), ``normalized`` is :math:`\epsilon \sqrt{H}\, g / \|g\|`, as long as
     the step of ``sign``, and ``frozen`` is 0.
 
     >>> g = [torch.tensor([[3.0, -4.0]])]
     >>> perturbation(g, "sign", 0.1)[0]
     tensor([[ 0.1000, -0.1000]])
-    >>> perturbation(g, "normalised", 0.1)[0].norm() / 2**0.5
+    >>> perturbation(g, "normalized", 0.1)[0].norm() / 2**0.5
     tensor(0.1000)
     """
     if direction == "sign":
         return torch._foreach_mul(torch._foreach_sign(gradients), epsilon)
     if direction == "gradient":
         return torch._foreach_mul(gradients, epsilon)
-    if direction == "normalised":
+    if direction == "normalized":
         norms = torch._foreach_norm(gradients)
         return [
             g * torch.where(norm > 0, epsilon * g.numel() ** 0.5 / norm, norm)
@@ -62,9 +62,9 @@ class BeneficialPerturbation(ContinualStrategy):
     descends (the text names the sign of the gradient, Alg. 2 lists it among gradients).
 
     Args:
-        rank: H, width of the factorisation; the paper tries 1 to 2500.
+        rank: H, width of the factorization; the paper tries 1 to 2500.
         epsilon: the step of M per update; the tuned values of the configs lie between 0.03 and 0.1.
-        direction: how M moves. ``sign`` is the paper's BD, ``gradient`` its GD, ``normalised`` the
+        direction: how M moves. ``sign`` is the paper's BD, ``gradient`` its GD, ``normalized`` the
             gradient at the length of the sign's step; ``frozen`` is a control, where neither M nor W
             learns and M is drawn from N(0, 1).
         layers: names of the linear layers that get bias units (``"head"`` and names within

@@ -57,7 +57,7 @@ class IncrementalMomentMatching(ContinualStrategy):
     the next task goes on from the weights that training had. Accuracies within a task
     (``evaluate_every="epoch"``) and the validation loss are those of the training weights. Under
     ``mask="task"`` the head is not averaged, for each task has its own rows of it. Running statistics
-    of batch normalisation are averaged with the alphas, in both modes.
+    of batch normalization are averaged with the alphas, in both modes.
 
     Differs from the paper: the averages are running ones, so memory does not grow with tasks; F is
     from per-sample gradients of all the task's samples, not of a batch's mean, by default with their
@@ -82,7 +82,7 @@ class IncrementalMomentMatching(ContinualStrategy):
             is no hidden linear layer for drop-transfer.
     """
 
-    regulariser: ClassVar[bool] = True
+    regularizer: ClassVar[bool] = True
     needs_full_precision: ClassVar[bool] = True
 
     _handles: Sequence[RemovableHandle] = ()  # of the hooks on the layers

@@ -69,7 +69,7 @@ class LearningWithoutForgetting(ContinualStrategy):
         ConfigurationError: a value is out of range or unknown, or every softmax is over one class.
     """
 
-    regulariser: ClassVar[bool] = True
+    regularizer: ClassVar[bool] = True
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0}
 
     def __init__(

@@ -129,7 +129,7 @@ class PenaltyStrategy(ContinualStrategy):
         usual: a strength to begin with, for the message where it is none.
     """
 
-    regulariser: ClassVar[bool] = True
+    regularizer: ClassVar[bool] = True
     needs_full_precision: ClassVar[bool] = True
     null_arguments: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}
     #: The penalty's name in logs.

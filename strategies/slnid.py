@@ -36,7 +36,7 @@ def inhibition_weights(importance: Tensor, sigma: float, discount: Discount = "p
 
     Args:
         importance: alpha, ``(units,)``.
-        sigma: width of the neighbourhood, in units' numbers.
+        sigma: width of the neighborhood, in units' numbers.
         discount: which of the two.
 
     Returns:
@@ -65,7 +65,7 @@ def inhibition(activations: Tensor, weights: Tensor) -> Tensor:
 
 
 class SLNID(MemoryAwareSynapses):
-    r"""Selfless sequential learning: MAS, and a cost on neighbouring units that are active together.
+    r"""Selfless sequential learning: MAS, and a cost on neighboring units that are active together.
 
     .. math:: \lambda_\Omega \sum_i \Omega_i (\theta_i - \theta^*_i)^2 + \lambda_S \sum_l \sum_{i \ne j}
         e^{-(i-j)^2 / 2\sigma_l^2}\, e^{-(\alpha_i + \alpha_j)}\, \frac{1}{B} \sum_m h_{mi} h_{mj}
@@ -82,7 +82,7 @@ class SLNID(MemoryAwareSynapses):
     Args:
         strength: lambda of MAS, dimensionless.
         sparsity: lambda of the inhibition, dimensionless; 0 is MAS.
-        scale: a layer's units over the width sigma of the neighbourhood.
+        scale: a layer's units over the width sigma of the neighborhood.
         discount: ``product`` or ``minimum``.
         layers: names of the activations of the backbone whose outputs, ``(batch, units)``, are
             inhibited; by default every ReLU with such an output.

@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 import pytest
 from waiting import PATIENCE
 
+from bpn_lightning.conformance.cases import read_cases
 from bpn_lightning.conformance.discovery import _asks_for_the_suite
-from bpn_lightning.conformance.subjects import read_subjects
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies import STRATEGIES
 
@@ -555,20 +555,20 @@ def test_other_runs_of_pytest_do_not_meet_the_options(argument, asked):
 )
 def test_bad_input(names, arguments, said):
     with pytest.raises(ConfigurationError, match=re.escape(said)):
-        read_subjects(names, arguments)
+        read_cases(names, arguments)
 
 
 def test_composition_and_arguments():
-    (subject,) = read_subjects(["bd+ewc"], {"ewc": {"strength": 3.0}})
-    bd, ewc = subject.make()
+    (case,) = read_cases(["bd+ewc"], {"ewc": {"strength": 3.0}})
+    bd, ewc = case.make()
     assert (type(bd).__name__, type(ewc).__name__, ewc.strength) == (
         "BeneficialPerturbation",
         "EWC",
         3.0,
     )
-    assert subject.which(lambda part: part.strategy.needs_task_id) == "bd"
+    assert case.which(lambda part: part.strategy.needs_task_id) == "bd"
 
 
 def test_aliases_are_strategies_with_arguments():
-    (subject,) = read_subjects(["gd"], {})
-    assert subject.make()[0].direction == "gradient"
+    (case,) = read_cases(["gd"], {})
+    assert case.make()[0].direction == "gradient"

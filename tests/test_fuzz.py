@@ -408,7 +408,7 @@ RESULTS = {
     "tasks_not_learned": [],
     "accuracy": dict.fromkeys(("average", "first_task", "bwt", "fwt", "forgetting"))
     | {"per_task": [0.5]},
-    "accuracy_without_oracle": None,
+    "accuracy_task_agnostic": None,
     "accuracy_after_learning": {"average": 0.5, "per_task": [0.5]},
     "unsettled_tasks": [],
     "metrics": {},

@@ -144,7 +144,7 @@ def test_gems_constraints_are_of_it(fit: Fit) -> None:
     places = (gem.memory.tasks() == 0).nonzero().flatten()
     found = gem._segments(module, parameters, places, torch.tensor([len(places)]))[0]
     raw, targets = gem.memory.inputs[places], gem.memory.targets[places]
-    logits = module(module.stream.normalise(raw), task=0)
+    logits = module(module.stream.normalize(raw), task=0)
     wanted = torch.autograd.grad(
         F.cross_entropy(
             logits[:, :2], targets, weight=torch.tensor(WEIGHTS[:2]), label_smoothing=0.1,

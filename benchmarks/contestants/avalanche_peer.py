@@ -43,7 +43,7 @@ class Timer(SupervisedPlugin):
 
 
 def run(work: Work) -> Answer:
-    """Naive and the strategies around it, on normalised floats in memory, without any logger."""
+    """Naive and the strategies around it, on normalized floats in memory, without any logger."""
     data = make_data(work)
     benchmark = tensors_benchmark(
         train_tensors=by_task(data.train, work),

@@ -11,7 +11,7 @@ from work import Answer, Clock, Work, by_task, make_data, network, resident, ser
 
 
 def run(work: Work) -> Answer:
-    """Learn and test; no framework, floats that were normalised beforehand."""
+    """Learn and test; no framework, floats that were normalized beforehand."""
     data = make_data(work)
     train, test = by_task(data.train, work), by_task(data.test, work)
     net = network(work).to(work.device)

@@ -87,7 +87,7 @@ def run(work: Work) -> Answer:
         batch_size=work.batch_size,
         eval_batch_size=work.eval_batch_size,
     )
-    module = ContinualModule(MLP(list(work.hidden)), evaluate_on="current", without_oracle=False)
+    module = ContinualModule(MLP(list(work.hidden)), evaluate_on="current", task_agnostic=False)
     timer = Timer(work)
     Trainer(
         max_epochs=-1,

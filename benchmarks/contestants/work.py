@@ -144,7 +144,7 @@ def make_data(work: Work) -> Data:
 
 
 def by_task(part: tuple[Tensor, Tensor], work: Work) -> list[tuple[Tensor, Tensor]]:
-    """Each task's images as normalised floats ``(n, pixels)``, and its labels."""
+    """Each task's images as normalized floats ``(n, pixels)``, and its labels."""
     images, labels = part
     size = len(labels) // work.tasks
     tasks = []

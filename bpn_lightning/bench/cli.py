@@ -124,8 +124,8 @@ def _finish(grid: Grid, root: Path, out: str | None) -> None:
     if out:  # beside its runs it can be made again
         check_kept(grid.name, collection.records, folder)
     write_collection(collection, folder)
-    for artefact in write_report(collection, folder):
-        print(f"{printable(artefact.markdown())}\n")
+    for artifact in write_report(collection, folder):
+        print(f"{printable(artifact.markdown())}\n")
     print(f"bpn-bench: {printable(folder / REPORT)}", file=sys.stderr)
 
 

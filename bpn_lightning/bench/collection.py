@@ -17,7 +17,7 @@ from bpn_lightning.bench.runner import state
 from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.metrics.scores import AfterLearning, WithoutOracle
+from bpn_lightning.metrics.scores import AfterLearning, TaskAgnostic
 from bpn_lightning.run.identity import defining, differences
 from bpn_lightning.run.results import (
     MAX_TASKS,
@@ -60,7 +60,7 @@ _ROUNDING = 1e-6  # of an accuracy that is a sum
 # What comparisons count with.
 _NUMBERS = (
     *(("accuracy", key) for key in ("average", "first_task", "forgetting", "bwt")),
-    *(("accuracy_without_oracle", key) for key in ("average", "first_task")),
+    *(("accuracy_task_agnostic", key) for key in ("average", "first_task")),
     ("accuracy_after_learning", "average"),
     ("bytes_per_task", "measured"),
     ("bytes_held", "inference"),
@@ -119,7 +119,7 @@ class Collection:
         title: of the grid.
         text: what it shows.
         compare: pairs of methods.
-        report: the artefacts.
+        report: the artifacts.
         not_run: entries without runs, by intention.
         missing: names of runs that are not finished.
         records: the finished runs, in the order of the grid.
@@ -338,7 +338,7 @@ class _KeptGrid(TypedDict):
 
 class _KeptResults(TypedDict):
     accuracy: Accuracy
-    accuracy_without_oracle: WithoutOracle | None
+    accuracy_task_agnostic: TaskAgnostic | None
     accuracy_after_learning: AfterLearning
     bytes_per_task: BytesPerTask
     bytes_held: BytesHeld
@@ -463,7 +463,7 @@ def _probe(path: Path) -> Any:
 
 _KEPT = (
     "accuracy",
-    "accuracy_without_oracle",
+    "accuracy_task_agnostic",
     "accuracy_after_learning",
     "bytes_per_task",
     "bytes_held",

@@ -174,13 +174,13 @@ def _plain(legend: Legend) -> None:
 def _draw(axes: Axes, line: Line, number: int, band: bool) -> None:
     shown = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
     x, means = [x for x, _ in shown], [y.mean for _, y in shown]
-    colour = COLOURS[number % len(COLOURS)]
+    color = COLOURS[number % len(COLOURS)]
     every = max(1, len(x) // 12)
     axes.plot(
         x,
         means,
         label=line.name,
-        color=colour,
+        color=color,
         linestyle=DASHES[number % len(DASHES)],
         marker=MARKERS[number % len(MARKERS)],
         markersize=5,
@@ -191,4 +191,4 @@ def _draw(axes: Axes, line: Line, number: int, band: bool) -> None:
     if band and any(y.half for _, y in shown):
         low = [y.mean - (y.half or 0.0) for _, y in shown]
         high = [y.mean + (y.half or 0.0) for _, y in shown]
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)

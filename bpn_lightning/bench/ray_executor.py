@@ -123,7 +123,7 @@ def _work(line: list[str], log: Path, folder: Path, passed_on: Mapping[str, str]
             try:
                 return process.wait(timeout=_POLL)
             except subprocess.TimeoutExpired:
-                pass  # Ray's cancelling reaches Python code, and no system call
+                pass  # Ray's canceling reaches Python code, and no system call
     except BaseException:
         process.terminate()
         process.wait()

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bpn_lightning.bench.artefact import Artefact
+from bpn_lightning.bench.artifact import Artifact
 from bpn_lightning.bench.collection import CELLS, Collection, read_collection
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
@@ -17,7 +17,7 @@ from bpn_lightning.terminal import printable
 
 __all__ = ["MAKERS", "make", "report_all", "write_report"]
 
-MAKERS: dict[str, Callable[[Collection], list[Artefact]]] = {
+MAKERS: dict[str, Callable[[Collection], list[Artifact]]] = {
     "accuracy": accuracy,
     "table_1": table_1,
     "table_2": table_2,
@@ -35,33 +35,33 @@ MAKERS: dict[str, Callable[[Collection], list[Artefact]]] = {
 REPORT = "report.md"
 
 
-def make(collection: Collection) -> list[Artefact]:
-    """All artefacts that the grid asks for; those that have nothing to show yet are left out."""
+def make(collection: Collection) -> list[Artifact]:
+    """All artifacts that the grid asks for; those that have nothing to show yet are left out."""
     found = [one for name in collection.report for one in MAKERS[name](collection)]
     return [one for one in found if one.table.rows]
 
 
-def write_report(collection: Collection, folder: Path) -> list[Artefact]:
-    """Write every artefact, and report.md with all of them.
+def write_report(collection: Collection, folder: Path) -> list[Artifact]:
+    """Write every artifact, and report.md with all of them.
 
     Raises:
         ResultsError: a file cannot be written; those written before are whole.
     """
     for why in collection.left_out:
         print(f"bpn-bench: {printable(why)}", file=sys.stderr)
-    artefacts = make(collection)
+    artifacts = make(collection)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for artefact in artefacts:
-            artefact.write(folder)
-        text = f"# {_section(collection, artefacts, '')}\n"
+        for artifact in artifacts:
+            artifact.write(folder)
+        text = f"# {_section(collection, artifacts, '')}\n"
         write_atomically(folder / REPORT, text.encode())
     except OSError as error:
         raise ResultsError(
             f"Expected to write the report into {folder}, but got: {error}. Make room or give write "
             "access; `bpn-bench report` makes it again from cells.json."
         ) from error
-    return artefacts
+    return artifacts
 
 
 def report_all(folder: Path) -> list[Path]:
@@ -88,8 +88,8 @@ def report_all(folder: Path) -> list[Path]:
     sections = []
     for one in sorted(found, key=_order):
         collection = read_collection(one)
-        artefacts = write_report(collection, one)
-        sections.append("## " + _section(collection, artefacts, f"{home.name}/{one.name}/"))
+        artifacts = write_report(collection, one)
+        sections.append("## " + _section(collection, artifacts, f"{home.name}/{one.name}/"))
     page = home.with_name(f"{home.name}.md")
     write_atomically(page, ("\n\n".join([HEAD.format(home.name), *sections]) + "\n").encode())
     return [page]
@@ -114,8 +114,8 @@ def _order(folder: Path) -> tuple[int, str]:
     return (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)
 
 
-def _section(collection: Collection, artefacts: Sequence[Artefact], folder: str) -> str:
-    """A heading without its marks, the words, and all artefacts."""
+def _section(collection: Collection, artifacts: Sequence[Artifact], folder: str) -> str:
+    """A heading without its marks, the words, and all artifacts."""
     parts = [collection.title, f"    bpn-bench {collection.name}.yaml", collection.text]
     if collection.missing:
         total = len(collection.missing) + len(collection.records)
@@ -125,5 +125,5 @@ def _section(collection: Collection, artefacts: Sequence[Artefact], folder: str)
     parts += [f"Left out: {why}" for why in collection.left_out]
     for one in collection.not_run:
         parts.append(f"Not run: {one.experiment}. {one.reason}")
-    parts += [artefact.markdown(f"{folder}{artefact.name}.png") for artefact in artefacts]
+    parts += [artifact.markdown(f"{folder}{artifact.name}.png") for artifact in artifacts]
     return "\n\n".join(part for part in parts if part)

@@ -20,7 +20,7 @@ from bpn_lightning.cli.resume import how_to_resume, last_checkpoint, previous_ch
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.run.console import final_table
-from bpn_lightning.run.dashboards import close_displays, keep_results
+from bpn_lightning.run.dashboards import close_adapters, upload_artifacts
 from bpn_lightning.run.folder import written_files
 from bpn_lightning.run.results import collect_provenance, write_results
 from bpn_lightning.terminal import INTERRUPTED
@@ -108,7 +108,7 @@ def _train(cli: ContinualCLI, out: TextIO) -> int:
         ) from error
     finally:
         if cli.trainer.is_global_zero:
-            close_displays(cli.trainer.loggers, status)
+            close_adapters(cli.trainer.loggers, status)
     return status
 
 
@@ -136,7 +136,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     if config.log_artifacts:
         name = f"{config.experiment}-{config.method}-seed_{config.seed_everything}"
         try:
-            keep_results(
+            upload_artifacts(
                 cli.trainer.loggers, name, written_files(cli.folder), last_checkpoint(cli.folder)
             )
         except Exception as error:  # a logger's client may raise any exception

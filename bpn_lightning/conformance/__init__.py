@@ -5,6 +5,6 @@
     pytest --pyargs bpn_lightning.conformance --strategy my_lab.MyStrategy
 
 Each test in :mod:`bpn_lightning.conformance.promises` is one promise. The options, the strategies
-that were named and what tests share are in ``plugin``, ``subjects``, ``trials``, ``runs``, ``pair`` and
+that were named and what tests share are in ``plugin``, ``cases``, ``scenarios``, ``runs``, ``pair`` and
 ``ranks``. Digits that come with scikit-learn are all the data; nothing is downloaded.
 """

@@ -32,22 +32,22 @@ class TwoProcesses:
         self.folder = folder
         self._names: list[str] = []
         self._arguments: dict[str, Any] = {}
-        self._round: list[int] = []  # the numbers of the subjects that they work on
+        self._round: list[int] = []  # the numbers of the cases that they work on
         self._processes: list[subprocess.Popen[str]] = []
         self._start()
 
     def begin(self, names: Sequence[str], arguments: Mapping[str, Any]) -> None:
-        """Let them fit these subjects, in this order.
+        """Let them fit these cases, in this order.
 
         Args:
-            names: of the subjects, as on the command line.
+            names: of the cases, as on the command line.
             arguments: of constructors, as on the command line.
         """
         self._names, self._arguments = list(names), dict(arguments)
         self._send()
 
     def result(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What each process has learned of one subject, by path; waits for it.
+        """What each process has learned of one case, by path; waits for it.
 
         Raises:
             RuntimeError: a process failed; its traceback.
@@ -114,7 +114,7 @@ class TwoProcesses:
         """Everything that is not known yet."""
         self._round = [index for index in range(len(self._names)) if not self._known(index)]
         task = {
-            "subjects": {index: self._names[index] for index in self._round},
+            "cases": {index: self._names[index] for index in self._round},
             "arguments": self._arguments,
             "path": [os.path.abspath(place) for place in sys.path],
         }

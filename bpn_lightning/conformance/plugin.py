@@ -23,20 +23,20 @@ class _State:
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="conformance_")
         self.arguments: dict[str, Any] = {}
-        self.subjects: list[Any] = []
-        self.trials: dict[str, Any] = {}
+        self.cases: list[Any] = []
+        self.scenarios: dict[str, Any] = {}
         self.two_processes: TwoProcesses | None = None
         self.not_applicable: dict[str, dict[str, str]] = {}  # reasons by promise and strategy
 
     def subfolder(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.folder.name))
 
-    def trial(self, subject: Any) -> Any:
-        from bpn_lightning.conformance.trials import Trial
+    def scenario(self, case: Any) -> Any:
+        from bpn_lightning.conformance.scenarios import Scenario
 
-        if subject.name not in self.trials:
-            self.trials[subject.name] = Trial(subject, self.subfolder())
-        return self.trials[subject.name]
+        if case.name not in self.scenarios:
+            self.scenarios[case.name] = Scenario(case, self.subfolder())
+        return self.scenarios[case.name]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,9 +76,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             state.arguments.update(_read_mapping(text))
         if names and not config.option.collectonly:
             state.two_processes = TwoProcesses(state.subfolder())
-        from bpn_lightning.conformance.subjects import read_subjects
+        from bpn_lightning.conformance.cases import read_cases
 
-        state.subjects = read_subjects(names, state.arguments)
+        state.cases = read_cases(names, state.arguments)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from error
 
@@ -106,8 +106,8 @@ def pytest_pycollect_makeitem(collector: Any, name: str, obj: object) -> list[An
     if not hasattr(obj, "not_applicable"):
         return None
     state = collector.config.stash[_STATE]
-    reasons = {subject.name: obj.not_applicable(subject) for subject in state.subjects}
-    state.not_applicable[name] = {subject: reason for subject, reason in reasons.items() if reason}
+    reasons = {case.name: obj.not_applicable(case) for case in state.cases}
+    state.not_applicable[name] = {case: reason for case, reason in reasons.items() if reason}
     return None if len(state.not_applicable[name]) < len(reasons) else []
 
 
@@ -117,9 +117,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     state = metafunc.config.stash[_STATE]
     without = state.not_applicable[metafunc.function.__name__]
-    subjects = [subject for subject in state.subjects if subject.name not in without]
-    names = [subject.name for subject in subjects]
-    metafunc.parametrize("trial", subjects, ids=names, indirect=True, scope="session")
+    cases = [case for case in state.cases if case.name not in without]
+    names = [case.name for case in cases]
+    metafunc.parametrize("scenario", cases, ids=names, indirect=True, scope="session")
 
 
 @pytest.hookimpl(trylast=True)
@@ -136,12 +136,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the two processes begin, if somebody will ask what they have learned."""
     state = session.config.stash[_STATE]
     asked: list[Any] = [
-        item.callspec.params["trial"]
+        item.callspec.params["scenario"]
         for item in session.items
         if isinstance(item, pytest.Function) and _asks_two_processes(item)
     ]
     if state.two_processes is not None and asked:
-        state.two_processes.begin([subject.name for subject in asked], state.arguments)
+        state.two_processes.begin([case.name for case in asked], state.arguments)
     elif state.two_processes is not None:
         state.two_processes.stop()
 
@@ -149,9 +149,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say which promises were not examined, and which declaration says so."""
     lines = [
-        f"{name}[{subject}]: {reason}"
+        f"{name}[{case}]: {reason}"
         for name, reasons in config.stash[_STATE].not_applicable.items()
-        for subject, reason in reasons.items()
+        for case, reason in reasons.items()
     ]
     if lines:
         terminalreporter.section("not applicable, by declaration")
@@ -169,9 +169,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def trial(request: pytest.FixtureRequest) -> Any:
-    """One subject and what it did."""
-    return request.config.stash[_STATE].trial(request.param)
+def scenario(request: pytest.FixtureRequest) -> Any:
+    """One case and what it did."""
+    return request.config.stash[_STATE].scenario(request.param)
 
 
 @pytest.fixture(scope="session")

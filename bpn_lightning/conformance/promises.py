@@ -13,17 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from bpn_lightning.conformance.cases import Case
 from bpn_lightning.conformance.pair import TwoProcesses
 from bpn_lightning.conformance.ranks import setting
-from bpn_lightning.conformance.runs import MESSY, PLAIN, Run, differences, fit
-from bpn_lightning.conformance.subjects import Subject
-from bpn_lightning.conformance.trials import Consolidation, Diary, Trial, answers, fine_tuning
+from bpn_lightning.conformance.runs import BATCH_NORM_DROPOUT, PLAIN, Run, differences, fit
+from bpn_lightning.conformance.scenarios import (
+    CallLog,
+    Consolidation,
+    Scenario,
+    fine_tuning,
+    logits_in_mode,
+)
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.tasks import Position
 
-# What is promised is not silence: Lightning warns of much, and regularisers of what they forget.
+# What is promised is not silence: Lightning warns of much, and regularizers of what they forget.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 #: Relative; a tenth of it absolute. For runs that add up the same numbers in another order.
@@ -32,11 +38,11 @@ TOLERANCE = 1e-5
 _Test = TypeVar("_Test", bound=Callable[..., None])
 
 
-def promise(unless: Callable[[Subject], str] = lambda subject: "") -> Callable[[_Test], _Test]:
+def promise(unless: Callable[[Case], str] = lambda case: "") -> Callable[[_Test], _Test]:
     """Mark a test as a promise.
 
     Args:
-        unless: the declaration of a subject by which it does not make this promise; empty if it does.
+        unless: the declaration of a case by which it does not make this promise; empty if it does.
     """
 
     def mark(test: _Test) -> _Test:
@@ -59,15 +65,15 @@ def expect_nothing(found: Sequence[str], what: str, remedy: str) -> None:
 # --- what it is when it does nothing -------------------------------------------------------------
 
 
-def _has_no_null(subject: Subject) -> str:
-    without = subject.which(lambda part: part.strategy.null_arguments is None)
+def _has_no_null(case: Case) -> str:
+    without = case.which(lambda part: part.strategy.null_arguments is None)
     return without and f"null_arguments of {without} is None"
 
 
 @promise(unless=_has_no_null)
-def test_null_arguments_are_fine_tuning_bit_for_bit(trial: Trial) -> None:
+def test_null_arguments_are_fine_tuning_bit_for_bit(scenario: Scenario) -> None:
     """With its null_arguments it leaves weights, optimizer and random states as fine-tuning does."""
-    mine, theirs = trial.null
+    mine, theirs = scenario.null
     expect_nothing(
         differences(mine.end, theirs.end),
         "With its null_arguments it differs from fine-tuning",
@@ -76,16 +82,16 @@ def test_null_arguments_are_fine_tuning_bit_for_bit(trial: Trial) -> None:
     )
 
 
-def _acts_at_once(subject: Subject) -> str:
-    acting = subject.which(lambda part: not part.strategy.plain_first_task)
+def _acts_at_once(case: Case) -> str:
+    acting = case.which(lambda part: not part.strategy.plain_first_task)
     return acting and f"plain_first_task of {acting} is False"
 
 
 @promise(unless=_acts_at_once)
-def test_the_first_task_is_plain_training(trial: Trial) -> None:
+def test_the_first_task_is_plain_training(scenario: Scenario) -> None:
     """Nothing is to be remembered yet, so the first task is trained as in fine-tuning, bit for bit."""
     expect_nothing(
-        differences(trial.diary.first_task, fine_tuning("messy").first_task),
+        differences(scenario.call_log.first_task, fine_tuning("batch_norm_dropout").first_task),
         "The first task was not trained as in fine-tuning",
         "Look at what it does before any task has ended. If it is meant to act from the first update "
         "on, declare plain_first_task = False.",
@@ -101,7 +107,7 @@ def _visits(run: Run) -> list[str]:
     found: list[str] = []
     first: dict[int, Tensor] = {}
     for task in [0, 1, 2, 2, 1, 0, 1, 1, 2, 0]:
-        logits = answers(run, task)
+        logits = logits_in_mode(run, task)
         if not torch.equal(logits, first.setdefault(task, logits)):
             found.append(f"the answers of task {task} differ from visit to visit")
     run.module.evaluate()
@@ -110,7 +116,7 @@ def _visits(run: Run) -> list[str]:
 
 
 @promise()
-def test_evaluating_changes_nothing(trial: Trial) -> None:
+def test_evaluating_changes_nothing(scenario: Scenario) -> None:
     """Tasks may be evaluated in any order, any number of times, in the midst of training too."""
     found: list[str] = []
 
@@ -118,8 +124,8 @@ def test_evaluating_changes_nothing(trial: Trial) -> None:
         if at.task == 1 and batch == 2:
             found.extend(_visits(run))
 
-    visited = Diary(fit(trial.subject.make(), MESSY, at_batch=look)).finish()
-    found += differences(visited.learned | visited.end, _whole(trial.undisturbed))
+    visited = CallLog(fit(scenario.case.make(), BATCH_NORM_DROPOUT, at_batch=look)).finish()
+    found += differences(visited.learned | visited.end, _whole(scenario.undisturbed))
     found += _visits(visited.run)
     expect_nothing(
         found,
@@ -128,32 +134,32 @@ def test_evaluating_changes_nothing(trial: Trial) -> None:
     )
 
 
-def _whole(diary: Diary) -> dict[str, Any]:
-    return diary.learned | diary.end
+def _whole(call_log: CallLog) -> dict[str, Any]:
+    return call_log.learned | call_log.end
 
 
-@promise(unless=lambda subject: _overridden(subject, "logs"))
-def test_logging_changes_nothing(trial: Trial) -> None:
+@promise(unless=lambda case: _overridden(case, "logs"))
+def test_logging_changes_nothing(scenario: Scenario) -> None:
     """What it logs are scalars, and taking them changes nothing."""
-    often = replace(MESSY, trainer={"log_every_n_steps": 1})
-    run = fit(trial.subject.make(), often)
+    often = replace(BATCH_NORM_DROPOUT, trainer={"log_every_n_steps": 1})
+    run = fit(scenario.case.make(), often)
     expect_nothing(
-        differences(_whole(Diary(run).finish()), _whole(trial.undisturbed)),
+        differences(_whole(CallLog(run).finish()), _whole(scenario.undisturbed)),
         "A run that logs every step differs from one that does not",
         "Look at logs: it may read state and not move it.",
     )
 
 
-def _overridden(subject: Subject, *hooks: str) -> str:
+def _overridden(case: Case, *hooks: str) -> str:
     """Why a promise about some hooks is not made: nobody has them."""
-    has = subject.which(lambda part: any(part.overrides(hook) for hook in hooks))
+    has = case.which(lambda part: any(part.overrides(hook) for hook in hooks))
     return "" if has else f"it has no {' and no '.join(hooks)}"
 
 
 @promise()
-def test_samples_may_each_have_a_task(trial: Trial) -> None:
+def test_samples_may_each_have_a_task(scenario: Scenario) -> None:
     """A batch that mixes tasks is answered as each of its tasks alone."""
-    run = trial.diary.run
+    run = scenario.call_log.run
     batches = [next(iter(run.module.batches(task, "test"))) for task in range(3)]
     inputs = torch.cat([batch.inputs for batch in batches])
     tasks = torch.cat([torch.full_like(b.targets, task) for task, b in enumerate(batches)])
@@ -172,15 +178,15 @@ def test_samples_may_each_have_a_task(trial: Trial) -> None:
 # --- what it says of itself ----------------------------------------------------------------------
 
 
-def _needs_task_id(subject: Subject) -> str:
-    needing = subject.which(lambda part: part.strategy.needs_task_id)
+def _needs_task_id(case: Case) -> str:
+    needing = case.which(lambda part: part.strategy.needs_task_id)
     return needing and f"needs_task_id of {needing} is True"
 
 
 @promise(unless=_needs_task_id)
-def test_answers_without_the_task_id(trial: Trial) -> None:
+def test_answers_without_the_task_id(scenario: Scenario) -> None:
     """A strategy that does not declare needs_task_id answers alike in every task's mode."""
-    run, found = trial.diary.run, []
+    run, found = scenario.call_log.run, []
     batch = next(iter(run.module.batches(0, "test")))
     with torch.no_grad(), evaluation_mode(run.module):
         modes = [run.module(batch.inputs, task=task) for task in range(3)]
@@ -192,41 +198,41 @@ def test_answers_without_the_task_id(trial: Trial) -> None:
     )
 
 
-def _projects(subject: Subject) -> str:
-    projecting = subject.which(lambda part: part.strategy.projects)
+def _projects(case: Case) -> str:
+    projecting = case.which(lambda part: part.strategy.projects)
     return projecting and f"projects of {projecting} is True"
 
 
 @promise(unless=_projects)
-def test_projects_only_if_it_says_so(trial: Trial) -> None:
+def test_projects_only_if_it_says_so(scenario: Scenario) -> None:
     """A strategy that replaces gradients declares it: two projections in one run are refused."""
     expect_nothing(
-        [part.name for part in trial.subject.parts if part.overrides("project_grad")],
+        [part.name for part in scenario.case.parts if part.overrides("project_grad")],
         "project_grad is overridden without projects = True by",
         "Declare projects = True, or use penalty_grad if it adds to gradients only.",
     )
 
 
-def _corrects(subject: Subject) -> str:
-    correcting = [type(s).__name__ for s in subject.make() if s.corrects_weights]
+def _corrects(case: Case) -> str:
+    correcting = [type(s).__name__ for s in case.make() if s.corrects_weights]
     return f"corrects_weights of {' and '.join(correcting)} is True" if correcting else ""
 
 
 @promise(unless=_corrects)
-def test_corrects_weights_only_if_it_says_so(trial: Trial) -> None:
+def test_corrects_weights_only_if_it_says_so(scenario: Scenario) -> None:
     """A strategy that moves shared weights after the optimizer declares it: no projection is beside it."""
     expect_nothing(
-        sorted(trial.diary.corrected),
+        sorted(scenario.call_log.corrected),
         "correct_step moved shared weights without corrects_weights, in",
         "Let the property corrects_weights be True, or add a gradient in penalty_grad instead.",
     )
 
 
 @promise()
-def test_twice_is_refused(trial: Trial) -> None:
+def test_twice_is_refused(scenario: Scenario) -> None:
     """The same strategy twice in one run is refused when the run is built."""
     try:
-        fit([*trial.subject.make(), *trial.subject.make()], MESSY)
+        fit([*scenario.case.make(), *scenario.case.make()], BATCH_NORM_DROPOUT)
     except ConfigurationError:
         return
     except RuntimeError as error:  # Lightning finds it first where both have state
@@ -234,17 +240,17 @@ def test_twice_is_refused(trial: Trial) -> None:
             return
         raise
     expect_nothing(
-        [trial.subject.name],
+        [scenario.case.name],
         "A run took the same strategy twice",
         "Look at state_key: two of one class must have the same. By default it is the strategy's name.",
     )
 
 
 @promise()
-def test_unknown_arguments_are_refused(trial: Trial) -> None:
+def test_unknown_arguments_are_refused(scenario: Scenario) -> None:
     """A misspelt argument is an error and not ignored."""
     taken = []
-    for part in trial.subject.parts:
+    for part in scenario.case.parts:
         try:
             replace(part, arguments={**part.arguments, "no_such_argument": 1}).make()
         except (TypeError, ConfigurationError):
@@ -261,10 +267,10 @@ def test_unknown_arguments_are_refused(trial: Trial) -> None:
 
 
 @promise()
-def test_state_loads_without_trust(trial: Trial) -> None:
+def test_state_loads_without_trust(scenario: Scenario) -> None:
     """Its state is plain data: a checkpoint loads with torch.load(weights_only=True)."""
     found = []
-    for moment, path in trial.checkpoints.items():
+    for moment, path in scenario.checkpoints.items():
         try:
             torch.load(path, weights_only=True)
         except (UnpicklingError, RuntimeError) as error:
@@ -277,16 +283,16 @@ def test_state_loads_without_trust(trial: Trial) -> None:
 
 
 @promise()
-def test_resuming_is_bit_identical(trial: Trial) -> None:
+def test_resuming_is_bit_identical(scenario: Scenario) -> None:
     """A run that goes on from a checkpoint, inside any phase or at a task's end, ends the same."""
     found: list[str] = []
-    moments = list(trial.checkpoints.items())
-    used = trial.subject.make()
+    moments = list(scenario.checkpoints.items())
+    used = scenario.case.make()
     for number, (moment, path) in enumerate([*moments, *moments[:1]]):
-        strategies = trial.subject.make() if 0 < number < len(moments) else used
+        strategies = scenario.case.make() if 0 < number < len(moments) else used
         said = f"{moment}, by objects of an earlier fit" if number == len(moments) else moment
-        again = Diary(fit(strategies, MESSY, seed=9, checkpoint=path)).finish()
-        found += [f"{said}: {d}" for d in differences(_whole(again), _whole(trial.undisturbed))]
+        again = CallLog(fit(strategies, BATCH_NORM_DROPOUT, seed=9, checkpoint=path)).finish()
+        found += [f"{said}: {d}" for d in differences(_whole(again), _whole(scenario.undisturbed))]
     expect_nothing(
         found,
         "Runs that were resumed ended differently. Saved in",
@@ -300,18 +306,24 @@ class _BrokenOff(Exception):
 
 
 @promise()
-def test_a_second_fit_begins_fresh(trial: Trial) -> None:
+def test_a_second_fit_begins_fresh(scenario: Scenario) -> None:
     """After a fit of another stream, which broke off inside a task, it learns as a new object does."""
 
     def break_off(run: Run, at: Position, batch: int, last: bool) -> None:
         if at.task == 2 and batch == 2:
             raise _BrokenOff
 
-    used = trial.subject.make()
+    used = scenario.case.make()
     with pytest.raises(_BrokenOff):
-        fit(used, replace(MESSY, stream={"augment": True, "seed": 1}), at_batch=break_off)
+        fit(
+            used,
+            replace(BATCH_NORM_DROPOUT, stream={"augment": True, "seed": 1}),
+            at_batch=break_off,
+        )
     expect_nothing(
-        differences(_whole(Diary(fit(used, MESSY)).finish()), _whole(trial.undisturbed)),
+        differences(
+            _whole(CallLog(fit(used, BATCH_NORM_DROPOUT)).finish()), _whole(scenario.undisturbed)
+        ),
         "In a second fit it differs from a new object",
         "Define everything that it holds in reset, and call that in the constructor: the module calls "
         "it when a fit begins.",
@@ -323,16 +335,16 @@ def test_a_second_fit_begins_fresh(trial: Trial) -> None:
 BETWEEN = ("on_task_end", "merged_weights")
 
 
-def _noted(trial: Trial, *hooks: str) -> list[Consolidation]:
-    return [note for note in trial.diary.consolidations if note.hook in hooks]
+def _noted(scenario: Scenario, *hooks: str) -> list[Consolidation]:
+    return [note for note in scenario.call_log.consolidations if note.hook in hooks]
 
 
-@promise(unless=lambda subject: _overridden(subject, *BETWEEN))
-def test_consolidation_leaves_the_network_as_it_was(trial: Trial) -> None:
+@promise(unless=lambda case: _overridden(case, *BETWEEN))
+def test_consolidation_leaves_the_network_as_it_was(scenario: Scenario) -> None:
     """Weights, running statistics, gradients and training flags are the same after consolidating."""
     found = [
         f"{note.name}: {said}"
-        for note in _noted(trial, *BETWEEN)
+        for note in _noted(scenario, *BETWEEN)
         for said in differences(note.after, note.before)
         if not said.startswith("random/")
     ]
@@ -344,12 +356,12 @@ def test_consolidation_leaves_the_network_as_it_was(trial: Trial) -> None:
     )
 
 
-@promise(unless=lambda subject: _overridden(subject, *BETWEEN))
-def test_consolidation_draws_no_global_random_numbers(trial: Trial) -> None:
+@promise(unless=lambda case: _overridden(case, *BETWEEN))
+def test_consolidation_draws_no_global_random_numbers(scenario: Scenario) -> None:
     """Consolidating does not move dropout's random numbers, nor anybody else's."""
     found = [
         f"{note.name}: {said}"
-        for note in _noted(trial, *BETWEEN)
+        for note in _noted(scenario, *BETWEEN)
         for said in differences(note.after, note.before)
         if said.startswith("random/")
     ]
@@ -361,10 +373,10 @@ def test_consolidation_draws_no_global_random_numbers(trial: Trial) -> None:
     )
 
 
-@promise(unless=lambda subject: _overridden(subject, "on_task_end"))
-def test_consolidation_measures_the_network_that_answers(trial: Trial) -> None:
+@promise(unless=lambda case: _overridden(case, "on_task_end"))
+def test_consolidation_measures_the_network_that_answers(scenario: Scenario) -> None:
     """A task is consolidated without dropout, without batch statistics and on unaugmented images."""
-    notes = _noted(trial, "on_task_end")
+    notes = _noted(scenario, "on_task_end")
     expect_nothing(
         [f"{note.name}: {said}" for note in notes for said in sorted(set(note.seen))],
         "While consolidating",
@@ -372,8 +384,8 @@ def test_consolidation_measures_the_network_that_answers(trial: Trial) -> None:
     )
 
 
-@promise(unless=lambda subject: _overridden_data(subject))
-def test_other_heads_stay_bit_identical(trial: Trial) -> None:
+@promise(unless=lambda case: _overridden_data(case))
+def test_other_heads_stay_bit_identical(scenario: Scenario) -> None:
     """Where each task has its own rows of the head, learning one leaves those of the others alone."""
     found: list[str] = []
     known: dict[str, Any] = {}
@@ -400,8 +412,8 @@ def test_other_heads_stay_bit_identical(trial: Trial) -> None:
     def watch(run: Run) -> None:
         run.module.after_close = lambda just: look(run, just)
 
-    apart = replace(MESSY, module={"mask": "task"})
-    fit(trial.subject.make(), apart, watch=watch, at_batch=begin)
+    apart = replace(BATCH_NORM_DROPOUT, module={"mask": "task"})
+    fit(scenario.case.make(), apart, watch=watch, at_batch=begin)
     expect_nothing(
         found,
         "With mask='task', rows of the head moved while another task was learned",
@@ -410,8 +422,8 @@ def test_other_heads_stay_bit_identical(trial: Trial) -> None:
     )
 
 
-def _overridden_data(subject: Subject) -> str:
-    mixing = subject.which(lambda part: part.overrides("training_tasks"))
+def _overridden_data(case: Case) -> str:
+    mixing = case.which(lambda part: part.overrides("training_tasks"))
     return mixing and f"training_tasks of {mixing} adds data of other tasks"
 
 
@@ -419,11 +431,11 @@ def _overridden_data(subject: Subject) -> str:
 
 
 @promise()
-def test_measured_bytes_are_declared_bytes(trial: Trial) -> None:
+def test_measured_bytes_are_declared_bytes(scenario: Scenario) -> None:
     """After each task the bytes of its tensors are those that its formula gives; growth is declared."""
     found = [
         f"after task {task}, {name}: measured {tuple(measured)}, declared {tuple(declared)}"
-        for task, name, measured, declared in trial.diary.bytes_held
+        for task, name, measured, declared in scenario.call_log.bytes_held
         if measured != declared
     ]
     expect_nothing(
@@ -438,11 +450,11 @@ def test_measured_bytes_are_declared_bytes(trial: Trial) -> None:
 
 
 @promise()
-def test_two_processes_learn_what_one_does(trial: Trial, two_processes: TwoProcesses) -> None:
+def test_two_processes_learn_what_one_does(scenario: Scenario, two_processes: TwoProcesses) -> None:
     """Two processes agree with each other bit for bit, and with one process to 1e-5."""
-    alone = fit(trial.subject.make(), setting()).learned()
+    alone = fit(scenario.case.make(), setting()).learned()
     try:
-        mine, theirs = two_processes.result(trial.subject.name)
+        mine, theirs = two_processes.result(scenario.case.name)
     except RuntimeError as error:
         pytest.fail(f"Two processes could not learn it:\n{error}", pytrace=False)
     expect_nothing(
@@ -460,12 +472,12 @@ def test_two_processes_learn_what_one_does(trial: Trial, two_processes: TwoProce
 
 
 @promise()
-def test_two_half_batches_are_a_batch(trial: Trial) -> None:
+def test_two_half_batches_are_a_batch(scenario: Scenario) -> None:
     """With gradients accumulated over two batches it learns as from one batch of both, to 1e-5."""
     # 288 samples are 9 batches, the last update has one of them; 291 are 10, the last one with 3 samples.
     halves = replace(PLAIN, stream={"batch_size": 32}, trainer={"accumulate_grad_batches": 2})
     wholes = replace(PLAIN, stream={"batch_size": 64})
-    mine, theirs = (fit(trial.subject.make(), way).learned() for way in (halves, wholes))
+    mine, theirs = (fit(scenario.case.make(), way).learned() for way in (halves, wholes))
     expect_nothing(
         differences(mine, theirs, tolerance=TOLERANCE),
         "Accumulating two batches differs from one batch of both",
@@ -475,19 +487,19 @@ def test_two_half_batches_are_a_batch(trial: Trial) -> None:
 
 
 @promise()
-def test_runs_with_clipped_gradients(trial: Trial) -> None:
+def test_runs_with_clipped_gradients(scenario: Scenario) -> None:
     """Clipping by norm works beside it, and a limit that is never reached changes nothing."""
-    wide = replace(MESSY, trainer={"gradient_clip_val": 1e9})
-    close = replace(MESSY, trainer={"gradient_clip_val": 0.1})
+    wide = replace(BATCH_NORM_DROPOUT, trainer={"gradient_clip_val": 1e9})
+    close = replace(BATCH_NORM_DROPOUT, trainer={"gradient_clip_val": 0.1})
     expect_nothing(
         differences(
-            _whole(Diary(fit(trial.subject.make(), wide)).finish()), _whole(trial.undisturbed)
+            _whole(CallLog(fit(scenario.case.make(), wide)).finish()), _whole(scenario.undisturbed)
         ),
         "A limit of 1e9 on the gradients' norm changed the run",
         "Gradients may be left on parameters of your own: take them in consume_grad and set them to None.",
     )
     expect_nothing(
-        _unfinished(fit(trial.subject.make(), close)),
+        _unfinished(fit(scenario.case.make(), close)),
         "With gradients clipped to a norm of 0.1",
         "Hooks see gradients before they are clipped, and weights after the update.",
     )
@@ -499,21 +511,21 @@ def _unfinished(run: Run) -> list[str]:
     return found + [f"{name} is not finite" for name, p in weights if not p.isfinite().all()]
 
 
-def _alone(subject: Subject) -> str:
-    exclusive = subject.which(lambda part: part.strategy.exclusive)
-    has_bd = subject.which(lambda part: issubclass(part.strategy, BeneficialPerturbation))
+def _alone(case: Case) -> str:
+    exclusive = case.which(lambda part: part.strategy.exclusive)
+    has_bd = case.which(lambda part: issubclass(part.strategy, BeneficialPerturbation))
     if exclusive:
         return f"exclusive of {exclusive} is True"
     return has_bd and f"{has_bd} is bd already"
 
 
 @promise(unless=_alone)
-def test_composes_with_bias_units(trial: Trial) -> None:
+def test_composes_with_bias_units(scenario: Scenario) -> None:
     """Beside bd it runs, and beside a bd that does not move (epsilon 0) it learns as alone, to 1e-5."""
     # Two tasks: with more, a method that treats every old mode for itself rightly differs.
     short = replace(PLAIN, stream={"num_tasks": 2})
-    alone = fit(trial.subject.make(), short)
-    beside = fit([BeneficialPerturbation(8, 0.0), *trial.subject.make()], short)
+    alone = fit(scenario.case.make(), short)
+    beside = fit([BeneficialPerturbation(8, 0.0), *scenario.case.make()], short)
     own = tuple(f"state_dict of/{strategy.state_key}/" for strategy in alone.strategies)
     remedy = (
         "Ask host.shared_parameters for what it works on, and measure in the task's mode. If it can "
@@ -524,7 +536,7 @@ def test_composes_with_bias_units(trial: Trial) -> None:
         "Beside a bd with epsilon 0 it differs from what it is alone",
         remedy,
     )
-    moving = fit([BeneficialPerturbation(8), *trial.subject.make()], MESSY)
+    moving = fit([BeneficialPerturbation(8), *scenario.case.make()], BATCH_NORM_DROPOUT)
     expect_nothing(_unfinished(moving), "Beside bd", remedy)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from bpn_lightning.conformance.cases import read_cases
 from bpn_lightning.conformance.pair import PATIENCE
 from bpn_lightning.conformance.runs import PLAIN, Setting, fit
-from bpn_lightning.conformance.subjects import read_subjects
 
 __all__ = ["setting", "work"]
 
@@ -28,23 +28,23 @@ def setting(**trainer: Any) -> Setting:
 
 
 def work(rank: int, folder: Path, task: Mapping[str, Any]) -> None:
-    """Fit every subject beside the other process, and write what was learned.
+    """Fit every case beside the other process, and write what was learned.
 
     Args:
         rank: of this process.
         folder: to write to: ``<number>_<rank>.pt``, or ``.txt`` with a traceback.
-        task: the names of ``subjects`` by their number, ``arguments`` of strategies, and the ``path``
+        task: the names of ``cases`` by their number, ``arguments`` of strategies, and the ``path``
             to import them from.
     """
     sys.path += [place for place in task["path"] if place not in sys.path]
-    for index, name in task["subjects"].items():
+    for index, name in task["cases"].items():
         try:
             named = {part: task["arguments"].get(part, {}) for part in name.split("+")}
-            (subject,) = read_subjects([name], named)
+            (case,) = read_cases([name], named)
             together = DDPStrategy(
                 process_group_backend="gloo", timeout=timedelta(seconds=PATIENCE)
             )
-            run = fit(subject.make(), setting(devices=2, strategy=together))
+            run = fit(case.make(), setting(devices=2, strategy=together))
             torch.save(run.learned(), folder / f"{index}_{rank}.part")
             (folder / f"{index}_{rank}.part").rename(folder / f"{index}_{rank}.pt")
         except BaseException:

@@ -26,7 +26,17 @@ from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Position
 from bpn_lightning.trainer.processes import leaves
 
-__all__ = ["MESSY", "PLAIN", "Run", "Setting", "differences", "fit", "flatten", "messy", "plain"]
+__all__ = [
+    "BATCH_NORM_DROPOUT",
+    "PLAIN",
+    "Run",
+    "Setting",
+    "batch_norm_dropout",
+    "differences",
+    "fit",
+    "flatten",
+    "plain",
+]
 
 
 def plain() -> nn.Module:
@@ -34,8 +44,8 @@ def plain() -> nn.Module:
     return MLP([16, 12])
 
 
-def messy() -> nn.Module:
-    """Batch normalisation and dropout: whoever leaves the beaten track moves state on it."""
+def batch_norm_dropout() -> nn.Module:
+    """Batch normalization and dropout: whoever leaves the beaten track moves state on it."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(64, 16),
@@ -69,7 +79,7 @@ class Setting:
 #: Three tasks of 5 updates.
 PLAIN = Setting()
 #: The same on a network with state of its own and on augmented images.
-MESSY = Setting(messy, stream={"augment": True})
+BATCH_NORM_DROPOUT = Setting(batch_norm_dropout, stream={"augment": True})
 
 
 class Digits(SplitDigits):

@@ -20,13 +20,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.metrics.scores import AfterLearning, Summary, WithoutOracle
+from bpn_lightning.metrics.scores import AfterLearning, Summary, TaskAgnostic
 
 __all__ = [
     "AccuracyMatrix",
     "AfterLearning",
     "Summary",
-    "WithoutOracle",
+    "TaskAgnostic",
     "accuracy_after_learning",
     "average_accuracy",
     "backward_transfer",
@@ -228,7 +228,7 @@ class AccuracyMatrix(Metric):
 
     State:
         ``accuracy`` ``(num_tasks + 1, num_tasks)`` float64: row 0 before training, row k when k tasks
-        have been learned, NaN where not measured; ``without_oracle`` ``(num_tasks,)`` float64, NaN
+        have been learned, NaN where not measured; ``task_agnostic`` ``(num_tasks,)`` float64, NaN
         until it is set.
 
     Raises:
@@ -245,17 +245,17 @@ class AccuracyMatrix(Metric):
 
     full_state_update = True
     accuracy: Tensor
-    without_oracle: Tensor
+    task_agnostic: Tensor
 
     def __init__(self, num_tasks: int) -> None:
         if num_tasks < 1:
             raise ConfigurationError(f"Expected num_tasks to be at least 1, but got {num_tasks}.")
-        # A cached result would outlive load_state_dict and update_without_oracle.
+        # A cached result would outlive load_state_dict and update_task_agnostic.
         super().__init__(sync_on_compute=False, compute_with_cache=False)
         self.num_tasks = num_tasks
         for name, shape in {
             "accuracy": (num_tasks + 1, num_tasks),
-            "without_oracle": (num_tasks,),
+            "task_agnostic": (num_tasks,),
         }.items():
             nothing = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
             self.add_state(name, nothing, dist_reduce_fx=_of_first_process, persistent=True)
@@ -277,7 +277,7 @@ class AccuracyMatrix(Metric):
             )
         self.accuracy[row] = self._checked(accuracies)
 
-    def update_without_oracle(self, accuracies: Tensor | Sequence[float]) -> None:
+    def update_task_agnostic(self, accuracies: Tensor | Sequence[float]) -> None:
         """Set the accuracies that are reached when no task id is given.
 
         Args:
@@ -286,7 +286,7 @@ class AccuracyMatrix(Metric):
         Raises:
             ConfigurationError: these are not ``num_tasks`` fractions.
         """
-        self.without_oracle[:] = self._checked(accuracies)
+        self.task_agnostic[:] = self._checked(accuracies)
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of the stream so far as scalars, ready for ``log_dict``; NaN where unknown."""
@@ -297,7 +297,7 @@ class AccuracyMatrix(Metric):
             "bwt": backward_transfer(self.accuracy),
             "fwt": forward_transfer(self.accuracy),
             "forgetting": forgetting(self.accuracy),
-            "without_oracle": self.without_oracle[: self.tasks_learned].mean(),
+            "task_agnostic": self.task_agnostic[: self.tasks_learned].mean(),
         }
 
     def summary(self) -> Summary:
@@ -307,7 +307,7 @@ class AccuracyMatrix(Metric):
         the mean of the numbers in its list.
         """
         learned = learned_part(self.accuracy)
-        blind = self.without_oracle
+        blind = self.task_agnostic
         return {
             "average": _number(average_accuracy(self.accuracy)),
             "first_task": _number(retention(self.accuracy)),
@@ -319,7 +319,7 @@ class AccuracyMatrix(Metric):
                 "average": _number(accuracy_after_learning(self.accuracy).mean()),
                 "per_task": self._per_task(accuracy_after_learning(self.accuracy)),
             },
-            "without_oracle": None
+            "task_agnostic": None
             if blind.isnan().all()
             else {
                 "average": _number(blind[: self.tasks_learned].mean()),
@@ -380,7 +380,7 @@ class AccuracyMatrix(Metric):
         error_msgs: list[str],
     ) -> None:
         # torchmetrics takes any shape, dtype and device, and shares memory with the checkpoint.
-        for name, state in (("accuracy", self.accuracy), ("without_oracle", self.without_oracle)):
+        for name, state in (("accuracy", self.accuracy), ("task_agnostic", self.task_agnostic)):
             saved = state_dict.get(prefix + name)
             if saved is None:
                 missing_keys.append(prefix + name)

@@ -6,7 +6,7 @@ be read without it.
 
 from typing import TypedDict
 
-__all__ = ["AfterLearning", "Summary", "WithoutOracle"]
+__all__ = ["AfterLearning", "Summary", "TaskAgnostic"]
 
 
 class AfterLearning(TypedDict):
@@ -16,7 +16,7 @@ class AfterLearning(TypedDict):
     per_task: list[float | None]
 
 
-class WithoutOracle(TypedDict):
+class TaskAgnostic(TypedDict):
     """Accuracies at the stream's end where no task id is given (class-incremental)."""
 
     average: float | None
@@ -34,4 +34,4 @@ class Summary(TypedDict):
     fwt: float | None
     forgetting: float | None
     after_learning: AfterLearning
-    without_oracle: WithoutOracle | None
+    task_agnostic: TaskAgnostic | None

@@ -9,7 +9,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.tasks import ContinualHost, Split
 
-__all__ = ["evaluate", "evaluate_without_oracle", "most_confident", "validation_scores"]
+__all__ = ["evaluate", "evaluate_task_agnostic", "most_confident", "validation_scores"]
 
 Observe = Callable[[int, Tensor, Tensor], None]
 """Gets a task's number, and of each of its batches the logits and the targets."""
@@ -51,11 +51,11 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_without_oracle(
+def evaluate_task_agnostic(
     module: ContinualHost,
     tasks: Sequence[int],
     split: Split = "test",
-    at_most: int | None = None,
+    max_samples: int | None = None,
 ) -> Tensor:
     """Accuracy on some tasks when nobody tells which task a sample is from.
 
@@ -67,7 +67,7 @@ def evaluate_without_oracle(
         module: a module with a stream and one head for all tasks.
         tasks: ids of the learned tasks; no other mode competes.
         split: which part of their data.
-        at_most: samples of each task, drawn alike for every method; None: all.
+        max_samples: samples of each task, drawn alike for every method; None: all.
 
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
@@ -85,7 +85,7 @@ def evaluate_without_oracle(
     modes = tasks if module.has_modes else tasks[-1:]
     with evaluation_mode(network):
         for index, task in enumerate(tasks):
-            for batch in module.batches(task, split, at_most):
+            for batch in module.batches(task, split, max_samples):
                 chosen = most_confident(module, batch.inputs, modes).argmax(1)
                 counts[0, index] += (chosen == batch.targets).sum()
                 counts[1, index] += len(batch.targets)

@@ -104,9 +104,9 @@ def stream_metrics(network: ContinualNetwork, current_only: bool) -> dict[str, f
         names = ("average", "bwt", "fwt", "forgetting")
         metrics |= {f"accuracy/{name}": figures[name] for name in names}
         metrics["accuracy_after_learning/average"] = figures["after_learning"]
-        metrics["accuracy_without_oracle/average"] = figures["without_oracle"]
+        metrics["accuracy_task_agnostic/average"] = figures["task_agnostic"]
     if learned and not current_only:
-        metrics |= per_task("accuracy_without_oracle", matrix.without_oracle[:learned])
+        metrics |= per_task("accuracy_task_agnostic", matrix.task_agnostic[:learned])
     if learned:
         held = bytes_held(network.strategies, network)._asdict()
         stored = bytes_per_task(network.strategies, network)

@@ -69,7 +69,7 @@ class ContinualModule(ContinualNetwork):
             known, sees less; with ``current`` there is no forgetting and no forward transfer.
         patience: epochs without a lower validation loss after which a phase of a task ends; None
             trains each to its full length.
-        without_oracle: whether every task is also scored, at the stream's end, without the task id,
+        task_agnostic: whether every task is also scored, at the stream's end, without the task id,
             which takes a forward for every mode; a number: on so many test samples of each task,
             drawn alike for every method.
         check_processes: whether processes compare, after every task, all that they must hold alike, and
@@ -98,7 +98,7 @@ class ContinualModule(ContinualNetwork):
         evaluate_every: Literal["task", "epoch"] = "task",
         evaluate_on: Literal["all", "seen_and_next", "current"] = "all",
         patience: int | None = None,
-        without_oracle: bool | int = True,
+        task_agnostic: bool | int = True,
         check_processes: bool = False,
     ) -> None:
         super().__init__(backbone, mask, loss)
@@ -115,7 +115,7 @@ class ContinualModule(ContinualNetwork):
             PhaseEarlyStopping(patience),
             metrics=metrics,
             evaluate_on=evaluate_on,
-            without_oracle=without_oracle,
+            task_agnostic=task_agnostic,
             check_processes=check_processes,
         )
         self._scores = TaskScores()

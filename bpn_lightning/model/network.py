@@ -146,9 +146,11 @@ class ContinualNetwork(HookNameAsPlainAttribute):
         """Whether the network answers differently in different tasks' modes."""
         return bool(self.task_modules())
 
-    def batches(self, task_id: int, split: Split, at_most: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self, task_id: int, split: Split, max_samples: int | None = None
+    ) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
-        for batch in self.stream.loader(task_id, split, at_most=at_most):
+        for batch in self.stream.loader(task_id, split, max_samples=max_samples):
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
             yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
 

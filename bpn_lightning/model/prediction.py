@@ -30,7 +30,7 @@ def predict(module: ContinualNetwork, images: Tensor, task: "int | Tensor | None
             integer tokens.
         task: the task id of all, or ``(batch,)``, one of each. None: in a network without modes any; in one
             with modes each sample is answered in the mode of a learned task whose largest softmax is the
-            largest, as :func:`~bpn_lightning.model.evaluation.evaluate_without_oracle` does.
+            largest, as :func:`~bpn_lightning.model.evaluation.evaluate_task_agnostic` does.
 
     Returns:
         ``(batch, num_classes)``, or ``(num_classes,)`` for one input, on the module's device; -inf for the

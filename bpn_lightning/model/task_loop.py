@@ -10,7 +10,7 @@ from torch import Tensor
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.task_metrics import Metrics, TaskMetrics, named_metrics
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
-from bpn_lightning.model.evaluation import evaluate, evaluate_without_oracle, validation_scores
+from bpn_lightning.model.evaluation import evaluate, evaluate_task_agnostic, validation_scores
 from bpn_lightning.model.history import History, log_metrics, per_task, stream_metrics
 from bpn_lightning.model.network import ContinualNetwork
 from bpn_lightning.model.optimization import Optimization
@@ -34,7 +34,7 @@ class TaskLoop:
         early_stopping: ends phases.
         metrics: of torchmetrics, taken of each task wherever its test accuracy is.
         evaluate_on: the tasks that are tested after every task.
-        without_oracle: whether, or on how many samples, every task is also scored without the task ID.
+        task_agnostic: whether, or on how many samples, every task is also scored without the task ID.
         check_processes: whether processes compare their replicated state after every task.
 
     Raises:
@@ -51,7 +51,7 @@ class TaskLoop:
         *,
         metrics: Metrics | None,
         evaluate_on: EvaluateOn,
-        without_oracle: bool | int,
+        task_agnostic: bool | int,
         check_processes: bool,
     ) -> None:
         if evaluate_on not in ("all", "seen_and_next", "current"):
@@ -59,10 +59,10 @@ class TaskLoop:
                 "Expected evaluate_on to be 'all', 'seen_and_next' or 'current', but got "
                 f"{evaluate_on!r}."
             )
-        if without_oracle is not True and without_oracle is not False and without_oracle < 1:
+        if task_agnostic is not True and task_agnostic is not False and task_agnostic < 1:
             raise ConfigurationError(
-                f"Expected without_oracle to be true, false or at least 1 sample of each task, but got "
-                f"{without_oracle}. Use false for no score without the task id."
+                f"Expected task_agnostic to be true, false or at least 1 sample of each task, but got "
+                f"{task_agnostic}. Use false for no score without the task id."
             )
         self.network = network
         self.optimization = optimization
@@ -71,7 +71,7 @@ class TaskLoop:
         self.early_stopping = early_stopping
         self.metrics = named_metrics(metrics)
         self.evaluate_on = evaluate_on
-        self.without_oracle = without_oracle
+        self.task_agnostic = task_agnostic
         self.check_processes = check_processes
 
     def check_start(self, task: int) -> None:
@@ -160,10 +160,12 @@ class TaskLoop:
         self._swap_in_merged_weights()
         row = self._test(self._tested_after(task_id), after=task_id + 1)
         last = task_id + 1 == len(network.tasks)
-        if last and self.without_oracle and network.mask != "task":
-            at_most = None if self.without_oracle is True else self.without_oracle
-            alone = evaluate_without_oracle(network, range(len(network.tasks)), at_most=at_most)
-            network.accuracy_matrix.update_without_oracle(alone)
+        if last and self.task_agnostic and network.mask != "task":
+            max_samples = None if self.task_agnostic is True else self.task_agnostic
+            alone = evaluate_task_agnostic(
+                network, range(len(network.tasks)), max_samples=max_samples
+            )
+            network.accuracy_matrix.update_task_agnostic(alone)
         network.accuracy_matrix.update(task_id + 1, row)
         self.history.add_point(row, task_id, cursor.schedule.last_epoch(task_id) + 1)
         split = "val" if network.stream.has_validation else "train"

@@ -60,7 +60,7 @@ class BiasUnits(TaskModule):
 
     Args:
         num_tasks: T, tasks of the stream.
-        rank: H, the width of the factorisation.
+        rank: H, the width of the factorization.
         out_features: K, outputs of the layer.
 
     State:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
-from bpn_lightning.bench.artefact import Artefact
+from bpn_lightning.bench.artifact import Artifact
 from bpn_lightning.bench.collection import Collection, Record
 from bpn_lightning.bench.grid import short
 from bpn_lightning.bench.pictures import Dots, dot_chart
@@ -15,9 +15,9 @@ from bpn_lightning.paper import published as paper
 __all__ = ["accuracy", "over_seeds", "paired_tests", "parameters", "rows", "table_1", "table_2"]
 
 FIRST = ("accuracy", "first_task")
-FIRST_ALONE = ("accuracy_without_oracle", "first_task")
+FIRST_ALONE = ("accuracy_task_agnostic", "first_task")
 AVERAGE = ("accuracy", "average")
-AVERAGE_ALONE = ("accuracy_without_oracle", "average")
+AVERAGE_ALONE = ("accuracy_task_agnostic", "average")
 LEARNED = ("accuracy_after_learning", "average")
 
 
@@ -35,12 +35,12 @@ def rows(collection: Collection, place: str) -> list[tuple[str, list[Record]]]:
     return list(found.items())
 
 
-def accuracy(collection: Collection) -> list[Artefact]:
+def accuracy(collection: Collection) -> list[Artifact]:
     """What every method reached in each experiment, what it stored, and how long it took."""
     return [_accuracy(collection, place) for place in collection.places()]
 
 
-def _accuracy(collection: Collection, place: str) -> Artefact:
+def _accuracy(collection: Collection, place: str) -> Artifact:
     found = rows(collection, place)
     body: list[list[Cell]] = [
         [
@@ -71,10 +71,10 @@ def _accuracy(collection: Collection, place: str) -> Artefact:
         "where each image comes with its task's number; without the oracle nobody tells it. A dash "
         "there: not measured, or every task has outputs of its own and there is no answer without it."
     )
-    return Artefact(f"accuracy_{slug(place)}", place, caption, Table(columns, body), picture)
+    return Artifact(f"accuracy_{slug(place)}", place, caption, Table(columns, body), picture)
 
 
-def table_1(collection: Collection) -> list[Artefact]:
+def table_1(collection: Collection) -> list[Artifact]:
     """Table I: task 1 after all tasks and bytes per task, ours beside the paper's."""
     body: list[list[Cell]] = []
     marks: list[tuple[str, Interval | None, Interval | None, Interval | None]] = []
@@ -126,7 +126,7 @@ def table_1(collection: Collection) -> list[Artefact]:
         "EWC, told the task like the others, with no bias at all. Bytes are of the network that was "
         "built, then of the same network by the paper's formula, then as its table has them."
     )
-    return [Artefact("table_1", "Table I", caption, Table(columns, body), picture)]
+    return [Artifact("table_1", "Table I", caption, Table(columns, body), picture)]
 
 
 def _published(method: str, theirs: paper.Paper | None, experiment: str) -> Cell:
@@ -141,7 +141,7 @@ def _missing(collection: Collection, experiment: str) -> bool:
     return any(name.startswith(f"{experiment},") for name in collection.missing)
 
 
-def table_2(collection: Collection) -> list[Artefact]:
+def table_2(collection: Collection) -> list[Artifact]:
     """Table II: eight data sets in percent, ours (if they were run) above the paper's."""
     body: list[list[Cell]] = []
     averages: list[tuple[str, Interval]] = []
@@ -175,7 +175,7 @@ def table_2(collection: Collection) -> list[Artefact]:
         "Table II: accuracy on each data set after all eight, in percent, every task with outputs of "
         "its own (multi-head)."
     )
-    return [Artefact("table_2", "Table II", caption, Table(columns, body, digits=2), picture)]
+    return [Artifact("table_2", "Table II", caption, Table(columns, body, digits=2), picture)]
 
 
 def _percent(value: Interval | None) -> Interval | None:
@@ -184,7 +184,7 @@ def _percent(value: Interval | None) -> Interval | None:
     return Interval(100 * value.mean, None if value.half is None else 100 * value.half, value.n)
 
 
-def paired_tests(collection: Collection) -> list[Artefact]:
+def paired_tests(collection: Collection) -> list[Artifact]:
     """Student's paired t-tests between methods, seed by seed, corrected for their number."""
     found: list[tuple[str, str, str, str, Interval, float | None]] = []
     for place in collection.places():
@@ -214,7 +214,7 @@ def paired_tests(collection: Collection) -> list[Artefact]:
         "paired t-test, before and after Holm's correction for the number of tests here. Without a "
         "p, all seeds differ alike, or there is one only."
     )
-    return [Artefact("paired_tests", "Paired tests", caption, Table(columns, body), picture)]
+    return [Artifact("paired_tests", "Paired tests", caption, Table(columns, body), picture)]
 
 
 #: Inputs, hidden layers and outputs of the fully connected networks here and in the paper.
@@ -226,7 +226,7 @@ _NETWORKS = {
 }
 
 
-def parameters(collection: Collection) -> list[Artefact]:
+def parameters(collection: Collection) -> list[Artifact]:
     """What share of a network's parameters a task's bias adds; counted from the layers' sizes."""
     body: list[list[Cell]] = []
     for name, (inputs, hidden, outputs) in _NETWORKS.items():
@@ -251,7 +251,7 @@ def parameters(collection: Collection) -> list[Artefact]:
     )
     columns = ("network", "its parameters", "added by a task", "percent")
     table = Table(columns, body, digits=2)
-    return [Artefact("parameters", "Parameters per task", caption, table, picture)]
+    return [Artifact("parameters", "Parameters per task", caption, table, picture)]
 
 
 def _by_seed(

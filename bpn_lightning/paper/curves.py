@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import accumulate
 
-from bpn_lightning.bench.artefact import Artefact
+from bpn_lightning.bench.artifact import Artifact
 from bpn_lightning.bench.collection import Collection, Record
 from bpn_lightning.bench.pictures import Line, line_chart
 from bpn_lightning.bench.statistics import Interval, interval
@@ -18,7 +18,7 @@ _SHOWN = ("stl", "bd+ewc", "bd+psp", "psp", "gd+ewc", "ewc", "gem_256", "gem_10"
 _MANY = 10  # tasks: a panel for each is too much, and the paper shows task 1 alone
 
 
-def figure_6(collection: Collection) -> list[Artefact]:
+def figure_6(collection: Collection) -> list[Artifact]:
     """For each experiment: every task over epochs (a, b), and task 1 over tasks (c)."""
     found = []
     for place in collection.places():
@@ -52,7 +52,7 @@ def over_epochs(record: Record, task: int) -> list[tuple[float, float]]:
     ]
 
 
-def _over_epochs(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artefact:
+def _over_epochs(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artifact:
     panels = []
     body: list[list[Cell]] = []
     for task in range(tasks):
@@ -77,12 +77,12 @@ def _over_epochs(place: str, methods: Sequence[tuple[str, list[Record]]], tasks:
         ("method", *(f"task {task + 1} after task {tasks}" for task in range(tasks))),
         [[name, *(_last(panels[task][1], name) for task in range(tasks))] for name, _ in methods],
     )
-    return Artefact(
+    return Artifact(
         f"figure_6_{slug(place)}", f"Fig. 6, {place}", caption, ends_only, figure, data=table
     )
 
 
-def _first_task(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artefact:
+def _first_task(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artifact:
     lines = []
     body: list[list[Cell]] = []
     for name, records in methods:
@@ -102,7 +102,7 @@ def _first_task(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: 
         "Fig. 6 (c): accuracy on task 1 as later tasks are learned. Of its ends, the paper prints those "
         "in Table I."
     )
-    return Artefact(
+    return Artifact(
         f"figure_6c_{slug(place)}", f"Fig. 6 (c), {place}", caption, Table(columns, body), figure
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean
 
-from bpn_lightning.bench.artefact import Artefact
+from bpn_lightning.bench.artifact import Artifact
 from bpn_lightning.bench.collection import Collection, Record
 from bpn_lightning.bench.pictures import Line, line_chart
 from bpn_lightning.bench.statistics import Interval, holm, interval, paired, two_sample
@@ -36,7 +36,7 @@ def groups(row: Sequence[float | None], size: int = GROUP) -> list[list[float]]:
     return [known[start : start + size] for start in range(0, len(known), size)]
 
 
-def figure_7(collection: Collection) -> list[Artefact]:
+def figure_7(collection: Collection) -> list[Artifact]:
     """The average over the tasks so far (a), groups of ten (b), and the t-tests between methods."""
     found = []
     for place in collection.places():
@@ -47,7 +47,7 @@ def figure_7(collection: Collection) -> list[Artefact]:
     return found
 
 
-def _so_far(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artefact:
+def _so_far(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artifact:
     lines = []
     for name, records in methods:
         of_seed = [averages_so_far(record.matrix[:tasks]) for record in records]
@@ -81,10 +81,10 @@ def _so_far(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int)
     ]
     data = Table(("method", "tasks learned", "average accuracy"), everything)
     name = f"figure_7a_{slug(place)}"
-    return Artefact(name, f"Fig. 7 (a), {place}", caption, table, figure, data=data)
+    return Artifact(name, f"Fig. 7 (a), {place}", caption, table, figure, data=data)
 
 
-def _grouped(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artefact:
+def _grouped(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artifact:
     lines = []
     for name, records in methods:
         of_seed = [[fmean(group) for group in groups(r.matrix[tasks - 1])] for r in records]
@@ -103,7 +103,7 @@ def _grouped(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int
         "numbers; its text has BD+EWC above PSP on the first fifty tasks and below it on the last."
     )
     table = Table(("method", *names), body)
-    return Artefact(f"figure_7b_{slug(place)}", f"Fig. 7 (b), {place}", caption, table, figure)
+    return Artifact(f"figure_7b_{slug(place)}", f"Fig. 7 (b), {place}", caption, table, figure)
 
 
 def _tests(
@@ -111,7 +111,7 @@ def _tests(
     methods: Sequence[tuple[str, list[Record]]],
     tasks: int,
     compare: Sequence[tuple[str, str]],
-) -> Artefact:
+) -> Artifact:
     """Within a group, two methods have ten accuracies each: over seeds, one mean for each task."""
     of_method = {
         name: groups(
@@ -161,7 +161,7 @@ def _tests(
         "tasks, not over seeds."
     )
     name = f"figure_7_tests_{slug(place)}"
-    return Artefact(name, f"Fig. 7 (b), tests, {place}", caption, Table(columns, body), figure)
+    return Artifact(name, f"Fig. 7 (b), tests, {place}", caption, Table(columns, body), figure)
 
 
 def _names(tasks: int) -> list[str]:

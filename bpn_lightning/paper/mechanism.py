@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from bpn_lightning.bench.artefact import Artefact
+from bpn_lightning.bench.artifact import Artifact
 from bpn_lightning.bench.collection import Collection, Record
 from bpn_lightning.bench.pictures import Line, line_chart
 from bpn_lightning.bench.statistics import Interval, interval
@@ -22,7 +22,7 @@ _NAMES = {"finetune": "plain GD", "gd+ewc": "GD + EWC", "bd+ewc": "BD + EWC"}
 _CLUSTERS = (("black", "o", "black"), ("#D62728", "s", "red"), ("#7FDBFF", "^", "light blue"))
 
 
-def figure_5(collection: Collection) -> list[Artefact]:
+def figure_5(collection: Collection) -> list[Artifact]:
     """Regions after each task, in the modes of the tasks learned, and the numbers beside them."""
     return [
         _regions(collection, place)
@@ -31,7 +31,7 @@ def figure_5(collection: Collection) -> list[Artefact]:
     ]
 
 
-def _regions(collection: Collection, place: str) -> Artefact:
+def _regions(collection: Collection, place: str) -> Artifact:
     methods = collection.methods(place)
     body: list[list[Cell]] = []
     for method in methods:
@@ -56,7 +56,7 @@ def _regions(collection: Collection, place: str) -> Artefact:
         "and GD + EWC forget task 1 and BD + EWC keeps it; it prints no numbers."
     )
     table = Table(columns, body)
-    return Artefact(f"figure_5_{slug(place)}", "Fig. 5", caption, table, _draw_regions(shown))
+    return Artifact(f"figure_5_{slug(place)}", "Fig. 5", caption, table, _draw_regions(shown))
 
 
 def _draw_regions(shown: Sequence[tuple[str, Record]]) -> Figure:
@@ -95,13 +95,13 @@ def _scatter(axes: Any, points: Sequence[Sequence[Sequence[float]]]) -> None:
     first = min(int(point[2]) for task in points for point in task)
     groups = [[p for task in points for p in task if int(p[2]) == first]]
     groups += [[p for p in task if int(p[2]) != first] for task in points]
-    for group, (colour, marker, label) in zip(groups, _CLUSTERS, strict=False):
+    for group, (color, marker, label) in zip(groups, _CLUSTERS, strict=False):
         axes.scatter(
             [p[0] for p in group],
             [p[1] for p in group],
             s=9,
             marker=marker,
-            color=colour,
+            color=color,
             edgecolors="white",
             linewidths=0.3,
             label=label,
@@ -109,7 +109,7 @@ def _scatter(axes: Any, points: Sequence[Sequence[Sequence[float]]]) -> None:
         )
 
 
-def drift(collection: Collection) -> list[Artefact]:
+def drift(collection: Collection) -> list[Artifact]:
     """How far task 1's activations move while later tasks are learned, by layers, with its bias and without."""
     return [
         _drift(place, method, records)
@@ -119,7 +119,7 @@ def drift(collection: Collection) -> list[Artefact]:
     ]
 
 
-def _drift(place: str, method: str, records: Sequence[Record]) -> Artefact:
+def _drift(place: str, method: str, records: Sequence[Record]) -> Artifact:
     layers = list(records[0].probes["drift"][0])
     tasks = min(len(record.probes["drift"]) for record in records)
     names = [
@@ -154,7 +154,7 @@ def _drift(place: str, method: str, records: Sequence[Record]) -> Artefact:
         "itself: the latter is its height after task 1."
     )
     name = f"drift_{slug(place)}_{slug(method)}"
-    return Artefact(name, f"Drift, {method}, {place}", caption, Table(columns, body), figure)
+    return Artifact(name, f"Drift, {method}, {place}", caption, Table(columns, body), figure)
 
 
 def _at(records: Sequence[Record], moment: int, layer: str, key: str) -> Interval | None:

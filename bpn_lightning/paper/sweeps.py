@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bpn_lightning.bench.artefact import Artefact
+from bpn_lightning.bench.artifact import Artifact
 from bpn_lightning.bench.collection import Collection, Record
 from bpn_lightning.bench.grid import short
 from bpn_lightning.bench.pictures import Dots, Line, dot_chart, line_chart
@@ -20,7 +20,7 @@ _SCORES = (
 )
 
 
-def sweeps(collection: Collection) -> list[Artefact]:
+def sweeps(collection: Collection) -> list[Artifact]:
     """One picture for each key that a place varies: every score over its values."""
     return [
         _sweep(collection, place, key)
@@ -29,7 +29,7 @@ def sweeps(collection: Collection) -> list[Artefact]:
     ]
 
 
-def gains(collection: Collection) -> list[Artefact]:
+def gains(collection: Collection) -> list[Artifact]:
     """For each pair of ``compare:``, its difference over the varied key, and each one's own best."""
     return [
         _gain(collection, place, key, first, second)
@@ -55,7 +55,7 @@ def _values(
     return found
 
 
-def _sweep(collection: Collection, place: str, key: str) -> Artefact:
+def _sweep(collection: Collection, place: str, key: str) -> Artifact:
     body: list[list[Cell]] = []
     panels: list[tuple[str, list[Line]]] = [(name, []) for name, _ in _SCORES]
     marks: list[tuple[str, Interval | None, Interval | None]] = []
@@ -87,10 +87,10 @@ def _sweep(collection: Collection, place: str, key: str) -> Artefact:
     columns = ("method", short(key), *(name for name, _ in _SCORES), "bytes per task", "seeds")
     caption = f"{place} at several values of `{key}`; mean and 95 % interval over seeds."
     name = f"sweep_{slug(place)}_{slug(short(key))}"
-    return Artefact(name, title, caption, Table(columns, body), figure)
+    return Artifact(name, title, caption, Table(columns, body), figure)
 
 
-def _gain(collection: Collection, place: str, key: str, first: str, second: str) -> Artefact:
+def _gain(collection: Collection, place: str, key: str, first: str, second: str) -> Artifact:
     ours = _values(collection, place, key, first)
     theirs = _values(collection, place, key, second)
     shared = sorted(v for v in ours if v in theirs and isinstance(v, int | float))
@@ -126,7 +126,7 @@ def _gain(collection: Collection, place: str, key: str, first: str, second: str)
         "tuning."
     )
     name = f"gain_{slug(place)}_{slug(first)}_over_{slug(second)}"
-    return Artefact(name, f"{first} over {second}, {place}", caption, Table(columns, body), figure)
+    return Artifact(name, f"{first} over {second}, {place}", caption, Table(columns, body), figure)
 
 
 def _difference(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval | None:

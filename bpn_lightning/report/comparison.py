@@ -25,16 +25,16 @@ __all__ = [
 
 SCORES: dict[str, tuple[str, ...]] = {
     "average": ("accuracy", "average"),
-    "average_alone": ("accuracy_without_oracle", "average"),
+    "average_task_agnostic": ("accuracy_task_agnostic", "average"),
     "first_task": ("accuracy", "first_task"),
-    "first_task_alone": ("accuracy_without_oracle", "first_task"),
+    "first_task_agnostic": ("accuracy_task_agnostic", "first_task"),
     "after_learning": ("accuracy_after_learning", "average"),
     "forgetting": ("accuracy", "forgetting"),
     "bwt": ("accuracy", "bwt"),
 }
 """What is compared, and where results.json has it; ``alone`` is without the task oracle."""
 
-TESTED = {"average": "ACC, task given", "average_alone": "ACC, no oracle"}
+TESTED = {"average": "ACC, task given", "average_task_agnostic": "ACC, no oracle"}
 """The scores whose differences are tested."""
 
 MOST_COMPARED = 12

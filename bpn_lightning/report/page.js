@@ -6,7 +6,7 @@
   const root = document.documentElement;
   const $ = (id) => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
-  const FEW = 10; // up to so many tasks, each has a colour and dashes of its own
+  const FEW = 10; // up to so many tasks, each has a color and dashes of its own
 
   const make = (space) => (tag, attributes = {}, ...children) => {
     const node = space ? document.createElementNS(space, tag) : document.createElement(tag);
@@ -46,7 +46,7 @@
     drawAll();
   });
 
-  // ---- colours -------------------------------------------------------------------------------
+  // ---- colors -------------------------------------------------------------------------------
   // Viridis, whose lightness runs one way.
   const VIRIDIS = [
     [68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141],
@@ -59,16 +59,16 @@
       Math.round(low + (place - below) * (VIRIDIS[below + 1][i] - low)));
   }
   const css = (rgb) => `rgb(${rgb.join(",")})`;
-  const onColour = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 127 ? "#000" : "#fff");
-  // Its ends are no colours for a line on a page of the same lightness.
-  const lineColour = (part) => css(viridis(printing || !dark() ? part * 0.85 : 0.3 + part * 0.7));
+  const onColor = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 127 ? "#000" : "#fff");
+  // Its ends are no colors for a line on a page of the same lightness.
+  const lineColor = (part) => css(viridis(printing || !dark() ? part * 0.85 : 0.3 + part * 0.7));
   let printing = false;
 
   const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
   const look = (task, tasks) =>
     tasks <= FEW
       ? { class: `series s${task % 7}`, "stroke-dasharray": DASHES[task % 4] || null }
-      : { class: "series", style: `stroke:${lineColour(task / (tasks - 1))};stroke-width:1` };
+      : { class: "series", style: `stroke:${lineColor(task / (tasks - 1))};stroke-width:1` };
 
   // Which numbers stand on an axis, so that they are `room` pixels apart.
   function labels(first, last, pixels, room) {
@@ -157,15 +157,15 @@
     const y = (row) => top + row * high;
     for (const [row, values] of run.matrix.entries()) {
       for (const [task, value] of values.entries()) {
-        const colour = known(value) ? viridis(value) : null;
+        const color = known(value) ? viridis(value) : null;
         svg.append(s("rect", {
           x: x(task), y: y(row), width: size + 0.3, height: high + 0.3,
-          fill: colour ? css(colour) : "url(#hatch)",
+          fill: color ? css(color) : "url(#hatch)",
         }));
-        if (colour && size >= 27 && high >= 15) {
+        if (color && size >= 27 && high >= 15) {
           svg.append(s("text", {
             x: x(task) + size / 2, y: y(row) + high / 2, class: "in-cell",
-            style: `fill:${onColour(colour)}`,
+            style: `fill:${onColor(color)}`,
           }, brief(value)));
         }
       }
@@ -185,7 +185,7 @@
         n === 0 ? "before" : `${n}`));
     }
     svg.append(s("text", { x: 2, y: top - 6, class: "name" }, "after"));
-    // the scale of colours
+    // the scale of colors
     const wide = Math.min(180, width - left - 110);
     for (let i = 0; i < wide; i += 2) {
       svg.append(s("rect",
@@ -368,7 +368,7 @@
     if (run.tasks > FEW) {
       const bar = s("svg", { width: 120, height: 12, "aria-hidden": "true" });
       for (let i = 0; i < 120; i += 2) {
-        bar.append(s("rect", { x: i, width: 2.5, height: 12, fill: lineColour(i / 120) }));
+        bar.append(s("rect", { x: i, width: 2.5, height: 12, fill: lineColor(i / 120) }));
       }
       const line = s("svg", { width: 28, height: 12, "aria-hidden": "true" },
         s("line", { x1: 0, x2: 28, y1: 6, y2: 6, class: "mean-line" }));

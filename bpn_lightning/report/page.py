@@ -24,7 +24,7 @@ from bpn_lightning.report.comparison import (
 )
 from bpn_lightning.report.metric_tables import metric_tables
 from bpn_lightning.report.reading import Found, Run
-from bpn_lightning.report.summary import summarise
+from bpn_lightning.report.summary import summarize
 
 __all__ = ["MOST_VALUES", "render"]
 
@@ -229,7 +229,7 @@ def _folded(table: ET.Element, rows: int, title: str) -> ET.Element:
 
 
 def _words(found: Found, comparison: Comparison) -> list[Child]:
-    summary = summarise(found, comparison)
+    summary = summarize(found, comparison)
     return [
         _list(summary.shown) if summary.shown else None,
         *(
@@ -288,12 +288,12 @@ def _row(row: Row) -> list[ET.Element]:
     seconds = row.seconds
     return [
         _head(row.method),
-        _cell(_lane(scores["average"], scores["average_alone"])),
+        _cell(_lane(scores["average"], scores["average_task_agnostic"])),
         *(
             _interval(scores[score])
             for score in (
-                *("average", "average_alone", "after_learning"),
-                *("first_task", "first_task_alone", "forgetting"),
+                *("average", "average_task_agnostic", "after_learning"),
+                *("first_task", "first_task_agnostic", "forgetting"),
             )
         ),
         _number(row.bytes_per_task),
@@ -644,7 +644,7 @@ def _data(comparison: Comparison, places: Sequence[str], drawn: Sequence[Run]) -
                 "method": row.method,
                 "bytes": row.bytes_per_task,
                 "told": _point(row.scores["average"]),
-                "alone": _point(row.scores["average_alone"]),
+                "alone": _point(row.scores["average_task_agnostic"]),
             }
             for row in comparison.rows
         ],

@@ -403,7 +403,7 @@ def _tell_apart(runs: Sequence[Run]) -> list[Run]:
     apart = [
         replace(run, place=f"{run.place}{_JOINT}{label}") if label else run
         for group in groups.values()
-        for run, label in _labelled(group, [_deciding(run, of_stream=True) for run in group])
+        for run, label in _labeled(group, [_deciding(run, of_stream=True) for run in group])
     ]
     groups.clear()
     for run in apart:
@@ -411,11 +411,11 @@ def _tell_apart(runs: Sequence[Run]) -> list[Run]:
     return [
         replace(run, method=f"{run.method}, {label}") if label else run
         for group in groups.values()
-        for run, label in _labelled(group, [_of_method(run, group) for run in group])
+        for run, label in _labeled(group, [_of_method(run, group) for run in group])
     ]
 
 
-def _labelled(
+def _labeled(
     runs: Sequence[Run], settings: Sequence[Mapping[str, Any] | None]
 ) -> Iterable[tuple[Run, str]]:
     return zip(runs, setting_labels(settings), strict=True)

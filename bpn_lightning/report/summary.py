@@ -8,7 +8,7 @@ from typing import Any
 from bpn_lightning.report.comparison import Comparison, Row
 from bpn_lightning.report.reading import Found, Run
 
-__all__ = ["Summary", "summarise"]
+__all__ = ["Summary", "summarize"]
 
 _MOST_NAMED = 6
 
@@ -28,7 +28,7 @@ class Summary:
     not_shown: list[str]
 
 
-def summarise(found: Found, comparison: Comparison) -> Summary:
+def summarize(found: Found, comparison: Comparison) -> Summary:
     """Sentences about what was found; every number in them is in a table of the page."""
     if not found.runs:
         return Summary([], ["No run here has results."])
@@ -54,7 +54,7 @@ def _shown(runs: Sequence[Run], comparison: Comparison) -> Iterator[str]:
             yield prefix + _one(here[0])
             continue
         told = _highest(here, "average")
-        alone = _highest(here, "average_alone")
+        alone = _highest(here, "average_task_agnostic")
         parts = []
         if told:
             parts.append(f"with the task given, the highest mean ACC is {told}")
@@ -67,8 +67,8 @@ def _shown(runs: Sequence[Run], comparison: Comparison) -> Iterator[str]:
 def _one(row: Row) -> str:
     text = f"{row.method} has an ACC (mean over the tasks learned) of {_value(row, 'average')}"
     text += " where each image comes with its task's number"
-    if row.scores["average_alone"] is not None:
-        text += f", and of {_value(row, 'average_alone')} where nobody tells it"
+    if row.scores["average_task_agnostic"] is not None:
+        text += f", and of {_value(row, 'average_task_agnostic')} where nobody tells it"
     text += f". Right after learning it was {_value(row, 'after_learning')}"
     text += f"; of task 1, {_value(row, 'first_task')} is left"
     return f"{text}."
@@ -95,7 +95,7 @@ def _tests(comparison: Comparison) -> Iterator[str]:
 def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
     rows, runs = comparison.rows, found.runs
     name = _namer(rows)
-    blind = [row for row in rows if row.scores["average_alone"] is None]
+    blind = [row for row in rows if row.scores["average_task_agnostic"] is None]
     start = '"Task given" means' if len(blind) < len(rows) else "Every mean here is with"
     yield (
         f"{start} the task oracle: somebody tells the network which task an image is from, which is "
@@ -160,15 +160,15 @@ def _unsettled(run: Run) -> str:
 
 def _why_blind(row: Row) -> str:
     """Why there is no mean of the scores without the task oracle."""
-    if any(run.at("accuracy_without_oracle", "average") is not None for run in row.runs):
+    if any(run.at("accuracy_task_agnostic", "average") is not None for run in row.runs):
         return "not all seeds have a value"
     if any(run.learned < run.tasks for run in row.runs):
         return "it is measured at the end of the stream, which was not reached"
     settings = row.runs[0].settings or {}
     if settings.get("model.mask") == "task":
         return "every task has outputs of its own, and there is no answer without it"
-    if settings.get("model.without_oracle") is False:
-        return "it was not asked for (model.without_oracle false)"
+    if settings.get("model.task_agnostic") is False:
+        return "it was not asked for (model.task_agnostic false)"
     return "not measured, or every task has outputs of its own and there is no answer without it"
 
 
@@ -179,7 +179,7 @@ def _subsets(rows: Sequence[Row], name: Callable[[Row], str]) -> Iterator[str]:
         "data.init_args.test_samples": "The number of test samples is set, perhaps below all",
         "data.init_args.validation_fraction": "Part of the training images was held out",
         "trainer.limit_train_batches": "Trained on part of each epoch's batches",
-        "model.without_oracle": "Without the oracle, tested on so many samples of each task",
+        "model.task_agnostic": "Without the oracle, tested on so many samples of each task",
     }
     for key, sentence in words.items():
         values: dict[str, list[str]] = {}

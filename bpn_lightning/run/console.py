@@ -210,7 +210,7 @@ def final_table(
         folder: of the run.
         unsettled: tasks that lost accuracy in their last epoch.
     """
-    blind = summary["without_oracle"]
+    blind = summary["task_agnostic"]
     after = summary["after_learning"]
     table = Table(title=Text(printable(title)), title_justify="left", show_footer=True)
     table.add_column("task", footer="mean", justify="right", min_width=4)

@@ -27,12 +27,12 @@ from bpn_lightning.run.recording import MetricsFile
 from bpn_lightning.run.results import collect_provenance
 from bpn_lightning.tasks import Task
 
-__all__ = ["Dashboard", "Display", "close_displays", "display", "keep_results"]
+__all__ = ["Dashboard", "LoggerAdapter", "adapter_of", "close_adapters", "upload_artifacts"]
 
 Cell = str | float | int | None
 
 
-class Display:
+class LoggerAdapter:
     """How one logger shows what is no number; this one shows nothing of it.
 
     Args:
@@ -74,7 +74,7 @@ class Display:
         """The run is over."""
 
 
-class WandbDisplay(Display):
+class WandbAdapter(LoggerAdapter):
     """Pictures, tables and artifacts of a Weights & Biases run."""
 
     draws = True
@@ -122,7 +122,7 @@ class WandbDisplay(Display):
         wandb.finish(exit_code=exit_code)
 
 
-class TensorBoardDisplay(Display):
+class TensorBoardAdapter(LoggerAdapter):
     """Pictures and, as text, tables of TensorBoard."""
 
     draws = True
@@ -141,7 +141,7 @@ class TensorBoardDisplay(Display):
         self.logger.experiment.add_text(key, text, step)
 
 
-class MLFlowDisplay(Display):
+class MLFlowAdapter(LoggerAdapter):
     """Pictures, tables and files among the artifacts of an MLflow run."""
 
     draws = True
@@ -171,21 +171,21 @@ class MLFlowDisplay(Display):
 
 
 #: Prefixes of what changes with the tasks learned only: W&B draws it over their number.
-OVER_TASKS = ("bytes_held", "bytes_per_task", "accuracy_after_learning", "accuracy_without_oracle")
+OVER_TASKS = ("bytes_held", "bytes_per_task", "accuracy_after_learning", "accuracy_task_agnostic")
 
-_DISPLAYS: dict[type[Logger], type[Display]] = {
-    WandbLogger: WandbDisplay,
-    TensorBoardLogger: TensorBoardDisplay,
-    MLFlowLogger: MLFlowDisplay,
+_ADAPTERS: dict[type[Logger], type[LoggerAdapter]] = {
+    WandbLogger: WandbAdapter,
+    TensorBoardLogger: TensorBoardAdapter,
+    MLFlowLogger: MLFlowAdapter,
 }
 
 
-def display(logger: Logger) -> Display:
+def adapter_of(logger: Logger) -> LoggerAdapter:
     """The display of a logger; loggers of other kinds show numbers only."""
-    for kind, shown in _DISPLAYS.items():
+    for kind, shown in _ADAPTERS.items():
         if isinstance(logger, kind):
             return shown(logger)
-    return Display(logger)
+    return LoggerAdapter(logger)
 
 
 class Dashboard(Callback):
@@ -209,7 +209,7 @@ class Dashboard(Callback):
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         self.config = dict(config or {})
-        self._displays: list[Display] = []
+        self._adapters: list[LoggerAdapter] = []
         self._shown = -1
         # Of each logger, by class and version, when the checkpoint was taken.
         self._positions: dict[tuple[str, Any], int] = {}
@@ -222,13 +222,13 @@ class Dashboard(Callback):
         if not trainer.is_global_zero:
             return
         others = [logger for logger in trainer.loggers if not isinstance(logger, MetricsFile)]
-        self._displays = [display(logger) for logger in others]
+        self._adapters = [adapter_of(logger) for logger in others]
         if not others:
             return
         found = collect_provenance(seconds=0)
         provenance = {key: found[key] for key in ("commit", "versions", "host")}
         config = {**self.config, "provenance": provenance}
-        for shown in self._displays:
+        for shown in self._adapters:
             shown.begin(config, self._positions.get(_identity(shown.logger)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,12 +251,12 @@ class Dashboard(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show the last task, and the tables; the module may close its last task in on_fit_end."""
-        if stage != "fit" or not self._displays:
+        if stage != "fit" or not self._adapters:
             return
         self._show_learned(trainer, pl_module)
         matrix: AccuracyMatrix = pl_module.accuracy_matrix  # type: ignore[assignment]
         for key, (columns, rows) in _tables(matrix, pl_module.tasks).items():  # type: ignore[arg-type]
-            for shown in self._displays:
+            for shown in self._adapters:
                 shown.table(key, columns, rows, trainer.global_step)
 
     def _show_learned(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,7 +264,7 @@ class Dashboard(Callback):
         if host.closed == self._shown:
             return
         first, self._shown = self._shown + 1, host.closed
-        displays = [shown for shown in self._displays if shown.draws]
+        displays = [shown for shown in self._adapters if shown.draws]
         for task_id in range(first, host.closed + 1) if displays else ():
             for key, image in _pictures(host, task_id).items():
                 for shown in displays:
@@ -280,13 +280,13 @@ class Dashboard(Callback):
     ) -> None:
         """Log the mean time of an update since the last one that was logged."""
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not self._displays or not every or step % every or step == self._counted_from:
+        if not self._adapters or not every or step % every or step == self._counted_from:
             return
         self._stop_clock()
         self._since = perf_counter()
         seconds = self._seconds / (step - self._counted_from)
         self._seconds, self._counted_from = 0.0, step
-        for shown in self._displays:
+        for shown in self._adapters:
             shown.logger.log_metrics({"time/step": seconds}, step=step - 1)  # as Lightning counts
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -306,7 +306,7 @@ class Dashboard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was shown, and where."""
-        loggers = [(*_identity(one.logger), one.position) for one in self._displays]
+        loggers = [(*_identity(one.logger), one.position) for one in self._adapters]
         return {"shown": self._shown, "loggers": loggers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -315,7 +315,9 @@ class Dashboard(Callback):
         self._positions = {(kind, at): position for kind, at, position in state_dict["loggers"]}
 
 
-def keep_results(loggers: Sequence[Logger], name: str, results: Sequence[Path], last: Path) -> None:
+def upload_artifacts(
+    loggers: Sequence[Logger], name: str, results: Sequence[Path], last: Path
+) -> None:
     """Keep a run's results, and its checkpoint if there is one, in the loggers that keep files.
 
     Args:
@@ -324,16 +326,16 @@ def keep_results(loggers: Sequence[Logger], name: str, results: Sequence[Path], 
         results: files.
         last: the checkpoint.
     """
-    for shown in map(display, loggers):
-        shown.files(name, "results", results)
+    for adapter in map(adapter_of, loggers):
+        adapter.files(name, "results", results)
         if last.is_file():
-            shown.files(name, "checkpoint", [last])
+            adapter.files(name, "checkpoint", [last])
 
 
-def close_displays(loggers: Sequence[Logger], exit_code: int) -> None:
+def close_adapters(loggers: Sequence[Logger], exit_code: int) -> None:
     """End the run in the loggers that have to be told."""
     for logger in loggers:
-        display(logger).end(exit_code)
+        adapter_of(logger).end(exit_code)
 
 
 def _identity(logger: Logger) -> tuple[str, Any]:
@@ -365,7 +367,7 @@ def _tables(
         if not all(map(isnan, row))
     ]
     summary = matrix.summary()
-    blind = summary["without_oracle"]
+    blind = summary["task_agnostic"]
     accuracies: list[list[Cell]] = [
         [
             task.id + 1,
@@ -380,7 +382,7 @@ def _tables(
     return {
         "tables/accuracy_matrix": (["after_task", *names], moments),
         "tables/accuracy": (
-            ["task", "classes", "accuracy", "accuracy_without_oracle", "accuracy_after_learning"],
+            ["task", "classes", "accuracy", "accuracy_task_agnostic", "accuracy_after_learning"],
             accuracies,
         ),
     }

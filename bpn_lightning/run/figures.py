@@ -1,6 +1,6 @@
 """The two pictures of a run: each task's accuracy over the stream, and the accuracy matrix.
 
-Both can be read in black and white and by the colour-blind. They are drawn in matplotlib's default
+Both can be read in black and white and by the color-blind. They are drawn in matplotlib's default
 style, whatever the user's own is, and without pyplot: no backend is chosen, no window opens, and no
 figure stays in memory.
 """
@@ -47,13 +47,13 @@ FORMATS: tuple[Format, ...] = ("png", "svg")
 _FEW = 10
 _NUMBERED = 20
 
-# Okabe & Ito's colours for the colour-blind, without their yellow, which is too pale for a line.
+# Okabe & Ito's colors for the color-blind, without their yellow, which is too pale for a line.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", (0, (1, 1.2)))
 MARKERS = "osD^vP*X<>"
 
 _VIRIDIS = colormaps["viridis"]
-# Its lightness runs one way, so it keeps its order in grey; its pale end is no colour for a line.
+# Its lightness runs one way, so it keeps its order in gray; its pale end is no color for a line.
 _LINES = ListedColormap(_VIRIDIS(np.linspace(0, 0.88, 256)))
 
 
@@ -67,7 +67,7 @@ def accuracy_curves(
     """Draw each task's accuracy from the moment on that it starts to be learned.
 
     In the manner of Fig. 6 of Wen et al.: dashed lines stand where a task starts. Up to ten tasks
-    have colours, dashes and markers of their own; more are coloured by their number, from dark to
+    have colors, dashes and markers of their own; more are colored by their number, from dark to
     light, beside the mean over the tasks learned so far.
 
     Args:
@@ -139,12 +139,12 @@ def accuracy_heatmap(matrix: Tensor, *, title: str = "") -> Figure:
         axes.set_yticks([0, *labels], ["before", *(str(task) for task in labels)])
         axes.set(xlabel="accuracy on task", ylabel="after learning task")
         edges = np.arange(tasks + 1) - 0.5
-        for colour, width in (("white", 3.0), ("black", 1.2)):  # seen on dark and on light cells
+        for color, width in (("white", 3.0), ("black", 1.2)):  # seen on dark and on light cells
             axes.step(
                 edges,
                 np.minimum(edges + 1, edges[-1]),
                 where="post",
-                color=colour,
+                color=color,
                 linewidth=width if numbered else width / 2,
             )
         if numbered:
@@ -224,19 +224,19 @@ def _mark_starts(axes: Axes, starts: Sequence[float]) -> None:
     """Dashed lines where tasks start, with the tasks' numbers above them where they fit."""
     every = _step(len(starts))
     room = 0.025 * axes.get_xlim()[1]
-    labelled: dict[float, str] = {}
+    labeled: dict[float, str] = {}
     for task in range(0, len(starts), every):
         axes.axvline(starts[task], color="0.6", linestyle=(0, (4, 3)), linewidth=0.8, zorder=0)
-        if not labelled or starts[task] - max(labelled) > room:
-            labelled[starts[task]] = str(task + 1)
+        if not labeled or starts[task] - max(labeled) > room:
+            labeled[starts[task]] = str(task + 1)
     top = axes.secondary_xaxis("top")
-    top.set_xticks(list(labelled), list(labelled.values()))
+    top.set_xticks(list(labeled), list(labeled.values()))
     top.tick_params(length=0)
     top.set_xlabel("start of task")
 
 
 def _own_look(task: int, points: int) -> dict[str, Any]:
-    """Colour, dashes and marker by which one of few lines is known."""
+    """Color, dashes and marker by which one of few lines is known."""
     every = max(1, points // 10)
     return {
         "color": COLOURS[task % len(COLOURS)],

@@ -26,7 +26,7 @@ DEFINING = (
 DATA_PLACES = ("root", "path", "cache_dir", "download")
 
 #: Keys that change when and where a result is looked at, and not the result.
-OBSERVED = ("model.evaluate_every", "model.without_oracle")
+OBSERVED = ("model.evaluate_every", "model.task_agnostic")
 
 MOST = 10
 """Differences that a message names."""

@@ -22,7 +22,7 @@ from lightning.pytorch import loggers
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 
-__all__ = ["LOGGERS", "RunName", "SavedLogger", "complete_loggers", "go_offline", "why_offline"]
+__all__ = ["LOGGERS", "RunName", "SavedLogger", "complete_loggers", "go_offline", "offline_reason"]
 
 #: Lightning's classes by their short names, which are also those of our extras.
 LOGGERS = {
@@ -122,13 +122,13 @@ def go_offline(specs: Sequence[Namespace]) -> str | None:
         and not spec.init_args.get("offline")
         and not spec.init_args.get("mode")
     ]
-    reason = why_offline() if undecided else None
+    reason = offline_reason() if undecided else None
     for spec in undecided if reason else ():
         spec.init_args["mode"] = "offline"
     return reason
 
 
-def why_offline() -> str | None:
+def offline_reason() -> str | None:
     """Why W&B can only log offline here, in words; None where it can do better, or is told what to do.
 
     Without this look W&B asks for a key, or waits a minute and a half for its server and fails.

@@ -43,7 +43,7 @@ from typing import (
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.metrics.scores import AfterLearning, WithoutOracle
+from bpn_lightning.metrics.scores import AfterLearning, TaskAgnostic
 from bpn_lightning.untrusted import read_json, read_text
 
 if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it below
@@ -177,7 +177,7 @@ class Results(TypedDict):
     tasks_not_learned: list[int]
     """Ids of the others; empty unless the stream ended early."""
     accuracy: Accuracy
-    accuracy_without_oracle: WithoutOracle | None
+    accuracy_task_agnostic: TaskAgnostic | None
     """The same without any task id (class-incremental); null where it was not measured."""
     accuracy_after_learning: AfterLearning
     """On each task at the moment when it had just been learned, with its id."""
@@ -273,7 +273,7 @@ def write_results(
             "fwt": summary["fwt"],
             "forgetting": summary["forgetting"],
         },
-        "accuracy_without_oracle": summary["without_oracle"],
+        "accuracy_task_agnostic": summary["task_agnostic"],
         "accuracy_after_learning": summary["after_learning"],
         "unsettled_tasks": [
             {"id": one.task, "split": one.split, "before": one.before, "after": one.after}

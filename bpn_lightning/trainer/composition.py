@@ -61,10 +61,10 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
             "Set the update of all but one to 'clamped' or 'gradient'."
         )
     needing = _names(s for s in strategies if s.needs_task_id)
-    if not host.stream.task_id_at_test and (needing or host.mask == "task"):
+    if not host.stream.task_id_at_inference and (needing or host.mask == "task"):
         raise ConfigurationError(
             f"{' and '.join(needing) or 'mask=' + repr(host.mask)} needs the task ID at inference, but the "
-            "stream has task_id_at_test=False. Set it to True, or choose another method."
+            "stream has task_id_at_inference=False. Set it to True, or choose another method."
         )
     _warn_of_forgetting(host, strategies)
     _warn_of_lone_classes(host)
@@ -73,8 +73,8 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
 def _warn_of_forgetting(host: ContinualHost, strategies: Sequence[ContinualStrategy]) -> None:
     number = len(host.tasks)
     single_head = host.mask in ("all", "seen") and number > 1
-    if single_head and any(s.regulariser for s in strategies):
-        if not all(s.regulariser for s in strategies):
+    if single_head and any(s.regularizer for s in strategies):
+        if not all(s.regularizer for s in strategies):
             return
         warnings.warn(
             f"{' and '.join(_names(strategies))} with one head over the classes of all tasks and no "

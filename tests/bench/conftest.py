@@ -62,7 +62,7 @@ def results(first: float = 0.4, average: float = 0.6) -> dict[str, Any]:
             "fwt": None,
             "forgetting": 0.5,
         },
-        "accuracy_without_oracle": {"average": 0.3, "first_task": 0.1, "per_task": [0.1, 0.5]},
+        "accuracy_task_agnostic": {"average": 0.3, "first_task": 0.1, "per_task": [0.1, 0.5]},
         "accuracy_after_learning": {"average": 0.85, "per_task": [0.9, 0.8]},
         "unsettled_tasks": [],
         "metrics": {},

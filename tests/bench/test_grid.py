@@ -142,5 +142,5 @@ def test_every_packaged_grid_says_its_command_and_is_valid(name: str) -> None:
     assert grid.text
 
 
-def test_every_artefact_can_be_made() -> None:
+def test_every_artifact_can_be_made() -> None:
     assert sorted(MAKERS) == sorted(ARTEFACTS)

@@ -200,22 +200,22 @@ def test_a_bad_folder_leaves_the_others(
 
 
 def test_the_accuracy_table_has_means_over_seeds(two: list[Record]) -> None:
-    (artefact,) = accuracy.accuracy(collection(two))
-    ewc, bd = artefact.table.rows
+    (artifact,) = accuracy.accuracy(collection(two))
+    ewc, bd = artifact.table.rows
     assert ewc[0] == "ewc"
     first, average = bd[1], bd[2]
     assert isinstance(first, Interval)
     assert isinstance(average, Interval)
     assert (first.mean, average.mean) == pytest.approx((0.85, 0.825))
     assert first.half == pytest.approx(stats.t.ppf(0.975, 1) * stats.sem([0.8, 0.9]))
-    assert legend(artefact.figure) == ["ACC, the task is given", "ACC without the oracle"]
+    assert legend(artifact.figure) == ["ACC, the task is given", "ACC without the oracle"]
 
 
 def test_table_1_has_ours_beside_the_papers(record: Make) -> None:
     run = record("bd+ewc", 0, [[0.9], [0.85, 0.8]], experiment="cifar100_inc")
     reason = NotRun("cifar10_inc", ("bd+ewc",), "No images.")
-    (artefact,) = accuracy.table_1(collection([run], not_run=(reason,)))
-    rows = {(str(row[0]), str(row[1])): row for row in artefact.table.rows}
+    (artifact,) = accuracy.table_1(collection([run], not_run=(reason,)))
+    rows = {(str(row[0]), str(row[1])): row for row in artifact.table.rows}
     ours = rows["cifar100_inc", "bd+ewc"]
     assert ours[2:4] == [Interval(0.85, None, 1), 0.845]
     assert ours[6:] == [552, 520, 4808]
@@ -225,17 +225,17 @@ def test_table_1_has_ours_beside_the_papers(record: Make) -> None:
 
 
 def test_table_2_without_runs_is_the_papers() -> None:
-    (artefact,) = accuracy.table_2(collection([]))
-    assert len(artefact.table.rows) == 10
-    assert artefact.table.rows[-1] == ["bd+psp", "paper", *artefact.table.rows[-1][2:10], 58.87]
+    (artifact,) = accuracy.table_2(collection([]))
+    assert len(artifact.table.rows) == 10
+    assert artifact.table.rows[-1] == ["bd+psp", "paper", *artifact.table.rows[-1][2:10], 58.87]
 
 
 def test_paired_tests_are_scipys(record: Make) -> None:
     ours, theirs = [0.9, 0.8, 0.7], [0.6, 0.7, 0.3]
     runs = [record("bd", seed, [[value]]) for seed, value in enumerate(ours)]
     runs += [record("ewc", seed, [[value]]) for seed, value in enumerate(theirs)]
-    (artefact,) = accuracy.paired_tests(collection(runs, compare=(("bd", "ewc"),)))
-    row = artefact.table.rows[0]
+    (artifact,) = accuracy.paired_tests(collection(runs, compare=(("bd", "ewc"),)))
+    row = artifact.table.rows[0]
     expected = stats.ttest_rel(ours, theirs).pvalue
     assert row[1:3] == ["bd - ewc", "ACC"]
     assert row[5:] == [f"{expected:.3f}", f"{2 * expected:.3f}"]  # two tests: ACC and task 1
@@ -319,12 +319,12 @@ def test_words_in_place_of_numbers_are_rows(record: Make) -> None:
 
 
 def test_parameters_are_those_of_a_real_network() -> None:
-    (artefact,) = accuracy.parameters(collection([]))
+    (artifact,) = accuracy.parameters(collection([]))
     sizes = [784, *[300] * 5, 2]
     layers = [torch.nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
     count = sum(p.numel() for layer in layers for p in layer.parameters())
-    assert artefact.table.rows[0][1:3] == [count, 1502]  # 5 x 300 + 2
-    assert artefact.table.rows[0][3] == pytest.approx(100 * 1502 / count)
+    assert artifact.table.rows[0][1:3] == [count, 1502]  # 5 x 300 + 2
+    assert artifact.table.rows[0][3] == pytest.approx(100 * 1502 / count)
 
 
 def test_drift_and_regions_are_drawn_from_what_probes_saw(record: Make) -> None:
@@ -339,10 +339,10 @@ def test_drift_and_regions_are_drawn_from_what_probes_saw(record: Make) -> None:
         },
     ]
     run = record("bd+ewc", 0, [[0.9], [0.8, 0.7]], probes={"drift": seen})
-    (artefact,) = mechanism.drift(collection([run]))
-    assert artefact.table.rows[0][0] == "layer 1"
-    assert artefact.table.rows[0][3] == pytest.approx(87.5)
-    assert artefact.table.rows[1][3] == pytest.approx(0.0)
+    (artifact,) = mechanism.drift(collection([run]))
+    assert artifact.table.rows[0][0] == "layer 1"
+    assert artifact.table.rows[0][3] == pytest.approx(87.5)
+    assert artifact.table.rows[1][3] == pytest.approx(0.0)
 
     half = [[0.0, 1.0], [0.0, 1.0]]
     points = [[[0, 0, 0], [-1, 0, 1]], [[0, 0, 0], [1, 0, 1]]]
@@ -351,9 +351,9 @@ def test_drift_and_regions_are_drawn_from_what_probes_saw(record: Make) -> None:
         {"sides": sides, "points": points, "maps": [half] * (moment + 1)} for moment in range(2)
     ]
     run = record("bd+ewc", 0, [[0.9], [0.8, 0.7]], probes={"regions": regions})
-    (artefact,) = mechanism.figure_5(collection([run]))
-    assert artefact.table.rows[0][0] == "BD + EWC"
-    assert legend(artefact.figure) == ["black", "red", "light blue"]
+    (artifact,) = mechanism.figure_5(collection([run]))
+    assert artifact.table.rows[0][0] == "BD + EWC"
+    assert legend(artifact.figure) == ["black", "red", "light blue"]
 
 
 def test_csv_has_numbers_and_half_widths() -> None:
@@ -365,8 +365,8 @@ def test_csv_has_numbers_and_half_widths() -> None:
 
 
 def test_pictures_can_be_read(tmp_path: Path, two: list[Record]) -> None:
-    (artefact,) = accuracy.accuracy(collection(two))
-    artefact.write(tmp_path)
+    (artifact,) = accuracy.accuracy(collection(two))
+    artifact.write(tmp_path)
     with Image.open(tmp_path / "accuracy_digits_inc.png") as picture:
         assert picture.size[0] > 900
-    assert json.dumps(str(artefact.caption))
+    assert json.dumps(str(artifact.caption))

@@ -95,7 +95,7 @@ def whole_results(**change: Any) -> str:
         "tasks_learned": [0],
         "tasks_not_learned": [],
         "accuracy": {**accuracy, "forgetting": None},
-        "accuracy_without_oracle": None,
+        "accuracy_task_agnostic": None,
         "accuracy_after_learning": {"average": 0.5, "per_task": [0.5]},
         "unsettled_tasks": [],
         "metrics": {},

@@ -186,7 +186,7 @@ def test_results_are_whole_where_a_logger_cannot_keep_them(
     def unreachable(*_: object) -> None:
         raise ConnectionError("no server")
 
-    monkeypatch.setattr(train, "keep_results", unreachable)
+    monkeypatch.setattr(train, "upload_artifacts", unreachable)
     assert run("--runs", "new", "--log_artifacts") == 2
     here = Path("new", *RUN.parts[1:])
     assert capsys.readouterr().err == (

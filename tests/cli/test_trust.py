@@ -62,8 +62,8 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("lab_nets", None)
 
 
-def refused(subject: str, name: str = "lab_nets.Net") -> str:
-    return f"bpn-fit: error: {needs_trust(subject, name)}"
+def refused(case: str, name: str = "lab_nets.Net") -> str:
+    return f"bpn-fit: error: {needs_trust(case, name)}"
 
 
 def said(*flags: str, capsys: Said, status: int = 0) -> list[str]:

@@ -104,7 +104,7 @@ def test_features_may_stay_as_they_are() -> None:
     stream = SplitArrays(iris(), classes_per_task=3, standardize=False)
     stream.setup()
     assert torch.equal(inputs(stream, 0), torch.tensor(iris()["train_features"]).float())
-    assert stream.normalisation == ((0.0,), (1.0,))
+    assert stream.normalization == ((0.0,), (1.0,))
 
 
 def test_a_feature_of_one_value_becomes_nought() -> None:

@@ -13,7 +13,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.datamodules.augmentation import CropAndFlip
-from bpn_lightning.datamodules.base import ContinualDataModule, Normalisation
+from bpn_lightning.datamodules.base import ChannelStats, ContinualDataModule
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.tasks import Batch, ContinualStream, Position, Split, Task
 
@@ -207,7 +207,7 @@ def test_prepare_normalizes_like_torchvision() -> None:
     stream = SplitDigits()
     stream.setup()
     batch = next(iter(stream.loader(0, "test")))
-    transform = Compose([ToTensor(), Normalize(*stream.normalisation)])
+    transform = Compose([ToTensor(), Normalize(*stream.normalization)])
     expected = torch.stack([transform(image.numpy()[0]) for image in batch.inputs])
     prepared = stream.prepare(batch)
     assert prepared.inputs.dtype == torch.float32
@@ -220,7 +220,7 @@ def test_constants_are_measured_on_the_first_tasks_training_images(toy: Make) ->
     stream = toy(validation_fraction=0.3)
     images = torch.cat([b.inputs for b in stream.loader(0, "train")]).numpy() / 255
     # two of the three channels; the third is of one color
-    mean, std = (np.array(values) for values in stream.normalisation)
+    mean, std = (np.array(values) for values in stream.normalization)
     np.testing.assert_allclose(mean, images.mean((0, 2, 3)), atol=1e-12)
     np.testing.assert_allclose(std[:2], images.std((0, 2, 3))[:2], atol=1e-9)
     assert std[2] == 1, "a channel of one color is not blown up"
@@ -228,7 +228,7 @@ def test_constants_are_measured_on_the_first_tasks_training_images(toy: Make) ->
 
 def test_constants_per_channel_are_used_per_channel(toy: Make) -> None:
     stream = toy()
-    stream.normalisation = Normalisation((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))
+    stream.normalization = ChannelStats((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))
     batch = Batch(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), torch.zeros(1).long(), 0, 1)
     got = stream.prepare(batch).inputs[0, :, 0, 0]
     torch.testing.assert_close(got, torch.tensor([0.9 / 0.5, 0.8, 0.7 / 2]))
@@ -365,5 +365,5 @@ def test_digits_constants_and_split_are_what_the_docstring_says() -> None:
     shares = test.targets.bincount() / (train.targets.bincount() + test.targets.bincount())
     assert (shares - 0.2).abs().max() < 0.004
     pixels = train.inputs.numpy() / 255
-    assert stream.normalisation.mean == (round(float(pixels.mean()), 4),)
-    assert stream.normalisation.std == (round(float(pixels.std()), 4),)
+    assert stream.normalization.mean == (round(float(pixels.mean()), 4),)
+    assert stream.normalization.std == (round(float(pixels.std()), 4),)

@@ -70,8 +70,8 @@ def test_images_converted_to_gray_are_normalized_by_measured_statistics() -> Non
     )
     own = gray[torch.tensor(made["train_labels"] < 2)].double() / 255
     assert stream.input_shape == (1, 9, 7)
-    assert stream.normalisation.mean == pytest.approx([own.mean().item()])
-    assert stream.normalisation.std == pytest.approx([own.std(correction=0).item()])
+    assert stream.normalization.mean == pytest.approx([own.mean().item()])
+    assert stream.normalization.std == pytest.approx([own.std(correction=0).item()])
     wanted = ((own - own.mean()) / own.std(correction=0)).float()
     torch.testing.assert_close(inputs(stream)[:, 0], wanted, rtol=0, atol=1e-5)
 
@@ -82,7 +82,7 @@ def test_gray_made_color_is_three_times_the_gray_stream(augment: bool) -> None:
     for stream in (gray, color):
         stream.setup()
     assert color.input_shape == (3, 8, 8)
-    assert color.normalisation == (gray.normalisation.mean * 3, gray.normalisation.std * 3)
+    assert color.normalization == (gray.normalization.mean * 3, gray.normalization.std * 3)
     for one, other in zip(gray.train_loader(0, 0), color.train_loader(0, 0), strict=True):
         wanted = gray.prepare(one, augment=True).inputs
         assert torch.equal(color.prepare(other, augment=True).inputs, wanted.expand(-1, 3, -1, -1))
@@ -96,10 +96,10 @@ def test_known_constants_are_not_used_for_images_converted_to_gray(
     own, gray = (SplitCIFAR10(str(tmp_path), channels=channels) for channels in (3, 1))
     for stream in (own, gray):
         stream.setup()
-    assert own.normalisation == SplitCIFAR10.constants
+    assert own.normalization == SplitCIFAR10.constants
     values = luma(own._parts["train"].samples.images).double() / 255
-    assert gray.normalisation.mean == pytest.approx([values.mean().item()])
-    assert gray.normalisation.std == pytest.approx([values.std(correction=0).item()])
+    assert gray.normalization.mean == pytest.approx([values.mean().item()])
+    assert gray.normalization.std == pytest.approx([values.std(correction=0).item()])
 
 
 @pytest.mark.parametrize("kind", [PermutedMNIST, RotatedMNIST])

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from bpn_lightning import datamodules
 from bpn_lightning.datamodules import DATAMODULES, ClassIncrementalDataModule, ContinualDataModule
 
-WHOLE = {"seed": 9, "reset_optimizer": "never", "task_id_at_test": False}
+WHOLE = {"seed": 9, "reset_optimizer": "never", "task_id_at_inference": False}
 COMMON = WHOLE | {
     "epochs_per_task": [1, 2, 3],
     "batch_size": 16,
@@ -130,7 +130,7 @@ def test_what_is_not_given_stays_out_of_the_constructor() -> None:
     computed = {field.name for field in fields(ContinualDataModule) if not field.init}
     assert computed == {
         *("tasks", "num_classes", "input_shape", "input_dtype"),
-        *("has_validation", "normalisation"),
+        *("has_validation", "normalization"),
     }
 
 

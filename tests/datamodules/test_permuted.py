@@ -179,7 +179,7 @@ def test_bad_numbers_are_refused(make: Any, arguments: dict[str, Any], message: 
 def test_images_are_turned_as_scipy_turns_them(make: Any) -> None:
     stream = make(RotatedMNIST, num_tasks=4, max_angle=180.0)
     assert [stream.angle(task) for task in range(4)] == [0, 45, 90, 135]
-    mean, std = stream.normalisation.mean[0], stream.normalisation.std[0]
+    mean, std = stream.normalization.mean[0], stream.normalization.std[0]
     pixels = whole(stream, 0).inputs[:5, 0].numpy() / 255
     inside = np.hypot(*np.mgrid[-13.5:14, -13.5:14]) < 13  # scipy's edges are its own
     for task in range(4):
@@ -194,7 +194,7 @@ def test_what_turns_in_from_outside_is_black(make: Any) -> None:
     white = whole(stream, 1)._replace(inputs=torch.full((COUNT, 1, 28, 28), 255).byte())
     turned = stream.prepare(white).inputs
     corner, middle = turned[:, 0, 0, 0], turned[:, 0, 14, 14]
-    mean, std = stream.normalisation.mean[0], stream.normalisation.std[0]
+    mean, std = stream.normalization.mean[0], stream.normalization.std[0]
     torch.testing.assert_close(corner, torch.full((COUNT,), -mean / std))
     torch.testing.assert_close(middle, torch.full((COUNT,), (1 - mean) / std))
 

@@ -76,7 +76,7 @@ def test_every_loader_gives_what_the_stream_gives_alone(pair: Any, task: int) ->
 
 
 def test_normalizations_differ_here(pair: Any) -> None:
-    assert pair[1][0].normalisation != pair[1][1].normalisation
+    assert pair[1][0].normalization != pair[1][1].normalization
 
 
 def test_a_batch_of_several_streams_is_prepared_by_each(pair: Any) -> None:

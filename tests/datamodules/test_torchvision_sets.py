@@ -103,7 +103,7 @@ def test_padded_mnist_is_normalized_as_in_hsu_et_al(tmp_path: Path) -> None:
     files = write_mnist(tmp_path / "MNIST" / "raw")
     stream = SplitMNIST(str(tmp_path), num_tasks=1, classes_per_task=10, padding=2)
     stream.setup()
-    (mean,), (std,) = stream.normalisation
+    (mean,), (std,) = stream.normalization
     assert (round(mean, 4), round(std, 4)) == (0.1001, 0.2752)
     images, _ = one_task(stream, "train")
     assert np.array_equal(images[:, 0, 2:-2, 2:-2].numpy(), files["train-images-idx3-ubyte"])

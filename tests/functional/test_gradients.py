@@ -259,7 +259,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
         Function(lambda m, x: m.out(x), spare=nn.Linear(2, 2), out=nn.Linear(4, 3)),
         (6, 4),
     ),
-    "parametrised": lambda: two_layers(parametrizations.weight_norm(nn.Linear(4, 5))),
+    "parametrized": lambda: two_layers(parametrizations.weight_norm(nn.Linear(4, 5))),
 }
 
 # Here a layer's hook does not see all that happens to its parameters.

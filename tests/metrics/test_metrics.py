@@ -147,7 +147,7 @@ def test_single_task() -> None:
         "fwt": None,
         "forgetting": None,
         "after_learning": {"average": 0.75, "per_task": [0.75]},
-        "without_oracle": None,
+        "task_agnostic": None,
     }
 
 
@@ -164,15 +164,15 @@ def test_before_the_first_task_nothing_is_known(rows: int) -> None:
 
 
 def test_summary_and_compute_agree(matrix: AccuracyMatrix) -> None:
-    matrix.update_without_oracle([0.1, 0.2, 0.6])
+    matrix.update_task_agnostic([0.1, 0.2, 0.6])
     summary, computed = matrix.summary(), matrix.compute()
-    assert summary["without_oracle"] == {
+    assert summary["task_agnostic"] == {
         "average": pytest.approx(0.3),
         "first_task": 0.1,
         "per_task": [0.1, 0.2, 0.6],
     }
     assert computed["after_learning"].item() == summary["after_learning"]["average"]
-    assert computed["without_oracle"].item() == summary["without_oracle"]["average"]
+    assert computed["task_agnostic"].item() == summary["task_agnostic"]["average"]
     for key in ("average", "first_task", "bwt", "fwt", "forgetting"):
         assert computed[key].item() == summary[key]
         assert computed[key].shape == ()
@@ -180,10 +180,10 @@ def test_summary_and_compute_agree(matrix: AccuracyMatrix) -> None:
 
 
 def test_reset_forgets_everything(matrix: AccuracyMatrix) -> None:
-    matrix.update_without_oracle(torch.ones(3))
+    matrix.update_task_agnostic(torch.ones(3))
     matrix.reset()
     assert matrix.accuracy.isnan().all()
-    assert matrix.without_oracle.isnan().all()
+    assert matrix.task_agnostic.isnan().all()
     assert matrix.accuracy.dtype == torch.float64
 
 
@@ -210,7 +210,7 @@ def test_other_bad_input(matrix: AccuracyMatrix) -> None:
     with pytest.raises(ConfigurationError, match="num_tasks to be at least 1, but got 0"):
         AccuracyMatrix(0)
     with pytest.raises(ConfigurationError, match="3 tasks"):
-        matrix.update_without_oracle([0.5])
+        matrix.update_task_agnostic([0.5])
     with pytest.raises(ConfigurationError, match=r"\(tasks \+ 1, tasks\)"):
         average_accuracy(torch.ones(3, 3))
     with pytest.raises(ConfigurationError, match="each of the 3 tasks"):
@@ -239,15 +239,15 @@ def test_precision_survives_what_happens_to_the_module(
 
 
 def test_state_dict_round_trip(matrix: AccuracyMatrix, tmp_path: Path) -> None:
-    matrix.update_without_oracle([0.1, 0.2, NAN])
+    matrix.update_task_agnostic([0.1, 0.2, NAN])
     torch.save(nn.ModuleDict({"m": matrix}).state_dict(), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert sorted(saved) == ["m.accuracy", "m.without_oracle"]
+    assert sorted(saved) == ["m.accuracy", "m.task_agnostic"]
 
     other = AccuracyMatrix(3)
     nn.ModuleDict({"m": other}).load_state_dict(saved)
     assert torch.equal(other.accuracy, HAND)
-    torch.testing.assert_close(other.without_oracle, matrix.without_oracle, equal_nan=True)
+    torch.testing.assert_close(other.task_agnostic, matrix.task_agnostic, equal_nan=True)
     other.compute()  # torchmetrics warns of a metric that it believes was never updated
     other.update(0, [0.0, 0.0, 0.0])
     assert torch.equal(saved["m.accuracy"], HAND)  # no memory is shared with the checkpoint
@@ -328,7 +328,7 @@ def measure(rank_alone: int) -> None:
     matrix = AccuracyMatrix(2)
     for row, accuracies in enumerate([[0.5, 0.5], [0.75, 0.25], [0.5, 1.0]]):
         matrix.update(row, accuracies)
-    matrix.update_without_oracle([0.25, 0.5])
+    matrix.update_task_agnostic([0.25, 0.5])
     if torch.distributed.get_rank() == rank_alone:  # a collective in here would wait for the other
         first = matrix.compute()
         assert {k: v.item() for k, v in first.items() if v.item() == v.item()} == {
@@ -338,12 +338,12 @@ def measure(rank_alone: int) -> None:
             "bwt": -0.25,
             "fwt": -0.25,
             "forgetting": 0.25,
-            "without_oracle": 0.375,
+            "task_agnostic": 0.375,
         }, first
     torch.distributed.barrier()
     matrix.sync()  # by hand: still neither stacked nor summed
     assert matrix.accuracy.tolist() == [[0.5, 0.5], [0.75, 0.25], [0.5, 1.0]]
-    assert matrix.without_oracle.tolist() == [0.25, 0.5]
+    assert matrix.task_agnostic.tolist() == [0.25, 0.5]
     matrix.unsync()
     assert matrix.summary()["average"] == 0.75
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
-from bpn_lightning.model.evaluation import evaluate, evaluate_without_oracle, validation_scores
+from bpn_lightning.model.evaluation import evaluate, evaluate_task_agnostic, validation_scores
 from bpn_lightning.strategies.bd import BeneficialPerturbation
 
 TASKS = 3
@@ -26,7 +26,7 @@ def digits(**arguments: Any) -> SplitDigits:
 
 @pytest.fixture
 def learned(fit: Any) -> Callable[..., Any]:
-    """A module that has learned three tasks, with dropout, batch normalisation and bias units."""
+    """A module that has learned three tasks, with dropout, batch normalization and bias units."""
 
     def make(*, modes: bool = True, mask: str = "all", **stream: Any) -> Any:
         backbone = nn.Sequential(
@@ -99,15 +99,15 @@ def test_without_the_oracle_the_most_confident_mode_answers(
             shares.append(np.mean(answers == targets))
         return shares
 
-    assert evaluate_without_oracle(module, range(TASKS)).tolist() == wanted([0, 1, 2])
-    assert evaluate_without_oracle(module, [0, 1]).tolist() == wanted([0, 1])
-    assert evaluate_without_oracle(module, [2]).tolist() == wanted([2])
-    assert module.accuracy_matrix.without_oracle.tolist() == wanted([0, 1, 2])
+    assert evaluate_task_agnostic(module, range(TASKS)).tolist() == wanted([0, 1, 2])
+    assert evaluate_task_agnostic(module, [0, 1]).tolist() == wanted([0, 1])
+    assert evaluate_task_agnostic(module, [2]).tolist() == wanted([2])
+    assert module.accuracy_matrix.task_agnostic.tolist() == wanted([0, 1, 2])
 
 
 def test_without_the_oracle_a_draw_of_the_samples_may_do(learned: Any) -> None:
     module = learned()
-    drawn = [b.inputs for b in module.stream.loader(1, "test", at_most=20)]
+    drawn = [b.inputs for b in module.stream.loader(1, "test", max_samples=20)]
     whole = [b.inputs for b in module.stream.loader(1, "test")]
     kept = [(torch.cat(whole) == image).flatten(1).all(1).nonzero() for image in torch.cat(drawn)]
     places = torch.cat(kept).flatten()
@@ -118,15 +118,15 @@ def test_without_the_oracle_a_draw_of_the_samples_may_do(learned: Any) -> None:
     alone = np.stack([by_hand(module, inputs, mode)[places] for mode in range(TASKS)])
     chosen = torch.from_numpy(alone).softmax(-1).amax(-1).argmax(0)
     answers = alone.argmax(-1)[chosen, np.arange(20)]
-    found = evaluate_without_oracle(module, range(TASKS), at_most=20)
+    found = evaluate_task_agnostic(module, range(TASKS), max_samples=20)
     assert found[1].item() == np.mean(answers == targets[places])
-    everything = evaluate_without_oracle(module, range(TASKS), at_most=10_000)
-    assert torch.equal(everything, evaluate_without_oracle(module, range(TASKS)))
+    everything = evaluate_task_agnostic(module, range(TASKS), max_samples=10_000)
+    assert torch.equal(everything, evaluate_task_agnostic(module, range(TASKS)))
 
 
 def test_the_oracle_is_worth_something(learned: Any) -> None:
     module = learned()
-    assert evaluate(module).mean() > evaluate_without_oracle(module, range(TASKS)).mean() + 0.1
+    assert evaluate(module).mean() > evaluate_task_agnostic(module, range(TASKS)).mean() + 0.1
 
 
 def test_without_a_split_there_is_no_accuracy(learned: Any) -> None:
@@ -136,10 +136,10 @@ def test_without_a_split_there_is_no_accuracy(learned: Any) -> None:
 @pytest.mark.parametrize("size", [1, 33, 1000])
 def test_the_batch_size_is_irrelevant(learned: Any, size: int) -> None:
     module = learned()
-    before = evaluate(module), evaluate_without_oracle(module, [0, 1, 2])
+    before = evaluate(module), evaluate_task_agnostic(module, [0, 1, 2])
     module.stream.eval_batch_size = size
     torch.testing.assert_close(evaluate(module), before[0], rtol=0, atol=0)
-    after = evaluate_without_oracle(module, [0, 1, 2])
+    after = evaluate_task_agnostic(module, [0, 1, 2])
     torch.testing.assert_close(after, before[1], rtol=0, atol=0)
 
 
@@ -158,7 +158,7 @@ def test_validation_scores_are_the_mean_cross_entropy_and_the_accuracy(learned: 
     "measure",
     [
         evaluate,
-        partial(evaluate_without_oracle, tasks=range(TASKS)),
+        partial(evaluate_task_agnostic, tasks=range(TASKS)),
         partial(validation_scores, task=0),
     ],
     ids=["evaluate", "without oracle", "loss"],
@@ -166,7 +166,7 @@ def test_validation_scores_are_the_mean_cross_entropy_and_the_accuracy(learned: 
 def test_measuring_changes_nothing(learned: Any, measure: Callable[..., Any]) -> None:
     module = learned(validation_fraction=0.2)
     module.train()
-    module.backbone[1].eval()  # a frozen normalisation
+    module.backbone[1].eval()  # a frozen normalization
     flags = [part.training for part in module.modules()]
     state, generator = deepcopy(module.state_dict()), torch.get_rng_state()
     gradients = {name: p.grad for name, p in module.named_parameters()}

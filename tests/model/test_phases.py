@@ -63,10 +63,10 @@ class WarmUp(ContinualStrategy):
         return [Phase("warm_up", self.epochs, trains="head"), *phases]
 
 
-class Centre(ContinualStrategy):
+class Center(ContinualStrategy):
     """Learns where the features of a task lie, after the task: ||theta - F(x)||^2."""
 
-    def __init__(self, epochs=2, name="centre"):
+    def __init__(self, epochs=2, name="center"):
         self.epochs, self.name = epochs, name
         self.theta = torch.zeros(16, requires_grad=True)
 
@@ -87,7 +87,7 @@ class Centre(ContinualStrategy):
         return (self.theta - host.backbone(batch.inputs).detach()).square().sum(1)
 
 
-class Diary(Callback):
+class CallLog(Callback):
     """The module and the random numbers at every batch's start and end, by phase."""
 
     def __init__(self):
@@ -117,21 +117,21 @@ class Diary(Callback):
 @pytest.mark.parametrize("reset", ["always", "never"])
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])
 def test_a_warm_up_moves_the_tasks_own_rows_and_nothing_else(fit, mask, reset, optimizer):
-    diary = Diary()
+    call_log = CallLog()
     fit(
-        [BeneficialPerturbation(4), EWC(10.0, update="clamped"), WarmUp(), diary],
+        [BeneficialPerturbation(4), EWC(10.0, update="clamped"), WarmUp(), call_log],
         stream=digits(reset_optimizer=reset),
         backbone=noisy(),
         optimizer=OPTIMIZERS[optimizer],
         mask=mask,
     )
     for task in (0, 1):
-        (before, _), (after, _) = diary.over(task, "warm_up")
+        (before, _), (after, _) = call_log.over(task, "warm_up")
         assert changed(before, after) == {"head.weight", "head.bias"}
         for name in ("head.weight", "head.bias"):
             moved = (before[name] != after[name]).reshape(4, -1).any(1)
             assert moved.tolist() == [task == 0, task == 0, task == 1, task == 1]
-    (before, _), (after, _) = diary.over(1, "train")
+    (before, _), (after, _) = call_log.over(1, "train")
     assert {"backbone.1.weight", "backbone.2.running_mean", "head.bias_units.W"} < changed(
         before, after
     )
@@ -141,16 +141,16 @@ def test_a_warm_up_moves_the_tasks_own_rows_and_nothing_else(fit, mask, reset, o
 @pytest.mark.parametrize("mask", ["all", "task"])
 def test_a_warm_up_is_a_regression_on_fixed_features(fit, mask, clip):
     """Written out; the other rows' gradients are not in the norm that clipping looks at."""
-    diary, stream = Diary(), digits()
+    call_log, stream = CallLog(), digits()
     fit(
-        [WarmUp(), diary],
+        [WarmUp(), call_log],
         stream=stream,
         backbone=noisy(),
         optimizer=OPTIMIZERS["momentum"],
         mask=mask,
         trainer={"gradient_clip_val": clip},
     )
-    (before, _), (after, _) = diary.over(1, "warm_up")
+    (before, _), (after, _) = call_log.over(1, "warm_up")
     backbone = noisy()
     backbone.load_state_dict({n[9:]: t for n, t in before.items() if n.startswith("backbone.")})
     backbone.eval()
@@ -196,16 +196,16 @@ def test_strategies_see_the_head_alone_in_a_warm_up(fit):
 
 def test_a_strategys_phase_follows_its_own_loss_and_optimizer(fit):
     """Written out; and nothing of the module moves, nor does it draw random numbers."""
-    centre, diary, stream = Centre(), Diary(), digits()
+    center, call_log, stream = Center(), CallLog(), digits()
     fit(
-        [BeneficialPerturbation(4), EWC(10.0), WarmUp(1), centre, diary],
+        [BeneficialPerturbation(4), EWC(10.0), WarmUp(1), center, call_log],
         stream=stream,
         backbone=noisy(),
         optimizer=OPTIMIZERS["sgd"],
     )
     theta = torch.zeros(16, requires_grad=True)
     for task in (0, 1):
-        (before, random_before), (after, random_after) = diary.over(task, "centre")
+        (before, random_before), (after, random_after) = call_log.over(task, "center")
         assert not changed(before, after)
         assert torch.equal(random_before, random_after)
         backbone = noisy()
@@ -222,7 +222,7 @@ def test_a_strategys_phase_follows_its_own_loss_and_optimizer(fit):
                 optimizer.zero_grad()
                 (theta - features).square().sum(1).mean().backward()
                 optimizer.step()
-    torch.testing.assert_close(centre.theta, theta, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(center.theta, theta, rtol=1e-4, atol=1e-6)
 
 
 def test_other_strategies_have_no_part_in_it(fit):
@@ -243,16 +243,16 @@ def test_other_strategies_have_no_part_in_it(fit):
             seen.add(("logs", host.phase.name))
             return {}
 
-    fit([Centre(), Watch()], stream=digits(), backbone=noisy(), trainer={"log_every_n_steps": 1})
+    fit([Center(), Watch()], stream=digits(), backbone=noisy(), trainer={"log_every_n_steps": 1})
     assert seen == {(hook, "train") for hook in ("terms", "capture", "stepped", "logs")}
 
 
 def test_every_phase_belongs_to_the_strategy_that_declared_it(fit):
-    """The assertions are Centre's own."""
-    one, other = Centre(1), Centre(3, name="second")
+    """The assertions are Center's own."""
+    one, other = Center(1), Center(3, name="second")
     module, _ = fit([one, other, WarmUp(1)], stream=digits(), backbone=noisy())
     names = [[phase.name for phase in phases] for phases in module.schedule.phases]
-    assert names == [["warm_up", "train", "centre", "second"]] * 2
+    assert names == [["warm_up", "train", "center", "second"]] * 2
     assert one.theta.any()
     assert other.theta.any()
 
@@ -263,7 +263,7 @@ def test_every_phase_belongs_to_the_strategy_that_declared_it(fit):
 def test_patience_ends_each_phase_of_the_network_on_its_own(fit):
     """At a learning rate of 0 nothing improves after the first epoch; a strategy's phase runs through."""
     stream = digits(epochs_per_task=6, validation_fraction=0.2)
-    module, trainer = fit([WarmUp(5), Centre(3)], stream=stream, lr=0.0, patience=1)
+    module, trainer = fit([WarmUp(5), Center(3)], stream=stream, lr=0.0, patience=1)
     assert module.schedule.lengths == [2, 2, 3] * 2
     assert trainer.current_epoch == 14
     assert module.closed == 1
@@ -280,12 +280,12 @@ def test_a_scheduler_is_made_for_the_updates_of_its_phase(fit):
         def on_train_batch_start(self, trainer, module, *_):
             phases.append((module.opened, module.phase.name, len(trainer.lr_scheduler_configs)))
 
-    fit([WarmUp(3), Centre(2), Watch()], stream=digits(), backbone=noisy(), scheduler=note)
+    fit([WarmUp(3), Center(2), Watch()], stream=digits(), backbone=noisy(), scheduler=note)
     batches = [sum(p[:2] == (task, "train") for p in phases) for task in (0, 1)]
     # One more for the first task: Lightning makes an optimizer before training.
     assert made[1:] == [3 * batches[0], batches[0], 3 * batches[1], batches[1]]
     assert {(name, schedulers) for _, name, schedulers in phases} == {
-        *(("warm_up", 1), ("train", 1), ("centre", 0))
+        *(("warm_up", 1), ("train", 1), ("center", 0))
     }
 
 
@@ -303,12 +303,12 @@ def test_a_scheduler_is_made_for_the_updates_of_its_phase(fit):
             "Expected every phase to have at least 1 epoch, but 'warm_up' of task 0 has",
         ),
         (
-            [Centre()],
+            [Center()],
             {"reset_optimizer": "never"},
             "Expected reset_optimizer to be 'always' where a phase has an optimizer of its own, as 'ce",
         ),
         (
-            [Centre(name="train")],
+            [Center(name="train")],
             {},
             "Expected the phases of a task to have names of their own, but task 0 has 'train' 2 times",
         ),

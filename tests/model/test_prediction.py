@@ -25,7 +25,7 @@ from bpn_lightning.datamodules import (
 )
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.export import export_module, load_exported
-from bpn_lightning.model.evaluation import evaluate_without_oracle
+from bpn_lightning.model.evaluation import evaluate_task_agnostic
 from bpn_lightning.nn import MLP
 from bpn_lightning.preparation import Preparation, differing_preparation
 from bpn_lightning.strategies import BeneficialPerturbation
@@ -335,8 +335,8 @@ def test_without_a_task_the_most_confident_mode_answers(digits: ContinualModule)
         modes = torch.stack([digits.predict(batch.inputs, mode) for mode in (0, 1)])
         best = modes.softmax(-1).amax(-1).argmax(0)
         assert torch.equal(logits, modes[best, torch.arange(len(best))])
-    assert shares == digits.accuracy_matrix.without_oracle.tolist()
-    assert shares == evaluate_without_oracle(digits, [0, 1]).tolist()
+    assert shares == digits.accuracy_matrix.task_agnostic.tolist()
+    assert shares == evaluate_task_agnostic(digits, [0, 1]).tolist()
 
 
 def test_without_modes_any_task_answers_alike(fit: Fit) -> None:

@@ -25,7 +25,7 @@ def test_mlp_of_the_paper_has_its_parameters() -> None:
 
 
 def test_mlp_keeps_the_size_of_signals() -> None:
-    """What He's initialisation is for: mean squares stay, through any number of layers."""
+    """What He's initialization is for: mean squares stay, through any number of layers."""
     network = MLP([1000] * 4)
     outputs = [torch.randn(200, 500)]
     for part in network:

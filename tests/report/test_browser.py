@@ -175,7 +175,7 @@ def test_printing_opens_what_is_folded(opened: Callable[..., Opened], three: Pat
 
 def test_columns_sort(opened: Callable[..., Opened], make_run: Make, tmp_path: Path) -> None:
     for method, last in (("a", 0.25), ("b", 0.75), ("c", 0.5)):
-        make_run(method, 0, [[0.1], [last]], accuracy_without_oracle=None)
+        make_run(method, 0, [[0.1], [last]], accuracy_task_agnostic=None)
     page = opened(tmp_path / "runs").page
     names = page.locator("table.sortable").first.locator("tbody th")
     button = page.get_by_role("button", name="ACC, task given")

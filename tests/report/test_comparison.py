@@ -20,7 +20,7 @@ def runs_of(make_run: Make, tmp_path: Path) -> Callable[[dict[str, list[float]]]
     def make(scores: dict[str, list[float]]) -> list[Run]:
         for method, values in scores.items():
             for seed, value in enumerate(values):
-                make_run(method, seed, [[0.1], [value]], accuracy_without_oracle=None)
+                make_run(method, seed, [[0.1], [value]], accuracy_task_agnostic=None)
         return find_runs(tmp_path / "runs").runs
 
     return make
@@ -88,9 +88,9 @@ def test_too_many_pairs_are_left_out_with_a_word(runs_of) -> None:
 
 def test_a_mean_is_not_taken_over_fewer_seeds(make_run: Make, tmp_path: Path) -> None:
     make_run("ewc", 0)
-    make_run("ewc", 1, accuracy_without_oracle=None)
+    make_run("ewc", 1, accuracy_task_agnostic=None)
     (row,) = compare(find_runs(tmp_path / "runs").runs).rows
-    assert row.scores["average_alone"] is None
+    assert row.scores["average_task_agnostic"] is None
     assert row.scores["average"] is not None
 
 

@@ -70,10 +70,10 @@ def test_every_value_is_that_of_results_json(make_run: Make) -> None:
     text = html(folder)
     expected = [
         results["accuracy"]["average"],
-        results["accuracy_without_oracle"]["average"],
+        results["accuracy_task_agnostic"]["average"],
         results["accuracy_after_learning"]["average"],
         results["accuracy"]["first_task"],
-        results["accuracy_without_oracle"]["first_task"],
+        results["accuracy_task_agnostic"]["first_task"],
         results["accuracy"]["forgetting"],
         *(552, 1104, 12.5),
     ]
@@ -195,9 +195,9 @@ def test_hundreds_of_runs_and_a_hundred_tasks(
     assert Parsed(text).values.count(552) == 60  # the tables have all
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """As WCAG 2.2 defines it."""
-    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -208,14 +208,14 @@ def contrast(first: str, second: str) -> float:
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_colours_have_the_contrast_that_wcag_asks_for(theme: int) -> None:
+def test_colors_have_the_contrast_that_wcag_asks_for(theme: int) -> None:
     """4.5 for text, 3 for what a picture is read by."""
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     style = (SOURCES / "page.css").read_text("utf-8")
     pairs = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", style)
-    colours = {name: values[theme] for name, *values in pairs}
+    colors = {name: values[theme] for name, *values in pairs}
     for ground in ("page", "panel"):
         for text in ("ink", "soft", "link"):
-            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+            assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
         for mark in ("told", "alone", "ahead", *(f"s{n}" for n in range(7))):
-            assert contrast(colours[mark], colours[ground]) >= 3, (mark, ground)
+            assert contrast(colors[mark], colors[ground]) >= 3, (mark, ground)

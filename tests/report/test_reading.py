@@ -232,7 +232,7 @@ def with_tasks(count: int) -> dict[str, Any]:
         ("accuracy.average", "Infinity", "is no finite number of 64 bits"),
         ("accuracy.average", "1e308", "accuracy.average is 1e+308"),
         ("accuracy.forgetting", "-7", "accuracy.forgetting is -7"),
-        ("accuracy_without_oracle.average", "NaN", "is no finite number of 64 bits"),
+        ("accuracy_task_agnostic.average", "NaN", "is no finite number of 64 bits"),
         ("provenance.seconds", "1e300", "provenance.seconds is 1e+300"),
         ("bytes_held.inference", "-1", "bytes_held.inference is -1"),
         ("tasks", json.dumps(with_tasks(2001)["tasks"]), "2,000 at most, but got 2001"),
@@ -302,7 +302,7 @@ KEPT = {
         "fwt": None,
         "forgetting": 0.5,
     },
-    "accuracy_without_oracle": None,
+    "accuracy_task_agnostic": None,
     "accuracy_after_learning": {"average": 0.85, "per_task": [0.9, 0.8]},
     "bytes_per_task": {"measured": 552, "paper": 520},
     "bytes_held": {"training": 1104, "inference": 552},
@@ -362,7 +362,7 @@ def test_a_collection_alone(tmp_path: Path) -> None:
         assert run.matrix == [[None, None], [0.9, None], [0.4, 0.8]]
         assert run.curve == Curve("epochs", [2, 4], [[0.9, None], [0.4, 0.8]], [0, 2])
         assert run.at("accuracy", "average") == 0.6
-        assert run.at("accuracy_without_oracle", "average") is None
+        assert run.at("accuracy_task_agnostic", "average") is None
         assert run.settings is None
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from bpn_lightning.report.comparison import compare
 from bpn_lightning.report.reading import find_runs
-from bpn_lightning.report.summary import Summary, summarise
+from bpn_lightning.report.summary import Summary, summarize
 
 Make = Callable[..., Path]
 
@@ -18,7 +18,7 @@ def summary(tmp_path: Path) -> Callable[[], Summary]:
 
     def make() -> Summary:
         found = find_runs(tmp_path / "runs")
-        return summarise(found, compare(found.runs))
+        return summarize(found, compare(found.runs))
 
     return make
 
@@ -48,24 +48,24 @@ def test_means_over_seeds(make_run: Make, summary: Callable[[], Summary]) -> Non
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"accuracy_without_oracle": None}, "Every mean here is with the task oracle"),
-        ({"accuracy_without_oracle": None}, "ewc: not measured, or every task has outputs"),
+        ({"accuracy_task_agnostic": None}, "Every mean here is with the task oracle"),
+        ({"accuracy_task_agnostic": None}, "ewc: not measured, or every task has outputs"),
         (
-            {"accuracy_without_oracle": None, "config": {"model": {"mask": "task"}}},
+            {"accuracy_task_agnostic": None, "config": {"model": {"mask": "task"}}},
             "ewc: every task has outputs of its own, and there is no answer",
         ),
         (
-            {"accuracy_without_oracle": None, "config": {"model": {"without_oracle": False}}},
+            {"accuracy_task_agnostic": None, "config": {"model": {"task_agnostic": False}}},
             "ewc: it was not asked for",
         ),
         (
             {
-                "accuracy_without_oracle": None,
+                "accuracy_task_agnostic": None,
                 "matrix": [[0.1, 0.2], [0.9, 0.3], [None, None]],
             },
             "ewc: it is measured at the end of the stream, which was not reached",
         ),
-        ({"config": {"model": {"without_oracle": 50}}}, "(model.without_oracle 50) in all runs"),
+        ({"config": {"model": {"task_agnostic": 50}}}, "(model.task_agnostic 50) in all runs"),
         ({"matrix": [[0.1, 0.2], [0.9, 0.3], [None, None]]}, "seed 0 (1 of 2)"),
         (
             {"config": {"data": {"init_args": {"train_samples": 60}}}},
@@ -93,7 +93,7 @@ def test_a_plain_run_needs_none_of_these_words(
     make_run: Make, summary: Callable[[], Summary]
 ) -> None:
     config = {"data": {"init_args": {"train_samples": None, "validation_fraction": 0.0}}}
-    config["model"] = {"without_oracle": True}
+    config["model"] = {"task_agnostic": True}
     for seed in range(3):
         make_run(seed=seed, config=config)
     (oracle,) = summary().not_shown
@@ -103,8 +103,8 @@ def test_a_plain_run_needs_none_of_these_words(
 def test_what_several_runs_do_not_show(make_run: Make, summary: Callable[[], Summary]) -> None:
     make_run("ewc", 0, config={"lr": 0.1})
     make_run("ewc", 1, config={"lr": 0.2})
-    make_run("stl", 0, accuracy_without_oracle=None)
-    make_run("gem", 0, accuracy_without_oracle=None)
+    make_run("stl", 0, accuracy_task_agnostic=None)
+    make_run("gem", 0, accuracy_task_agnostic=None)
     make_run("gem", 1)
     (make_run("psp", 0) / "config.yaml").unlink()
     (make_run("psp", 1) / "results.json").unlink()

@@ -47,7 +47,7 @@ def test_a_learned_task_takes_one_line() -> None:
 
 
 def test_the_table_has_the_three_accuracies_side_by_side(matrix: AccuracyMatrix) -> None:
-    matrix.update_without_oracle([0.25, 0.75])
+    matrix.update_task_agnostic([0.25, 0.75])
     shown = table(matrix, 80)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines()]
     rows = [row for row in cells if len(row) == 5]

@@ -391,20 +391,20 @@ def test_wandb_is_offline_where_it_would_ask_or_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb_environment(monkeypatch, tmp_path, WANDB_BASE_URL=CLOSED_PORT)
-    assert loggers.why_offline() == f"{CLOSED_PORT} cannot be reached"
+    assert loggers.offline_reason() == f"{CLOSED_PORT} cannot be reached"
     wandb_environment(monkeypatch, tmp_path, WANDB_BASE_URL=CLOSED_PORT, WANDB_MODE="offline")
-    assert loggers.why_offline() is None  # it is told so
+    assert loggers.offline_reason() is None  # it is told so
 
     with HTTPServer(("127.0.0.1", 0), _Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         there = f"http://127.0.0.1:{server.server_port}"
         wandb_environment(monkeypatch, tmp_path, WANDB_BASE_URL=there)
-        assert "no API key" in str(loggers.why_offline())
+        assert "no API key" in str(loggers.offline_reason())
         key = {"WANDB_API_KEY": "a" * 40}
         wandb_environment(monkeypatch, tmp_path, WANDB_BASE_URL=there, **key)
-        assert loggers.why_offline() is None
+        assert loggers.offline_reason() is None
         wandb_environment(monkeypatch, tmp_path, WANDB_BASE_URL=there, WANDB_API_KEY="short")
-        assert "API key" in str(loggers.why_offline())
+        assert "API key" in str(loggers.offline_reason())
         server.shutdown()
 
 
@@ -531,7 +531,7 @@ def test_the_workspace_shows_documented_keys_only(capsys: pytest.CaptureFixture[
     assert found["^accuracy/task_.*"] == ["accuracy/task_1"]
     shown = single | {key for keys in found.values() for key in keys}
     hidden = {e for e in examples if e not in shown and not e.startswith(("val/", "tables/"))}
-    assert hidden == {"epoch", "accuracy_without_oracle/task_1"}
+    assert hidden == {"epoch", "accuracy_task_agnostic/task_1"}
     text = json.dumps(view)
     assert all(f'"{key}"' in text for key in written if key.startswith("tables/"))
     grouping = view["section"]["runSets"][0]["grouping"]

@@ -97,7 +97,7 @@ def test_many_tasks_come_with_their_mean() -> None:
     assert list(mean.get_ydata()) == pytest.approx(expected)
 
 
-def test_few_lines_can_be_told_apart_without_colour() -> None:
+def test_few_lines_can_be_told_apart_without_color() -> None:
     lines = task_lines(accuracy_curves(random_matrix(10)))
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 10
     assert len({line.get_marker() for line in lines}) == 10
@@ -166,7 +166,7 @@ def test_heat_map_shows_the_matrix_and_hides_what_was_not_measured() -> None:
     assert axes.patch.get_hatch()
 
 
-def test_colours_grow_lighter_with_accuracy_and_text_stands_out() -> None:
+def test_colors_grow_lighter_with_accuracy_and_text_stands_out() -> None:
     axes = accuracy_heatmap(torch.tensor([[0.0], [1.0]])).axes[0]
     assert [text.get_color() for text in axes.texts] == ["white", "black"]
 

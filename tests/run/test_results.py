@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_results_json(tmp_path: Path) -> None:
     metric = matrix()
-    metric.update_without_oracle([0.1, 0.2, 0.6])
+    metric.update_task_agnostic([0.1, 0.2, 0.6])
     path = write(tmp_path / "a" / "b", matrix=metric)
     assert path == tmp_path / "a" / "b" / "results.json"
     found = json.loads(path.read_bytes())
@@ -94,7 +94,7 @@ def test_results_json(tmp_path: Path) -> None:
             "fwt": pytest.approx(0.2),  # (.5 - .4 + .6 - .3) / 2
             "forgetting": pytest.approx(0.15),  # (.9 - .5 + .8 - .9) / 2
         },
-        "accuracy_without_oracle": {
+        "accuracy_task_agnostic": {
             "average": pytest.approx(0.3),
             "first_task": 0.1,
             "per_task": [0.1, 0.2, 0.6],
@@ -157,7 +157,7 @@ def test_stream_that_ended_early(tmp_path: Path, moments: int) -> None:
     assert found["tasks_learned"] == [0, 1, 2][:learned]
     assert found["tasks_not_learned"] == [0, 1, 2][learned:]
     assert found["accuracy"]["per_task"][learned:] == [None] * (3 - learned)
-    assert found["accuracy_without_oracle"] is None
+    assert found["accuracy_task_agnostic"] is None
     assert len((tmp_path / "accuracy_matrix.csv").read_text().splitlines()) == 1 + moments
     torch.testing.assert_close(read_matrix_csv(tmp_path), metric.accuracy, equal_nan=True)
 
@@ -253,7 +253,7 @@ def test_results_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ),
         (lambda r: r["accuracy"]["per_task"].append("x"), r"accuracy\.per_task\[3\] of"),
         (lambda r: r.update(accuracy=None), "accuracy of .* an object, but got None"),
-        (lambda r: r.update(accuracy_without_oracle=3), "an object or null, but got 3"),
+        (lambda r: r.update(accuracy_task_agnostic=3), "an object or null, but got 3"),
         (lambda r: r["provenance"]["versions"].update(torch=2), r"provenance\.versions\.torch of"),
         (lambda r: r.update(schema_version=99), "schema_version of .* to be 2, but got 99"),
         (lambda r: r.pop("schema_version"), "but got None"),

@@ -117,9 +117,9 @@ def test_gradients_follow_from_the_bias_gradient(learn: Any, watch: Any) -> None
     assert max(compared) > 1e-4
 
 
-def test_normalised_steps_are_as_long_as_signs(learn: Any, watch: Any) -> None:
+def test_normalized_steps_are_as_long_as_signs(learn: Any, watch: Any) -> None:
     path, epsilon = Path(watch), 0.03
-    learn(path.before, BeneficialPerturbation(RANK, epsilon, direction="normalised"), path.after)
+    learn(path.before, BeneficialPerturbation(RANK, epsilon, direction="normalized"), path.after)
     for task, gradients in zip(path.values, path.gradients, strict=True):
         for layer in LAYERS:
             for (old, new), gradient in zip(pairwise(task), gradients, strict=True):
@@ -154,7 +154,7 @@ def test_frozen_learns_neither_m_nor_w(learn: Any, watch: Any) -> None:
     assert not any(p.requires_grad for unit in units(run.module).values() for p in (unit.M, unit.W))
 
 
-@pytest.mark.parametrize("direction", ["sign", "gradient", "normalised", "frozen"])
+@pytest.mark.parametrize("direction", ["sign", "gradient", "normalized", "frozen"])
 def test_no_gradient_is_no_step(direction: Any) -> None:
     (step,) = perturbation([torch.zeros(1, 4)], direction, 0.1)
     assert torch.equal(step, torch.zeros(1, 4))
@@ -188,7 +188,7 @@ def scaled_precision(scale: float) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
-@pytest.mark.parametrize("direction", ["sign", "gradient", "normalised"])
+@pytest.mark.parametrize("direction", ["sign", "gradient", "normalized"])
 def test_the_scaler_of_half_precision_does_not_scale_the_step(
     learn: Any, watch: Any, direction: Any
 ) -> None:
@@ -612,7 +612,7 @@ def test_bytes_with_twenty_outputs(prepare: Any, hidden: int, measured: int) -> 
         (
             {"direction": "signs"},
             (
-                "Expected direction to be one of sign, gradient, normalised, frozen, but got "
+                "Expected direction to be one of sign, gradient, normalized, frozen, but got "
                 "'signs'. Did you mean 'sign'?"
             ),
         ),

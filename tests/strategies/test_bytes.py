@@ -10,10 +10,10 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from bpn_lightning.conformance.runs import Setting, messy
+from bpn_lightning.conformance.runs import Setting, batch_norm_dropout
 from bpn_lightning.conformance.runs import fit as fit_digits
 from bpn_lightning.costs import Bytes, measured_bytes
-from bpn_lightning.datamodules.base import Normalisation
+from bpn_lightning.datamodules.base import ChannelStats
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.datamodules.gaussians import Gaussians
 from bpn_lightning.datamodules.readers import ImageData
@@ -48,7 +48,7 @@ class Stored(SplitDigits):
     """Digits that are stored in another type than bytes."""
 
     kind: torch.dtype = torch.float32
-    constants = Normalisation((0.0,), (1.0,))
+    constants = ChannelStats((0.0,), (1.0,))
 
     def read(self) -> ImageData:
         data = super().read()
@@ -57,7 +57,7 @@ class Stored(SplitDigits):
         )
         return ImageData(*parts, data.class_names, data.source)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         return images.float() / 16
 
 
@@ -121,7 +121,7 @@ def test_a_memory_of_two_streams_takes_the_larger_type():
 def test_in_double_precision(name):
     """Running statistics and weights of 8 bytes."""
     make = partial(ParameterSuperposition, "complex") if "complex" in name else MAKERS[name]
-    backbone = partial(MLP, [8]) if "complex" in name else messy
+    backbone = partial(MLP, [8]) if "complex" in name else batch_norm_dropout
     run = fit_digits([make()], Setting(backbone, trainer={"precision": "64-true"}))
     (strategy,) = run.strategies
     assert strategy.declared_bytes(run.module).held == measured_bytes(strategy, run.module)

@@ -50,7 +50,7 @@ class Asks(Started):
 
 
 class Pulls(Started):
-    regulariser = True
+    regularizer = True
 
 
 class PullsToo(Pulls):
@@ -161,15 +161,15 @@ def test_two_corrections_of_weights(refusal: Any, first: bool) -> None:
 
 @pytest.mark.parametrize("strategy", [Asks, BeneficialPerturbation, IndependentNetworks])
 def test_a_need_of_the_task_id_where_nobody_tells_it(refusal: Any, strategy: Any) -> None:
-    assert refusal([strategy()], stream={"task_id_at_test": False}) == (
+    assert refusal([strategy()], stream={"task_id_at_inference": False}) == (
         f"{strategy.__name__} needs the task ID at inference, but the stream has "
-        "task_id_at_test=False. Set it to True, or choose another method."
+        "task_id_at_inference=False. Set it to True, or choose another method."
     )
 
 
 def test_heads_of_tasks_where_nobody_tells_the_task(refusal: Any) -> None:
-    assert refusal([FineTuning()], stream={"task_id_at_test": False}, mask="task") == (
-        "mask='task' needs the task ID at inference, but the stream has task_id_at_test=False. "
+    assert refusal([FineTuning()], stream={"task_id_at_inference": False}, mask="task") == (
+        "mask='task' needs the task ID at inference, but the stream has task_id_at_inference=False. "
         "Set it to True, or choose another method."
     )
 
@@ -209,7 +209,7 @@ def test_what_fits_together_runs(fit: Any, strategies: list[Any]) -> None:
 
 @pytest.mark.parametrize("strategy", [FineTuning, EWC, IncrementalMomentMatching, JointTraining])
 def test_what_needs_no_task_id_runs_where_nobody_tells_it(fit: Any, strategy: Any) -> None:
-    module, _ = fit([strategy()], stream=digits(task_id_at_test=False))
+    module, _ = fit([strategy()], stream=digits(task_id_at_inference=False))
     assert module.closed == 1
 
 
@@ -263,7 +263,7 @@ def warned(fit: Any, strategies: list[Any], stream: dict[str, Any], **module: An
 
 @pytest.mark.parametrize("mask", ["all", "seen"])
 @pytest.mark.parametrize(("tasks", "figure"), [(2, "1/2 = 0.50"), (3, "1/3 = 0.33")])
-def test_regularisers_with_one_head_are_expected_to_forget(
+def test_regularizers_with_one_head_are_expected_to_forget(
     fit: Any, tasks: int, figure: str, mask: str
 ) -> None:
     (message,) = warned(

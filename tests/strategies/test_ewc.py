@@ -147,7 +147,7 @@ def test_clamped_is_gradient_where_the_limit_is_far(learn: Any, same: Any) -> No
     [None, lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)],
     ids=["one rate", "many rates"],
 )
-def test_proximal_step_minimises_its_objective(learn: Any, watch: Any, scheduler: Any) -> None:
+def test_proximal_step_minimizes_its_objective(learn: Any, watch: Any, scheduler: Any) -> None:
     """The rate times the penalty plus half the squared distance, by scipy and by Newton."""
     strength, ledger = 100.0, Ledger(watch)
     before, after, pairs = both_sides(watch, "stepped", "stepped", lambda value: value.detach())
@@ -434,7 +434,7 @@ def test_without_strength_nothing_is_measured_or_stored(
 
 
 def test_says_what_it_is() -> None:
-    assert EWC.regulariser
+    assert EWC.regularizer
     assert EWC.null_arguments == {"strength": 0.0}
     assert not EWC.projects
     assert not EWC.needs_task_id

@@ -129,7 +129,7 @@ def test_a_single_head_forgets_all_but_the_last_task(learn: Any, mask: str) -> N
     assert final[:-1].max() < 0.1
     assert final.mean() == pytest.approx(1 / 5, abs=0.05)
     # Nobody said which task a sample is from, so the scores without the oracle are the same.
-    torch.testing.assert_close(run.module.accuracy_matrix.without_oracle, final, rtol=0, atol=0)
+    torch.testing.assert_close(run.module.accuracy_matrix.task_agnostic, final, rtol=0, atol=0)
 
 
 def test_seen_columns_do_not_follow_the_mode(learn: Any) -> None:

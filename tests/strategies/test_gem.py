@@ -64,7 +64,7 @@ def ridged(gradients: Tensor, ridge: float) -> np.ndarray[Any, Any]:
 
 
 def by_quadprog(gradient: Tensor, gradients: Tensor, margin: float, ridge: float) -> Tensor:
-    """The dual's v: quadprog minimises v^T K v / 2 - a^T v under v >= b.
+    """The dual's v: quadprog minimizes v^T K v / 2 - a^T v under v >= b.
 
     Its tolerances are absolute, and with numbers of 10^6 it stops early: the objective, which may be
     multiplied by anything, is brought to the size of 1.
@@ -406,7 +406,7 @@ def test_tasks_with_the_same_classes_draw_on_their_own(learn: Any, monkeypatch: 
 
 
 class WithNorm(nn.Sequential):
-    """Batch normalisation, a convolution and dropout: what an update must not disturb."""
+    """Batch normalization, a convolution and dropout: what an update must not disturb."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -439,7 +439,7 @@ def one_by_one(gem: Any, host: Any, parameters: Any) -> Tensor:
     for task in range(len(gem.memory.sizes)):
         here = gem.memory.tasks() == task
         inputs, targets = gem.memory.inputs[here], gem.memory.targets[here]
-        mean, std = torch.tensor(host.stream.normalisation)[:, :, None, None]
+        mean, std = torch.tensor(host.stream.normalization)[:, :, None, None]
         with evaluation_mode(network), host.task_mode(task):
             first, stop = host.columns(task)
             logits = network((inputs / 255 - mean) / std)[:, first:stop]

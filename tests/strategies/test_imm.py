@@ -29,7 +29,7 @@ from bpn_lightning.strategies.imm import drop_transfer
 MODES = ("mean", "mode")
 
 
-def normalising() -> nn.Module:
+def normalizing() -> nn.Module:
     """With running statistics, dropout and two hidden layers."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2),
@@ -107,9 +107,9 @@ def test_mode_of_quadratic_tasks_is_their_joint_optimum(number: int) -> None:
     """
     h, a = torch.rand(number, 40, dtype=torch.float64) + 0.1, 3 * torch.randn(number, 40).double()
     ends, theta = [], torch.zeros(40, dtype=torch.float64)
-    for curvature, centre in zip(h, a, strict=True):
+    for curvature, center in zip(h, a, strict=True):
         for _ in range(400):
-            theta = theta - 0.9 * curvature * (theta - centre)
+            theta = theta - 0.9 * curvature * (theta - center)
         ends.append(theta)
     rows = torch.diag_embed(h.sqrt()).flatten(0, 1).numpy()
     joint = np.linalg.lstsq(rows, (h.sqrt() * a).flatten().numpy())[0]
@@ -192,7 +192,7 @@ def test_serves_the_average_of_the_networks_that_tasks_ended_with(
         imm := IMM(mode, 0.0, fisher="exact"),
         stream={"num_tasks": 3, "epochs_per_task": 2},
         optimizer=partial(SGD, lr=0.1),
-        backbone=normalising,
+        backbone=normalizing,
         mask=mask,
     )
     assert len(record.ends) == 3
@@ -254,7 +254,7 @@ def test_equal_importances_make_the_mode_the_mean(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_task_is_served_as_it_was_trained(learn: Any, same: Any, mode: Any) -> None:
-    arguments = {"stream": {"num_tasks": 1, "epochs_per_task": 2}, "backbone": normalising}
+    arguments = {"stream": {"num_tasks": 1, "epochs_per_task": 2}, "backbone": normalizing}
     one, plain = learn(IMM(mode, 0.3, drop=0.5), **arguments), learn(**arguments)
     same(one.weights(), plain.weights())
     same(one.module.accuracy_matrix.accuracy, plain.module.accuracy_matrix.accuracy)
@@ -278,7 +278,7 @@ def test_without_transfers_training_is_fine_tuning_bit_for_bit(
                 records[-1].watcher,
                 stream={"num_tasks": 3, "reset_optimizer": reset},
                 optimizer=partial(SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
-                backbone=normalising,
+                backbone=normalizing,
                 mask=mask,
             )
         )
@@ -607,7 +607,7 @@ def fit_imm(fit: Any, digits: Callable[..., Any]) -> Callable[..., Any]:
         module, trainer = fit(
             [imm, *more],
             stream=digits(),
-            backbone=normalising(),
+            backbone=normalizing(),
             optimizer=partial(SGD, lr=0.05, momentum=0.9),
             **options,
         )
@@ -657,7 +657,7 @@ def test_a_checkpoint_serves_the_average_and_keeps_the_weights_of_training(
     same(saved["continual"]["training_weights"], {name: last[name] for name in imm.mean})
     same({name: saved["state_dict"][name] for name in imm.mean}, imm.mean)
     loaded = ContinualModule.load_from_checkpoint(
-        tmp_path / "last.ckpt", backbone=normalising(), weights_only=True
+        tmp_path / "last.ckpt", backbone=normalizing(), weights_only=True
     )
     stream = digits()
     stream.setup()
@@ -702,7 +702,7 @@ def test_a_failure_while_a_task_closes_merges_nothing_twice(
 @pytest.mark.parametrize("mode", MODES)
 def test_bytes(learn: Any, mode: Any, strength: float, drop: float, mask: str) -> None:
     imm = IMM(mode, strength, drop=drop)
-    run = learn(imm, mask=mask, backbone=normalising)
+    run = learn(imm, mask=mask, backbone=normalizing)
     body = (64 * 16 + 16) + 2 * 16 + (16 * 12 + 12) + (12 * 4 + 4) * (mask == "all")
     copies = 2 + (mode == "mode") + (strength + drop > 0)  # the average, the weights of training
     wanted = 4 * (copies * body + 2 * 2 * 16)  # running mean and variance, averaged and kept

@@ -226,7 +226,7 @@ def test_knows_what_one_training_on_all_data_knows(learn: Any) -> None:
     )
     assert accuracy > 0.9
     assert torch.equal(
-        joint.module.accuracy_matrix.without_oracle, joint.module.accuracy_matrix.accuracy[-1]
+        joint.module.accuracy_matrix.task_agnostic, joint.module.accuracy_matrix.accuracy[-1]
     )
 
 

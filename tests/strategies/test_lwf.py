@@ -74,7 +74,7 @@ def test_value_is_divergence_plus_entropy(temperature: float) -> None:
 
 
 def test_softened_outputs_are_powers_of_probabilities() -> None:
-    """As the paper writes it: p^(1/T), normalised."""
+    """As the paper writes it: p^(1/T), normalized."""
     z, v = logits(5, 3), logits(5, 3)
     y, target = (x.softmax(1) ** 0.5 for x in (z, v))
     y, target = y / y.sum(1, keepdim=True), target / target.sum(1, keepdim=True)

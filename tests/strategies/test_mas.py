@@ -76,7 +76,7 @@ def test_importances_are_the_sum_over_tasks_of_their_means(
 def test_updates_are_those_of_the_written_penalty(
     learn: Any, watch: Any, update: Any, strength: float
 ) -> None:
-    """Autograd's gradient of it, limited or not, or the minimiser near the weights."""
+    """Autograd's gradient of it, limited or not, or the minimizer near the weights."""
     mas, seen, steps = MemoryAwareSynapses(strength, update=update), [], []
     hooks = ("stepped", "stepped") if update == "proximal" else ("capture", "project")
 

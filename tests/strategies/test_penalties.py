@@ -236,8 +236,8 @@ def test_quadratic_tasks_have_known_optima(way: str, third_is_joint: bool) -> No
     """
     h, a = torch.rand(3, 50, dtype=torch.float64) + 0.1, 3 * torch.randn(3, 50).double()
     penalty, ends = QuadraticPenalty(), []
-    for curvature, centre in zip(h, a, strict=True):
-        ends.append(optimum(curvature, centre, penalty))
+    for curvature, center in zip(h, a, strict=True):
+        ends.append(optimum(curvature, center, penalty))
         getattr(penalty, way)({"x": curvature}, {"x": ends[-1]})
     joint = [(h[:k] * a[:k]).sum(0) / h[:k].sum(0) for k in (1, 2, 3)]
     torch.testing.assert_close(ends[0], joint[0])
@@ -250,13 +250,13 @@ def test_per_task_anchors_end_where_the_list_does() -> None:
     """The optimum of three tasks' penalties, written out and solved."""
     h, a = torch.rand(3, 50, dtype=torch.float64) + 0.1, 3 * torch.randn(3, 50).double()
     penalty, tasks = QuadraticPenalty(), []
-    for curvature, centre in zip(h, a, strict=True):
-        numerator, denominator = curvature * centre, curvature.clone()
+    for curvature, center in zip(h, a, strict=True):
+        numerator, denominator = curvature * center, curvature.clone()
         for importance, solution in tasks:
             numerator += importance["x"] * solution["x"]
             denominator += importance["x"]
         end = numerator / denominator
-        torch.testing.assert_close(optimum(curvature, centre, penalty), end, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(optimum(curvature, center, penalty), end, rtol=1e-12, atol=1e-12)
         tasks.append(({"x": curvature}, {"x": end}))
         penalty.add(*tasks[-1])
 
@@ -307,7 +307,7 @@ def test_a_rate_of_zero_limits_nothing() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 30.0])
-def test_the_implicit_step_minimises_its_objective(rate: float) -> None:
+def test_the_implicit_step_minimizes_its_objective(rate: float) -> None:
     """The rate times the penalty plus half the squared distance, one number at a time by scipy."""
     tasks = made_tasks(3)
     penalty, strength = added_up(tasks), 40.0

@@ -18,7 +18,7 @@ from bpn_lightning.costs import bytes_per_task, measured_bytes
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.accuracy_matrix import backward_transfer, forgetting
-from bpn_lightning.model.evaluation import evaluate_without_oracle
+from bpn_lightning.model.evaluation import evaluate_task_agnostic
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
@@ -40,7 +40,7 @@ def with_everything() -> nn.Module:
     )
 
 
-BACKBONES = {"plain": plain, "normalising, dropping": with_everything}
+BACKBONES = {"plain": plain, "normalizing, dropping": with_everything}
 OPTIMIZERS = {
     "momentum": partial(SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
     "adam": partial(Adam, lr=0.003),
@@ -202,7 +202,7 @@ def test_evaluating_in_any_order_changes_nothing(learned: Any, same: Any) -> Non
     for task in (1, 2, 0, 1):
         same(learned(inputs, task=task), answers[task])
     learned.train()
-    evaluate_without_oracle(learned, range(TASKS))
+    evaluate_task_agnostic(learned, range(TASKS))
     same(learned.evaluate(), first)
     same(learned.state_dict(), state)
     assert str(random_state()) == generators
@@ -292,7 +292,7 @@ def test_without_the_oracle_the_surest_network_answers(learned: Any) -> None:
             best = sure.amax(2).argmax(0)
             answers = sure.argmax(2)[best, torch.arange(len(best))]
             wanted.append(float((answers == batch.targets).double().mean()))
-    assert learned.accuracy_matrix.without_oracle.tolist() == wanted
+    assert learned.accuracy_matrix.task_agnostic.tolist() == wanted
 
 
 def test_a_checkpoint_answers_for_every_task_without_a_trainer(

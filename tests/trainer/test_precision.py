@@ -18,8 +18,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import SGD
 
+from bpn_lightning.conformance.cases import Case, read_cases
 from bpn_lightning.conformance.runs import PLAIN, Run, Setting, differences, fit
-from bpn_lightning.conformance.subjects import Subject, read_subjects
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional import importance
 from bpn_lightning.strategies import STRATEGIES, BeneficialPerturbation
@@ -59,7 +59,7 @@ TABLE = read_table()
 
 
 def of(setting: str) -> Any:
-    """Parametrise by the strategies and what the table says of them."""
+    """Parametrize by the strategies and what the table says of them."""
     cells = [(name, cell) for (name, column), cell in TABLE.items() if column == setting]
     return pytest.mark.parametrize(("name", "cell"), cells)
 
@@ -73,13 +73,13 @@ def test_the_table_has_every_strategy_and_every_setting() -> None:
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def subject(name: str) -> Subject:
-    (found,) = read_subjects([name], {name: ARGUMENTS[name]} if name in ARGUMENTS else {})
+def case(name: str) -> Case:
+    (found,) = read_cases([name], {name: ARGUMENTS[name]} if name in ARGUMENTS else {})
     return found
 
 
 def learn(name: str, setting: Setting = SHORT, **arguments: Any) -> Run:
-    return fit(subject(name).make(), setting, **arguments)
+    return fit(case(name).make(), setting, **arguments)
 
 
 def under(**trainer: Any) -> Setting:
@@ -123,7 +123,7 @@ def dtypes(learned: dict[str, Any]) -> set[torch.dtype]:
 def expect_refusal(name: str, setting: Setting, rule: str) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(name, setting, at_batch=never)
-    (strategy,) = subject(name).make()
+    (strategy,) = case(name).make()
     assert rule in str(error.value)
     assert type(strategy).__name__ in str(error.value)
 
@@ -210,7 +210,7 @@ def test_an_update_that_is_skipped_changes_nothing(name: str, cell: str) -> None
         if (at.task, at.phase) == (1, "train") and batch in (1, 2, 3):
             noted[batch] = run.learned()
 
-    fit([*subject(name).make(), overflow], under(plugins=[ScaledSingle()]), at_batch=note)
+    fit([*case(name).make(), overflow], under(plugins=[ScaledSingle()]), at_batch=note)
     before, after, later = (
         {path: value for path, value in noted[k].items() if not path.endswith("/draws")}
         for k in (1, 2, 3)
@@ -221,7 +221,7 @@ def test_an_update_that_is_skipped_changes_nothing(name: str, cell: str) -> None
     assert later["module/head.bias"].isfinite().all()
 
 
-@pytest.mark.parametrize("direction", ["sign", "gradient", "normalised"])
+@pytest.mark.parametrize("direction", ["sign", "gradient", "normalized"])
 def test_an_m_whose_own_gradient_overflowed_rests(direction: Any) -> None:
     """It is outside the optimizer: the scaler does not look at it, and takes the update of the rest."""
     noted: list[dict[str, Any]] = []
@@ -260,7 +260,7 @@ def test_fused_optimizers_in_half_precision(name: str, cell: str) -> None:
 @of("bf16-true, 16-true")
 def test_weights_in_half_precision(name: str, cell: str, precision: str) -> None:
     if cell == "refused":
-        rule = f"weights in full precision with {type(subject(name).make()[0]).__name__}, but got"
+        rule = f"weights in full precision with {type(case(name).make()[0]).__name__}, but got"
         return expect_refusal(name, under(precision=precision), rule)
     learned = assert_near(name, under(precision=precision), 0.25)
     assert torch.float32 not in dtypes(learned) or name == "ebll"

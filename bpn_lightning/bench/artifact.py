@@ -9,11 +9,11 @@ from bpn_lightning.bench.tables import Table
 from bpn_lightning.files import write_atomically
 from bpn_lightning.run.figures import save_figure
 
-__all__ = ["Artefact"]
+__all__ = ["Artifact"]
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A table and its picture.
 
     Args:

@@ -9,7 +9,7 @@ from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.registry import ALIASES, by_class_path, is_class_path, strategies
 from bpn_lightning.strategies.base import ContinualStrategy
 
-__all__ = ["Part", "Subject", "read_subjects"]
+__all__ = ["Case", "Part", "read_cases"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Case:
     """What the promises are asked of: a strategy, or several that run together.
 
     Args:
@@ -65,7 +65,7 @@ class Subject:
         return " and ".join(part.name for part in self.parts if is_so(part))
 
 
-def read_subjects(names: Sequence[str], arguments: Mapping[str, Any]) -> list[Subject]:
+def read_cases(names: Sequence[str], arguments: Mapping[str, Any]) -> list[Case]:
     """What was asked for on the command line.
 
     Args:
@@ -93,11 +93,11 @@ def read_subjects(names: Sequence[str], arguments: Mapping[str, Any]) -> list[Su
                 f"Expected --strategy-arguments to have a mapping of arguments for {name!r}, but got "
                 f"{values!r}. Write them as {{{name}: {{argument: value}}}}."
             )
-    subjects = []
+    cases = []
     for name in dict.fromkeys(names):
         parts = [_read_part(part, arguments.get(part, {})) for part in name.split("+")]
-        subjects.append(Subject(name, tuple(parts)))
-    return subjects
+        cases.append(Case(name, tuple(parts)))
+    return cases
 
 
 def _read_part(name: str, arguments: Mapping[str, Any]) -> Part:

@@ -13,22 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD
 
-from bpn_lightning.conformance.runs import MESSY, Run, Setting, fit
-from bpn_lightning.conformance.subjects import Subject
+from bpn_lightning.conformance.cases import Case
+from bpn_lightning.conformance.runs import BATCH_NORM_DROPOUT, Run, Setting, fit
 from bpn_lightning.costs import Bytes, measured_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Position
 
-__all__ = ["Consolidation", "Diary", "Trial", "answers", "fine_tuning", "keep_diary"]
+__all__ = ["CallLog", "Consolidation", "Scenario", "fine_tuning", "keep_call_log", "logits_in_mode"]
 
 #: What fine-tuning is compared in. Optimizers that keep something between updates tell more; the last
 #: is for strategies that refuse momentum.
 SETTINGS = {
-    "messy": MESSY,
-    "momentum": replace(MESSY, optimizer=partial(SGD, lr=0.05, momentum=0.9, weight_decay=0.01)),
-    "weight decay": replace(MESSY, optimizer=partial(SGD, lr=0.05, weight_decay=0.01)),
+    "batch_norm_dropout": BATCH_NORM_DROPOUT,
+    "momentum": replace(
+        BATCH_NORM_DROPOUT, optimizer=partial(SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
+    ),
+    "weight decay": replace(BATCH_NORM_DROPOUT, optimizer=partial(SGD, lr=0.05, weight_decay=0.01)),
 }
 
 
@@ -52,7 +54,7 @@ class Consolidation:
 
 
 @dataclass
-class Diary:
+class CallLog:
     """One fit and what happened in it.
 
     Args:
@@ -83,7 +85,7 @@ class Diary:
                 setattr(strategy, hook, self._watched(strategy, hook))
             self._watch_steps(strategy)
 
-    def finish(self) -> "Diary":
+    def finish(self) -> "CallLog":
         """Note how it ended."""
         self.learned, self.end = self.run.learned(), self.run.plain()
         return self
@@ -156,7 +158,7 @@ def _listening(run: Run, seen: list[str]) -> Iterator[None]:
         eps: float = 1e-5,
     ) -> Tensor:
         if training:
-            seen.append("batch normalisation used the statistics of its batch")
+            seen.append("batch normalization used the statistics of its batch")
         return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
     def heard_prepare(batch: Batch, augment: bool = False) -> Batch:
@@ -173,19 +175,19 @@ def _listening(run: Run, seen: list[str]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def answers(run: Run, task: int) -> Tensor:
+def logits_in_mode(run: Run, task: int) -> Tensor:
     """Logits of a task's test images in its mode."""
     with evaluation_mode(run.module), run.module.task_mode(task):
         batches = list(run.module.batches(task, "test"))
         return torch.cat([run.module(batch.inputs) for batch in batches])
 
 
-def keep_diary(strategies: Sequence[ContinualStrategy], setting: Setting) -> Diary:
+def keep_call_log(strategies: Sequence[ContinualStrategy], setting: Setting) -> CallLog:
     """Fit and watch."""
-    diaries: list[Diary] = []
+    diaries: list[CallLog] = []
 
     def watch(run: Run) -> None:
-        diaries.append(Diary(run))
+        diaries.append(CallLog(run))
         diaries[0].watch()
 
     fit(strategies, setting, watch=watch)
@@ -193,32 +195,32 @@ def keep_diary(strategies: Sequence[ContinualStrategy], setting: Setting) -> Dia
 
 
 @cache
-def fine_tuning(setting: str) -> Diary:
+def fine_tuning(setting: str) -> CallLog:
     """The lower reference, in a setting by its name."""
-    return keep_diary([], SETTINGS[setting])
+    return keep_call_log([], SETTINGS[setting])
 
 
-class Trial:
-    """One subject and what it did; a fit that several promises look at is made once.
+class Scenario:
+    """One case and what it did; a fit that several promises look at is made once.
 
     Args:
-        subject: whose promises are examined.
+        case: whose promises are examined.
         folder: an empty one for checkpoints.
     """
 
-    def __init__(self, subject: Subject, folder: Path) -> None:
-        self.subject = subject
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case = case
         self.folder = folder
 
     @cached_property
-    def diary(self) -> Diary:
-        """Three tasks of a network with dropout and batch normalisation, on augmented images."""
-        return keep_diary(self.subject.make(), MESSY)
+    def call_log(self) -> CallLog:
+        """Three tasks of a network with dropout and batch normalization, on augmented images."""
+        return keep_call_log(self.case.make(), BATCH_NORM_DROPOUT)
 
     @cached_property
-    def undisturbed(self) -> Diary:
+    def undisturbed(self) -> CallLog:
         """The same, and nobody looked while it ran."""
-        return Diary(fit(self.subject.make(), MESSY)).finish()
+        return CallLog(fit(self.case.make(), BATCH_NORM_DROPOUT)).finish()
 
     @cached_property
     def checkpoints(self) -> dict[str, Path]:
@@ -234,16 +236,16 @@ class Trial:
                 saved[moment] = self.folder / f"{len(saved)}.ckpt"
                 run.trainer.save_checkpoint(saved[moment])
 
-        fit(self.subject.make(), MESSY, at_batch=save)
+        fit(self.case.make(), BATCH_NORM_DROPOUT, at_batch=save)
         return saved
 
     @cached_property
-    def null(self) -> tuple[Diary, Diary]:
+    def null(self) -> tuple[CallLog, CallLog]:
         """With the null arguments, and fine-tuning in the same setting."""
         name = "momentum"
         try:
-            run = fit(self.subject.make_null(), SETTINGS[name])
+            run = fit(self.case.make_null(), SETTINGS[name])
         except ConfigurationError:
             name = "weight decay"
-            run = fit(self.subject.make_null(), SETTINGS[name])
-        return Diary(run).finish(), fine_tuning(name)
+            run = fit(self.case.make_null(), SETTINGS[name])
+        return CallLog(run).finish(), fine_tuning(name)
