@@ -18,11 +18,14 @@ from bpn_lightning.datamodules.division import (
     check_data,
     columns_of_classes,
     members_of_tasks,
+    refuse_empty_classes,
+    refuse_empty_tasks,
 )
 from bpn_lightning.datamodules.loading import EvaluationLoader, Samples, Share, TrainLoader
+from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.datamodules.pixels import with_channels
 from bpn_lightning.datamodules.readers import ImageData
-from bpn_lightning.datamodules.splitting import hold_out, quoted_names
+from bpn_lightning.datamodules.splitting import hold_out
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.preparation import (
     Preparation,
@@ -36,46 +39,11 @@ from bpn_lightning.tasks import Batch, Position, Split, Task
 from bpn_lightning.terminal import is_utf8
 from bpn_lightning.trainer.lightning import batches_processed
 
-__all__ = ["ChannelStats", "ContinualDataModule"]
+__all__ = ["ContinualDataModule"]
 
 
 MAX_VERIFIED = 64
 """The number of evenly spaced tasks on which a described preprocessing is verified."""
-
-
-class ChannelStats(NamedTuple):
-    """Mean and standard deviation of each channel of images, or of each feature.
-
-    Images use units of the brightest pixel (0 to 1), features their own units.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, samples: Samples, indices: Tensor) -> "ChannelStats":
-        """Measure some samples in double precision; 0 and 1 for tokens, which are not quantities.
-
-        For images the result is exact, from counts of the 256 values.
-        """
-        inputs = samples.images[indices]
-        if inputs.dtype == torch.int64:
-            return IDENTITY
-        values = inputs.transpose(0, 1).flatten(1)
-        if inputs.dtype == torch.uint8:
-            shades = torch.arange(256, dtype=torch.float64) / 255
-            shares = torch.stack([channel.bincount(minlength=256) for channel in values]).double()
-            shares /= values.shape[1]
-            mean = shares @ shades
-            std = (shares @ shades.square() - mean.square()).clamp(min=0).sqrt()
-        else:
-            std, mean = torch.std_mean(values.double(), dim=1, correction=0)
-        std[std <= 1e-10 * mean.abs()] = 1  # a channel of one color, a feature of one value
-        return cls(tuple(mean.tolist()), tuple(std.tolist()))
-
-
-IDENTITY = ChannelStats(mean=(0.0,), std=(1.0,))
-"""Leaves inputs unchanged."""
 
 
 class _NoLoader(CombinedLoader):
@@ -270,11 +238,9 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             "val": _Part(train, members_of_tasks(division, "train", data.train, held)),
             "test": _Part(test, members_of_tasks(division, "test", data.test, everything)),
         }
+        refuse = refuse_empty_classes if division.samples is None else refuse_empty_tasks
         for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
-            if division.samples is None:
-                self._refuse_empty_classes(split, parts[split], data.source)
-            else:
-                self._refuse_empty_tasks(split, parts[split], data.source)
+            refuse(self.tasks, *parts[split], split, data.source)
         self.normalization = self.known_normalization(data) or ChannelStats.of(
             train, parts["train"].members[0]
         )
@@ -295,34 +261,6 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             for part in (data.train, data.test)
         )
         return data._replace(train=train, test=test)
-
-    def _refuse_empty_classes(self, split: Split, part: _Part, source: str) -> None:
-        checked = set()
-        for task, indices in zip(self.tasks, part.members, strict=True):
-            if (key := (id(indices), task.columns)) in checked:  # same samples as before
-                continue
-            checked.add(key)
-            found = torch.unique(part.samples.labels[indices]).tolist()
-            empty = [
-                name
-                for column, name in enumerate(task.class_names, task.columns[0])
-                if column not in found
-            ]
-            if empty:
-                what = "images" if part.samples.images.dtype == torch.uint8 else "samples"
-                raise DataError(
-                    f"Expected every class of the stream to have {_PART_NAMES[split]} {what} in "
-                    f"{source}, but got none of {quoted_names(empty)}. Add {what}, or leave the class out "
-                    "with class_order."
-                )
-
-    def _refuse_empty_tasks(self, split: Split, part: _Part, source: str) -> None:
-        for task, indices in zip(self.tasks, part.members, strict=True):
-            if not len(indices):
-                raise DataError(
-                    f"Expected every task to have {_PART_NAMES[split]} samples of {source}, but got none "
-                    f"for task {task.id}. Let divide give it some, or make fewer tasks."
-                )
 
     def members(self, task_id: int, split: Split) -> Tensor:
         """Indices of a task's samples in the split: ``(n,)`` int64, ascending."""
@@ -521,9 +459,6 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         targets = torch.zeros(len(raw), dtype=torch.long)
         prepared = self.prepare(Batch(raw, targets, first + task, len(raw))).inputs
         return one.steps is not None and torch.equal(prepared, one.apply(raw, task))
-
-
-_PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 
 
 def check_positive_int(name: str, value: int) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from sklearn.datasets import load_digits
 
-from bpn_lightning.datamodules.base import ChannelStats
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.loading import Samples
+from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.splitting import hold_out
 

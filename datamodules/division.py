@@ -8,10 +8,19 @@ from torch import Tensor
 
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.datamodules.splitting import quoted_names
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.tasks import Task
+from bpn_lightning.tasks import Split, Task
 
-__all__ = ["Division", "SamplesOfTasks", "check_data", "columns_of_classes", "members_of_tasks"]
+__all__ = [
+    "Division",
+    "SamplesOfTasks",
+    "check_data",
+    "columns_of_classes",
+    "members_of_tasks",
+    "refuse_empty_classes",
+    "refuse_empty_tasks",
+]
 
 #: For "train" and "test", the indices of each task's samples in that part: ``(n,)`` int64.
 SamplesOfTasks = Mapping[Literal["train", "test"], Sequence[Tensor]]
@@ -144,3 +153,57 @@ def members_of_tasks(
             )
         members.append(ordered[taking_part[ordered]])
     return members
+
+
+_PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
+
+
+def refuse_empty_classes(
+    tasks: Sequence[Task], samples: Samples, members: Sequence[Tensor], split: Split, source: str
+) -> None:
+    """Refuse a class of a task that has no samples.
+
+    Args:
+        tasks: of the stream.
+        samples: of the split, with columns of the head as labels.
+        members: the indices of each task's samples.
+        split: named in the message.
+        source: of the data, named in the message.
+
+    Raises:
+        DataError: names the classes.
+    """
+    checked = set()
+    for task, indices in zip(tasks, members, strict=True):
+        if (key := (id(indices), task.columns)) in checked:  # same samples as before
+            continue
+        checked.add(key)
+        found = torch.unique(samples.labels[indices]).tolist()
+        empty = [
+            name
+            for column, name in enumerate(task.class_names, task.columns[0])
+            if column not in found
+        ]
+        if empty:
+            what = "images" if samples.images.dtype == torch.uint8 else "samples"
+            raise DataError(
+                f"Expected every class of the stream to have {_PART_NAMES[split]} {what} in "
+                f"{source}, but got none of {quoted_names(empty)}. Add {what}, or leave the class out "
+                "with class_order."
+            )
+
+
+def refuse_empty_tasks(
+    tasks: Sequence[Task], samples: Samples, members: Sequence[Tensor], split: Split, source: str
+) -> None:
+    """Refuse a task without samples; the arguments are those of :func:`refuse_empty_classes`.
+
+    Raises:
+        DataError: names the task.
+    """
+    for task, indices in zip(tasks, members, strict=True):
+        if not len(indices):
+            raise DataError(
+                f"Expected every task to have {_PART_NAMES[split]} samples of {source}, but got none "
+                f"for task {task.id}. Let divide give it some, or make fewer tasks."
+            )

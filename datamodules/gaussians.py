@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
-from bpn_lightning.datamodules.base import IDENTITY, ContinualDataModule, check_positive_int
+from bpn_lightning.datamodules.base import ContinualDataModule, check_positive_int
 from bpn_lightning.datamodules.loading import Samples
+from bpn_lightning.datamodules.normalization import IDENTITY
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.random_state import seeded_generator

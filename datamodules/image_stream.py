@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 
 from bpn_lightning.datamodules.augmentation import CropAndFlip
-from bpn_lightning.datamodules.base import ChannelStats, ContinualDataModule, check_positive_int
+from bpn_lightning.datamodules.base import ContinualDataModule, check_positive_int
 from bpn_lightning.datamodules.image_cache import cached_images
 from bpn_lightning.datamodules.image_sets import Entry, ImageSet
 from bpn_lightning.datamodules.loading import Samples
+from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.preparation import Step, center_crop, resize

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from bpn_lightning.datamodules.base import ChannelStats
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.misplaced import misplaced_hint
+from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.datamodules.readers import ImageData, has_class_folders, read_class_folders
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.untrusted import open_untrusted

@@ -13,7 +13,8 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.datamodules.augmentation import CropAndFlip
-from bpn_lightning.datamodules.base import ChannelStats, ContinualDataModule
+from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.tasks import Batch, ContinualStream, Position, Split, Task
 

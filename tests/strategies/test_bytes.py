@@ -13,9 +13,9 @@ from torch import Tensor
 from bpn_lightning.conformance.runs import Setting, batch_norm_dropout
 from bpn_lightning.conformance.runs import fit as fit_digits
 from bpn_lightning.costs import Bytes, measured_bytes
-from bpn_lightning.datamodules.base import ChannelStats
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.datamodules.gaussians import Gaussians
+from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.stream_of import StreamOf
 from bpn_lightning.model.module import ContinualModule
