@@ -140,7 +140,7 @@ def learn(method: str, root: str | None) -> None:
     ).fit(module, stream)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    held = bytes_held(module.strategies, module).training
+    held = bytes_held(module.host.strategies, module.host).training
     if method == "gem":  # the gradient of every past task, for a sequence of eight
         held += 7 * weights
     activations = saved_for_backward(module, stream)

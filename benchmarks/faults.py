@@ -48,7 +48,7 @@ from torch import nn
 from bpn_lightning import files
 from bpn_lightning.cli import train
 from bpn_lightning.cli.main import main as bpn_fit
-from bpn_lightning.model import module, task_loop
+from bpn_lightning.model import host, module, task_loop
 from bpn_lightning.nn import MLP
 from bpn_lightning.run import checkpoints, recording
 from bpn_lightning.strategies import STRATEGIES
@@ -187,22 +187,28 @@ def watch(clock: Clock) -> None:
         clock.step = lambda: self.trainer.global_step
         inner(self, stage)
 
-    def batches(
-        self: Any, *args: Any, inner: Any = module.ContinualModule.batches
-    ) -> Iterator[Any]:
+    def batches(self: Any, *args: Any, inner: Any = host.Host.batches) -> Iterator[Any]:
         for batch in inner(self, *args):
             if passes[-1]:
                 clock.tick(passes[-1])
             yield batch
 
     model: Any = module.ContinualModule
-    model.setup, model.batches = setup, batches
+    model.setup, host.Host.batches = setup, batches
     phases = {"warm_up": "warm-up", "train": "batch"}
-    before(model, "training_step", lambda self, *_: phases.get(self.phase.name, self.phase.name))
+    before(
+        model,
+        "training_step",
+        lambda self, *_: phases.get(self.host.phase.name, self.host.phase.name),
+    )
     before(model, "on_before_optimizer_step", "update")
     before(model, "validation_step", "validation")
     before(model, "on_train_epoch_end", "epoch's end")
-    before(model, "close", lambda self, task: "task's end" if task > self.closed else None)
+    before(
+        task_loop.TaskLoop,
+        "close",
+        lambda self, task: "task's end" if task > self.network.closed else None,
+    )
     for target in STRATEGIES.values():
         import_module(target.partition(":")[0])
     for strategy in _subclasses(ContinualStrategy):

@@ -40,10 +40,10 @@ def _ratios(seed: int) -> tuple[float, float]:
         enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     trainer.fit(module, stream)
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.network.named_parameters())
     defined = (
-        _total(fisher_diagonal(module, 0, parameters)),
-        _total(output_sensitivity(module, 0, parameters)),
+        _total(fisher_diagonal(module.host, 0, parameters)),
+        _total(output_sensitivity(module.host, 0, parameters)),
     )
     squares, absolutes, count = 0.0, 0.0, 0
     for batch in stream.loader(0, "train", BATCH):

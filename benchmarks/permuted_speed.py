@@ -114,7 +114,7 @@ def network_by_hand(stream: PermutedMNIST) -> nn.Sequential:
     module = ContinualModule(MLP(HIDDEN), mask="shared")
     module.attach(stream)
     layers: list[nn.Module] = []
-    for start in module.linear_layers().values():
+    for start in module.network.linear_layers().values():
         layer = nn.Linear(start.in_features, start.out_features)
         layer.load_state_dict(start.state_dict())
         layers += [layer, nn.ReLU()]

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         ResultsError,
     )
     from bpn_lightning.export import export_module, load_exported
+    from bpn_lightning.host import ContinualHost
     from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
     from bpn_lightning.model.evaluation import evaluate
     from bpn_lightning.model.module import ContinualModule
-    from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Schedule, Task
+    from bpn_lightning.nn.network import ContinualNetwork
+    from bpn_lightning.tasks import Batch, ContinualStream, Phase, Schedule, Task
 
     __version__: str
 
@@ -34,6 +36,7 @@ __all__ = [
     "ConfigurationError",
     "ContinualHost",
     "ContinualModule",
+    "ContinualNetwork",
     "ContinualStream",
     "DataError",
     "DeclaredBytes",
@@ -56,8 +59,9 @@ _FILES = {
     "BPNLightningError": "errors",
     "CheckpointError": "errors",
     "ConfigurationError": "errors",
-    "ContinualHost": "tasks",
+    "ContinualHost": "host",
     "ContinualModule": "model.module",
+    "ContinualNetwork": "nn.network",
     "ContinualStream": "tasks",
     "DataError": "errors",
     "ExpectedForgettingWarning": "errors",

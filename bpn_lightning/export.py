@@ -31,7 +31,7 @@ from bpn_lightning.errors import (
 from bpn_lightning.files import write_atomically
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.model.rebuilding import rebuild
-from bpn_lightning.model.structure import Structure, check_schema, schema_fields
+from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.untrusted import check_untrusted, read_json
 
 __all__ = ["export_module", "load_exported"]
@@ -60,7 +60,8 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise _taken(folder)
-    if module.head is None:
+    network = module.network
+    if network.head is None:
         raise ConfigurationError(
             "Expected a module that has learned tasks, but it has no head yet. Export it after "
             "trainer.fit, or after load_from_checkpoint."
@@ -69,10 +70,10 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
     record = {
         "format": FORMAT,
         **schema_fields(),
-        "structure": module.structure.record(),
-        "opened": module.opened,
-        "closed": module.closed,
-        "state": _set_aside(module.state_dict(), "", tensors),
+        "structure": network.structure.record(),
+        "opened": network.opened,
+        "closed": network.closed,
+        "state": _set_aside(network.state_dict(), "", tensors),
     }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.export")
     try:
@@ -120,10 +121,11 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
             raise ValueError(f"opened {opened!r} and closed {closed!r}")
         state = _put_back(record["state"], tensors)
         module = ContinualModule(backbone, mask=structure.mask)
-        rebuild(module, structure, state)
-        module.cursor.opened, module.cursor.closed = opened, closed
-        module.load_state_dict(state)
-        module.switch(module.cursor.task)
+        network = module.network
+        rebuild(network, structure, state)
+        network.opened, network.closed = opened, closed
+        network.load_state_dict(state)
+        network.switch(max(opened, 0))
     # A damaged file, or one that somebody made up, can lead to anything.
     except Exception as error:
         said = " ".join(str(error).split())[:300].rstrip(".")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.tasks import Batch, ContinualHost, Task
+from bpn_lightning.tasks import Batch, Task
 
 __all__ = [
     "EpisodicMemory",
@@ -234,7 +235,7 @@ def check_memory_size(
     Raises:
         ConfigurationError: names the task, or its rarest class, and how many samples it has.
     """
-    for task in host.tasks:
+    for task in host.network.tasks:
         targets = read_slice(host, task.id).targets
         available, whose = len(targets), f"task {task.id}"
         if per == "class":

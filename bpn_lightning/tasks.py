@@ -1,24 +1,22 @@
-"""A stream's tasks, their schedule over epochs, and what strategies see of a module and a stream.
+"""A stream's tasks, their schedule over epochs, and what is asked of a stream.
 
 Everything above leans on this file; it leans on little but torch.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.preparation import Preparation
 
 __all__ = [
     "Batch",
-    "ContinualHost",
     "ContinualStream",
     "Mask",
     "Phase",
@@ -26,6 +24,7 @@ __all__ = [
     "Schedule",
     "Split",
     "Task",
+    "TrainingEpoch",
     "dry_inputs",
     "named_dtype",
 ]
@@ -111,6 +110,20 @@ class Position(NamedTuple):
     phase: str
     epoch: int
     """Epochs of this task that came before, over all its phases."""
+
+
+class TrainingEpoch(NamedTuple):
+    """What a stream's train loader is of.
+
+    Attributes:
+        task: the task that is learned.
+        epoch: epochs of this task that came before, over all its phases.
+        tasks: those whose data are trained on.
+    """
+
+    task: int
+    epoch: int
+    tasks: Sequence[int]
 
 
 @dataclass
@@ -244,93 +257,3 @@ def dry_inputs(stream: ContinualStream, count: int, device: torch.device) -> Ten
         ``(count, *input_shape)`` of ``input_dtype``.
     """
     return torch.zeros(count, *stream.input_shape, dtype=stream.input_dtype, device=device)
-
-
-class ContinualHost(Protocol):
-    """What a strategy sees of the module that it works on."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the module lies on."""
-
-    @property
-    def stream(self) -> ContinualStream:
-        """The stream that is learned."""
-
-    @property
-    def tasks(self) -> Sequence[Task]:
-        """The tasks of the stream."""
-
-    @property
-    def mask(self) -> Mask:
-        """Which columns of the head take part in a task's loss."""
-
-    @property
-    def opened(self) -> int:
-        """The task that was opened last, -1 before the first."""
-
-    @property
-    def phase(self) -> Phase:
-        """The phase that runs."""
-
-    @property
-    def global_rank(self) -> int:
-        """The number of this process, from 0."""
-
-    @property
-    def loss_scale(self) -> float:
-        """What gradients of parameters outside the optimizer are still multiplied by (fp16)."""
-
-    @property
-    def has_modes(self) -> bool:
-        """Whether the network answers differently in different tasks' modes."""
-
-    @property
-    def in_step_forward(self) -> bool:
-        """Whether the forward that runs is the training step's own, on its batch in its mode.
-
-        A hook on a layer hears others too: of teachers, memories and importances, and of whatever
-        other strategies add to the loss.
-        """
-
-    def network(self) -> nn.Module:
-        """The module itself: inputs ``(batch, ...)`` to logits ``(batch, columns)``."""
-
-    def linear_layers(self) -> dict[str, nn.Linear]:
-        """Every fully connected layer by name, the head among them."""
-
-    def attach_bias_units(self, layer: str, rank: int) -> nn.Module:
-        """Give a linear layer bias units, or return those that it has."""
-
-    def attach_keys(self, layer: str, kind: str) -> nn.Module:
-        """Give a linear layer or a convolution keys, or return those that it has."""
-
-    def attach_weight_bank(self) -> nn.Module:
-        """Keep a whole set of weights for every task, or return the bank that does."""
-
-    @property
-    def training_weights(self) -> Mapping[str, Tensor]:
-        """By name, the weights of training while merged ones are in their place; else empty."""
-
-    def shared_parameters(self, include_head: bool) -> dict[str, nn.Parameter]:
-        """The trainable parameters that tasks share, by name."""
-
-    def learning_rate(self, parameter: nn.Parameter) -> float:
-        """The current optimizer's learning rate of a parameter."""
-
-    def columns(self, task_id: int) -> tuple[int, int]:
-        """``(start, stop)`` of the head's columns that take part in a task's mode."""
-
-    def task_mode(self, task: "int | Tensor") -> AbstractContextManager[None]:
-        """Whatever runs inside uses this task's mode; the one before returns afterwards."""
-
-    def batches(
-        self, task_id: int, split: Split, max_samples: int | None = None
-    ) -> Iterable[Batch]:
-        """The stream's loader, moved to the device and prepared."""
-
-    def losses(self, logits: Tensor, targets: Tensor, task: "int | Tensor") -> Tensor:
-        """Each sample's loss ``(batch,)``, of logits ``(batch, num_classes)`` in its task's columns."""
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import TaskModule, evaluation_mode
-from bpn_lightning.tasks import ContinualHost
 
 __all__ = ["Columns", "Outputs", "Teacher", "concatenated_heads", "student_outputs"]
 
@@ -80,7 +80,7 @@ def _run(
 
 def _shared(host: ContinualHost, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Of some tensors of the module by name, those of the network that belong to no one task."""
-    parts = [part for part in host.network().modules() if isinstance(part, TaskModule)]
+    parts = [part for part in host.network.modules() if isinstance(part, TaskModule)]
     own = {id(tensor) for part in parts for tensor in chain(part.parameters(), part.buffers())}
     return {
         name: tensor
@@ -107,7 +107,7 @@ class Teacher:
     @staticmethod
     def state(host: ContinualHost) -> dict[str, Tensor]:
         """What a teacher keeps of a network; frozen weights too, as they may be set free later."""
-        network = host.network()
+        network = host.network
         tensors = _shared(host, chain(network.named_parameters(), network.named_buffers()))
         return {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
 
@@ -132,7 +132,7 @@ class Teacher:
                 "Expected a teacher to be run after a first task, but no task is learned yet. The "
                 "first task has nothing to be distilled: run it from the second task's start on."
             )
-        network = _Unmasked(host.network())
+        network = _Unmasked(host.network)
         with evaluation_mode(network):
             return _run(network, self.tensors, inputs, layer)
 
@@ -143,6 +143,6 @@ class Teacher:
 
 def student_outputs(host: ContinualHost, inputs: Tensor, layer: str | None = None) -> Outputs:
     """The outputs of the network as it trains, once more: its running statistics stay those of its own task."""
-    network = _Unmasked(host.network())
+    network = _Unmasked(host.network)
     buffers = {n: buffer.clone() for n, buffer in _shared(host, network.named_buffers()).items()}
     return _run(network, buffers, inputs, layer)

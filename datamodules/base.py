@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -35,7 +35,7 @@ from bpn_lightning.preparation import (
     scale_and_shift,
 )
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.tasks import Batch, Position, Split, Task
+from bpn_lightning.tasks import Batch, Split, Task, TrainingEpoch
 from bpn_lightning.terminal import is_utf8
 from bpn_lightning.trainer.lightning import batches_processed
 
@@ -145,6 +145,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             )
         self._parts: dict[Split, _Part] = {}
         self._affine: dict[device, tuple[Tensor, Tensor]] = {}
+        self._training_epoch: Callable[[], TrainingEpoch] = _nobody_trains
 
     # ---------------------------------------------------------------------- defined by subclasses
 
@@ -320,18 +321,25 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             augmentation=self.augmentation if self.augment else None,
         )
 
+    def follow(self, training_epoch: Callable[[], TrainingEpoch]) -> None:
+        """Have the loaders that Lightning asks for follow whoever trains.
+
+        Args:
+            training_epoch: returns the epoch that is trained now or next. A function, because Lightning
+                asks for an epoch's loader before it calls any hook of that epoch, and on resuming
+                before it calls any hook at all.
+        """
+        self._training_epoch = training_epoch
+
     def train_dataloader(self) -> TrainLoader:
-        """The loader of the module's current epoch."""
-        position = self._position()
-        training_tasks = getattr(self._module(), "training_tasks", None)
-        tasks = training_tasks(position.task) if training_tasks else None
-        return self.train_loader(position.task, position.epoch, tasks)
+        """The loader of the current epoch."""
+        return self.train_loader(*self._training_epoch())
 
     def val_dataloader(self) -> EvaluationLoader | CombinedLoader:
         """One loader over the held-out parts of the tasks so far, or none without a validation split."""
         if not self.has_validation:
             return _NoLoader([], "sequential")
-        return self._joint_loader("val", range(self._position().task + 1))
+        return self._joint_loader("val", range(self._training_epoch().task + 1))
 
     def test_dataloader(self) -> EvaluationLoader:
         """One loader over the test sets of all tasks; batches have one task ID per sample."""
@@ -360,20 +368,6 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         if self.trainer is None:
             return 0
         return batches_processed(self.trainer)
-
-    def _module(self) -> L.LightningModule | None:
-        return None if self.trainer is None else self.trainer.lightning_module
-
-    def _position(self) -> Position:
-        module = self._module()
-        position: object = getattr(module, "position", None)
-        if not isinstance(position, tuple):
-            raise ConfigurationError(
-                "Expected a module that knows its position in the stream, as ContinualModule does, "
-                f"but got {type(module).__name__}. Wrap the network in ContinualModule, or take "
-                "train_loader(task, epoch)."
-            )
-        return Position(*position)
 
     # ---------------------------------------------------------------------- on the device
 
@@ -459,6 +453,13 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         targets = torch.zeros(len(raw), dtype=torch.long)
         prepared = self.prepare(Batch(raw, targets, first + task, len(raw))).inputs
         return one.steps is not None and torch.equal(prepared, one.apply(raw, task))
+
+
+def _nobody_trains() -> TrainingEpoch:
+    raise ConfigurationError(
+        "Expected a stream whose loaders follow a ContinualModule, but nobody trains on it. Pass it to a "
+        "trainer together with a ContinualModule, or use train_loader(task, epoch)."
+    )
 
 
 def check_positive_int(name: str, value: int) -> None:

@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensors_in
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.table import STRATEGIES
-from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
+from bpn_lightning.tasks import Batch, ContinualStream, Phase, Task
 from bpn_lightning.trainer.lightning import handles_unscaling
 
 __all__ = ["ContinualStrategy", "refuse_fused"]

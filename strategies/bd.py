@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, bias_unit_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import BiasUnits
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import ContinualHost, ContinualStream, Task
+from bpn_lightning.tasks import ContinualStream, Task
 
 __all__ = ["BeneficialPerturbation", "Direction", "perturbation"]
 
@@ -145,7 +146,7 @@ class BeneficialPerturbation(ContinualStrategy):
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Give the chosen layers bias units."""
-        known = host.linear_layers()
+        known = host.network.linear_layers()
         for name in self.layers or known:
             if name not in known:
                 raise ConfigurationError(
@@ -153,8 +154,7 @@ class BeneficialPerturbation(ContinualStrategy):
                     f"{did_you_mean(name, known)} It has {', '.join(known)}."
                 )
         self.units = {
-            name: cast(BiasUnits, host.attach_bias_units(name, self.rank))
-            for name in self.layers or known
+            name: host.network.attach_bias_units(name, self.rank) for name in self.layers or known
         }
         for units in self.units.values():
             # Before DDP wraps the module: it must not wait for gradients that never come.
@@ -211,10 +211,10 @@ class BeneficialPerturbation(ContinualStrategy):
         outputs = {name: units.bank.shape[1] for name, units in self.units.items()}
         size = next(iter(self.units.values())).bank.element_size()  # 8 in double precision
         row = size * sum(outputs.values())
-        banks = len(host.tasks) * row
+        banks = len(host.network.tasks) * row
         live = self.rank * (size * len(outputs) + row)
         hidden = [units for name, units in outputs.items() if name != "head"]
-        own = host.tasks[0].num_classes if "head" in outputs else 0
+        own = host.network.tasks[0].num_classes if "head" in outputs else 0
         return DeclaredBytes(banks + live, banks, row, bias_unit_bytes(hidden, own))
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:

@@ -14,10 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import evaluation_mode, full_precision
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.lwf import LearningWithoutForgetting
-from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task, dry_inputs
+from bpn_lightning.tasks import Batch, ContinualStream, Phase, Task, dry_inputs
 from bpn_lightning.teacher import Outputs, concatenated_heads, student_outputs
 
 __all__ = ["Autoencoder", "EncoderBasedLifelongLearning", "code_loss", "codes"]
@@ -260,7 +261,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         """Find the layer, and listen to it."""
         super().configure(host, stream)
         self._last_task = len(stream.tasks) - 1
-        network = host.network()
+        network = host.network
         known = dict(network.get_submodule("backbone").named_modules(prefix="backbone"))
         if self.layer not in known:
             raise ConfigurationError(
@@ -284,7 +285,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
 
     def _num_features(self, host: ContinualHost) -> int:
         """Width of the layer's flattened output, from one dry forward."""
-        network, outputs = host.network(), []
+        network, outputs = host.network, []
         layer = network.get_submodule(self.layer)
         handle = layer.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
         sample = dry_inputs(host.stream, 1, host.device)
@@ -327,21 +328,21 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
     def phase_optimizer(self, host: ContinualHost, phase: Phase) -> Optimizer:
         """Adadelta, over an autoencoder that is new, or restored where a run resumes."""
         autoencoder = self.autoencoder or self._new_autoencoder(host)
-        if self.num_encoders == host.opened:
+        if self.num_encoders == host.network.opened:
             self.autoencoder = autoencoder
         # else the task is learned, and a checkpoint of this moment wants an optimizer to restore
         return Adadelta(autoencoder.to(host.device).parameters(), lr=self.autoencoder_lr)
 
     def _new_autoencoder(self, host: ContinualHost) -> Autoencoder:
         features = self._num_features(host)
-        generator = seeded_generator("autoencoder", host.stream.seed, host.opened)
+        generator = seeded_generator("autoencoder", host.stream.seed, host.network.opened)
         return Autoencoder(features, self.code_size or min(100, features // 2), generator)
 
     def phase_loss(self, host: ContinualHost, phase: Phase, batch: Batch) -> Tensor:
         """The reconstruction error and the task's loss on what is reconstructed: ``(batch,)``."""
         assert self.autoencoder is not None
-        logits, errors = reconstructed(host.network(), self.layer, self.autoencoder, batch.inputs)
-        losses = host.losses(full_precision(logits), batch.targets, host.opened)
+        logits, errors = reconstructed(host.network, self.layer, self.autoencoder, batch.inputs)
+        losses = host.losses(full_precision(logits), batch.targets, host.network.opened)
         return self.reconstruction * errors + losses
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:

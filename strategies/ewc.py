@@ -4,9 +4,10 @@ from typing import ClassVar
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
-from bpn_lightning.tasks import ContinualHost, Task
+from bpn_lightning.tasks import Task
 
 __all__ = ["EWC"]
 

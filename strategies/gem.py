@@ -21,6 +21,7 @@ from bpn_lightning.functional.projection import (
     violated,
 )
 from bpn_lightning.functional.segments import segment_gradients, segments_have_closed_forms
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.memory import (
     EpisodicMemory,
     MemoryPer,
@@ -32,7 +33,7 @@ from bpn_lightning.memory import (
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
-from bpn_lightning.tasks import ContinualHost, Task
+from bpn_lightning.tasks import Task
 
 __all__ = ["AveragedGEM", "GradientEpisodicMemory"]
 
@@ -131,7 +132,7 @@ class GradientEpisodicMemory(ContinualStrategy):
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse what breaks the constraints again or cannot be filled; warn of what may."""
-        trainer = cast(Any, host).trainer
+        trainer = host.trainer
         name = type(self).__name__
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ConfigurationError(
@@ -211,7 +212,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         own = slice(host.global_rank, None, self._processes)
         size = self.replay_batch_size or len(positions)
         total: Tensor | None = None
-        with evaluation_mode(host.network()), torch.autocast(host.device.type, enabled=False):
+        with evaluation_mode(host.network), torch.autocast(host.device.type, enabled=False):
             for start in range(0, len(positions[own]), size):
                 part = slice(start, start + size)
                 sizes = groups[own][part].bincount(minlength=len(totals))
@@ -241,7 +242,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         def losses(logits: Tensor, part: slice) -> Tensor:
             return host.losses(logits, targets[part], tasks[part])
 
-        network, key = host.network(), tuple(parameters)
+        network, key = host.network, tuple(parameters)
         if key not in self._closed_forms:
             self._closed_forms[key] = segments_have_closed_forms(
                 network, parameters, inputs[:1], tasks=tasks[:1]
@@ -260,9 +261,9 @@ class GradientEpisodicMemory(ContinualStrategy):
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter], gradients: Tensor
     ) -> None:
         """Set to 0 where the module restores the head's rows after the step: they do not move."""
-        if host.mask != "task" and host.phase.trains != "head":
+        if host.network.mask != "task" and host.phase.trains != "head":
             return
-        first, stop = host.tasks[host.opened].columns
+        first, stop = host.network.tasks[host.network.opened].columns
         parts = torch.split(gradients, [value.numel() for value in parameters.values()], 1)
         for (name, value), part in zip(parameters.items(), parts, strict=True):
             if name.rpartition(".")[0] == "head":
@@ -301,11 +302,11 @@ class GradientEpisodicMemory(ContinualStrategy):
         learned. The paper has three bytes per value of an image, as its Table I implies: 47,040 for 20
         images of 784 values.
         """
-        samples = [self._samples(task) for task in host.tasks]
+        samples = [self._samples(task) for task in host.network.tasks]
         learned = sum(samples[: len(self.memory.sizes)])
         return DeclaredBytes(
             training=memory_bytes(host, learned, self.memory.inputs.dtype),
-            per_task=memory_bytes(host, samples[0], stored_dtype(host, host.tasks[:1])),
+            per_task=memory_bytes(host, samples[0], stored_dtype(host, host.network.tasks[:1])),
             per_task_in_paper=samples[0] * prod(host.stream.input_shape) * 3,
         )
 

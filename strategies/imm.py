@@ -16,10 +16,11 @@ from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
 from bpn_lightning.functional.penalties import merged_quadratic
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import TaskModule
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
-from bpn_lightning.tasks import ContinualHost, ContinualStream, Task
+from bpn_lightning.tasks import ContinualStream, Task
 
 __all__ = ["IncrementalMomentMatching", "drop_transfer"]
 
@@ -142,7 +143,9 @@ class IncrementalMomentMatching(ContinualStrategy):
         self._remove_hooks()
         if self.drop == 0:
             return
-        hidden = {name: layer for name, layer in host.linear_layers().items() if name != "head"}
+        hidden = {
+            name: layer for name, layer in host.network.linear_layers().items() if name != "head"
+        }
         if not hidden:
             raise ConfigurationError(
                 "Expected the backbone to have linear layers where drop is set, but it has none. "
@@ -204,7 +207,7 @@ class IncrementalMomentMatching(ContinualStrategy):
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Add the task's network to the averages."""
         alpha = 1.0 if self.weights is None else self.weights[task.id]
-        parameters = host.shared_parameters(include_head=host.mask != "task")
+        parameters = host.network.shared_parameters(include_head=host.network.mask != "task")
         fisher: dict[str, Tensor] = {}
         if self.mode == "mode" and parameters:
             key = ("imm fisher", host.stream.seed, task.id)
@@ -238,7 +241,7 @@ class IncrementalMomentMatching(ContinualStrategy):
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: 4 bytes per number, twice for the averages, and as in ``State``."""
-        shared = host.shared_parameters(include_head=host.mask != "task").values()
+        shared = host.network.shared_parameters(include_head=host.network.mask != "task").values()
         parameters, buffers = tensor_bytes(shared), tensor_bytes(_float_buffers(host).values())
         sums = parameters * ((self.mode == "mode") + bool(self.strength or self.drop))
         return DeclaredBytes(2 * (parameters + buffers) + sums)
@@ -247,7 +250,7 @@ class IncrementalMomentMatching(ContinualStrategy):
         """The value of the L2-transfer, strength included."""
         if self.strength == 0 or not self.previous:
             return {}
-        parameters = host.shared_parameters(include_head=True)
+        parameters = host.network.shared_parameters(include_head=True)
         gaps = [
             (parameters[name].detach() - value).square().sum()
             for name, value in self.previous.items()
@@ -278,7 +281,7 @@ class IncrementalMomentMatching(ContinualStrategy):
 
 def _float_buffers(host: ContinualHost) -> dict[str, Tensor]:
     """The backbone's own, such as running statistics; not what other strategies keep there."""
-    backbone = host.network().get_submodule("backbone")
+    backbone = host.network.get_submodule("backbone")
     kept = {
         id(buffer)
         for part in backbone.modules()

@@ -1,7 +1,7 @@
 """Learning without forgetting."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from bpn_lightning.costs import DeclaredBytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.functional.distillation import distillation_of_heads
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Phase, Task
+from bpn_lightning.tasks import Batch, ContinualStream, Phase, Task
 from bpn_lightning.teacher import Columns, Outputs, Teacher, concatenated_heads, student_outputs
 
 __all__ = ["LearningWithoutForgetting"]
@@ -21,8 +22,8 @@ HEADS = ("per_task", "joint")
 
 def _in_old_modes(host: ContinualHost, run: Callable[[], Outputs]) -> list[Outputs]:
     outputs = []
-    for task_id in range(host.opened):
-        with host.task_mode(task_id):
+    for task_id in range(host.network.opened):
+        with host.network.task_mode(task_id):
             outputs.append(run())
     return outputs
 
@@ -121,11 +122,11 @@ class LearningWithoutForgetting(ContinualStrategy):
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Note whether tasks have rows of their own."""
-        self._shared_head = host.mask == "shared"
+        self._shared_head = host.network.mask == "shared"
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse where every softmax would be over one column, and so 1 whatever the logits are."""
-        heads = [task.columns for task in host.tasks[:-1]]
+        heads = [task.columns for task in host.network.tasks[:-1]]
         if self.strength == 0 or not heads or max(self._widths(heads)) > 1:
             return
         if self._shared_head or len(heads) == 1 or self.heads == "joint":
@@ -167,7 +168,7 @@ class LearningWithoutForgetting(ContinualStrategy):
             outputs: those of the network in that task's mode.
             layer: whose features to note.
         """
-        if not host.has_modes:
+        if not host.network.has_modes:
             return [outputs]
         return _in_old_modes(host, lambda: student_outputs(host, batch.inputs, layer))
 
@@ -175,14 +176,14 @@ class LearningWithoutForgetting(ContinualStrategy):
         self, host: ContinualHost, inputs: Tensor, layer: str | None = None
     ) -> list[Outputs]:
         """The same of the teacher."""
-        if not host.has_modes:
+        if not host.network.has_modes:
             return [self.teacher.forward(host, inputs, layer)]
         return _in_old_modes(host, lambda: self.teacher.forward(host, inputs, layer))
 
     def old_heads(self, host: ContinualHost) -> list[Columns]:
         """The columns that are distilled; those that tasks share once, or once for each mode."""
-        heads = [task.columns for task in host.tasks[: host.opened]]
-        return heads if host.has_modes else list(dict.fromkeys(heads))
+        heads = [task.columns for task in host.network.tasks[: host.network.opened]]
+        return heads if host.network.has_modes else list(dict.fromkeys(heads))
 
     def distilled(self, student: Tensor, teacher: Tensor, heads: Sequence[Columns]) -> Tensor:
         """The loss of what they say of the old heads, strength included: ``(batch,)``."""
@@ -201,7 +202,7 @@ class LearningWithoutForgetting(ContinualStrategy):
         if batch.samples is None or isinstance(batch.task, Tensor):  # beside other tasks' samples
             return None
         if self._recorded is None:
-            limit = cast(Any, host).trainer.limit_train_batches
+            limit = host.trainer.limit_train_batches
             whole = isinstance(limit, float) and limit == 1  # and not one batch
             if not (self.record and whole and host.phase.epochs > 1):
                 return None
@@ -213,7 +214,7 @@ class LearningWithoutForgetting(ContinualStrategy):
         """Ask of the whole task; each process its share, and then all know everything."""
         indices, logits, samples = [], [], 0
         heads = self.old_heads(host)
-        for batch in host.batches(host.opened, "train"):
+        for batch in host.batches(host.network.opened, "train"):
             assert batch.samples is not None  # in evaluation nothing is augmented
             indices.append(batch.samples.to(host.device))
             logits.append(concatenated_heads(self.teacher_outputs(host, batch.inputs), heads))
@@ -240,7 +241,7 @@ class LearningWithoutForgetting(ContinualStrategy):
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: the shared weights and float buffers once more, from the second task on."""
-        kept = self.needs_teacher and host.opened > 0
+        kept = self.needs_teacher and host.network.opened > 0
         return DeclaredBytes(tensor_bytes(Teacher.state(host).values()) if kept else 0)
 
     def state_dict(self) -> dict[str, Any]:

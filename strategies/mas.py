@@ -3,8 +3,9 @@
 from typing import ClassVar
 
 from bpn_lightning.functional.importance import output_sensitivity
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
-from bpn_lightning.tasks import ContinualHost, Task
+from bpn_lightning.tasks import Task
 
 __all__ = ["MemoryAwareSynapses"]
 

@@ -22,8 +22,8 @@ from bpn_lightning.functional.penalties import (
     proximal_step_,
     proximal_weights,
 )
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
-from bpn_lightning.tasks import ContinualHost
 
 __all__ = ["UPDATES", "PenaltyStrategy", "QuadraticPenalty", "Update"]
 
@@ -193,8 +193,8 @@ class PenaltyStrategy(ContinualStrategy):
 
     def parameters(self, host: ContinualHost) -> dict[str, nn.Parameter]:
         """What is held: the shared parameters, with or without the head."""
-        include = host.mask != "task" if self.include_head is None else self.include_head
-        return host.shared_parameters(include_head=include)
+        include = host.network.mask != "task" if self.include_head is None else self.include_head
+        return host.network.shared_parameters(include_head=include)
 
     # --- an update -------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import pi
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import ContinualHost, ContinualStream, dry_inputs
+from bpn_lightning.tasks import ContinualStream, dry_inputs
 
 __all__ = ["KeyKind", "ParameterSuperposition", "binary_key", "phase_key", "turned"]
 
@@ -130,27 +131,27 @@ class ParameterSuperposition(ContinualStrategy):
         """Give the chosen layers keys, 1 until the stream starts."""
         names = self.layers or self._default_layers(host)
         kind = "complex" if self.kind == "complex" else "binary"
-        self.keys = {name: cast(Keys, host.attach_keys(name, kind)) for name in names}
+        self.keys = {name: host.network.attach_keys(name, kind) for name in names}
         if kind == "complex":
             inputs = dry_inputs(stream, 2, host.device)
             if inputs.is_floating_point():
                 draw = torch.rand(inputs.shape, generator=seeded_generator("dry forward"))
                 inputs = draw.to(host.device)
-            check_elementwise(host.network(), inputs)
+            check_elementwise(host.network, inputs)
 
     def _default_layers(self, host: ContinualHost) -> list[str]:
         weighted = (
             name
-            for name, part in host.network().named_modules()
+            for name, part in host.network.named_modules()
             if next(part.parameters(recurse=False), None) is not None or is_parametrized(part)
         )
         left_out = set() if self.key_input else {next(weighted)}
         left_out |= set() if self.key_output else {"head"}
-        names = [name for name in host.linear_layers() if name not in left_out]
+        names = [name for name in host.network.linear_layers() if name not in left_out]
         if not names:
             raise ConfigurationError(
                 "Expected key_input and key_output to leave at least one layer with keys, but the "
-                f"network's linear layers are {', '.join(host.linear_layers())}. Set one of them to true."
+                f"network's linear layers are {', '.join(host.network.linear_layers())}. Set one of them to true."
             )
         return names
 
@@ -159,7 +160,7 @@ class ParameterSuperposition(ContinualStrategy):
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Draw every task's keys, and the phases of complex weights; from then on they are state."""
         for name, keys in self.keys.items():
-            for task in host.tasks:
+            for task in host.network.tasks:
                 generator = seeded_generator("keys", stream.seed, task.id, name)
                 keys.write(task.id, self._draw(keys, task.id, generator))
         if self.first_key == "random":
@@ -179,7 +180,7 @@ class ParameterSuperposition(ContinualStrategy):
         return phase_key(size, generator) if self.kind == "complex" else binary_key(size, generator)
 
     def _complex_layers(self, host: ContinualHost) -> dict[str, ComplexLinear]:
-        layers = host.linear_layers().items()
+        layers = host.network.linear_layers().items()
         return {name: layer for name, layer in layers if isinstance(layer, ComplexLinear)}
 
     # --- what it costs ---------------------------------------------------------------------------
@@ -201,8 +202,8 @@ class ParameterSuperposition(ContinualStrategy):
         keys = tensor_bytes(keys.bank[0] for keys in self.keys.values())
         floats = sum(keys.bank.shape[1] for keys in self.keys.values())
         if "head" in self.keys:
-            floats += host.linear_layers()["head"].out_features
-        total = len(host.tasks) * keys + tensor_bytes(weights)
+            floats += host.network.linear_layers()["head"].out_features
+        total = len(host.network.tasks) * keys + tensor_bytes(weights)
         return DeclaredBytes(total, total, keys, floats * (8 if self.kind == "complex" else 4))
 
 

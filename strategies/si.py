@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
-from bpn_lightning.tasks import ContinualHost, Task
+from bpn_lightning.tasks import Task
 
 __all__ = ["Clamp", "SynapticIntelligence", "add_importance"]
 

@@ -14,11 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.functional.importance import mean_over_task, squared_lengths
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.execution import differentiable
 from bpn_lightning.nn.layers import evaluation_mode, full_precision
 from bpn_lightning.strategies.mas import MemoryAwareSynapses
 from bpn_lightning.strategies.penalty import Update
-from bpn_lightning.tasks import Batch, ContinualHost, ContinualStream, Task, dry_inputs
+from bpn_lightning.tasks import Batch, ContinualStream, Task, dry_inputs
 
 __all__ = ["SLNID", "Discount", "inhibition", "inhibition_weights"]
 
@@ -156,15 +157,13 @@ class SLNID(MemoryAwareSynapses):
             return
         self.units = self._find_units(host, stream)
         self._handles = [
-            host.network()
-            .get_submodule(name)
-            .register_forward_hook(partial(self._note, host, name))
+            host.network.get_submodule(name).register_forward_hook(partial(self._note, host, name))
             for name in self.units
         ]
 
     def _find_units(self, host: ContinualHost, stream: ContinualStream) -> dict[str, int]:
         """Names and widths, from one dry forward."""
-        parts = dict(host.network().named_modules())
+        parts = dict(host.network.named_modules())
         known = [name for name, part in parts.items() if name.startswith("backbone.")]
         names = [name for name in known if isinstance(parts[name], nn.ReLU)]
         for name in self.layers or ():
@@ -182,8 +181,8 @@ class SLNID(MemoryAwareSynapses):
 
         handles = [parts[name].register_forward_hook(partial(note, name)) for name in names]
         inputs = dry_inputs(stream, 1, host.device)
-        with torch.no_grad(), evaluation_mode(host.network()):
-            host.network()(inputs)
+        with torch.no_grad(), evaluation_mode(host.network):
+            host.network(inputs)
         for handle in handles:
             handle.remove()
         fit = {name: found[0][1] for name, found in shapes.items() if [*map(len, found)] == [2]}
@@ -243,7 +242,7 @@ class SLNID(MemoryAwareSynapses):
         self._weights = {}
 
     def _unit_importance(self, host: ContinualHost, task: Task) -> dict[str, Tensor]:
-        network = host.network()
+        network = host.network
         kind = next(network.parameters()).dtype
         like = {
             name: torch.zeros(units, device=host.device, dtype=kind)
@@ -266,7 +265,7 @@ class SLNID(MemoryAwareSynapses):
         """MAS's, and a number per unit once a task is learned, of 4 bytes as the weights."""
         weights = super().declared_bytes(host)
         units = sum(self.units.values()) if self.alpha else 0
-        size = next(host.network().parameters()).element_size()
+        size = next(host.network.parameters()).element_size()
         return weights._replace(training=weights.training + size * units)
 
     def state_dict(self) -> dict[str, Any]:

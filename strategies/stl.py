@@ -1,7 +1,7 @@
 """Single-task learning: a network of its own for every task."""
 
 import random
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,10 +9,11 @@ from torch.optim import Optimizer
 
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import WeightBank
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import ContinualHost, ContinualStream, Task
+from bpn_lightning.tasks import ContinualStream, Task
 
 __all__ = ["IndependentNetworks"]
 
@@ -49,7 +50,7 @@ class IndependentNetworks(ContinualStrategy):
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Give the module room for whole sets of weights."""
-        self.bank = cast(WeightBank, host.attach_weight_bank())
+        self.bank = host.network.attach_weight_bank()
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse an optimizer that would hand one network's momentum to the next."""
@@ -83,10 +84,10 @@ class IndependentNetworks(ContinualStrategy):
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Inference: 4 P and the buffers for each learned task; training: once more."""
-        network = host.network()
+        network = host.network
         parts = [network.get_submodule(name) for name in self._bank.parts]
         one = sum(tensor_bytes([*part.parameters(), *part.buffers()]) for part in parts)
-        learned = (host.opened + 1) * one
+        learned = (host.network.opened + 1) * one
         return DeclaredBytes(learned + one, learned, one, one)
 
     @property

@@ -57,9 +57,9 @@ class Pull(ContinualStrategy):
     def on_task_end(self, host, task):
         if self.strength == 0:
             return
-        with host.task_mode(task.id), evaluation_mode(host.network()):
+        with host.network.task_mode(task.id), evaluation_mode(host.network):
             self.size = self.measure(host, task)
-        parameters = host.shared_parameters(include_head=False)
+        parameters = host.network.shared_parameters(include_head=False)
         self.anchor = {name: p.detach().clone() for name, p in parameters.items()}
 
     def batches(self, host, task):
@@ -69,7 +69,7 @@ class Pull(ContinualStrategy):
     def measure(self, host, task):
         sums = torch.zeros(2)
         for batch in self.batches(host, task):
-            logits = host.network()(batch.inputs)[:, slice(*host.columns(task.id))]
+            logits = host.network(batch.inputs)[:, slice(*host.network.columns(task.id))]
             sums += torch.tensor([logits.square().sum(), float(len(logits))])
         total, count = self.total(host, sums)
         return total / count
@@ -92,7 +92,7 @@ class Pull(ContinualStrategy):
         self.anchor, self.size = dict(state["anchor"]), state["size"]
 
     def declared_bytes(self, host):
-        shared = host.shared_parameters(include_head=False).values()
+        shared = host.network.shared_parameters(include_head=False).values()
         return DeclaredBytes(4 * sum(p.numel() for p in shared) + 4)
 
 
@@ -112,7 +112,7 @@ class Listener(TaskModule):
 
 
 def listen(host, tell):
-    host.network().get_submodule("backbone").listener = Listener(len(host.tasks), tell)
+    host.network.get_submodule("backbone").listener = Listener(len(host.network.tasks), tell)
 
 
 class WithoutNull(Pull):
@@ -132,7 +132,7 @@ class NeedsAnArgument(Pull):
 class ActsAtStrengthZero(Pull):
     def penalty_grad(self, host, parameters):
         super().penalty_grad(host, parameters)
-        if host.opened:
+        if host.network.opened:
             parameters["head.bias"].grad.mul_(0.9)
 
 
@@ -176,7 +176,7 @@ class DrawsToSwitch(Pull):
         self.inside = False
 
     def draw(self, host):
-        if host.opened == 1 and not self.inside and self.strength:
+        if host.network.opened == 1 and not self.inside and self.strength:
             torch.rand(1)
 
 
@@ -197,7 +197,7 @@ class HiddenModes(Pull):
     mode = 0
 
     def configure(self, host, stream):
-        host.linear_layers()["head"].register_forward_hook(self.shift)
+        host.network.linear_layers()["head"].register_forward_hook(self.shift)
         listen(host, self.select)
 
     def select(self, task):
@@ -283,7 +283,7 @@ class DrawsGlobally(Pull):
 
 class LeavesGradients(Pull):
     def measure(self, host, task):
-        for parameter in host.network().parameters():
+        for parameter in host.network.parameters():
             parameter.grad = torch.ones_like(parameter)
         return super().measure(host, task)
 
@@ -292,7 +292,7 @@ class MovesWeights(Pull):
     def measure(self, host, task):
         size = super().measure(host, task)
         with torch.no_grad():
-            host.network().backbone[1].weight.mul_(0.999)
+            host.network.backbone[1].weight.mul_(0.999)
         return size
 
 
@@ -304,9 +304,9 @@ class MeasuresAugmented(Pull):
 
 class MovesOtherHeads(Pull):
     def on_task_start(self, host, task):
-        if host.mask == "task" and task.id:
+        if host.network.mask == "task" and task.id:
             with torch.no_grad():
-                host.network().head.bias[0] += 0.1
+                host.network.head.bias[0] += 0.1
 
 
 class CountsBytesWrong(Pull):
@@ -383,7 +383,7 @@ class ClipsBadly(Pull):
 
 class AloneInSecret(Pull):
     def on_task_start(self, host, task):
-        if host.has_modes:
+        if host.network.has_modes:
             raise ValueError("What is a mode?")
 '''
 

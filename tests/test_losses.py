@@ -70,8 +70,8 @@ class Recorder(ContinualStrategy):
         return [*range(task.id + 1)] if self.joint else [task.id]
 
     def loss_terms(self, host: Any, batch: Any, logits: Tensor) -> dict[str, Tensor]:
-        assert isinstance(batch.task, Tensor) == (self.joint and host.opened > 0)
-        self.batches.append((logits.detach(), batch.targets, host.opened))
+        assert isinstance(batch.task, Tensor) == (self.joint and host.network.opened > 0)
+        self.batches.append((logits.detach(), batch.targets, host.network.opened))
         return {}
 
     def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
@@ -120,9 +120,9 @@ def test_validation_early_stopping_and_the_logged_loss_use_it(fit: Fit, mask: st
     stream = SplitDigits(num_tasks=2, epochs_per_task=1, validation_fraction=0.2, seed=0)
     module, trainer = fit(stream=stream, mask=mask, loss=CrossEntropy(WEIGHTS, 0.1), patience=1)
     (logged,) = trainer.validate(module, stream, verbose=False)
-    loss, accuracy = validation_scores(module, 1)
+    loss, accuracy = validation_scores(module.host, 1)
     total, right, count = 0.0, 0, 0
-    for batch in module.batches(1, "val"):
+    for batch in module.host.batches(1, "val"):
         with torch.no_grad(), module.task_mode(1):
             logits = module.eval()(batch.inputs)
         first = 2 if mask == "task" else 0
@@ -140,11 +140,11 @@ def test_gems_constraints_are_of_it(fit: Fit) -> None:
     gem = GradientEpisodicMemory(memory_size=20)
     loss = CrossEntropy(WEIGHTS, 0.1)
     module, _ = fit([gem], loss=loss, mask="task")
-    parameters = module.shared_parameters(include_head=True)
+    parameters = module.network.shared_parameters(include_head=True)
     places = (gem.memory.tasks() == 0).nonzero().flatten()
-    found = gem._segments(module, parameters, places, torch.tensor([len(places)]))[0]
+    found = gem._segments(module.host, parameters, places, torch.tensor([len(places)]))[0]
     raw, targets = gem.memory.inputs[places], gem.memory.targets[places]
-    logits = module(module.stream.normalize(raw), task=0)
+    logits = module(module.host.stream.normalize(raw), task=0)
     wanted = torch.autograd.grad(
         F.cross_entropy(
             logits[:, :2], targets, weight=torch.tensor(WEIGHTS[:2]), label_smoothing=0.1,
@@ -177,10 +177,10 @@ def test_the_fisher_is_of_the_likelihood_whatever_the_loss(fit: Fit) -> None:
     from bpn_lightning.functional.importance import fisher_diagonal
 
     module, _ = fit([EWC()], mask="task")
-    parameters = module.shared_parameters(include_head=False)
-    plain = fisher_diagonal(module, 1, parameters)
-    module.sample_loss = SampleLoss(CrossEntropy(WEIGHTS, 0.5))
-    smoothed = fisher_diagonal(module, 1, parameters)
+    parameters = module.network.shared_parameters(include_head=False)
+    plain = fisher_diagonal(module.host, 1, parameters)
+    module.host.sample_loss = SampleLoss(CrossEntropy(WEIGHTS, 0.5))
+    smoothed = fisher_diagonal(module.host, 1, parameters)
     assert all(torch.equal(plain[name], smoothed[name]) for name in plain)
 
 
@@ -243,7 +243,7 @@ def test_it_is_tried_on_every_set_of_columns(fit: Fit, mask: str) -> None:
 
 def test_double_precision_takes_weights_along(fit: Fit) -> None:
     module, _ = fit(loss=CrossEntropy(WEIGHTS), trainer={"precision": "64-true"})
-    assert module.head.weight.dtype == torch.float64
+    assert module.network.head.weight.dtype == torch.float64
     module, _ = fit(loss=CrossEntropy(WEIGHTS), trainer={"precision": "bf16-mixed"})
     assert module.closed == 1
     module, _ = fit(loss=CrossEntropy(WEIGHTS), trainer={"precision": "bf16-true"})

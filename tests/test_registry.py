@@ -13,8 +13,9 @@ from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import Batch, ContinualHost, Task
+from bpn_lightning.tasks import Batch, Task
 
 GOOD = """
 from bpn_lightning.strategies.finetune import FineTuning
@@ -426,7 +427,7 @@ def test_a_class_that_nobody_registered_works_as_a_callback(fit: Callable[..., A
 
     class Mine(ContinualStrategy):
         def on_task_end(self, host: ContinualHost, task: Task) -> None:
-            seen.append((task.id, host.opened))
+            seen.append((task.id, host.network.opened))
 
         def loss_terms(
             self, host: ContinualHost, batch: Batch, logits: Tensor
@@ -436,5 +437,5 @@ def test_a_class_that_nobody_registered_works_as_a_callback(fit: Callable[..., A
     with_it, _ = fit([Mine()])
     assert seen == [(0, 0), (1, 1)]
     without, _ = fit([])
-    assert with_it.head.weight.norm() < without.head.weight.norm()
-    assert [type(one) for one in with_it.strategies] == [Mine]
+    assert with_it.network.head.weight.norm() < without.network.head.weight.norm()
+    assert [type(one) for one in with_it.host.strategies] == [Mine]

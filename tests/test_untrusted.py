@@ -24,8 +24,8 @@ from bpn_lightning.datamodules.image_sets import Entry, Indoor67
 from bpn_lightning.datamodules.torchvision_sets import _is_whole_idx
 from bpn_lightning.errors import BPNLightningError, CheckpointError
 from bpn_lightning.export import load_exported
-from bpn_lightning.model.structure import SCHEMA
 from bpn_lightning.nn import MLP, torchvision_backbone
+from bpn_lightning.nn.structure import SCHEMA
 from bpn_lightning.report.reading import find_runs
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.run.results import read_matrix_rows, read_results

@@ -108,9 +108,9 @@ def run(work: Work) -> Answer:
     answer.evaluation = clock.read()
     rate = {"ewc": fisher_diagonal, "mas": output_sensitivity}.get(work.method)
     if rate is not None:
-        parameters = module.shared_parameters(include_head=True)
+        parameters = module.network.shared_parameters(include_head=True)
         clock = Clock(work.device)
-        rate(module, work.tasks - 1, parameters)
+        rate(module.host, work.tasks - 1, parameters)
         answer.importance = clock.read()
     return answer
 

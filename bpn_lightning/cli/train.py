@@ -114,8 +114,8 @@ def _train(cli: ContinualCLI, out: TextIO) -> int:
 
 def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     config, module = cli.config, cli.model
-    stored = bytes_per_task(module.strategies, module)
-    held = bytes_held(module.strategies, module)
+    stored = bytes_per_task(module.host.strategies, module.host)
+    held = bytes_held(module.host.strategies, module.host)
     results = write_results(
         cli.folder,
         experiment=config.experiment,
@@ -129,7 +129,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         unsettled=module.unsettled,
         metrics=module.task_metrics,
         provenance=collect_provenance(seconds),
-        extra={"curve": module.curve} if module.evaluate_every == "epoch" else {},
+        extra={"curve": module.curve} if module.history.evaluate_every == "epoch" else {},
     )
     if module.closed + 1 == len(module.tasks):  # nothing resumes from here
         previous_checkpoint(cli.folder).unlink(missing_ok=True)

@@ -160,7 +160,7 @@ def _overridden(case: Case, *hooks: str) -> str:
 def test_samples_may_each_have_a_task(scenario: Scenario) -> None:
     """A batch that mixes tasks is answered as each of its tasks alone."""
     run = scenario.call_log.run
-    batches = [next(iter(run.module.batches(task, "test"))) for task in range(3)]
+    batches = [next(iter(run.module.host.batches(task, "test"))) for task in range(3)]
     inputs = torch.cat([batch.inputs for batch in batches])
     tasks = torch.cat([torch.full_like(b.targets, task) for task, b in enumerate(batches)])
     order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(0))
@@ -187,7 +187,7 @@ def _needs_task_id(case: Case) -> str:
 def test_answers_without_the_task_id(scenario: Scenario) -> None:
     """A strategy that does not declare needs_task_id answers alike in every task's mode."""
     run, found = scenario.call_log.run, []
-    batch = next(iter(run.module.batches(0, "test")))
+    batch = next(iter(run.module.host.batches(0, "test")))
     with torch.no_grad(), evaluation_mode(run.module):
         modes = [run.module(batch.inputs, task=task) for task in range(3)]
     found = [f"task {k}" for k, logits in enumerate(modes) if not torch.equal(logits, modes[0])]
@@ -351,7 +351,7 @@ def test_consolidation_leaves_the_network_as_it_was(scenario: Scenario) -> None:
     expect_nothing(
         found,
         "Consolidating changed the network",
-        "Measure inside `with evaluation_mode(host.network()):`, use torch.autograd.grad instead of "
+        "Measure inside `with evaluation_mode(host.network):`, use torch.autograd.grad instead of "
         "backward(), and give weights to evaluate with by merged_weights.",
     )
 
@@ -380,7 +380,7 @@ def test_consolidation_measures_the_network_that_answers(scenario: Scenario) -> 
     expect_nothing(
         [f"{note.name}: {said}" for note in notes for said in sorted(set(note.seen))],
         "While consolidating",
-        "Measure inside `with evaluation_mode(host.network()):` on host.batches(task.id, 'train').",
+        "Measure inside `with evaluation_mode(host.network):` on host.batches(task.id, 'train').",
     )
 
 
@@ -393,7 +393,7 @@ def test_other_heads_stay_bit_identical(scenario: Scenario) -> None:
     def rows(run: Run, task: int) -> dict[str, Any]:
         first, stop = run.module.tasks[task].columns
         with run.module.task_mode(task):
-            head = run.module.linear_layers()["head"]
+            head = run.module.network.linear_layers()["head"]
             return {
                 f"{name} of task {task}": parameter.detach()[first:stop].clone()
                 for name, parameter in head.named_parameters(recurse=False)
@@ -417,7 +417,7 @@ def test_other_heads_stay_bit_identical(scenario: Scenario) -> None:
     expect_nothing(
         found,
         "With mask='task', rows of the head moved while another task was learned",
-        "Look at what it writes into host.linear_layers()['head'] at a task's start or end, and at "
+        "Look at what it writes into host.network.linear_layers()['head'] at a task's start or end, and at "
         "merged_weights: under this mask the head is not merged.",
     )
 
@@ -528,7 +528,7 @@ def test_composes_with_bias_units(scenario: Scenario) -> None:
     beside = fit([BeneficialPerturbation(8, 0.0), *scenario.case.make()], short)
     own = tuple(f"state_dict of/{strategy.state_key}/" for strategy in alone.strategies)
     remedy = (
-        "Ask host.shared_parameters for what it works on, and measure in the task's mode. If it can "
+        "Ask host.network.shared_parameters for what it works on, and measure in the task's mode. If it can "
         "compose with nothing, declare exclusive = True."
     )
     expect_nothing(

@@ -101,12 +101,16 @@ class Observed(ContinualModule):
     before_close: Callable[[int], None] = staticmethod(lambda task: None)
     after_close: Callable[[int], None] = staticmethod(lambda task: None)
 
-    def close(self, task_id: int) -> None:
-        """Close a task, as ever."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._close = self.task_loop.close
+        self.task_loop.close = self._observed_close  # type: ignore[method-assign]
+
+    def _observed_close(self, task_id: int) -> None:
         closing = task_id > self.closed
         if closing:
             self.before_close(task_id)
-        super().close(task_id)
+        self._close(task_id)
         if closing:
             self.after_close(task_id)
 
@@ -134,7 +138,7 @@ class Run:
 
     def parts_of_tasks(self) -> list[str]:
         """Names of the parts of the network that hold something for each task."""
-        named = self.module.named_modules()
+        named = self.module.network.named_modules()
         return [f"{name}." for name, part in named if isinstance(part, TaskModule)]
 
     def learned(self) -> dict[str, Any]:
@@ -145,8 +149,8 @@ class Run:
     def plain(self) -> dict[str, Any]:
         """What fine-tuning has as well: weights, their optimizer's state, the random states."""
         added = tuple(self.parts_of_tasks())
-        weights = self.module.state_dict().items()
-        mine = self.module.shared_parameters(include_head=True)
+        weights = self.module.network.state_dict().items()
+        mine = self.module.network.shared_parameters(include_head=True)
         state = self.trainer.optimizers[0].state
         return flatten(
             {

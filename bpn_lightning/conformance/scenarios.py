@@ -96,10 +96,10 @@ class CallLog:
 
     def _after_close(self, task: int) -> None:
         for strategy in self.run.strategies:
-            name, module = type(strategy).__name__, self.run.module
+            name, host = type(strategy).__name__, self.run.module.host
             measured, declared = (
-                measured_bytes(strategy, module),
-                strategy.declared_bytes(module).held,
+                measured_bytes(strategy, host),
+                strategy.declared_bytes(host).held,
             )
             self.bytes_held.append((task, name, measured, declared))
 
@@ -107,7 +107,7 @@ class CallLog:
         original = getattr(strategy, hook)
 
         def call(host: Any, *task: Any) -> Any:
-            number = task[0].id if task else host.opened
+            number = task[0].id if task else host.network.opened
             name = f"{type(strategy).__name__}.{hook} of task {number}"
             note = Consolidation(name, hook, self._around())
             self.consolidations.append(note)
@@ -178,7 +178,7 @@ def _listening(run: Run, seen: list[str]) -> Iterator[None]:
 def logits_in_mode(run: Run, task: int) -> Tensor:
     """Logits of a task's test images in its mode."""
     with evaluation_mode(run.module), run.module.task_mode(task):
-        batches = list(run.module.batches(task, "test"))
+        batches = list(run.module.host.batches(task, "test"))
         return torch.cat([run.module(batch.inputs) for batch in batches])
 
 

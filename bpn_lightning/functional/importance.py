@@ -22,8 +22,9 @@ from bpn_lightning.functional.gradients import (
     sample_gradient_sums,
     sums_have_closed_forms,
 )
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import evaluation_mode
-from bpn_lightning.tasks import Batch, ContinualHost
+from bpn_lightning.tasks import Batch
 
 __all__ = [
     "FisherLabels",
@@ -61,8 +62,8 @@ def mean_over_task(
     """
     sums = {name: torch.zeros_like(value) for name, value in like.items()}
     count = torch.zeros((), dtype=torch.float64, device=host.device)
-    with host.task_mode(task_id), evaluation_mode(host.network()):
-        columns = slice(*host.columns(task_id))
+    with host.network.task_mode(task_id), evaluation_mode(host.network):
+        columns = slice(*host.network.columns(task_id))
         for batch in host.batches(task_id, "train"):
             found = sums_of(batch, columns)
             if sums:
@@ -133,7 +134,7 @@ def fisher_diagonal(
     Raises:
         DataError: the task has no samples.
     """
-    sums_of = _measured(host.network(), parameters, cross_entropies, torch.square)
+    sums_of = _measured(host.network, parameters, cross_entropies, torch.square)
 
     def squares(batch: Batch, columns: slice) -> dict[str, Tensor]:
         draws = batch.inputs.new_empty(0)
@@ -195,7 +196,7 @@ def output_sensitivity(
     Raises:
         DataError: the task has no samples.
     """
-    sums_of = _measured(host.network(), parameters, squared_lengths, torch.abs)
+    sums_of = _measured(host.network, parameters, squared_lengths, torch.abs)
 
     def absolutes(batch: Batch, columns: slice) -> dict[str, Tensor]:
         return sums_of(batch.inputs, _no_label, columns)

@@ -25,15 +25,19 @@ from lightning.pytorch import Trainer
 
 from bpn_lightning.errors import BPNLightningError, CheckpointError
 from bpn_lightning.files import why_unreadable
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
 from bpn_lightning.model.rebuilding import rebuild
-from bpn_lightning.model.structure import Structure, check_schema, schema_fields
 from bpn_lightning.model.task_loop import TaskLoop
+from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.random_state import random_state
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.run.identity import differences, flatten
 from bpn_lightning.tasks import Task
-from bpn_lightning.trainer.lightning import progress_in_update
+from bpn_lightning.trainer.lightning import (
+    mark_epoch_unfinished,
+    progress_in_update,
+    stopped_mid_epoch,
+)
 
 __all__ = ["ENTRY", "load_state", "loading", "save_state"]
 
@@ -41,36 +45,32 @@ ENTRY = "continual"
 """The key in a checkpoint."""
 
 
-def save_state(loop: TaskLoop) -> dict[str, Any]:
-    """The entry of a checkpoint, of all processes: each of them calls this."""
-    network = loop.network
-    return {
+def save_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
+    """Add the entry to Lightning's checkpoint, of all processes: each of them calls this."""
+    host = loop.host
+    checkpoint[ENTRY] = {
         **schema_fields(),
-        "structure": network.structure.record(),
-        "seed": network.stream.seed,
-        "strategies": _state_keys(network),
-        "cursor": network.cursor.state_dict(),
+        "structure": host.network.structure.record(),
+        "seed": host.stream.seed,
+        "strategies": _state_keys(host),
+        "cursor": host.cursor.state_dict(),
         "early_stopping": loop.early_stopping.state_dict(),
         "optimization": loop.optimization.state_dict(),
         "history": loop.history.state_dict(loop.right_answers()),
-        "training_weights": dict(network.training_weights),
-        "random_states": _random_states(network.trainer),
-        "unfinished": _unfinished(network.trainer),
+        "training_weights": dict(host.training_weights),
+        "random_states": _random_states(host.trainer),
+        "unfinished": _unfinished(host.trainer),
     }
+    if stopped_mid_epoch(host.trainer):
+        mark_epoch_unfinished(checkpoint)
 
 
-def load_state(
-    loop: TaskLoop, checkpoint: Mapping[str, Any], resuming: bool
-) -> dict[str, Any] | None:
+def load_state(loop: TaskLoop, checkpoint: Mapping[str, Any]) -> None:
     """Rebuild the structure, with or without a trainer, and take over the cursor and what was measured.
 
     Args:
         loop: of a network with the backbone of the checkpoint's.
         checkpoint: Lightning's, with the entry of :func:`save_state`.
-        resuming: whether a run goes on from there.
-
-    Returns:
-        This process's random state, to be restored when everything is built; None unless a run goes on.
 
     Raises:
         CheckpointError: the checkpoint is of another schema, stream, mask or list of strategies, was
@@ -84,21 +84,25 @@ def load_state(
         )
     check_schema(saved, "a checkpoint")
     structure = Structure.read(saved["structure"])
-    network = loop.network
-    _check_same_run(network, structure, saved, resuming)
+    host = loop.host
+    resuming = host.has_trainer and host.trainer.state.fn == "fit"
+    _check_same_run(host, structure, saved, resuming)
     if resuming:
         _check_resumable(checkpoint, saved["unfinished"])
-    rebuild(network, structure, checkpoint["state_dict"])
-    network.merged.training = dict(saved["training_weights"])
+    weights = {
+        name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()
+    }
+    rebuild(host.network, structure, weights)
+    host.merged.training = dict(saved["training_weights"])
     loop.early_stopping.load_state_dict(saved["early_stopping"])
     loop.history.load_state_dict(saved["history"])
     if resuming:
-        network.cursor.load_state_dict(saved["cursor"])
+        host.cursor.load_state_dict(saved["cursor"])
         loop.optimization.load_state_dict(saved["optimization"])
+        loop.random_state = _own_random_state(host, saved["random_states"])
     else:
-        network.cursor.load_progress(saved["cursor"])
-    network.switch(network.cursor.task)
-    return _own_random_state(network, saved["random_states"]) if resuming else None
+        host.cursor.load_progress(saved["cursor"])
+    host.network.switch(host.cursor.task)
 
 
 @contextmanager
@@ -135,15 +139,16 @@ def loading(path: Any, weights_only: bool) -> Iterator[None]:
 
 
 def _check_same_run(
-    network: ContinualNetwork, structure: Structure, saved: Mapping[str, Any], resuming: bool
+    host: Host, structure: Structure, saved: Mapping[str, Any], resuming: bool
 ) -> None:
+    network = host.network
     here: dict[str, Any] = {"mask": network.mask}
     there: dict[str, Any] = {"mask": structure.mask}
-    if network.has_trainer and network.tasks:
+    if host.has_trainer and network.tasks:
         here |= _table(network.tasks)
         there |= _table(structure.tasks)
     if resuming:
-        here |= {"strategies": _state_keys(network), "seed": network.stream.seed}
+        here |= {"strategies": _state_keys(host), "seed": host.stream.seed}
         there |= {"strategies": saved["strategies"], "seed": saved["seed"]}
     different = differences(here, there)
     if different:
@@ -167,13 +172,11 @@ def _check_resumable(checkpoint: Mapping[str, Any], unfinished: Mapping[str, int
         )
 
 
-def _own_random_state(
-    network: ContinualNetwork, states: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    processes = network.trainer.world_size
+def _own_random_state(host: Host, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    processes = host.trainer.world_size
     if len(states) == processes:
-        return states[network.global_rank]
-    if network.global_rank == 0:
+        return states[host.global_rank]
+    if host.global_rank == 0:
         warnings.warn(
             f"The checkpoint is of {len(states)} and this run of {processes} processes. It goes on "
             "to the same result up to rounding, unless something draws random numbers inside an "
@@ -183,8 +186,8 @@ def _own_random_state(
     return states[0]
 
 
-def _state_keys(network: ContinualNetwork) -> list[str]:
-    return [strategy.state_key for strategy in network.strategies]
+def _state_keys(host: Host) -> list[str]:
+    return [strategy.state_key for strategy in host.strategies]
 
 
 def _table(tasks: Sequence[Task]) -> dict[str, Any]:

@@ -3,28 +3,29 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.tasks import Phase, Position, Schedule
 
 __all__ = ["Cursor"]
 
 
 class Cursor:
-    """Task, phase and epoch of a module, and what closing the open task has finished.
+    """Phase and epoch of a network that learns, and what closing its open task has finished.
+
+    Args:
+        network: knows itself which task it has opened and which it has closed, as it answers by that.
 
     Attributes:
         schedule: of the epochs of the stream.
-        opened: the task that was opened last, -1 before the first.
-        closed: the last task that is learned, consolidated and evaluated, -1 before the first.
         phase: the phase of the open task that runs.
         consolidated: keys of the strategies that have consolidated the open task.
         checked_epochs: epochs whose end has been handled: early stopping, schedulers, curve.
 
-    State: of the above, plain values.
+    State: of the above and of the network's two, plain values.
     """
 
-    def __init__(self) -> None:
-        self.opened = -1
-        self.closed = -1
+    def __init__(self, network: ContinualNetwork) -> None:
+        self.network = network
         self.consolidated: list[str] = []
         self.checked_epochs = 0
         self.plan(Schedule([[Phase("train", 1)]]))
@@ -37,16 +38,16 @@ class Cursor:
     @property
     def task(self) -> int:
         """The task whose mode holds outside of a fit: the open one, or the first."""
-        return max(self.opened, 0)
+        return max(self.network.opened, 0)
 
     def begin_task(self, task: int) -> None:
         """Open a task, with its first phase."""
-        self.opened, self.phase = task, self.schedule.phases[task][0]
+        self.network.opened, self.phase = task, self.schedule.phases[task][0]
         self.consolidated = []
 
     def begin_phase(self, phase: str) -> bool:
         """Begin a phase of the open task; whether it is another one than before."""
-        before, self.phase = self.phase, self.schedule.phase(self.opened, phase)
+        before, self.phase = self.phase, self.schedule.phase(self.network.opened, phase)
         return before.name != phase
 
     def locate(self, epoch: int) -> Position:
@@ -73,8 +74,8 @@ class Cursor:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {
-            "opened": self.opened,
-            "closed": self.closed,
+            "opened": self.network.opened,
+            "closed": self.network.closed,
             "phase": self.phase.name,
             "phase_lengths": list(self.schedule.lengths),
             "consolidated": list(self.consolidated),
@@ -89,11 +90,11 @@ class Cursor:
         """
         self.load_progress(state)
         self.schedule.load_lengths(state["phase_lengths"])
-        if self.opened >= 0:
-            self.phase = self.schedule.phase(self.opened, state["phase"])
+        if self.network.opened >= 0:
+            self.phase = self.schedule.phase(self.network.opened, state["phase"])
 
     def load_progress(self, state: Mapping[str, Any]) -> None:
         """Take over what holds without the run that the state is of: all but the schedule."""
-        self.opened, self.closed = state["opened"], state["closed"]
+        self.network.opened, self.network.closed = state["opened"], state["closed"]
         self.consolidated = list(state["consolidated"])
         self.checked_epochs = state["checked_epochs"]

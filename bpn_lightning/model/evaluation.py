@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import evaluation_mode
-from bpn_lightning.tasks import ContinualHost, Split
+from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.tasks import Split
 
 __all__ = ["evaluate", "evaluate_task_agnostic", "most_confident", "validation_scores"]
 
@@ -17,7 +19,7 @@ Observe = Callable[[int, Tensor, Tensor], None]
 
 @torch.no_grad()
 def evaluate(
-    module: ContinualHost,
+    host: ContinualHost,
     tasks: Sequence[int] | None = None,
     split: Split = "test",
     observe: Observe | None = None,
@@ -27,7 +29,7 @@ def evaluate(
     Leaves weights, running statistics, modes and the global random state as they were.
 
     Args:
-        module: a module with a stream; under DDP every process calls this and gets the same.
+        host: of a module with a stream; under DDP every process calls this and gets the same.
         tasks: task ids; all of the stream by default.
         split: which part of their data.
         observe: whoever wants to see the same answers.
@@ -35,24 +37,24 @@ def evaluate(
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
     """
-    network = module.network()
-    ids = range(len(module.tasks)) if tasks is None else tasks
-    counts = torch.zeros(2, len(ids), dtype=torch.float64, device=module.device)
+    network = host.network
+    ids = range(len(network.tasks)) if tasks is None else tasks
+    counts = torch.zeros(2, len(ids), dtype=torch.float64, device=host.device)
     with evaluation_mode(network):
         for index, task in enumerate(ids):
-            with module.task_mode(task):
-                for batch in module.batches(task, split):
+            with network.task_mode(task):
+                for batch in host.batches(task, split):
                     logits = network(batch.inputs)
                     counts[0, index] += (logits.argmax(1) == batch.targets).sum()
                     counts[1, index] += len(batch.targets)
                     if observe is not None:
                         observe(task, logits, batch.targets)
-    return _accuracy(module, counts)
+    return _accuracy(host, counts)
 
 
 @torch.no_grad()
 def evaluate_task_agnostic(
-    module: ContinualHost,
+    host: ContinualHost,
     tasks: Sequence[int],
     split: Split = "test",
     max_samples: int | None = None,
@@ -64,7 +66,7 @@ def evaluate_task_agnostic(
     no modes.
 
     Args:
-        module: a module with a stream and one head for all tasks.
+        host: of a module with a stream and one head for all tasks.
         tasks: ids of the learned tasks; no other mode competes.
         split: which part of their data.
         max_samples: samples of each task, drawn alike for every method; None: all.
@@ -75,40 +77,39 @@ def evaluate_task_agnostic(
     Raises:
         ConfigurationError: every task has a head of its own, so that there is no common answer.
     """
-    if module.mask == "task":
+    network = host.network
+    if network.mask == "task":
         raise ConfigurationError(
             "Expected one head for all tasks where no task id is given, but got the mask 'task'. "
             "Use evaluate, or train with another mask."
         )
-    counts = torch.zeros(2, len(tasks), dtype=torch.float64, device=module.device)
-    network = module.network()
-    modes = tasks if module.has_modes else tasks[-1:]
+    counts = torch.zeros(2, len(tasks), dtype=torch.float64, device=host.device)
+    modes = tasks if network.has_modes else tasks[-1:]
     with evaluation_mode(network):
         for index, task in enumerate(tasks):
-            for batch in module.batches(task, split, max_samples):
-                chosen = most_confident(module, batch.inputs, modes).argmax(1)
+            for batch in host.batches(task, split, max_samples):
+                chosen = most_confident(network, batch.inputs, modes).argmax(1)
                 counts[0, index] += (chosen == batch.targets).sum()
                 counts[1, index] += len(batch.targets)
-    return _accuracy(module, counts)
+    return _accuracy(host, counts)
 
 
-def most_confident(module: ContinualHost, inputs: Tensor, modes: Sequence[int]) -> Tensor:
+def most_confident(network: ContinualNetwork, inputs: Tensor, modes: Sequence[int]) -> Tensor:
     """Each sample's logits in the mode, among these, whose largest softmax is the largest.
 
     Args:
-        module: with one head for all tasks.
+        network: with one head for all tasks.
         inputs: ``(batch, *input_shape)``, prepared.
         modes: task ids, at least one; the first of equals answers.
 
     Returns:
         ``(batch, num_classes)``.
     """
-    network = module.network()
-    with module.task_mode(modes[0]):
+    with network.task_mode(modes[0]):
         logits: Tensor = network(inputs)
     confidence = logits.softmax(1).amax(1)
     for mode in modes[1:]:
-        with module.task_mode(mode):
+        with network.task_mode(mode):
             others = network(inputs)
         surer = others.softmax(1).amax(1)
         logits = torch.where((surer > confidence)[:, None], others, logits)
@@ -117,20 +118,20 @@ def most_confident(module: ContinualHost, inputs: Tensor, modes: Sequence[int]) 
 
 
 @torch.no_grad()
-def validation_scores(module: ContinualHost, task: int) -> tuple[float, float]:
+def validation_scores(host: ContinualHost, task: int) -> tuple[float, float]:
     """Mean loss and accuracy on a task's validation split, in its mode."""
-    network = module.network()
-    sums = torch.zeros(3, dtype=torch.float64, device=module.device)
-    with evaluation_mode(network), module.task_mode(task):
-        for batch in module.batches(task, "val"):
+    network = host.network
+    sums = torch.zeros(3, dtype=torch.float64, device=host.device)
+    with evaluation_mode(network), network.task_mode(task):
+        for batch in host.batches(task, "val"):
             logits = network(batch.inputs)
-            sums[0] += module.losses(logits, batch.targets, task).sum()
+            sums[0] += host.losses(logits, batch.targets, task).sum()
             sums[1] += (logits.argmax(1) == batch.targets).sum()
             sums[2] += len(batch.targets)
-    loss, right, total = module.all_reduce(sums).tolist()
+    loss, right, total = host.all_reduce(sums).tolist()
     return loss / total, right / total
 
 
-def _accuracy(module: ContinualHost, counts: Tensor) -> Tensor:
-    correct, total = module.all_reduce(counts).cpu().unbind()
+def _accuracy(host: ContinualHost, counts: Tensor) -> Tensor:
+    correct, total = host.all_reduce(counts).cpu().unbind()
     return correct / total

@@ -10,7 +10,7 @@ from torch import Tensor
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.settling import Settling
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
 
 __all__ = ["History", "log_metrics", "per_task", "stream_metrics"]
 
@@ -55,11 +55,12 @@ class History:
         self.metrics = [{**one, "values": _numbers(one["values"])} for one in earlier]
         self.metrics += [{"after": after, "task": t, "values": v} for t, v in values.items()]
 
-    def curve(self, network: ContinualNetwork) -> list[dict[str, Any]]:
+    def curve(self, host: Host) -> list[dict[str, Any]]:
         """Dictionaries with ``epoch``, ``task`` and ``accuracy``; see ``ContinualModule.curve``."""
+        network = host.network
         if self.evaluate_every == "epoch" or network.opened < 0:
             return self._points
-        schedule, rows = network.schedule, network.accuracy_matrix.accuracy
+        schedule, rows = host.cursor.schedule, network.accuracy_matrix.accuracy
         ends = [0, *(schedule.last_epoch(task) + 1 for task in range(network.closed + 1))]
         return [_point(rows[k], max(k - 1, 0), epoch) for k, epoch in enumerate(ends)]
 
@@ -82,16 +83,17 @@ class History:
         self.settling.load(state["settling"])
 
 
-def stream_metrics(network: ContinualNetwork, current_only: bool) -> dict[str, float]:
+def stream_metrics(host: Host, current_only: bool) -> dict[str, float]:
     """What is known between two tasks; figures that do not exist yet are left out.
 
     Before training that is the accuracy on every task, so that a file has all its columns at once: a
     new one with every task would rewrite it again and again.
 
     Args:
-        network: with the tasks that its cursor says are learned.
+        host: of the network whose tasks are learned.
         current_only: whether each task is tested right after it is learned, and no other is.
     """
+    network = host.network
     learned, matrix = network.closed + 1, network.accuracy_matrix
     row = matrix.accuracy[learned]
     metrics: dict[str, float] = {"stream/tasks_learned": learned}
@@ -108,8 +110,8 @@ def stream_metrics(network: ContinualNetwork, current_only: bool) -> dict[str, f
     if learned and not current_only:
         metrics |= per_task("accuracy_task_agnostic", matrix.task_agnostic[:learned])
     if learned:
-        held = bytes_held(network.strategies, network)._asdict()
-        stored = bytes_per_task(network.strategies, network)
+        held = bytes_held(host.strategies, host)._asdict()
+        stored = bytes_per_task(host.strategies, host)
         metrics |= {f"bytes_held/{name}": value for name, value in held.items()}
         metrics |= {f"bytes_per_task/{name}": value for name, value in stored.items()}
     return {name: value for name, value in metrics.items() if not isnan(value)}

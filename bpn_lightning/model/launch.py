@@ -5,7 +5,7 @@ from typing import Any, cast
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.task_metrics import TaskMetrics
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.execution import check_layers_are_called
@@ -26,24 +26,24 @@ from bpn_lightning.trainer.optimizers import check_optimizer
 __all__ = [
     "check_fit",
     "check_strategies",
-    "configure_network",
+    "configure",
     "find_stream",
     "plan_schedule",
 ]
 
 
-def find_stream(network: ContinualNetwork, stage: str) -> ContinualDataModule | None:
+def find_stream(host: Host, stage: str) -> ContinualDataModule | None:
     """The trainer's stream; None where raw inputs are answered, which needs none.
 
     Args:
-        network: whose trainer is asked.
+        host: whose trainer is asked.
         stage: of Lightning's ``setup``.
 
     Raises:
         ConfigurationError: the trainer has no stream, or a compiled module.
     """
-    trainer = network.trainer
-    if is_compiled(network):
+    trainer = host.trainer
+    if is_compiled(host.module):
         raise ConfigurationError(
             f"Expected trainer.{trainer.state.fn} to get the module itself, but got "
             "torch.compile(module), which is compiled again at every update. Compile its backbone: "
@@ -62,11 +62,11 @@ def find_stream(network: ContinualNetwork, stage: str) -> ContinualDataModule | 
     )
 
 
-def configure_network(network: ContinualNetwork, stream: ContinualDataModule, stage: str) -> None:
-    """Build the network's structure, with what its strategies attach.
+def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
+    """Find the strategies, and build the network's structure with what they attach.
 
     Args:
-        network: with its strategies.
+        host: has a trainer, whose callbacks the strategies are.
         stream: that it will learn, or has learned.
         stage: of Lightning's ``setup``. Strategies forget earlier fits where one begins, and keep what
             they have where it goes on.
@@ -74,33 +74,36 @@ def configure_network(network: ContinualNetwork, stream: ContinualDataModule, st
     Raises:
         ConfigurationError: network, stream and strategies do not fit together.
     """
-    network.attach(stream)
-    if stage == "fit" and network.opened < 0:
-        for strategy in network.strategies:
+    callbacks = host.trainer.callbacks  # type: ignore[attr-defined]
+    host.strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
+    host.attach(stream)
+    stream.follow(host.training_epoch)
+    if stage == "fit" and host.network.opened < 0:
+        for strategy in host.strategies:
             strategy.reset()
-    for strategy in network.strategies:
-        strategy.configure(network, stream)
-    network.switch(network.cursor.task)
-    check_layers_are_called(network, dry_inputs(stream, 2, network.device))
+    for strategy in host.strategies:
+        strategy.configure(host, stream)
+    host.network.switch(host.cursor.task)
+    check_layers_are_called(host.network, dry_inputs(stream, 2, host.device))
 
 
-def check_strategies(network: ContinualNetwork, optimization: Optimization) -> None:
+def check_strategies(host: Host, optimization: Optimization) -> None:
     """Let strategies and the optimizer refuse each other, when the optimizer is there.
 
     Raises:
         ConfigurationError: names what does not fit.
     """
-    trainer = network.trainer
+    trainer = host.trainer
     # A run that resumes in a strategy's own phase has that strategy's optimizer now.
-    own = network.phase.trains == "strategy"
+    own = host.phase.trains == "strategy"
     optimizer = optimization.network_optimizer() if own else trainer.optimizers[0]
-    check_optimizer(trainer, optimizer, network.strategies, network.stream)
+    check_optimizer(trainer, optimizer, host.strategies, host.stream)
     check_rate_monitor(trainer)
-    for strategy in network.strategies:
-        strategy.check(network, optimizer)
+    for strategy in host.strategies:
+        strategy.check(host, optimizer)
 
 
-def plan_schedule(network: ContinualNetwork) -> None:
+def plan_schedule(host: Host) -> None:
     """Lay out the phases of every task, as the strategies want them, of a network that learned nothing.
 
     Raises:
@@ -108,55 +111,55 @@ def plan_schedule(network: ContinualNetwork) -> None:
     """
     phases = []
     owners: dict[tuple[int, str], ContinualStrategy] = {}
-    for task in network.tasks:
+    for task in host.network.tasks:
         of_task = [Phase("train", task.epochs)]
-        for strategy in network.strategies:
+        for strategy in host.strategies:
             before = of_task
             of_task = strategy.phases(task, of_task)
             new = [phase.name for phase in of_task if phase not in before]
             owners |= {(task.id, name): strategy for name in new}
         phases.append(of_task)
     schedule = Schedule(phases)
-    check_phases(schedule, network.stream, network.trainer)
-    network.cursor.plan(schedule)
-    network.phase_owners = owners
+    check_phases(schedule, host.stream, host.trainer)
+    host.cursor.plan(schedule)
+    host.phase_owners = owners
 
 
-def check_fit(network: ContinualNetwork, loop: TaskLoop, stream: ContinualDataModule) -> None:
+def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     """Refuse what cannot be right, before training starts; plan what is not planned yet.
 
     Args:
-        network: with its stream and its configured strategies.
-        loop: of the network.
-        stream: of the network.
+        host: with its stream and its configured strategies.
+        loop: of the host.
+        stream: of the host.
 
     Raises:
         ConfigurationError: names what does not fit, and the remedy.
     """
-    trainer, tasks = network.trainer, network.tasks
-    network.sample_loss.check(network.structure.num_classes, network.structure.column_sets())
+    trainer, tasks, structure = host.trainer, host.network.tasks, host.network.structure
+    host.sample_loss.check(structure.num_classes, structure.column_sets())
     if loop.metrics:
         processes = trainer.world_size
         several = tasks if processes > 1 else []
         firsts = (next(iter(stream.loader(task.id, "test"))).global_size for task in several)
-        TaskMetrics(loop.metrics).check(network.structure.num_classes, firsts, processes)
-    check_composition(network, network.strategies)
-    if network.opened < 0:  # one that learned before keeps the schedule that it has
-        plan_schedule(network)
+        TaskMetrics(loop.metrics).check(structure.num_classes, firsts, processes)
+    check_composition(host, host.strategies)
+    if host.network.opened < 0:  # one that learned before keeps the schedule that it has
+        plan_schedule(host)
     patience = loop.early_stopping.patience
     if patience and not stream.has_validation:
         raise ConfigurationError(
             f"Expected validation_fraction to be more than 0 where patience is set, but "
             f"patience is {patience} and the stream has no validation split."
         )
-    total = network.schedule.total
+    total = host.cursor.schedule.total
     check_trainer(trainer, total)
     check_callbacks(trainer)
-    check_precision(trainer, network.strategies)
+    check_precision(trainer, host.strategies)
     held_out = len(stream.val_dataloader()) if stream.has_validation else 0
     optimization = loop.optimization
     check_lengths(trainer, *optimization.count_updates(), held_out)
-    inputs = dry_inputs(stream, 1, network.device)
-    check_batches(trainer, network.backbone, inputs, len(tasks), optimization.smallest_batch)
+    inputs = dry_inputs(stream, 1, host.device)
+    check_batches(trainer, host.network.backbone, inputs, len(tasks), optimization.smallest_batch)
     set_max_epochs(trainer, total)
     reload_train_loader_every_epoch(trainer)

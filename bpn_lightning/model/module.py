@@ -1,6 +1,7 @@
 """The LightningModule of a stream: wires what learns it to Lightning's hooks."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -9,27 +10,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bpn_lightning.losses import LossFunction
+from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.metrics.settling import Unsettled
 from bpn_lightning.metrics.task_metrics import Metrics
-from bpn_lightning.model.checkpoint import ENTRY, load_state, loading, save_state
+from bpn_lightning.model.checkpoint import load_state, loading, save_state
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate
 from bpn_lightning.model.history import History
-from bpn_lightning.model.launch import check_fit, check_strategies, configure_network, find_stream
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
+from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
 from bpn_lightning.model.optimization import Optimization, sgd
 from bpn_lightning.model.prediction import check_predictable, predict, raw_inputs
-from bpn_lightning.model.rules import check_overrides
+from bpn_lightning.model.rules import check_overrides, refused_export
 from bpn_lightning.model.scoring import TaskScores
 from bpn_lightning.model.step import Step
 from bpn_lightning.model.task_loop import TaskLoop
-from bpn_lightning.random_state import restore_random_state
-from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import Batch, Mask, Position, Split
+from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.tasks import Batch, ContinualStream, Mask, Position, Schedule, Split, Task
 from bpn_lightning.trainer.lightning import (
+    HookNameAsPlainAttribute,
     datamodule_of,
-    mark_epoch_unfinished,
-    set_max_epochs,
     start_next_epoch,
     stopped_mid_epoch,
 )
@@ -37,7 +37,7 @@ from bpn_lightning.trainer.lightning import (
 __all__ = ["ContinualModule"]
 
 
-class ContinualModule(ContinualNetwork):
+class ContinualModule(HookNameAsPlainAttribute):
     """A network that learns a stream of tasks in one fit.
 
     A backbone maps inputs to features; one linear head over all classes of the stream stands on it.
@@ -76,9 +76,8 @@ class ContinualModule(ContinualNetwork):
             stop where they differ; for whoever writes a strategy.
 
     Attributes:
-        accuracy_matrix: accuracies of every task before training and after each task.
-        opened: the task that was opened last, -1 before the first.
-        closed: the last task that is learned, consolidated and evaluated, -1 before the first.
+        network: what is trained, and answers.
+        host: what strategies get: the network, the stream, the trainer.
 
     Raises:
         ConfigurationError: a choice is unknown, or patience is below 1.
@@ -101,14 +100,16 @@ class ContinualModule(ContinualNetwork):
         task_agnostic: bool | int = True,
         check_processes: bool = False,
     ) -> None:
-        super().__init__(backbone, mask, loss)
+        super().__init__()
+        self.network = ContinualNetwork(backbone, mask)
+        self.host = Host(self, self.network, loss)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
-            self, optimizer, scheduler, scheduler_interval, scheduler_monitor
+            self.host, optimizer, scheduler, scheduler_interval, scheduler_monitor
         )
-        self.step = Step(self, self.optimization, self.history.settling)
+        self.step = Step(self.host, self.optimization, self.history.settling)
         self.task_loop = TaskLoop(
-            self,
+            self.host,
             self.optimization,
             self.step,
             self.history,
@@ -119,12 +120,43 @@ class ContinualModule(ContinualNetwork):
             check_processes=check_processes,
         )
         self._scores = TaskScores()
-        self._random_state: dict[str, Any] | None = None  # of a checkpoint, until training starts
+
+    # --- what it knows ---------------------------------------------------------------------------
 
     @property
-    def evaluate_every(self) -> str:
-        """How often test accuracies are taken."""
-        return self.history.evaluate_every
+    def backbone(self) -> nn.Module:
+        """The network without its head, where Lightning's own callbacks look for it."""
+        return self.network.backbone
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The tasks of the stream."""
+        return self.network.tasks
+
+    @property
+    def opened(self) -> int:
+        """The task that was opened last, -1 before the first."""
+        return self.network.opened
+
+    @property
+    def closed(self) -> int:
+        """The last task that is learned, consolidated and evaluated, -1 before the first."""
+        return self.network.closed
+
+    @property
+    def accuracy_matrix(self) -> AccuracyMatrix:
+        """Accuracies of every task before training and after each task."""
+        return self.network.accuracy_matrix
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the epochs of the stream."""
+        return self.host.cursor.schedule
+
+    @property
+    def position(self) -> Position:
+        """Task, phase and epoch of the trainer's current epoch; outside a fit, the task opened last."""
+        return self.host.position
 
     @property
     def curve(self) -> list[dict[str, Any]]:
@@ -133,7 +165,7 @@ class ContinualModule(ContinualNetwork):
         Dictionaries with ``epoch`` (epochs done), ``task`` (the one being learned) and ``accuracy`` (one
         number per task, None where not measured).
         """
-        return self.history.curve(self)
+        return self.history.curve(self.host)
 
     @property
     def task_metrics(self) -> list[dict[str, Any]]:
@@ -153,89 +185,74 @@ class ContinualModule(ContinualNetwork):
         """
         return self.history.settling.unsettled
 
-    @property
-    def position(self) -> Position:
-        """Task, phase and epoch of the trainer's current epoch; outside a fit, the task opened last."""
-        if self.trainer.state.fn != "fit":
-            return Position(self.cursor.task, "train", 0)
-        return self.cursor.locate(self.trainer.current_epoch)
+    # --- what it answers -------------------------------------------------------------------------
+
+    def attach(self, stream: ContinualStream) -> None:
+        """Use a stream without a trainer; see :meth:`bpn_lightning.nn.network.ContinualNetwork.build_for`."""
+        self.host.attach(stream)
+
+    def forward(self, inputs: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+        """Logits of prepared inputs; see :meth:`bpn_lightning.nn.network.ContinualNetwork.forward`."""
+        return cast(Tensor, self.network(inputs, task=task))
+
+    def task_mode(self, task: "int | Tensor") -> AbstractContextManager[None]:
+        """Whatever runs inside uses this task's mode; see :meth:`bpn_lightning.nn.network.ContinualNetwork.task_mode`."""
+        return self.network.task_mode(task)
+
+    def for_inference(self, task: int | None = None) -> nn.Module:
+        """A copy that only answers; see :meth:`bpn_lightning.nn.network.ContinualNetwork.for_inference`."""
+        return self.network.for_inference(task)
 
     def evaluate(self, tasks: Sequence[int] | None = None, split: Split = "test") -> Tensor:
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.model.evaluation.evaluate`."""
-        return evaluate(self, tasks, split)
+        return evaluate(self.host, tasks, split)
 
     def predict(self, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
         """Logits of raw inputs; see :func:`bpn_lightning.model.prediction.predict`."""
-        return predict(self, images, task)
+        return predict(self.host, images, task)
+
+    to_onnx = refused_export("to_onnx")
+    to_torchscript = refused_export("to_torchscript")
+    to_tensorrt = refused_export("to_tensorrt")
 
     # --- training --------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Build the structure, and check that the trainer, the stream and the strategies fit."""
-        stream = find_stream(self, stage)
+        stream = find_stream(self.host, stage)
         if stream is None:
             return  # of raw inputs, whose preparation the module knows
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        self.strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
-        self.step.find_hooks()
-        configure_network(self, stream, stage)
+        configure(self.host, stream, stage)
         if stage == "fit":
             check_overrides(self, ContinualModule)
-            check_fit(self, self.task_loop, stream)
+            check_fit(self.host, self.task_loop, stream)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """A fresh optimizer, over everything trainable but M, and its scheduler.
-
-        In a phase that trains a strategy, that strategy's own.
-        """
+        """A fresh optimizer and its scheduler; in a phase that trains a strategy, that strategy's own."""
         return self.optimization.configure()
 
     def on_fit_start(self) -> None:
         """Let strategies refuse what cannot be right, and move their tensors to the device."""
-        check_strategies(self, self.optimization)
-        for strategy in self.strategies:
-            strategy.move_state(self)
+        check_strategies(self.host, self.optimization)
+        self.step.find_hooks()
+        for strategy in self.host.strategies:
+            strategy.move_state(self.host)
 
     def on_train_start(self) -> None:
         """Go on where the checkpoint was, or begin."""
-        self.task_loop.check_start(self.position.task)
-        set_max_epochs(self.trainer, self.schedule.total)
-        self._restore_random_state()
+        self.task_loop.begin(self.position.task)
         start_next_epoch(self.trainer)
-        self.advance()
-
-    def _restore_random_state(self) -> None:
-        """Last of all that resuming does: building the structure draws random numbers too."""
-        state, self._random_state = self._random_state, None
-        if state is not None:
-            restore_random_state(state)
-
-    def advance(self) -> None:
-        """Close every finished task, open the one that the current epoch belongs to.
-
-        Idempotent, and called wherever training can begin or go on, since no single hook of Lightning
-        fires after every way of resuming.
-        """
-        epoch = self.trainer.current_epoch
-        self.task_loop.end_epoch(epoch)
-        task = self.position.task
-        if self.closed < task - 1:
-            self.close(task - 1)
-        self.task_loop.enter(epoch)
-
-    def close(self, task_id: int) -> None:
-        """Consolidate a task in every strategy and fill its row of the matrix, each exactly once."""
-        self.task_loop.close(task_id)
+        self.task_loop.advance(self.trainer.current_epoch)
 
     def on_train_epoch_start(self) -> None:
         """Enter the epoch's task."""
-        self.advance()
+        self.task_loop.advance(self.trainer.current_epoch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Enter the task too where a run resumes without an epoch's start."""
         self.step.begin_batch()
         if not self.step.is_prepared(self.trainer.current_epoch):
-            self.advance()
+            self.task_loop.advance(self.trainer.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms; see :class:`~bpn_lightning.model.step.Step`."""
@@ -251,23 +268,18 @@ class ContinualModule(ContinualNetwork):
 
     def on_train_epoch_end(self) -> None:
         """Leave the task after its last epoch."""
-        if stopped_mid_epoch(self.trainer):
-            return
-        self.broadcast_buffers()
-        epochs_done = self.trainer.current_epoch + 1
-        self.task_loop.end_epoch(epochs_done)
-        if epochs_done > self.schedule.last_epoch(self.opened):
-            self.close(self.opened)
+        if not stopped_mid_epoch(self.trainer):
+            self.host.broadcast_buffers()
+            self.task_loop.leave(self.trainer.current_epoch + 1)
 
     def on_train_end(self) -> None:
         """Close the last task where a run resumed at its end."""
-        done = self.trainer.current_epoch >= self.schedule.total
-        if done and not stopped_mid_epoch(self.trainer):
-            self.close(len(self.tasks) - 1)
+        if not stopped_mid_epoch(self.trainer):
+            self.task_loop.finish(self.trainer.current_epoch)
 
     def on_fit_end(self) -> None:
         """The same where nothing was left to train; say which tasks were not learned, if any."""
-        self._restore_random_state()
+        self.task_loop.restore_random_state()
         self.on_train_end()
         self.task_loop.warn_of_unlearned_tasks()
 
@@ -275,46 +287,38 @@ class ContinualModule(ContinualNetwork):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
-        self._scores.reset(self)
+        self._scores.reset(self.host)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses and right answers, each sample in its own task's mode."""
-        self._scores.add(self, batch)
+        self._scores.add(self.host, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracy of the open task, and the mean accuracy over it and those before."""
-        losses, accuracy = self._scores.compute(self)
-        task = self.cursor.task
+        losses, accuracy = self._scores.compute(self.host)
+        task = self.host.cursor.task
         self.log("val/loss", float(losses[task]))
         self.log("val/accuracy", float(accuracy[task]), prog_bar=True)
         self.log("val/average_accuracy", float(accuracy[: task + 1].mean()))
 
-    def on_test_epoch_start(self) -> None:
-        """Start counting."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count right answers, each sample in its own task's mode."""
-        self.validation_step(batch, batch_idx)
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         """Log what `evaluate` gives: the accuracy of every task, and their mean."""
-        _, accuracy = self._scores.compute(self)
+        _, accuracy = self._scores.compute(self.host)
         self.log_dict({f"test/accuracy/task_{k + 1}": float(a) for k, a in enumerate(accuracy)})
         self.log("test/accuracy", float(accuracy.nanmean()))
 
     def on_predict_start(self) -> None:
         """Refuse raw inputs that nobody could prepare, before the first."""
         if not hasattr(datamodule_of(self.trainer), "tasks"):
-            check_predictable(self)
+            check_predictable(self.host)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits ``(batch, num_classes)``.
+        """Logits ``(batch, num_classes)`` of a stream's batch, each sample's in the mode of its task id.
 
-        Args:
-            batch: of a stream, whose samples are answered each in the mode of its task id; or raw inputs,
-                alone or first in a tuple or list, which are prepared and answered as by :meth:`predict`.
-            batch_idx: its number.
+        Raw inputs, alone or first in a tuple or list, are prepared and answered as by :meth:`predict`.
         """
         if isinstance(batch, Batch):
             return cast(Tensor, self(batch.inputs, task=batch.task))
@@ -324,19 +328,11 @@ class ContinualModule(ContinualNetwork):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save all that is no tensor of the module; see :mod:`bpn_lightning.model.checkpoint`."""
-        checkpoint[ENTRY] = save_state(self.task_loop)
-        if stopped_mid_epoch(self.trainer):
-            mark_epoch_unfinished(checkpoint)
+        save_state(self.task_loop, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the structure, with or without a trainer, and take over the cursor.
-
-        Raises:
-            CheckpointError: the checkpoint is of another schema, stream, mask or list of strategies, was
-                taken inside an update, or has weights alone where a run is to go on.
-        """
-        resuming = self.has_trainer and self.trainer.state.fn == "fit"
-        self._random_state = load_state(self.task_loop, checkpoint, resuming)
+        """Rebuild the structure, with or without a trainer; see :mod:`bpn_lightning.model.checkpoint`."""
+        load_state(self.task_loop, checkpoint)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
 from bpn_lightning.nn.layers import BiasUnits
 from bpn_lightning.tasks import Phase
 from bpn_lightning.trainer.schedulers import (
@@ -39,7 +39,7 @@ class Optimization:
     """Makes optimizers and schedulers, and steps the schedulers that wait for a loss.
 
     Args:
-        network: whose parameters are trained.
+        host: of the network whose parameters are trained.
         optimizer: called with the parameters.
         scheduler: called with the optimizer; see :func:`~bpn_lightning.trainer.schedulers.build_scheduler`.
         interval: whether the scheduler steps after every update or every epoch.
@@ -56,7 +56,7 @@ class Optimization:
 
     def __init__(
         self,
-        network: ContinualNetwork,
+        host: Host,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         interval: Literal["step", "epoch"],
@@ -71,7 +71,7 @@ class Optimization:
                 f"Expected scheduler_monitor to be one of {', '.join(MONITORS)}, but got "
                 f"{monitor!r}. null takes the validation loss where a part is held out."
             )
-        self.network = network
+        self.host = host
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.interval = interval
@@ -82,16 +82,16 @@ class Optimization:
 
     def configure(self) -> OptimizerLRScheduler:
         """A fresh optimizer and its scheduler; in a phase that trains a strategy, that strategy's own."""
-        network = self.network
+        host = self.host
         self.plateau = None
-        if network.phase.trains == "strategy":
-            return network.phase_owner.phase_optimizer(network, network.phase)
+        if host.phase.trains == "strategy":
+            return host.phase_owner.phase_optimizer(host, host.phase)
         optimizer = self.network_optimizer()
         if self.scheduler is None:
             return optimizer
         made = build_scheduler(self.scheduler, optimizer, *self._scheduler_lengths())
         if isinstance(made, ReduceLROnPlateau):
-            stream = network.stream
+            stream = host.stream
             self.plateau = plateau_monitor(
                 made, self.monitor, stream.has_validation, stream.reset_optimizer
             )
@@ -106,7 +106,7 @@ class Optimization:
         Raises:
             ConfigurationError: the optimizer does not take its arguments.
         """
-        network = self.network
+        network = self.host.network
         outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
         parameters = [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
         try:
@@ -119,7 +119,7 @@ class Optimization:
 
     def _scheduler_lengths(self) -> tuple[int, int]:
         """How often a scheduler steps until its optimizer is replaced: this one, and the longest."""
-        cursor, by_epoch = self.network.cursor, self.interval == "epoch"
+        cursor, by_epoch = self.host.cursor, self.interval == "epoch"
 
         def steps(task: int, phase: Phase) -> int:
             return phase.epochs * (1 if by_epoch else self._updates_per_epoch[task])
@@ -130,17 +130,17 @@ class Optimization:
             for phase in phases
             if phase.trains != "strategy"
         ]
-        if self.network.stream.reset_optimizer == "never":
+        if self.host.stream.reset_optimizer == "never":
             return sum(lengths), sum(lengths)
         return steps(cursor.task, cursor.phase), max(lengths)
 
     def count_updates(self) -> tuple[list[int], int]:
         """Batches of an epoch of each task, and updates of the whole stream."""
-        network = self.network
-        batches = [self._loader(task)[1] for task in range(len(network.tasks))]
-        several = network.trainer.accumulate_grad_batches
+        host = self.host
+        batches = [self._loader(task)[1] for task in range(len(host.network.tasks))]
+        several = host.trainer.accumulate_grad_batches
         self._updates_per_epoch = [ceil(number / several) for number in batches]
-        phases = network.cursor.schedule.phases
+        phases = host.cursor.schedule.phases
         epochs = (sum(phase.epochs for phase in of_task) for of_task in phases)
         return batches, sum(map(mul, self._updates_per_epoch, epochs))
 
@@ -151,10 +151,10 @@ class Optimization:
 
     def _loader(self, task: int) -> "tuple[TrainLoader, int]":
         """A task's loader, and how many of its batches an epoch trains on."""
-        network = self.network
-        stream = cast("ContinualDataModule", network.stream)
-        limit = network.trainer.limit_train_batches
-        loader = stream.train_loader(task, 0, network.training_tasks(task))
+        host = self.host
+        stream = cast("ContinualDataModule", host.stream)
+        limit = host.trainer.limit_train_batches
+        loader = stream.train_loader(task, 0, host.training_tasks(task))
         batches = len(loader)
         return loader, min(limit, batches) if isinstance(limit, int) else int(batches * limit)
 
@@ -179,7 +179,7 @@ class Optimization:
         """
         if self.plateau is None:
             return
-        config = self.network.trainer.lr_scheduler_configs[0]
+        config = self.host.trainer.lr_scheduler_configs[0]
         scheduler = cast(ReduceLROnPlateau, config.scheduler)
         scheduler.step(val_loss if self.plateau == "val/loss" else self._take_epoch_loss())
 
@@ -190,7 +190,7 @@ class Optimization:
         return float(total / samples)
 
     def _reduced_loss(self) -> Tensor:
-        return self.network.all_reduce(self._epoch_loss.to(self.network.device))
+        return self.host.all_reduce(self._epoch_loss.to(self.host.device))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, of all processes: each of them calls this."""
@@ -199,7 +199,5 @@ class Optimization:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over :meth:`state_dict`: the first process goes on with what all had."""
-        sums = (
-            [state["loss_sum"], state["samples"]] if self.network.global_rank == 0 else [0.0, 0.0]
-        )
+        sums = [state["loss_sum"], state["samples"]] if self.host.global_rank == 0 else [0.0, 0.0]
         self._epoch_loss = torch.tensor(sums, dtype=torch.float64)

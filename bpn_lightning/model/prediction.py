@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.evaluation import most_confident
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
 from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.preparation import find_preparation, prepare_raw
 from bpn_lightning.tasks import Batch
 
@@ -16,7 +17,7 @@ __all__ = ["check_predictable", "predict", "raw_inputs"]
 
 
 @torch.no_grad()
-def predict(module: ContinualNetwork, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+def predict(host: Host, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
     """Logits of raw inputs, prepared to the same bits as the stream prepares them.
 
     In evaluation mode and without a gradient; modes and flags stay as they were. A module that was
@@ -24,7 +25,7 @@ def predict(module: ContinualNetwork, images: Tensor, task: "int | Tensor | None
     code of its own: then attach that stream.
 
     Args:
-        module: that has learned tasks.
+        host: of a network that has learned tasks.
         images: ``(batch, *shape)`` or one of them, as the stream holds them: uint8 from 0 to 255, or
             float32 or float64 from 0 to 1, of image streams; else floats in the data's own units, or
             integer tokens.
@@ -33,16 +34,17 @@ def predict(module: ContinualNetwork, images: Tensor, task: "int | Tensor | None
             largest, as :func:`~bpn_lightning.model.evaluation.evaluate_task_agnostic` does.
 
     Returns:
-        ``(batch, num_classes)``, or ``(num_classes,)`` for one input, on the module's device; -inf for the
+        ``(batch, num_classes)``, or ``(num_classes,)`` for one input, on the network's device; -inf for the
         columns that the mask leaves out.
 
     Raises:
         ConfigurationError: the inputs are of another shape, type or range, there is no such task, or no
             task is given where it has to be.
     """
-    check_predictable(module, task)
-    of_task = _a_task(module, task)
-    own, _ = find_preparation(module.structure.preparations, of_task)
+    network = host.network
+    check_predictable(host, task)
+    of_task = _a_task(task)
+    own, _ = find_preparation(network.structure.preparations, of_task)
     single = own.is_one(images)
     images = images[None] if single else images
     if isinstance(task, Tensor) and task.shape != (len(images),):
@@ -50,37 +52,38 @@ def predict(module: ContinualNetwork, images: Tensor, task: "int | Tensor | None
             f"Expected task to be one id, or one for each of the {len(images)} inputs, but got the shape "
             f"{tuple(task.shape)}. Pass an int for all of them."
         )
-    images = images.to(module.device) if isinstance(images, Tensor) else images
-    inputs = _prepared(module, images, of_task if task is None else task)
-    with evaluation_mode(module):
+    images = images.to(host.device) if isinstance(images, Tensor) else images
+    inputs = _prepared(host, images, of_task if task is None else task)
+    with evaluation_mode(network):
         if task is not None:
-            logits = cast(Tensor, module(inputs, task=task))
+            logits = cast(Tensor, network(inputs, task=task))
         else:
-            logits = most_confident(module, inputs, _modes(module))
+            logits = most_confident(network, inputs, _modes(network))
     return logits[0] if single else logits
 
 
-def check_predictable(module: ContinualNetwork, task: "int | Tensor | None" = None) -> None:
+def check_predictable(host: Host, task: "int | Tensor | None" = None) -> None:
     """Refuse what no raw input could be answered for.
 
     Raises:
         ConfigurationError: the module knows no stream, has to be told the task, or cannot prepare inputs.
     """
-    preparations = module.structure.preparations
+    network = host.network
+    preparations = network.structure.preparations
     find_preparation(preparations, 0)
     if task is not None:
-        module.check_task_ids(task)
+        network.check_task_ids(task)
     differ = len(preparations) > 1 or preparations[0].differs_by_task
-    if task is None and (module.mask == "task" or differ):
+    if task is None and (network.mask == "task" or differ):
         why = "every task prepares its inputs in its own way"
-        if module.mask == "task":
+        if network.mask == "task":
             why = "every task has a head of its own (mask 'task')"
         raise ConfigurationError(
             f"Expected task to be given where {why}, but got None. Call module.predict(images, task), with a "
             "task id or one for each image."
         )
     code = next((one.code for one in preparations if one.steps is None), "")
-    if code and not module.has_stream:
+    if code and not host.has_stream:
         raise ConfigurationError(
             f"Expected a stream whose preparation a file can hold, but its inputs go through {code}, which "
             "is code. Call module.attach(stream) first, or pass inputs that the stream has prepared to "
@@ -103,23 +106,24 @@ def raw_inputs(batch: Any) -> Tensor:
     return inputs
 
 
-def _a_task(module: ContinualNetwork, task: "int | Tensor | None") -> int:
+def _a_task(task: "int | Tensor | None") -> int:
     """One whose inputs are of the shape that is asked for."""
     if isinstance(task, Tensor):
         return int(task[0]) if len(task) else 0
     return 0 if task is None else task
 
 
-def _modes(module: ContinualNetwork) -> range:
+def _modes(network: ContinualNetwork) -> range:
     """Of the learned tasks; one where all answer alike."""
-    learned = max(module.closed, 0)
-    return range(learned + 1) if module.has_modes else range(learned, learned + 1)
+    learned = max(network.closed, 0)
+    return range(learned + 1) if network.has_modes else range(learned, learned + 1)
 
 
-def _prepared(module: ContinualNetwork, images: Tensor, task: "int | Tensor") -> Tensor:
-    if all(one.steps is not None for one in module.structure.preparations):
-        return prepare_raw(module.structure.preparations, images, task)
-    own, _ = find_preparation(module.structure.preparations, _a_task(module, task))
+def _prepared(host: Host, images: Tensor, task: "int | Tensor") -> Tensor:
+    preparations = host.network.structure.preparations
+    if all(one.steps is not None for one in preparations):
+        return prepare_raw(preparations, images, task)
+    own, _ = find_preparation(preparations, _a_task(task))
     raw = own.batch(images)
     targets = torch.zeros(len(raw), dtype=torch.long, device=raw.device)
-    return module.stream.prepare(Batch(raw, targets, task, len(raw))).inputs
+    return host.stream.prepare(Batch(raw, targets, task, len(raw))).inputs

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bpn_lightning.errors import CheckpointError
-from bpn_lightning.model.feature_width import feature_width
-from bpn_lightning.model.network import ContinualNetwork
-from bpn_lightning.model.structure import Attachment, Structure
+from bpn_lightning.nn.feature_width import feature_width
+from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.nn.structure import Attachment, Structure
 
 __all__ = ["MAX_INPUT", "rebuild"]
 

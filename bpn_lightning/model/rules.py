@@ -1,20 +1,28 @@
-"""What a class of one's own may not leave out of :class:`~bpn_lightning.model.module.ContinualModule`."""
+"""What a module refuses: classes of one's own that leave its work out, and exports that name no task."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import unwrap
 from types import CodeType, FunctionType
+from typing import Any, NoReturn
 
 import lightning as L
 
 from bpn_lightning.errors import ConfigurationError
 
-__all__ = ["check_overrides"]
+__all__ = ["check_overrides", "refused_export"]
 
 REMEDIES = {
     "training_step": "Pass a loss of your own as ContinualModule(loss=...)",
     "configure_optimizers": "Pass optimizer and scheduler to ContinualModule",
     "forward": "Put the computation into the backbone",
 }
+
+EXPORTS = {
+    "to_onnx": "torch.onnx.export(module.for_inference(task), (inputs,), dynamo=True)",
+    "to_torchscript": "torch.export.export(module.for_inference(task), (inputs,))",
+    "to_tensorrt": "torch_tensorrt.compile(module.for_inference(task), inputs=[inputs])",
+}
+"""Methods of Lightning's that export a module, and the calls that say for which task."""
 
 HARMLESS = ("validation", "test", "predict")
 """In the names of hooks that may be replaced: nothing is learned in them."""
@@ -64,3 +72,23 @@ def _names(code: CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _names(inner)
+
+
+def refused_export(method: str) -> Callable[..., Any]:
+    """What takes the place of one of Lightning's methods of :data:`EXPORTS`, as nothing names the task.
+
+    Args:
+        method: its name.
+
+    Returns:
+        A method that raises ConfigurationError.
+    """
+
+    def refuse(self: L.LightningModule, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: nothing says for which task."""
+        raise ConfigurationError(
+            f"Expected a network in a task's mode to be exported, but got {method} of a module that has "
+            f"one for each task. Use {EXPORTS[method]}."
+        )
+
+    return refuse

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
 from bpn_lightning.tasks import Batch
 
 __all__ = ["TaskScores"]
@@ -18,21 +18,21 @@ class TaskScores:
     def __init__(self) -> None:
         self._counts = torch.zeros(3, 0)
 
-    def reset(self, network: ContinualNetwork) -> None:
+    def reset(self, host: Host) -> None:
         """Start counting."""
-        tasks = len(network.tasks)
-        self._counts = torch.zeros(3, tasks, dtype=torch.float64, device=network.device)
+        tasks = len(host.network.tasks)
+        self._counts = torch.zeros(3, tasks, dtype=torch.float64, device=host.device)
 
-    def add(self, network: ContinualNetwork, batch: Batch) -> None:
+    def add(self, host: Host, batch: Batch) -> None:
         """Count a prepared batch."""
-        logits = network(batch.inputs, task=batch.task)
-        tasks = torch.as_tensor(batch.task, device=network.device).expand(len(batch.targets))
-        losses = network.losses(logits, batch.targets, tasks)
+        logits = host.network(batch.inputs, task=batch.task)
+        tasks = torch.as_tensor(batch.task, device=host.device).expand(len(batch.targets))
+        losses = host.losses(logits, batch.targets, tasks)
         right = logits.argmax(1) == batch.targets
         values = torch.stack([losses, right, torch.ones_like(losses)]).double()
         self._counts.index_add_(1, tasks, values)
 
-    def compute(self, network: ContinualNetwork) -> tuple[Tensor, Tensor]:
+    def compute(self, host: Host) -> tuple[Tensor, Tensor]:
         """Mean losses and accuracies over all processes, ``(tasks,)`` each; NaN without samples."""
-        loss, right, total = network.all_reduce(self._counts)
+        loss, right, total = host.all_reduce(self._counts)
         return loss / total, right / total

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.metrics.settling import Settling
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.nn.execution import differentiable
 from bpn_lightning.nn.layers import evaluation_mode
@@ -33,15 +33,14 @@ class Step:
     """What an update needs, gathered when a phase begins: nothing is looked up twice.
 
     Args:
-        network: that is trained.
+        host: of the network that is trained.
         optimization: counts the losses that a scheduler waits for.
         settling: counts the right answers.
     """
 
-    def __init__(
-        self, network: ContinualNetwork, optimization: Optimization, settling: Settling
-    ) -> None:
-        self.network = network
+    def __init__(self, host: Host, optimization: Optimization, settling: Settling) -> None:
+        self.host = host
+        self.network = host.network
         self.optimization = optimization
         self.settling = settling
         self._hooks: dict[str, list[Callable[..., Any]]] = {name: [] for name in STEP_HOOKS}
@@ -58,8 +57,8 @@ class Step:
         self._prepared_epoch = -1
 
     def find_hooks(self) -> None:
-        """Look up the hooks that the network's strategies override."""
-        self._hooks = {name: _overridden(self.network.strategies, name) for name in STEP_HOOKS}
+        """Look up the hooks that the host's strategies override."""
+        self._hooks = {name: _overridden(self.host.strategies, name) for name in STEP_HOOKS}
 
     def forget_optimizer(self) -> None:
         """Gather anew what an update needs: the task, the phase or the optimizer is another one."""
@@ -67,14 +66,14 @@ class Step:
 
     def is_prepared(self, epoch: int) -> bool:
         """Whether :meth:`prepare` was called for this epoch and the current optimizer."""
-        current = self.network.trainer.optimizers[0]
+        current = self.host.trainer.optimizers[0]
         return self._optimizer is current and self._prepared_epoch == epoch
 
     def prepare(self, epoch: int) -> None:
         """Put the step's hooks on the current optimizer, whichever way it came to be current."""
         self._prepared_epoch = epoch
-        network = self.network
-        optimizer = network.trainer.optimizers[0]
+        host, network = self.host, self.network
+        optimizer = host.trainer.optimizers[0]
         if self._optimizer is optimizer:
             return
         for handle in self._handles:
@@ -85,28 +84,28 @@ class Step:
             optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
         self._optimizer = optimizer
-        network.param_groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-        self._outside = [p for p in network.parameters() if id(p) not in network.param_groups]
+        host.param_groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        self._outside = [p for p in network.parameters() if id(p) not in host.param_groups]
         self._columns = network.columns(network.opened)
-        self._world_size = network.trainer.world_size
+        self._world_size = host.trainer.world_size
         self._parameters = network.shared_parameters(include_head=True)
         head = list(network.built_head.parameters(recurse=False))
         self._frozen, self._frozen_rows = [], []
-        if network.phase.trains == "head":
+        if host.phase.trains == "head":
             own = {id(parameter) for parameter in head}
             self._frozen = [p for p in network.parameters() if id(p) not in own]
             self._parameters = {name: p for name, p in self._parameters.items() if id(p) in own}
-        if network.mask == "task" or network.phase.trains == "head":
+        if network.mask == "task" or host.phase.trains == "head":
             rows = self._rows_at_rest()
             self._frozen_rows = [(p, rows, p.detach()[rows].clone()) for p in head]
 
     def _rows_at_rest(self) -> Tensor:
         """Output units of the head that belong to none of the tasks that are trained on."""
         network = self.network
-        tasks = network.training_tasks(network.opened)
+        tasks = self.host.training_tasks(network.opened)
         learning = {row for task in tasks for row in range(*network.tasks[task].columns)}
         rows = [row for row in range(network.built_head.out_features) if row not in learning]
-        return torch.tensor(rows, device=network.device, dtype=torch.long)
+        return torch.tensor(rows, device=self.host.device, dtype=torch.long)
 
     def clear_optimizer_state(self) -> None:
         """Where the optimizer goes on: forget what it knows of bias units and of a multi-head.
@@ -118,7 +117,7 @@ class Step:
         if network.mask == "task":
             fresh += network.built_head.parameters(recurse=False)
         for parameter in fresh:
-            network.trainer.optimizers[0].state.pop(parameter, None)
+            self.host.trainer.optimizers[0].state.pop(parameter, None)
 
     def loss(self, batch: Batch, batch_index: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms.
@@ -126,10 +125,10 @@ class Step:
         The slice's sum is divided by the size of the batch over all processes, so that any number of
         processes follows the same gradient, on uneven slices too.
         """
-        network = self.network
+        host, network = self.host, self.network
         scale = self._world_size / batch.global_size
         weight = self._accumulation_weight(batch, batch_index)
-        if network.phase.trains == "strategy":
+        if host.phase.trains == "strategy":
             return self._strategy_loss(batch, scale) * weight
         # In a batch of several tasks each sample has its own mode, and -inf outside its columns.
         several = isinstance(batch.task, Tensor)
@@ -138,36 +137,38 @@ class Step:
         active, targets = logits, batch.targets
         if (first, stop) != (0, logits.shape[1]):
             active, targets = logits[:, first:stop], targets - first
-        if network.sample_loss.loss is None:
+        if host.sample_loss.loss is None:
             loss = F.cross_entropy(active, targets, reduction="sum") * scale
         else:
             task = batch.task if several else network.opened
-            loss = network.losses(logits, batch.targets, task).sum() * scale
+            loss = host.losses(logits, batch.targets, task).sum() * scale
         right = None
         if self.settling.counting and not self._evaluated:
             right = (active.detach().argmax(1) == targets).sum()
             self.settling.add(right, batch.global_size)
         terms = {"loss/task": loss}
         for hook in self._hooks["loss_terms"]:
-            for name, term in hook(network, batch, logits).items():
+            for name, term in hook(host, batch, logits).items():
                 terms[f"loss/{name}"] = term.sum() * scale
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
         if not self._evaluated:
             self.optimization.add_loss(loss, scale)
-        every = network.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (network.trainer.global_step + 1) % every == 0:
+        every = host.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (host.trainer.global_step + 1) % every == 0:
             if right is None:
                 right = (active.detach().argmax(1) == targets).sum()
             for hook in self._hooks["logs"]:
-                terms.update(hook(network))
+                terms.update(hook(host))
             # Means over processes, each of which has the whole batch's size in its scale.
-            network.log_dict({name: term.detach() for name, term in terms.items()}, sync_dist=True)
+            host.module.log_dict(
+                {name: term.detach() for name, term in terms.items()}, sync_dist=True
+            )
             whole = {
                 "train/loss": loss.detach(),
                 "train/accuracy": right * self._world_size / batch.global_size,
             }
-            network.log_dict(whole, prog_bar=True, sync_dist=True)
-            network.log("stream/task", float(network.opened + 1))
+            host.module.log_dict(whole, prog_bar=True, sync_dist=True)
+            host.module.log("stream/task", float(network.opened + 1))
         return loss if weight == 1 else loss * weight
 
     def _accumulation_weight(self, batch: Batch, batch_index: int) -> float:
@@ -176,7 +177,7 @@ class Step:
         Lightning divides the loss by ``accumulate_grad_batches``, also in an epoch's last update, which
         may have fewer batches and whose last batch may have fewer samples.
         """
-        trainer = self.network.trainer
+        trainer = self.host.trainer
         several: int = trainer.accumulate_grad_batches
         if several == 1:
             return 1.0
@@ -187,27 +188,27 @@ class Step:
 
     def _training_logits(self, inputs: Tensor, tasks: "int | Tensor | None") -> Tensor:
         """Of all output units; on features that stay as they are where only the head trains."""
-        network = self.network
-        fixed = network.phase.trains == "head"
+        host, network = self.host, self.network
+        fixed = host.phase.trains == "head"
         mode = evaluation_mode(network.backbone) if fixed else nullcontext()
-        network.in_step_forward = True
+        host.in_step_forward = True
         try:
             with mode, differentiable(network.backbone) if fixed else nullcontext():
                 if tasks is None:
                     return network.all_logits(inputs)
                 return cast(Tensor, network(inputs, task=tasks))
         finally:
-            network.in_step_forward = False
+            host.in_step_forward = False
 
     def _strategy_loss(self, batch: Batch, scale: float) -> Tensor:
         """The loss of a phase in which only the strategy that declared it learns."""
-        network = self.network
+        host, network = self.host, self.network
         with evaluation_mode(network), differentiable(network):
-            loss = network.phase_owner.phase_loss(network, network.phase, batch).sum() * scale
-        every = network.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (network.trainer.global_step + 1) % every == 0:
-            network.log(f"loss/{network.phase.name}", loss.detach(), prog_bar=True, sync_dist=True)
-            network.log("stream/task", float(network.opened + 1))
+            loss = host.phase_owner.phase_loss(host, host.phase, batch).sum() * scale
+        every = host.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (host.trainer.global_step + 1) % every == 0:
+            host.module.log(f"loss/{host.phase.name}", loss.detach(), prog_bar=True, sync_dist=True)
+            host.module.log("stream/task", float(network.opened + 1))
         return loss
 
     def begin_batch(self) -> None:
@@ -219,13 +220,13 @@ class Step:
 
         Before a scaler looks whether to skip the update on this process.
         """
-        network = self.network
-        if network.phase.trains != "strategy" or self._world_size == 1:
+        host = self.host
+        if host.phase.trains != "strategy" or self._world_size == 1:
             return
-        for group in network.trainer.optimizers[0].param_groups:
+        for group in host.trainer.optimizers[0].param_groups:
             for p in group["params"]:
                 gradient = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = network.all_reduce(gradient) / self._world_size
+                p.grad = host.all_reduce(gradient) / self._world_size
 
     def edit_gradients(self, optimizer: Optimizer) -> None:
         """Capture, penalize, project, consume: after unscaling and reducing, before clipping.
@@ -237,11 +238,11 @@ class Step:
         Raises:
             ConfigurationError: it asks again for the gradient of one batch where gradients accumulate.
         """
-        network = self.network
+        host = self.host
         again, self._evaluated = self._evaluated, True
         if again:
-            check_repeated_evaluation(network.trainer, optimizer)
-        if network.phase.trains == "strategy":
+            check_repeated_evaluation(host.trainer, optimizer)
+        if host.phase.trains == "strategy":
             return
         for parameter in self._outside if again else ():
             parameter.grad = None  # nobody else does
@@ -252,7 +253,7 @@ class Step:
                 parameter.grad[rows] = 0
         for name in GRADIENT_EDITS if again else GRADIENT_HOOKS:
             for hook in self._hooks[name]:
-                hook(network, self._parameters)
+                hook(host, self._parameters)
 
     def _before_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._steps_under_way += 1
@@ -260,16 +261,16 @@ class Step:
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Called by the optimizer itself, so never for an update that a scaler skipped."""
         self._steps_under_way -= 1
-        network = self.network
-        if network.phase.trains == "strategy" or self._steps_under_way:
+        host = self.host
+        if host.phase.trains == "strategy" or self._steps_under_way:
             return
         for hook in self._hooks["correct_step"]:
-            hook(network, self._parameters)
+            hook(host, self._parameters)
         for parameter, rows, values in self._frozen_rows:
             with torch.no_grad():
                 parameter[rows] = values
         for hook in self._hooks["observe_step"]:
-            hook(network, self._parameters)
+            hook(host, self._parameters)
 
 
 def _overridden(strategies: Sequence[ContinualStrategy], hook: str) -> list[Callable[..., Any]]:

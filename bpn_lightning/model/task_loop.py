@@ -12,9 +12,10 @@ from bpn_lightning.metrics.task_metrics import Metrics, TaskMetrics, named_metri
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate, evaluate_task_agnostic, validation_scores
 from bpn_lightning.model.history import History, log_metrics, per_task, stream_metrics
-from bpn_lightning.model.network import ContinualNetwork
+from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.step import Step
+from bpn_lightning.random_state import restore_random_state
 from bpn_lightning.trainer.lightning import set_max_epochs
 from bpn_lightning.trainer.processes import check_processes
 
@@ -24,10 +25,10 @@ EvaluateOn = Literal["all", "seen_and_next", "current"]
 
 
 class TaskLoop:
-    """Opens and closes tasks, begins phases and ends epochs; the network's cursor says which are done.
+    """Opens and closes tasks, begins phases and ends epochs; the host's cursor says which are done.
 
     Args:
-        network: that learns.
+        host: of the network that learns.
         optimization: makes a task's optimizer.
         step: is prepared for every phase.
         history: gets what is measured.
@@ -43,7 +44,7 @@ class TaskLoop:
 
     def __init__(
         self,
-        network: ContinualNetwork,
+        host: Host,
         optimization: Optimization,
         step: Step,
         history: History,
@@ -64,7 +65,8 @@ class TaskLoop:
                 f"Expected task_agnostic to be true, false or at least 1 sample of each task, but got "
                 f"{task_agnostic}. Use false for no score without the task id."
             )
-        self.network = network
+        self.host = host
+        self.network = host.network
         self.optimization = optimization
         self.step = step
         self.history = history
@@ -73,9 +75,13 @@ class TaskLoop:
         self.evaluate_on = evaluate_on
         self.task_agnostic = task_agnostic
         self.check_processes = check_processes
+        self.random_state: dict[str, Any] | None = None  # of a checkpoint, until training starts
 
-    def check_start(self, task: int) -> None:
-        """Refuse to train a module that is elsewhere in the stream.
+    def begin(self, task: int) -> None:
+        """Go on where the checkpoint was, or begin.
+
+        Args:
+            task: of the next update.
 
         Raises:
             ConfigurationError: the task is neither the open one nor the next.
@@ -86,6 +92,14 @@ class TaskLoop:
                 f"Expected a module that is about to learn task {task}, but it has opened task "
                 f"{opened}. Make a new module, or go on with ckpt_path."
             )
+        set_max_epochs(self.host.trainer, self.host.cursor.schedule.total)
+        self.restore_random_state()
+
+    def restore_random_state(self) -> None:
+        """Last of all that resuming does: building the structure draws random numbers too."""
+        state, self.random_state = self.random_state, None
+        if state is not None:
+            restore_random_state(state)
 
     def warn_of_unlearned_tasks(self) -> None:
         """Say which tasks a stream that stopped before its end has not learned, if any."""
@@ -101,46 +115,70 @@ class TaskLoop:
 
     # --- a task ----------------------------------------------------------------------------------
 
-    def enter(self, epoch: int) -> None:
+    def advance(self, epoch: int) -> None:
+        """Close every finished task, open the one that an epoch belongs to.
+
+        Idempotent, and called wherever training can begin or go on, since no single hook of Lightning
+        fires after every way of resuming.
+        """
+        self.end_epoch(epoch)
+        before = self.host.cursor.locate(epoch).task - 1
+        if self.network.closed < before:
+            self.close(before)
+        self._enter(epoch)
+
+    def leave(self, epochs_done: int) -> None:
+        """After an epoch: end it, and close its task where it was the last one."""
+        self.end_epoch(epochs_done)
+        opened = self.network.opened
+        if epochs_done > self.host.cursor.schedule.last_epoch(opened):
+            self.close(opened)
+
+    def finish(self, epochs_done: int) -> None:
+        """Close the last task where a run resumed at its end, or nothing was left to train."""
+        if epochs_done >= self.host.cursor.schedule.total:
+            self.close(len(self.network.tasks) - 1)
+
+    def _enter(self, epoch: int) -> None:
         """Open the task of an epoch, begin its phase and prepare the updates, where that is to be done."""
-        cursor = self.network.cursor
+        cursor = self.host.cursor
         task, phase, _ = cursor.locate(epoch)
-        if task > cursor.opened:
+        if task > self.network.opened:
             self._open(task)
         self._begin_phase(phase)
         self.step.prepare(epoch)
         counted = cursor.may_end_training(epoch, self.early_stopping.patience is not None)
-        self.history.settling.counting = counted and not self.network.stream.has_validation
+        self.history.settling.counting = counted and not self.host.stream.has_validation
 
     def _open(self, task_id: int) -> None:
-        network = self.network
+        host, network = self.host, self.network
         if task_id == 0:
-            for strategy in network.strategies:
-                strategy.on_stream_start(network, network.stream)
+            for strategy in host.strategies:
+                strategy.on_stream_start(host, host.stream)
             untrained = self._test(range(len(network.tasks)), after=0)
             network.accuracy_matrix.update(0, untrained)
             self.history.add_point(untrained, task_id, epoch=0)
             self._log_stream()
-        network.merged.swap_out(network)
-        network.cursor.begin_task(task_id)
+        host.merged.swap_out(network)
+        host.cursor.begin_task(task_id)
         network.switch(task_id)
-        for strategy in network.strategies:
-            strategy.on_task_start(network, network.tasks[task_id])
-        if network.stream.reset_optimizer == "always":
-            network.trainer.strategy.setup_optimizers(network.trainer)
+        for strategy in host.strategies:
+            strategy.on_task_start(host, network.tasks[task_id])
+        if host.stream.reset_optimizer == "always":
+            host.trainer.strategy.setup_optimizers(host.trainer)
         else:
             self.step.clear_optimizer_state()
         self.step.forget_optimizer()
 
     def _begin_phase(self, name: str) -> None:
         """Begin a phase of the open task, with an optimizer of its own, unless it runs."""
-        network = self.network
-        before = network.phase
-        if not network.cursor.begin_phase(name):
+        host = self.host
+        before = host.phase
+        if not host.cursor.begin_phase(name):
             return
-        own = "strategy" in (before.trains, network.phase.trains)
-        if network.stream.reset_optimizer == "always" or own:
-            network.trainer.strategy.setup_optimizers(network.trainer)
+        own = "strategy" in (before.trains, host.phase.trains)
+        if host.stream.reset_optimizer == "always" or own:
+            host.trainer.strategy.setup_optimizers(host.trainer)
         self.step.forget_optimizer()
 
     def close(self, task_id: int) -> None:
@@ -148,13 +186,13 @@ class TaskLoop:
 
         What is finished is noted as it happens, so a run that stops in between goes on from there.
         """
-        network, cursor = self.network, self.network.cursor
-        if task_id <= cursor.closed:
+        host, network, cursor = self.host, self.network, self.host.cursor
+        if task_id <= network.closed:
             return
         self._check_finite(task_id)
-        for strategy in network.strategies:
+        for strategy in host.strategies:
             if strategy.state_key not in cursor.consolidated:
-                strategy.on_task_end(network, network.tasks[task_id])
+                strategy.on_task_end(host, network.tasks[task_id])
                 cursor.consolidated.append(strategy.state_key)
         network.switch(task_id)
         self._swap_in_merged_weights()
@@ -162,16 +200,14 @@ class TaskLoop:
         last = task_id + 1 == len(network.tasks)
         if last and self.task_agnostic and network.mask != "task":
             max_samples = None if self.task_agnostic is True else self.task_agnostic
-            alone = evaluate_task_agnostic(
-                network, range(len(network.tasks)), max_samples=max_samples
-            )
+            alone = evaluate_task_agnostic(host, range(len(network.tasks)), max_samples=max_samples)
             network.accuracy_matrix.update_task_agnostic(alone)
         network.accuracy_matrix.update(task_id + 1, row)
         self.history.add_point(row, task_id, cursor.schedule.last_epoch(task_id) + 1)
-        split = "val" if network.stream.has_validation else "train"
+        split = "val" if host.stream.has_validation else "train"
         self.history.settling.end_task(task_id, split)
-        cursor.closed = task_id
-        if self.check_processes and network.trainer.world_size > 1:
+        network.closed = task_id
+        if self.check_processes and host.trainer.world_size > 1:
             check_processes(self._replicated_state(), f"after task {task_id}")
         self._log_stream()
 
@@ -185,23 +221,23 @@ class TaskLoop:
                 )
 
     def _swap_in_merged_weights(self) -> None:
-        network = self.network
-        if network.training_weights:
+        host = self.host
+        if host.training_weights:
             return
-        for strategy in network.strategies:
-            merged = strategy.merged_weights(network)
+        for strategy in host.strategies:
+            merged = strategy.merged_weights(host)
             if merged is not None:
-                network.merged.swap_in(network, merged)
+                host.merged.swap_in(self.network, merged)
 
     def _replicated_state(self) -> dict[str, Any]:
         """What must be the same in every process, by whose it is."""
-        network = self.network
-        optimizer = network.trainer.optimizers[0]
-        own = {type(strategy).__name__: strategy.state_dict() for strategy in network.strategies}
+        host = self.host
+        optimizer = host.trainer.optimizers[0]
+        own = {type(strategy).__name__: strategy.state_dict() for strategy in host.strategies}
         return {
-            "the network": network.state_dict(),
+            "the network": self.network.state_dict(),
             type(optimizer).__name__: optimizer.state_dict(),
-            "the weights of training": network.training_weights,
+            "the weights of training": host.training_weights,
             **own,
         }
 
@@ -215,8 +251,8 @@ class TaskLoop:
         Args:
             epochs_done: of the stream; each number once, later calls change nothing.
         """
-        network, cursor = self.network, self.network.cursor
-        if epochs_done <= cursor.checked_epochs or cursor.closed == cursor.opened:
+        network, cursor = self.network, self.host.cursor
+        if epochs_done <= cursor.checked_epochs or network.closed == network.opened:
             return
         epoch = epochs_done - 1
         if cursor.phase_of(epoch).trains == "strategy":
@@ -224,18 +260,18 @@ class TaskLoop:
         else:
             self._check_early_stopping(epoch)
         if self.history.evaluate_every == "epoch" and (
-            epochs_done <= cursor.schedule.last_epoch(cursor.opened)
+            epochs_done <= cursor.schedule.last_epoch(network.opened)
         ):
-            row = self._test(range(cursor.opened + 1))
-            self.history.add_point(row, cursor.opened, epochs_done)
-            self._log(per_task("accuracy", row[: cursor.opened + 1]))
+            row = self._test(range(network.opened + 1))
+            self.history.add_point(row, network.opened, epochs_done)
+            self._log(per_task("accuracy", row[: network.opened + 1]))
         cursor.checked_epochs = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
-        set_max_epochs(network.trainer, cursor.schedule.total)
+        set_max_epochs(self.host.trainer, cursor.schedule.total)
 
     def _check_early_stopping(self, epoch: int) -> None:
         """Score an epoch that trained the network; step a scheduler that waits for it, end its phase."""
-        schedule, stopping = self.network.schedule, self.early_stopping
+        schedule, stopping = self.host.cursor.schedule, self.early_stopping
         wanted = stopping.patience is not None or self.optimization.plateau == "val/loss"
         loss = self._score(epoch, with_loss=wanted)
         self.optimization.end_epoch(loss)
@@ -250,16 +286,16 @@ class TaskLoop:
         Returns:
             The validation loss if it was asked for, or known anyway; else NaN.
         """
-        network, settling = self.network, self.history.settling
+        host, settling = self.host, self.history.settling
         early = self.early_stopping.patience is not None
-        settles = network.cursor.may_end_training(epoch, early)
+        settles = host.cursor.may_end_training(epoch, early)
         loss = nan
         accuracy = None
-        if not network.stream.has_validation:
+        if not host.stream.has_validation:
             accuracy = settling.accuracy(self.right_answers())
         elif settles or with_loss:
-            loss, accuracy = validation_scores(network, network.opened)
-        if accuracy is not None and (settles or not network.stream.has_validation):
+            loss, accuracy = validation_scores(host, self.network.opened)
+        if accuracy is not None and (settles or not host.stream.has_validation):
             settling.end_epoch(accuracy)
         return loss
 
@@ -268,7 +304,7 @@ class TaskLoop:
         settling = self.history.settling
         if not settling.counting:
             return 0
-        return int(self.network.all_reduce(settling.right.to(self.network.device)))
+        return int(self.host.all_reduce(settling.right.to(self.host.device)))
 
     # --- what is measured ------------------------------------------------------------------------
 
@@ -288,14 +324,14 @@ class TaskLoop:
         row = torch.full((len(self.network.tasks),), nan, dtype=torch.float64)
         taken = TaskMetrics(self.metrics) if self.metrics and after is not None else None
         observe = None if taken is None else taken.update
-        row[tasks.start : tasks.stop] = evaluate(self.network, tasks, "test", observe)
+        row[tasks.start : tasks.stop] = evaluate(self.host, tasks, "test", observe)
         if taken is not None and after is not None:
             self.history.add_metrics(after, taken.compute())
         return row
 
     def _log_stream(self) -> None:
-        self._log(stream_metrics(self.network, self.evaluate_on == "current"))
+        self._log(stream_metrics(self.host, self.evaluate_on == "current"))
 
     def _log(self, metrics: dict[str, float]) -> None:
-        trainer = self.network.trainer
+        trainer = self.host.trainer
         log_metrics(trainer.loggers, metrics, trainer.global_step)

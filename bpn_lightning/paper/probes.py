@@ -62,7 +62,7 @@ class Probe(Callback, ABC):
 
     def _look(self, module: Any) -> None:
         while len(self.seen) <= module.closed:
-            with torch.no_grad(), evaluation_mode(module.network()):
+            with torch.no_grad(), evaluation_mode(module.network):
                 self.seen.append(self.look(module, len(self.seen)))
 
 
@@ -81,7 +81,7 @@ class Regions(Probe):
 
     def look(self, module: Any, moment: int) -> Any:
         """Sides of the square, the test points of all tasks, and a map for each task learned."""
-        data = [list(module.batches(task, "test")) for task in range(len(module.tasks))]
+        data = [list(module.host.batches(task, "test")) for task in range(len(module.tasks))]
         inputs = [torch.cat([batch.inputs for batch in batches]) for batches in data]
         targets = [torch.cat([batch.targets for batch in batches]) for batches in data]
         if inputs[0].flatten(1).shape[1] != 2:
@@ -96,7 +96,7 @@ class Regions(Probe):
         maps = []
         for task in range(moment + 1):
             with module.task_mode(task):
-                first = module.network()(grid).softmax(1)[:, 0]
+                first = module.network(grid).softmax(1)[:, 0]
             maps.append(_rounded(first.reshape(self.points, self.points).T, 3))
         clusters = []
         for of_task, labels in zip(inputs, targets, strict=True):
@@ -156,13 +156,13 @@ class Drift(Probe):
             layer.register_forward_hook(
                 lambda _, __, output, name=name: found.setdefault(name, []).append(output.cpu())
             )
-            for name, layer in module.linear_layers().items()
+            for name, layer in module.network.linear_layers().items()
         ]
         try:
             left = self.samples
             with module.task_mode(0):
-                for batch in module.batches(0, "test"):
-                    module.network()(batch.inputs[:left])
+                for batch in module.host.batches(0, "test"):
+                    module.network(batch.inputs[:left])
                     left -= len(batch.inputs[:left])
                     if not left:
                         break

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from lightning.pytorch import Trainer
 
 from bpn_lightning.errors import ConfigurationError, ExpectedForgettingWarning
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import ContinualHost, ContinualStream, Schedule
+from bpn_lightning.tasks import ContinualStream, Schedule
 from bpn_lightning.trainer.lightning import ddp_options
 
 __all__ = ["check_composition", "check_phases", "check_precision"]
@@ -61,9 +62,9 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
             "Set the update of all but one to 'clamped' or 'gradient'."
         )
     needing = _names(s for s in strategies if s.needs_task_id)
-    if not host.stream.task_id_at_inference and (needing or host.mask == "task"):
+    if not host.stream.task_id_at_inference and (needing or host.network.mask == "task"):
         raise ConfigurationError(
-            f"{' and '.join(needing) or 'mask=' + repr(host.mask)} needs the task ID at inference, but the "
+            f"{' and '.join(needing) or 'mask=' + repr(host.network.mask)} needs the task ID at inference, but the "
             "stream has task_id_at_inference=False. Set it to True, or choose another method."
         )
     _warn_of_forgetting(host, strategies)
@@ -71,8 +72,8 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
 
 
 def _warn_of_forgetting(host: ContinualHost, strategies: Sequence[ContinualStrategy]) -> None:
-    number = len(host.tasks)
-    single_head = host.mask in ("all", "seen") and number > 1
+    number = len(host.network.tasks)
+    single_head = host.network.mask in ("all", "seen") and number > 1
     if single_head and any(s.regularizer for s in strategies):
         if not all(s.regularizer for s in strategies):
             return
@@ -89,15 +90,15 @@ def _warn_of_lone_classes(host: ContinualHost) -> None:
     """Where only one class can be the answer, it is always right."""
     one = [
         task.name
-        for task in host.tasks
-        if (task.num_classes if host.mask == "task" else host.stream.num_classes) == 1
+        for task in host.network.tasks
+        if (task.num_classes if host.network.mask == "task" else host.stream.num_classes) == 1
     ]
     if one:
         remedy = "mask='all' or 'seen' choose among the classes of several tasks"
-        if host.mask != "task":
+        if host.network.mask != "task":
             remedy = "Add classes"
         warnings.warn(
-            f"With mask={host.mask!r}, {len(one)} of {len(host.tasks)} tasks, such as {one[0]!r}, have one "
+            f"With mask={host.network.mask!r}, {len(one)} of {len(host.network.tasks)} tasks, such as {one[0]!r}, have one "
             f"class to choose from: their loss is 0 and their accuracy 1.0 before and after any training, "
             f"and mean nothing. {remedy}, or give each task two or more classes.",
             stacklevel=2,

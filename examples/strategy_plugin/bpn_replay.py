@@ -9,10 +9,11 @@ from torch.optim import Optimizer
 
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.memory import EpisodicMemory, check_memory_size, memory_bytes
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies import ContinualStrategy
-from bpn_lightning.tasks import Batch, ContinualHost, Task
+from bpn_lightning.tasks import Batch, Task
 
 __all__ = ["Replay"]
 
@@ -72,7 +73,7 @@ class Replay(ContinualStrategy):
             return {}
         rows = self._next(host, batch.global_size)[batch.start :][: len(batch.targets)]
         old = host.stream.prepare(self.memory.batch(rows))
-        replayed = host.network()(old.inputs, task=old.task)
+        replayed = host.network(old.inputs, task=old.task)
         return {"replay": host.losses(replayed, old.targets, old.task)}
 
     def _next(self, host: ContinualHost, number: int) -> Tensor:
@@ -80,13 +81,13 @@ class Replay(ContinualStrategy):
         size, first = len(self.memory), self.replayed
         self.replayed += number
         rounds = range(first // size, (self.replayed - 1) // size + 1)
-        key = ("replay order", host.stream.seed, host.opened)
+        key = ("replay order", host.stream.seed, host.network.opened)
         orders = [torch.randperm(size, generator=seeded_generator(*key, one)) for one in rounds]
         return torch.cat(orders)[first % size :][:number]
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """The memory after the task that was opened last, by its shape and the type of what is stored."""
-        learned = host.tasks[: host.opened + 1]
+        learned = host.network.tasks[: host.network.opened + 1]
         samples = self.size * sum(task.num_classes for task in learned)
         return DeclaredBytes(memory_bytes(host, samples, self.memory.inputs.dtype))
 

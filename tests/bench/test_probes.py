@@ -61,8 +61,8 @@ def test_drift_of_the_first_layer_by_hand(tmp_path: Path) -> None:
 
         def look(self, module: Any, moment: int) -> Any:
             with module.task_mode(0):
-                (batch,) = list(module.batches(0, "test"))
-                layer = module.linear_layers()["backbone.1"]
+                (batch,) = list(module.host.batches(0, "test"))
+                layer = module.network.linear_layers()["backbone.1"]
                 kept[moment] = layer(batch.inputs.flatten(1)).clone()
 
     fit(tmp_path, digits(), [Drift(), Weights()])

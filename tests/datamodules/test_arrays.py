@@ -213,14 +213,14 @@ def test_every_strategy_learns_them(fit: Any, kind: str, made: Any) -> None:
 def test_importances_of_an_embedding_are_those_of_one_sample_at_a_time() -> None:
     stream = SplitArrays(sentences(), seed=0)
     stream.setup()
-    host = ContinualModule(Sentences())
+    host = ContinualModule(Sentences()).host
     host.attach(stream)
-    parameters = host.shared_parameters(include_head=True)
+    parameters = host.network.shared_parameters(include_head=True)
     found = fisher_diagonal(host, 1, parameters, "empirical")
     wanted = {name: torch.zeros_like(value) for name, value in parameters.items()}
     (batch,) = host.batches(1, "train")
     for tokens, target in zip(batch.inputs.split(1), batch.targets.split(1), strict=True):
-        loss = cross_entropy(host(tokens), target)
+        loss = cross_entropy(host.network(tokens), target)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         for name, gradient in zip(parameters, gradients, strict=True):
             wanted[name] += gradient.square() / len(batch.targets)

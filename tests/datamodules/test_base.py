@@ -16,7 +16,7 @@ from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.tasks import Batch, ContinualStream, Position, Split, Task
+from bpn_lightning.tasks import Batch, ContinualStream, Split, Task, TrainingEpoch
 
 Make = Callable[..., ContinualDataModule]
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
@@ -37,8 +37,8 @@ def attach(stream: ContinualDataModule, rank: int, world_size: int, task: int = 
         global_rank=rank,
         world_size=world_size,
         training=True,
-        lightning_module=SimpleNamespace(position=Position(task, "train", 1)),
     )
+    stream.follow(lambda: TrainingEpoch(task, 1, [task]))
 
 
 def test_it_has_everything_that_the_protocol_asks_for(toy: Make) -> None:
@@ -195,9 +195,9 @@ def test_processes_share_the_batches_of_one(toy: Make) -> None:
         assert sum(len(part.targets) for part in parts) == parts[0].global_size
 
 
-def test_a_module_without_a_position_is_refused(toy: Make) -> None:
+def test_a_stream_on_which_nobody_trains_has_no_current_epoch(toy: Make) -> None:
     stream = toy()
-    with pytest.raises(ConfigurationError, match=r"knows its position .* but got NoneType"):
+    with pytest.raises(ConfigurationError, match=r"follow a ContinualModule, but nobody trains"):
         stream.train_dataloader()
 
 

@@ -86,7 +86,7 @@ def test_unequal_tasks_are_learned_under_every_mask(fit: Make, mask: Any) -> Non
     stream = SplitDigits(classes_per_task=[4, 2, 3], epochs_per_task=1, validation_fraction=0.1)
     strategies = [EWC(strength=1.0, update="clamped"), GradientEpisodicMemory(memory_size=12)]
     module, _ = fit(strategies, stream=stream, mask=mask)
-    assert module.head.out_features == 9
+    assert module.network.head.out_features == 9
     assert module.closed == 2
 
 

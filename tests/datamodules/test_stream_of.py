@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from bpn_lightning.datamodules import ContinualDataModule, Gaussians, SplitDigits, StreamOf
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies import EWC, JointTraining
-from bpn_lightning.tasks import Batch, Position
+from bpn_lightning.tasks import Batch, TrainingEpoch
 
 Make = Callable[..., Any]
 
@@ -111,8 +111,8 @@ def test_test_and_validation_take_every_sample_once_in_every_process(
         whole.trainer = SimpleNamespace(
             global_rank=rank,
             world_size=world_size,
-            lightning_module=SimpleNamespace(position=Position(3, "train", 0)),
         )
+        whole.follow(lambda: TrainingEpoch(3, 0, [3]))
         for batch in whole.test_dataloader():
             found += zip(batch.task.tolist(), batch.inputs[:, 0, 0, 0].tolist(), strict=True)
         for batch in whole.val_dataloader():

@@ -16,6 +16,7 @@ from bpn_lightning.functional import gradients, records
 from bpn_lightning.functional.gradients import sample_gradient_sums
 from bpn_lightning.functional.records import recorded_forward
 from bpn_lightning.functional.segments import segment_gradients, segments_have_closed_forms
+from bpn_lightning.model.host import Host
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP, torchvision_backbone
 from bpn_lightning.strategies.bd import BeneficialPerturbation
@@ -525,18 +526,18 @@ def test_hooks_are_removed_also_after_an_error() -> None:
 # --- in a module with modes ----------------------------------------------------------------------
 
 
-def host_with_biases(mask: Any) -> tuple[ContinualModule, dict[str, Any], Tensor, Tensor, Tensor]:
+def host_with_biases(mask: Any) -> tuple[Host, dict[str, Any], Tensor, Tensor, Tensor]:
     """Three tasks with biases of their own, and some samples of each, in groups of 4, 6 and 5."""
     stream = SplitDigits(num_tasks=3)
     stream.setup()
-    host = ContinualModule(MLP([6, 5]), mask=mask)
+    host = ContinualModule(MLP([6, 5]), mask=mask).host
     host.attach(stream)
     bias = BeneficialPerturbation(4)
     bias.configure(host, stream)
-    host.double().eval()
-    host.cursor.opened = 2
+    host.network.double().eval()
+    host.network.opened = 2
     with torch.no_grad():
-        for layer in host.linear_layers().values():
+        for layer in host.network.linear_layers().values():
             layer.bias_units.bank.normal_()
             layer.bias_units.M.normal_()
             layer.bias_units.W.normal_()
@@ -546,7 +547,7 @@ def host_with_biases(mask: Any) -> tuple[ContinualModule, dict[str, Any], Tensor
     inputs = torch.cat([b.inputs[:n] for b, n in zip(batches, sizes, strict=True)]).double()
     targets = torch.cat([b.targets[:n] for b, n in zip(batches, sizes, strict=True)])
     tasks = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor(sizes))
-    return host, host.shared_parameters(include_head=True), inputs, targets, tasks
+    return host, host.network.shared_parameters(include_head=True), inputs, targets, tasks
 
 
 @pytest.mark.parametrize("closed_forms", [None, False])
@@ -557,14 +558,20 @@ def test_every_sample_of_a_group_is_in_its_own_tasks_mode(mask: Any, closed_form
     def losses_of(logits: Tensor, part: slice) -> Tensor:
         return F.cross_entropy(logits, targets[part], reduction="none")
 
-    assert segments_have_closed_forms(host, parameters, inputs[:1], tasks=tasks[:1])
+    assert segments_have_closed_forms(host.network, parameters, inputs[:1], tasks=tasks[:1])
     found = segment_gradients(
-        host, parameters, inputs, losses_of, [4, 6, 5], tasks=tasks, closed_forms=closed_forms
+        host.network,
+        parameters,
+        inputs,
+        losses_of,
+        [4, 6, 5],
+        tasks=tasks,
+        closed_forms=closed_forms,
     )
     for task, row in enumerate(found):
         own = tasks == task
-        with host.task_mode(task):
-            loss = F.cross_entropy(host(inputs[own]), targets[own])
+        with host.network.task_mode(task):
+            loss = F.cross_entropy(host.network(inputs[own]), targets[own])
         wanted = torch.autograd.grad(loss, list(parameters.values()))
         flat = torch.cat([value.flatten() for value in wanted])
         torch.testing.assert_close(row, flat, rtol=1e-9, atol=1e-13)

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import DataError
 from bpn_lightning.functional.importance import fisher_diagonal, output_sensitivity
+from bpn_lightning.model.host import Host
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import seeded_generator
@@ -30,30 +31,32 @@ MODES = ("empirical", "sampled", "exact", "predicted")
 # --- softmax regression, in closed form ----------------------------------------------------------
 
 
-def made(module: nn.Module | None = None, mask: Any = "all", **stream: Any) -> ContinualModule:
+def made(module: nn.Module | None = None, mask: Any = "all", **stream: Any) -> Host:
     """A module in double precision on the digits, three tasks, with weights that are not small."""
     data = SplitDigits(**{"num_tasks": 3} | stream)
     data.setup()
-    host = ContinualModule(module or nn.Flatten(), mask=mask)
+    host = ContinualModule(module or nn.Flatten(), mask=mask).host
     host.attach(data)
-    host.double()
+    host.network.double()
     with torch.no_grad():
-        for parameter in host.parameters():
+        for parameter in host.network.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return host
 
 
-def shared(host: ContinualModule) -> dict[str, nn.Parameter]:
-    return host.shared_parameters(include_head=True)
+def shared(host: Host) -> dict[str, nn.Parameter]:
+    return host.network.shared_parameters(include_head=True)
 
 
-def in_numpy(host: ContinualModule, task: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def in_numpy(host: Host, task: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, softmax and one-hot labels of a task, (samples, ...) each."""
     batches = list(host.batches(task, "train"))
     x = torch.cat([batch.inputs for batch in batches]).flatten(1).double().numpy()
     y = torch.cat([batch.targets for batch in batches]).numpy()
-    assert host.head is not None
-    logits = x @ host.head.weight.detach().numpy().T + host.head.bias.detach().numpy()
+    assert host.network.head is not None
+    logits = (
+        x @ host.network.head.weight.detach().numpy().T + host.network.head.bias.detach().numpy()
+    )
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
     return x, exponentials / exponentials.sum(1, keepdims=True), np.eye(logits.shape[1])[y]
 
@@ -111,7 +114,7 @@ def test_trace_of_the_biases_is_what_is_left_of_certainty() -> None:
     fisher = fisher_diagonal(host, 1, shared(host), "exact")
     with torch.no_grad():
         inputs = torch.cat([batch.inputs for batch in host.batches(1, "train")])
-        squares = host(inputs).softmax(1).square().sum(1)
+        squares = host.network(inputs).softmax(1).square().sum(1)
     torch.testing.assert_close(fisher["head.bias"].sum(), 1 - squares.mean())
 
 
@@ -145,8 +148,8 @@ def test_squares_samples_and_not_their_mean() -> None:
     host = made(MLP([6]))
     fisher = fisher_diagonal(host, 0, shared(host))
     (batch,) = host.batches(0, "train")
-    loss = F.cross_entropy(host(batch.inputs), batch.targets)
-    (gradient,) = torch.autograd.grad(loss, [host.head.weight])
+    loss = F.cross_entropy(host.network(batch.inputs), batch.targets)
+    (gradient,) = torch.autograd.grad(loss, [host.network.head.weight])
     assert gradient.square().sum() < 0.5 * fisher["head.weight"].sum()
 
 
@@ -158,7 +161,7 @@ def test_sensitivity_of_a_linear_network_has_a_closed_form(task: int) -> None:
     """The mean of 2 |f_k| |x_j|."""
     host = made()
     x, _, _ = in_numpy(host, task)
-    weight, bias = (p.detach().numpy() for p in (host.head.weight, host.head.bias))
+    weight, bias = (p.detach().numpy() for p in (host.network.head.weight, host.network.head.bias))
     logits = np.abs(x @ weight.T + bias)
     found = output_sensitivity(host, task, shared(host))
     wanted = 2 * logits.T @ np.abs(x) / len(x)
@@ -166,7 +169,7 @@ def test_sensitivity_of_a_linear_network_has_a_closed_form(task: int) -> None:
     np.testing.assert_allclose(found["head.bias"], 2 * logits.mean(0), rtol=1e-6)
 
 
-def with_samples(host: ContinualModule, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+def with_samples(host: Host, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Let a task have these inputs or targets."""
     changed = next(iter(host.batches(0, "train")))._replace(**changes)
     monkeypatch.setattr(host, "batches", lambda *_: iter([changed]))
@@ -186,7 +189,7 @@ def test_sensitivity_takes_absolute_values_before_it_adds() -> None:
     host = made(MLP([6]))
     found = output_sensitivity(host, 0, shared(host))
     (batch,) = host.batches(0, "train")
-    mean = host(batch.inputs).square().sum() / len(batch.inputs)
+    mean = host.network(batch.inputs).square().sum() / len(batch.inputs)
     of_batch = torch.autograd.grad(mean, list(shared(host).values()))
     for (name, value), gradient in zip(found.items(), of_batch, strict=True):
         assert (gradient.abs() <= value + 1e-9).all(), name
@@ -199,7 +202,7 @@ def test_sensitivity_below_the_head_grows_with_its_square(alpha: float) -> None:
     host = made(MLP([6]))
     before = output_sensitivity(host, 0, shared(host))
     with torch.no_grad():
-        for parameter in host.head.parameters():
+        for parameter in host.network.head.parameters():
             parameter.mul_(alpha)
     after = output_sensitivity(host, 0, shared(host))
     for name, value in before.items():
@@ -210,7 +213,7 @@ def test_sensitivity_below_the_head_grows_with_its_square(alpha: float) -> None:
 def test_nothing_matters_to_outputs_that_are_zero() -> None:
     host = made(MLP([6]))
     with torch.no_grad():
-        for parameter in host.head.parameters():
+        for parameter in host.network.head.parameters():
             parameter.zero_()
     assert not any(value.any() for value in output_sensitivity(host, 0, shared(host)).values())
 
@@ -225,10 +228,10 @@ def test_sensitivity_of_one_sample_is_twice_the_outputs_in_the_jacobian(
     names, values = zip(*shared(host).items(), strict=True)
 
     def outputs(*values: Tensor) -> Tensor:
-        return functional_call(host, dict(zip(names, values, strict=True)), (one,))[0]
+        return functional_call(host.network, dict(zip(names, values, strict=True)), (one,))[0]
 
     jacobian = torch.autograd.functional.jacobian(outputs, tuple(v.detach() for v in values))
-    f = host(one)[0].detach()
+    f = host.network(one)[0].detach()
     found = output_sensitivity(host, 0, shared(host))
     for name, rows in zip(names, jacobian, strict=True):
         torch.testing.assert_close(found[name], (2 * torch.tensordot(f, rows, 1)).abs())
@@ -251,9 +254,9 @@ def test_sensitivity_follows_neither_batches_nor_order_nor_copies(
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])
 def test_sensitivity_is_of_the_active_columns(mask: Any) -> None:
     host = made(MLP([6]), mask=mask)
-    host.cursor.opened = 1
+    host.network.opened = 1
     rows = output_sensitivity(host, 1, shared(host))["head.bias"] > 0
-    first, stop = host.columns(1)
+    first, stop = host.network.columns(1)
     assert rows[first:stop].all()
     assert not rows[:first].any()
     assert not rows[stop:].any()
@@ -262,15 +265,15 @@ def test_sensitivity_is_of_the_active_columns(mask: Any) -> None:
 # --- in a module ---------------------------------------------------------------------------------
 
 
-def loop_over_task(host: ContinualModule, task: int) -> dict[str, Tensor]:
+def loop_over_task(host: Host, task: int) -> dict[str, Tensor]:
     """Empirical Fisher by the definition, through the module's own forward."""
-    first, stop = host.columns(task)
+    first, stop = host.network.columns(task)
     sums = {name: torch.zeros_like(value) for name, value in shared(host).items()}
-    host.eval()
+    host.network.eval()
     count = 0
     for batch in host.batches(task, "train"):
         for x, y in zip(batch.inputs.split(1), batch.targets.split(1), strict=True):
-            loss = F.cross_entropy(host(x, task=task)[:, first:stop], y - first)
+            loss = F.cross_entropy(host.network(x, task=task)[:, first:stop], y - first)
             gradients = torch.autograd.grad(loss, list(shared(host).values()))
             for name, gradient in zip(sums, gradients, strict=True):
                 sums[name] += gradient**2
@@ -282,25 +285,25 @@ def loop_over_task(host: ContinualModule, task: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bias_units", [True, False])
 def test_columns_and_biases_of_the_task_are_active(mask: Any, bias_units: bool) -> None:
     host = made(MLP([6]), mask=mask)
-    host.cursor.opened = 1
+    host.network.opened = 1
     if bias_units:
         strategy = BeneficialPerturbation(4, m_start="normal")
         strategy.configure(host, host.stream)
-        host.double()
-        strategy.on_task_start(host, host.tasks[0])
-        strategy.on_task_end(host, host.tasks[0])
-        strategy.on_task_start(host, host.tasks[1])  # live
+        host.network.double()
+        strategy.on_task_start(host, host.network.tasks[0])
+        strategy.on_task_end(host, host.network.tasks[0])
+        strategy.on_task_start(host, host.network.tasks[1])  # live
     own = {task: fisher_diagonal(host, task, shared(host)) for task in (0, 1)}
     for task, fisher in own.items():
         torch.testing.assert_close(fisher, loop_over_task(host, task), rtol=1e-6, atol=1e-12)
-        first, stop = host.columns(task)
+        first, stop = host.network.columns(task)
         rows = fisher["head.weight"].sum(1) > 0
         assert rows[first:stop].all()
         assert not rows[:first].any()
         assert not rows[stop:].any()
     if bias_units:
-        with host.task_mode(1), torch.no_grad():
-            for layer in host.linear_layers().values():
+        with host.network.task_mode(1), torch.no_grad():
+            for layer in host.network.linear_layers().values():
                 layer.bias_units.bank[0] = 0  # the other task's mode, with its bias gone
         changed = fisher_diagonal(host, 0, shared(host))
         assert not torch.allclose(changed["head.weight"], own[0]["head.weight"], rtol=1e-3)
@@ -369,11 +372,13 @@ def everything(host: Any) -> Any:
     """All that an importance pass must leave as it is."""
     return deepcopy(
         {
-            "state": host.state_dict(),
-            "gradients": {n: p.grad for n, p in host.named_parameters() if p.grad is not None},
-            "flags": [part.training for part in host.modules()],
-            "needs": [p.requires_grad for p in host.parameters()],
-            "mode": host.head.bias_units.active,
+            "state": host.network.state_dict(),
+            "gradients": {
+                n: p.grad for n, p in host.network.named_parameters() if p.grad is not None
+            },
+            "flags": [part.training for part in host.network.modules()],
+            "needs": [p.requires_grad for p in host.network.parameters()],
+            "mode": host.network.head.bias_units.active,
             "optimizer": host.trainer.optimizers[0].state_dict(),
             "torch": torch.get_rng_state(),
         }
@@ -394,8 +399,8 @@ def test_the_pass_changes_nothing(fit: Any, name: str, closed_form: bool) -> Non
 
     class Watched(make.func):  # type: ignore[name-defined,misc]
         def on_task_end(self, host: Any, task: Any) -> None:
-            host.backbone[1].eval()  # frozen by its user, with the rest in training
-            for parameter in host.parameters():
+            host.network.backbone[1].eval()  # frozen by its user, with the rest in training
+            for parameter in host.network.parameters():
                 parameter.grad = torch.randn_like(parameter)
             before = everything(host)
             super().on_task_end(host, task)

@@ -26,7 +26,7 @@ class Answers(ContinualStrategy):
         self.epochs: dict[int, list[bool]] = {}
 
     def loss_terms(self, host: Any, batch: Any, logits: Tensor) -> dict[str, Tensor]:
-        first, stop = host.columns(host.opened)
+        first, stop = host.network.columns(host.network.opened)
         answers = [
             first + max(range(stop - first), key=row[first:stop].tolist().__getitem__)
             for row in logits
@@ -48,7 +48,7 @@ class Break(Callback):
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         if trainer.current_epoch in self.epochs:
             with torch.no_grad():
-                module.head.weight.mul_(-20)
+                module.network.head.weight.mul_(-20)
 
 
 def stream(**options: Any) -> SplitDigits:

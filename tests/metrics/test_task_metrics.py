@@ -67,7 +67,7 @@ def test_each_task_is_measured_in_its_own_mode(fit: Fit, mask: str) -> None:
         assert ("confusion" in one["values"]) == (one["after"] == 2)  # of the newest moment only
     for one in module.task_metrics[-2:]:
         probabilities, targets = [], []
-        for batch in module.batches(one["task"], "test"):
+        for batch in module.host.batches(one["task"], "test"):
             with torch.no_grad():
                 logits = module.eval()(batch.inputs, task=one["task"])
             probabilities.append(logits.double().softmax(1).numpy())

@@ -1,14 +1,16 @@
 """A cursor goes through a schedule, and is saved and loaded."""
 
 import pytest
+from torch import nn
 
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.model.cursor import Cursor
+from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.tasks import Phase, Schedule
 
 
 def planned() -> Cursor:
-    cursor = Cursor()
+    cursor = Cursor(ContinualNetwork(nn.Flatten()))
     cursor.plan(
         Schedule(
             [[Phase("train", 3)], [Phase("warm_up", 1, trains="head"), Phase("train", 2)]],
@@ -19,11 +21,11 @@ def planned() -> Cursor:
 
 def test_a_cursor_goes_through_tasks_and_phases() -> None:
     cursor = planned()
-    assert (cursor.opened, cursor.closed, cursor.task) == (-1, -1, 0)
+    assert (cursor.network.opened, cursor.network.closed, cursor.task) == (-1, -1, 0)
     cursor.begin_task(0)
     cursor.consolidated.append("ewc")
     assert not cursor.begin_phase("train")
-    cursor.closed = 0
+    cursor.network.closed = 0
     cursor.begin_task(1)
     assert (cursor.phase.name, cursor.consolidated) == ("warm_up", [])
     assert cursor.begin_phase("train")
@@ -45,7 +47,7 @@ def test_a_cursor_is_saved_and_loaded() -> None:
     cursor = planned()
     cursor.begin_task(0)
     cursor.schedule.end_phase(1)
-    cursor.closed, cursor.checked_epochs = 0, 2
+    cursor.network.closed, cursor.checked_epochs = 0, 2
     cursor.begin_task(1)
     cursor.begin_phase("train")
     cursor.consolidated.append("ewc")
@@ -55,10 +57,10 @@ def test_a_cursor_is_saved_and_loaded() -> None:
     assert again.phase == cursor.phase
     assert again.schedule.total == 5
 
-    alone = Cursor()  # of a module that is loaded without its run
+    alone = Cursor(ContinualNetwork(nn.Flatten()))  # of a module that is loaded without its run
     alone.load_progress(cursor.state_dict())
-    assert (alone.opened, alone.closed, alone.schedule.total) == (1, 0, 1)
+    assert (alone.network.opened, alone.network.closed, alone.schedule.total) == (1, 0, 1)
 
-    other = Cursor()
+    other = Cursor(ContinualNetwork(nn.Flatten()))
     with pytest.raises(CheckpointError, match=r"phases of \[1\] epochs"):
         other.load_state_dict(cursor.state_dict())

@@ -41,17 +41,17 @@ def learned(fit: Any) -> Callable[..., Any]:
 
 def samples(module: Any, task: int, split: str) -> tuple[Tensor, np.ndarray]:
     """All of a task's samples of a split at once, and their columns."""
-    batches = list(module.stream.loader(task, split, batch_size=7))
-    inputs = [module.stream.prepare(batch).inputs for batch in batches]
+    batches = list(module.host.stream.loader(task, split, batch_size=7))
+    inputs = [module.host.stream.prepare(batch).inputs for batch in batches]
     return torch.cat(inputs), torch.cat([batch.targets for batch in batches]).numpy()
 
 
 def by_hand(module: Any, inputs: Tensor, task: int) -> np.ndarray:
     """Logits of the evaluated network in a task's mode, layer by layer, without any switching."""
-    features = deepcopy(module.backbone).eval()(inputs)
-    logits = features @ module.head.weight.T + module.head.bias
-    if hasattr(module.head, "bias_units"):
-        logits = logits + module.head.bias_units.bank[task]
+    features = deepcopy(module.network.backbone).eval()(inputs)
+    logits = features @ module.network.head.weight.T + module.network.head.bias
+    if hasattr(module.network.head, "bias_units"):
+        logits = logits + module.network.head.bias_units.bank[task]
     return logits.detach().numpy()
 
 
@@ -63,8 +63,8 @@ def test_accuracy_is_the_share_of_right_answers(learned: Any, split: Any, modes:
     for task in range(TASKS):
         inputs, targets = samples(module, task, split)
         wanted.append(np.mean(by_hand(module, inputs, task).argmax(1) == targets))
-    assert evaluate(module, split=split).tolist() == wanted
-    assert evaluate(module, [2, 0], split=split).tolist() == [wanted[2], wanted[0]]
+    assert evaluate(module.host, split=split).tolist() == wanted
+    assert evaluate(module.host, [2, 0], split=split).tolist() == [wanted[2], wanted[0]]
     assert module.evaluate([1], split).tolist() == [wanted[1]]
     assert len({*wanted}) > 1
 
@@ -76,7 +76,7 @@ def test_a_head_for_each_task_answers_with_its_own_columns(learned: Any) -> None
         inputs, targets = samples(module, task, "test")
         own = by_hand(module, inputs, task)[:, 2 * task : 2 * task + 2]
         wanted.append(np.mean(own.argmax(1) + 2 * task == targets))
-    assert evaluate(module).tolist() == wanted
+    assert evaluate(module.host).tolist() == wanted
     assert min(wanted) > 0.5
 
 
@@ -99,16 +99,16 @@ def test_without_the_oracle_the_most_confident_mode_answers(
             shares.append(np.mean(answers == targets))
         return shares
 
-    assert evaluate_task_agnostic(module, range(TASKS)).tolist() == wanted([0, 1, 2])
-    assert evaluate_task_agnostic(module, [0, 1]).tolist() == wanted([0, 1])
-    assert evaluate_task_agnostic(module, [2]).tolist() == wanted([2])
+    assert evaluate_task_agnostic(module.host, range(TASKS)).tolist() == wanted([0, 1, 2])
+    assert evaluate_task_agnostic(module.host, [0, 1]).tolist() == wanted([0, 1])
+    assert evaluate_task_agnostic(module.host, [2]).tolist() == wanted([2])
     assert module.accuracy_matrix.task_agnostic.tolist() == wanted([0, 1, 2])
 
 
 def test_without_the_oracle_a_draw_of_the_samples_may_do(learned: Any) -> None:
     module = learned()
-    drawn = [b.inputs for b in module.stream.loader(1, "test", max_samples=20)]
-    whole = [b.inputs for b in module.stream.loader(1, "test")]
+    drawn = [b.inputs for b in module.host.stream.loader(1, "test", max_samples=20)]
+    whole = [b.inputs for b in module.host.stream.loader(1, "test")]
     kept = [(torch.cat(whole) == image).flatten(1).all(1).nonzero() for image in torch.cat(drawn)]
     places = torch.cat(kept).flatten()
     assert len(places) == 20
@@ -118,28 +118,31 @@ def test_without_the_oracle_a_draw_of_the_samples_may_do(learned: Any) -> None:
     alone = np.stack([by_hand(module, inputs, mode)[places] for mode in range(TASKS)])
     chosen = torch.from_numpy(alone).softmax(-1).amax(-1).argmax(0)
     answers = alone.argmax(-1)[chosen, np.arange(20)]
-    found = evaluate_task_agnostic(module, range(TASKS), max_samples=20)
+    found = evaluate_task_agnostic(module.host, range(TASKS), max_samples=20)
     assert found[1].item() == np.mean(answers == targets[places])
-    everything = evaluate_task_agnostic(module, range(TASKS), max_samples=10_000)
-    assert torch.equal(everything, evaluate_task_agnostic(module, range(TASKS)))
+    everything = evaluate_task_agnostic(module.host, range(TASKS), max_samples=10_000)
+    assert torch.equal(everything, evaluate_task_agnostic(module.host, range(TASKS)))
 
 
 def test_the_oracle_is_worth_something(learned: Any) -> None:
     module = learned()
-    assert evaluate(module).mean() > evaluate_task_agnostic(module, range(TASKS)).mean() + 0.1
+    assert (
+        evaluate(module.host).mean()
+        > evaluate_task_agnostic(module.host, range(TASKS)).mean() + 0.1
+    )
 
 
 def test_without_a_split_there_is_no_accuracy(learned: Any) -> None:
-    assert evaluate(learned(modes=False), split="val").isnan().all()
+    assert evaluate(learned(modes=False).host, split="val").isnan().all()
 
 
 @pytest.mark.parametrize("size", [1, 33, 1000])
 def test_the_batch_size_is_irrelevant(learned: Any, size: int) -> None:
     module = learned()
-    before = evaluate(module), evaluate_task_agnostic(module, [0, 1, 2])
-    module.stream.eval_batch_size = size
-    torch.testing.assert_close(evaluate(module), before[0], rtol=0, atol=0)
-    after = evaluate_task_agnostic(module, [0, 1, 2])
+    before = evaluate(module.host), evaluate_task_agnostic(module.host, [0, 1, 2])
+    module.host.stream.eval_batch_size = size
+    torch.testing.assert_close(evaluate(module.host), before[0], rtol=0, atol=0)
+    after = evaluate_task_agnostic(module.host, [0, 1, 2])
     torch.testing.assert_close(after, before[1], rtol=0, atol=0)
 
 
@@ -149,9 +152,9 @@ def test_validation_scores_are_the_mean_cross_entropy_and_the_accuracy(learned: 
         inputs, targets = samples(module, task, "val")
         logits = by_hand(module, inputs, task).astype(np.float64)
         losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(targets)), targets]
-        loss, accuracy = validation_scores(module, task)
+        loss, accuracy = validation_scores(module.host, task)
         assert loss == pytest.approx(losses.mean(), rel=1e-5)
-        assert [accuracy] == evaluate(module, [task], "val").tolist()
+        assert [accuracy] == evaluate(module.host, [task], "val").tolist()
 
 
 @pytest.mark.parametrize(
@@ -166,20 +169,20 @@ def test_validation_scores_are_the_mean_cross_entropy_and_the_accuracy(learned: 
 def test_measuring_changes_nothing(learned: Any, measure: Callable[..., Any]) -> None:
     module = learned(validation_fraction=0.2)
     module.train()
-    module.backbone[1].eval()  # a frozen normalization
+    module.network.backbone[1].eval()  # a frozen normalization
     flags = [part.training for part in module.modules()]
     state, generator = deepcopy(module.state_dict()), torch.get_rng_state()
     gradients = {name: p.grad for name, p in module.named_parameters()}
     with module.task_mode(1):
         inputs = samples(module, 0, "test")[0]
-        module.backbone[3].eval()
+        module.network.backbone[3].eval()
         answers = module(inputs).detach()
-        module.backbone[3].train()
-        first = measure(module)
-        torch.testing.assert_close(measure(module), first, rtol=0, atol=0)
-        module.backbone[3].eval()
+        module.network.backbone[3].train()
+        first = measure(module.host)
+        torch.testing.assert_close(measure(module.host), first, rtol=0, atol=0)
+        module.network.backbone[3].eval()
         assert torch.equal(module(inputs), answers)
-        module.backbone[3].train()
+        module.network.backbone[3].train()
     assert [part.training for part in module.modules()] == flags
     torch.testing.assert_close(module.state_dict(), state, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(torch.get_rng_state(), generator)
@@ -189,16 +192,16 @@ def test_measuring_changes_nothing(learned: Any, measure: Callable[..., Any]) ->
 def test_flags_return_after_an_error(learned: Any) -> None:
     module = learned()
     module.train()
-    module.backbone[1].eval()
+    module.network.backbone[1].eval()
     flags = [part.training for part in module.modules()]
 
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    handle = module.head.register_forward_hook(fail)
+    handle = module.network.head.register_forward_hook(fail)
     with module.task_mode(2):
         with pytest.raises(ZeroDivisionError):
-            evaluate(module)
-        assert module.head.bias_units.active == 2
+            evaluate(module.host)
+        assert module.network.head.bias_units.active == 2
     handle.remove()
     assert [part.training for part in module.modules()] == flags

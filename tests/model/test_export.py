@@ -17,8 +17,8 @@ from bpn_lightning.cli import export as export_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
 from bpn_lightning.export import export_module, load_exported
-from bpn_lightning.model.structure import SCHEMA
 from bpn_lightning.nn import MLP
+from bpn_lightning.nn.structure import SCHEMA
 from bpn_lightning.strategies import (
     EWC,
     BeneficialPerturbation,
@@ -60,7 +60,7 @@ def test_it_answers_bit_for_bit_in_every_mode(
     torch.manual_seed(5)
     again = load_exported(folder, MLP([16, 16]))
     assert not again.training
-    assert (again.mask, list(again.tasks)) == (mask, list(module.tasks))
+    assert (again.network.mask, list(again.tasks)) == (mask, list(module.tasks))
     assert again.accuracy_matrix.summary() == module.accuracy_matrix.summary()
     for one, other in zip(answers(module), answers(again), strict=True):
         assert torch.equal(one, other)

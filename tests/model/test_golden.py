@@ -15,8 +15,8 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.export import export_module, load_exported
-from bpn_lightning.model.structure import SCHEMA
 from bpn_lightning.nn import MLP
+from bpn_lightning.nn.structure import SCHEMA
 from bpn_lightning.strategies import EWC, BeneficialPerturbation
 
 GOLDEN = Path(__file__).parent / "golden" / f"schema_{SCHEMA}.ckpt"
@@ -67,7 +67,7 @@ def test_a_run_goes_on_from_it(tmp_path: Path) -> None:
     assert saved["global_step"] == SAVED_AT
     whole, rest = run(tmp_path), run(tmp_path, ckpt_path=GOLDEN)
     assert (rest.closed, rest.schedule.lengths) == (1, whole.schedule.lengths)
-    earlier = saved["state_dict"]["accuracy_matrix.accuracy"][:2]
+    earlier = saved["state_dict"]["network.accuracy_matrix.accuracy"][:2]
     assert torch.equal(rest.accuracy_matrix.accuracy[:2], earlier)  # read, and not measured again
     assert [point["epoch"] for point in rest.curve] == [0, 1, 2, 3, 4]
     for name, value in whole.state_dict().items():
@@ -85,7 +85,7 @@ def test_it_is_loaded_and_exported(tmp_path: Path) -> None:
     for name, value in module.state_dict().items():
         torch.testing.assert_close(value, saved["state_dict"][name], rtol=0, atol=0, equal_nan=True)
     again = load_exported(export_module(module, tmp_path / "out"), MLP([4]))
-    assert again.structure == module.structure
+    assert again.network.structure == module.network.structure
     inputs = torch.rand(3, 1, 8, 8)
     for task in (0, 1):
         assert torch.equal(again(inputs, task=task), module(inputs, task=task))

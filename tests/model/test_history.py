@@ -20,7 +20,7 @@ def module(every: Literal["task", "epoch"] = "task") -> ContinualModule:
     stream.setup()
     made = ContinualModule(MLP([2]), evaluate_every=every)
     made.attach(stream)
-    made.cursor.plan(Schedule([[Phase("train", 2)], [Phase("train", 3)]]))
+    made.host.cursor.plan(Schedule([[Phase("train", 2)], [Phase("train", 3)]]))
     return made
 
 
@@ -31,7 +31,7 @@ def test_a_curve_of_epochs_has_each_epoch_once() -> None:
     again = History("epoch")
     again.load_state_dict(json.loads(json.dumps(history.state_dict(right=0))))
     for one in (history, again):
-        curve = one.curve(module("epoch"))
+        curve = one.curve(module("epoch").host)
         assert [point["epoch"] for point in curve] == [0, 1, 2]
         assert curve[1]["accuracy"] == pytest.approx([0.2, 0.5])
         assert curve[2]["accuracy"] == [None, 0.5]
@@ -43,10 +43,10 @@ def test_a_curve_of_tasks_is_the_accuracy_matrix() -> None:
     for moment in range(3):
         row = torch.tensor([moment / 10, moment / 5], dtype=torch.float64)
         made.accuracy_matrix.update(moment, row)
-    made.cursor.begin_task(0)
-    made.cursor.closed = 0
-    made.cursor.begin_task(1)
-    made.cursor.closed = 1
+    made.host.cursor.begin_task(0)
+    made.network.closed = 0
+    made.host.cursor.begin_task(1)
+    made.network.closed = 1
     assert made.curve == [
         {"epoch": 0, "task": 0, "accuracy": [0.0, 0.0]},
         {"epoch": 2, "task": 0, "accuracy": [0.1, 0.2]},
@@ -89,8 +89,8 @@ def test_metrics_between_two_tasks(closed: int, current_only: bool, names: set[s
     made = module()
     made.accuracy_matrix.update(0, torch.tensor([0.1, 0.2], dtype=torch.float64))
     made.accuracy_matrix.update(1, torch.tensor([0.9, 0.2], dtype=torch.float64))
-    made.cursor.closed = closed
-    found = stream_metrics(made, current_only)
+    made.network.closed = closed
+    found = stream_metrics(made.host, current_only)
     assert {name for name in found if name.startswith("accuracy/")} == names
     assert found["stream/tasks_learned"] == closed + 1
 

@@ -76,9 +76,9 @@ def test_the_matrix_has_every_row_and_the_last_one_is_what_the_network_scores(fi
     matrix = module.accuracy_matrix.accuracy
     assert matrix.shape == (3, 2)
     assert not matrix.isnan().any()
-    assert torch.equal(matrix[-1], evaluate(module))
+    assert torch.equal(matrix[-1], evaluate(module.host))
     assert torch.equal(matrix[0], fit_nothing())
-    (tested,) = trainer.test(module, module.stream, verbose=False)
+    (tested,) = trainer.test(module, module.host.stream, verbose=False)
     assert [tested["test/accuracy/task_1"], tested["test/accuracy/task_2"]] == pytest.approx(
         matrix[-1].tolist()
     )
@@ -160,13 +160,13 @@ def fit_nothing():
     stream.setup()
     module = ContinualModule(MLP([16, 16]))
     module.attach(stream)
-    return evaluate(module)
+    return evaluate(module.host)
 
 
 def test_predictions_answer_each_sample_in_its_own_mode(fit):
     module, trainer = fit([BeneficialPerturbation(8), EWC(100.0)])
-    (logits,) = trainer.predict(module, module.stream)
-    (batch,) = list(module.stream.test_dataloader())
+    (logits,) = trainer.predict(module, module.host.stream)
+    (batch,) = list(module.host.stream.test_dataloader())
     for task in (0, 1):
         rows = batch.task == task
         right = (logits[rows].argmax(1) == batch.targets[rows]).double().mean()
@@ -315,7 +315,7 @@ def test_a_module_loads_without_a_trainer_and_answers_the_same(fit, tmp_path):
     stream = digits()
     stream.setup()
     loaded.attach(stream)
-    assert torch.equal(evaluate(loaded), module.accuracy_matrix.accuracy[-1])
+    assert torch.equal(evaluate(loaded.host), module.accuracy_matrix.accuracy[-1])
     assert torch.equal(loaded.accuracy_matrix.accuracy, module.accuracy_matrix.accuracy)
 
 

@@ -43,7 +43,9 @@ def noisy():
 
 
 def tensors(module):
-    return {n: t.clone() for n, t in module.state_dict().items() if isinstance(t, torch.Tensor)}
+    return {
+        n: t.clone() for n, t in module.network.state_dict().items() if isinstance(t, torch.Tensor)
+    }
 
 
 def changed(one, two):
@@ -83,8 +85,8 @@ class Center(ContinualStrategy):
 
     def phase_loss(self, host, phase, batch):
         assert (phase.name, host.phase) == (self.name, phase)
-        assert not any(part.training for part in host.modules())
-        return (self.theta - host.backbone(batch.inputs).detach()).square().sum(1)
+        assert not any(part.training for part in host.network.modules())
+        return (self.theta - host.network.backbone(batch.inputs).detach()).square().sum(1)
 
 
 class CallLog(Callback):
@@ -95,7 +97,7 @@ class CallLog(Callback):
 
     def note(self, module, when):
         state = [tensors(module), random_state()["torch"]]
-        self.pages.append((module.opened, module.phase.name, when, *state))
+        self.pages.append((module.opened, module.host.phase.name, when, *state))
 
     def on_train_batch_start(self, trainer, module, *_):
         self.note(module, "start")
@@ -176,12 +178,14 @@ def test_strategies_see_the_head_alone_in_a_warm_up(fit):
 
     class Watch(ContinualStrategy):
         def capture_grad(self, host, parameters):
-            gradients = {n: p.grad for n, p in host.named_parameters() if p.grad is not None}
+            gradients = {
+                n: p.grad for n, p in host.network.named_parameters() if p.grad is not None
+            }
             rows = [
                 gradients[f"head.{name}"].reshape(4, -1).any(1).tolist()
                 for name in ("weight", "bias")
             ]
-            seen[host.opened, host.phase.name] = (set(parameters), set(gradients), rows)
+            seen[host.network.opened, host.phase.name] = (set(parameters), set(gradients), rows)
 
     fit([WarmUp(), Watch()], stream=digits(), backbone=noisy())
     head = {"head.weight", "head.bias"}
@@ -278,7 +282,9 @@ def test_a_scheduler_is_made_for_the_updates_of_its_phase(fit):
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer, module, *_):
-            phases.append((module.opened, module.phase.name, len(trainer.lr_scheduler_configs)))
+            phases.append(
+                (module.opened, module.host.phase.name, len(trainer.lr_scheduler_configs))
+            )
 
     fit([WarmUp(3), Center(2), Watch()], stream=digits(), backbone=noisy(), scheduler=note)
     batches = [sum(p[:2] == (task, "train") for p in phases) for task in (0, 1)]
@@ -333,7 +339,7 @@ class SaveEverywhere(Callback):
     def save(self, moment, trainer, module, *_):
         if trainer.sanity_checking:
             return
-        phase = module.phase.name
+        phase = module.host.phase.name
         name = f"{len(self.paths):03d}_{module.opened}_{phase}_{moment}_{type(self).__name__}.ckpt"
         trainer.save_checkpoint(self.folder / name)
         self.paths.append(self.folder / name)
@@ -409,7 +415,7 @@ def learn_in_phases(devices):
     ebll = EncoderBasedLifelongLearning(alpha=3.0, autoencoder_epochs=2, warm_up_epochs=1)
     trainer = trainer_of(devices, [BeneficialPerturbation(8), ebll], accumulate_grad_batches=2)
     trainer.fit(module, stream)
-    return [dict(module.state_dict()), list(tensors_in(ebll.state_dict()))]
+    return [dict(module.network.state_dict()), list(tensors_in(ebll.state_dict()))]
 
 
 def test_two_processes_equal_one(ranks):

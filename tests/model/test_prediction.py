@@ -78,7 +78,7 @@ def raw(stream: Any, task: int) -> Tensor:
 def evaluated(module: ContinualModule, task: int) -> Tensor:
     """What the run's own evaluation sees."""
     with torch.no_grad(), module.task_mode(task):
-        (batch,) = module.batches(task, "test")
+        (batch,) = module.host.batches(task, "test")
         logits: Tensor = module(batch.inputs)
     return logits
 
@@ -86,7 +86,7 @@ def evaluated(module: ContinualModule, task: int) -> Tensor:
 def by_checkpoint(module: ContinualModule, folder: Path) -> ContinualModule:
     module.trainer.save_checkpoint(folder / "saved.ckpt")
     loaded: ContinualModule = ContinualModule.load_from_checkpoint(
-        folder / "saved.ckpt", backbone=MLP([8]), mask=module.mask
+        folder / "saved.ckpt", backbone=MLP([8]), mask=module.network.mask
     )
     return loaded
 
@@ -226,7 +226,7 @@ def test_features_and_tokens_are_prepared_too(
 def test_channels_that_are_made_are_those_of_raw_images(fit: Fit, channels: Any) -> None:
     stream = SplitDigits(num_tasks=2, epochs_per_task=1, seed=0, channels=channels)
     module = learned(fit, stream)
-    assert module.structure.preparations[0].shape == (channels, 8, 8)
+    assert module.network.structure.preparations[0].shape == (channels, 8, 8)
     check_answers(module, module, {task: raw(stream, task) for task in (0, 1)})
 
 
@@ -266,8 +266,8 @@ def digits(fit: Fit) -> ContinualModule:
 
 
 def test_wrong_inputs_are_named_and_not_answered(digits: ContinualModule) -> None:
-    images = raw(digits.stream, 0)[:3]
-    normalized = digits.stream.prepare(next(iter(digits.stream.loader(0, "test")))).inputs
+    images = raw(digits.host.stream, 0)[:3]
+    normalized = digits.host.stream.prepare(next(iter(digits.host.stream.loader(0, "test")))).inputs
     for inputs, task, said in (
         (
             images.float(),
@@ -309,11 +309,11 @@ def test_nothing_of_the_module_changes(digits: ContinualModule) -> None:
         for name, value in digits.state_dict().items()
         if isinstance(value, Tensor)
     }
-    images = raw(digits.stream, 0)[:3]
+    images = raw(digits.host.stream, 0)[:3]
     kept = images.clone()
     with digits.task_mode(1):
         found = digits.predict(images, 0)
-        assert digits.mode == 1
+        assert digits.network.mode == 1
     assert digits.training
     assert not found.requires_grad
     assert torch.equal(images, kept)
@@ -329,26 +329,26 @@ def test_nothing_of_the_module_changes(digits: ContinualModule) -> None:
 def test_without_a_task_the_most_confident_mode_answers(digits: ContinualModule) -> None:
     shares = []
     for task in (0, 1):
-        (batch,) = digits.stream.loader(task, "test", 1000)
+        (batch,) = digits.host.stream.loader(task, "test", 1000)
         logits = digits.predict(batch.inputs)
         shares.append((logits.argmax(1) == batch.targets).double().mean().item())
         modes = torch.stack([digits.predict(batch.inputs, mode) for mode in (0, 1)])
         best = modes.softmax(-1).amax(-1).argmax(0)
         assert torch.equal(logits, modes[best, torch.arange(len(best))])
     assert shares == digits.accuracy_matrix.task_agnostic.tolist()
-    assert shares == evaluate_task_agnostic(digits, [0, 1]).tolist()
+    assert shares == evaluate_task_agnostic(digits.host, [0, 1]).tolist()
 
 
 def test_without_modes_any_task_answers_alike(fit: Fit) -> None:
     module = learned(fit, SplitDigits(num_tasks=2, epochs_per_task=1, seed=0))
-    images = raw(module.stream, 1)
+    images = raw(module.host.stream, 1)
     assert torch.equal(module.predict(images), module.predict(images, 0))
 
 
 def test_heads_of_their_own_have_to_be_told(fit: Fit) -> None:
     module = learned(fit, SplitDigits(num_tasks=2, epochs_per_task=1, seed=0), mask="task")
     with pytest.raises(ConfigurationError, match="every task has a head of its own"):
-        module.predict(raw(module.stream, 1))
+        module.predict(raw(module.host.stream, 1))
 
 
 # --- code of one's own ---------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_rounding_is_no_difference() -> None:
 def test_records_that_are_made_up_are_refused(
     digits: ContinualModule, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    one = digits.structure.preparations[0].record()
+    one = digits.network.structure.preparations[0].record()
     Preparation.of_record(one)
     with pytest.raises(ValueError, match=r"prep|permutations that this version"):
         Preparation.of_record({**one, **change})
@@ -482,7 +482,7 @@ def trainer(tmp_path: Path) -> Trainer:
 def test_the_trainer_predicts_raw_images_of_plain_loaders(
     digits: ContinualModule, tmp_path: Path
 ) -> None:
-    images = raw(digits.stream, 1)
+    images = raw(digits.host.stream, 1)
     wanted = digits.predict(images)
     again = by_checkpoint(digits, tmp_path)
     size = len(images)
@@ -509,7 +509,7 @@ def test_the_trainer_predicts_raw_images_of_plain_loaders(
 def test_plain_loaders_elsewhere_are_refused_in_plain_words(
     digits: ContinualModule, tmp_path: Path, verb: str
 ) -> None:
-    loader: Any = DataLoader(raw(digits.stream, 1))  # type: ignore[arg-type]
+    loader: Any = DataLoader(raw(digits.host.stream, 1))  # type: ignore[arg-type]
     said = f"Expected trainer.{verb} to get a ContinualDataModule, whose batches say their task, but got"
     with pytest.raises(ConfigurationError, match=re.escape(said)) as caught:
         getattr(trainer(tmp_path), verb)(digits, loader)
@@ -520,7 +520,7 @@ def test_plain_loaders_elsewhere_are_refused_in_plain_words(
 def test_a_backbone_without_images_is_asked_for_none() -> None:
     """uint8 never reaches a layer, whatever the layer is."""
     module = ContinualModule(nn.Sequential(nn.Flatten()))
-    module.head = nn.Linear(4, 2)
+    module.network.head = nn.Linear(4, 2)
     with pytest.raises(
         ConfigurationError, match="inputs that the stream has prepared, but got uint8"
     ):

@@ -252,7 +252,7 @@ def test_looking_for_the_width_changes_nothing() -> None:
     stream.setup()
     module = ContinualModule(network)
     module.attach(stream)
-    assert module.head is not None
-    assert (module.head.in_features, module.head.out_features) == (64, 4)
+    assert module.network.head is not None
+    assert (module.network.head.in_features, module.network.head.out_features) == (64, 4)
     assert norm.num_batches_tracked == 0
     assert [part.training for part in network] == [False, True, True, True]

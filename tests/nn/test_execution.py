@@ -35,10 +35,10 @@ def attached(backbone: nn.Module, *, keys: bool = True) -> ContinualModule:
     stream.setup()
     module = ContinualModule(backbone)
     module.attach(stream)
-    for name in module.linear_layers():
-        module.attach_bias_units(name, 2).bank.normal_()
+    for name in module.network.linear_layers():
+        module.network.attach_bias_units(name, 2).bank.normal_()
         if keys:
-            module.attach_keys(name, "binary").bank.random_(2).mul_(2).sub_(1)
+            module.network.attach_keys(name, "binary").bank.random_(2).mul_(2).sub_(1)
     return module.eval()
 
 
@@ -83,15 +83,15 @@ def test_encoders_use_bias_units_and_keys_in_evaluation(options: dict[str, Any])
     images = torch.randn(6, 1, 8, 8)
     tasks = torch.tensor([0, 2, 1, 1, 0, 2])
     with torch.no_grad():
-        twins = [folded(plain, module.backbone, task) for task in range(3)]
+        twins = [folded(plain, module.network.backbone, task) for task in range(3)]
         for task, twin in enumerate(twins):
             with module.task_mode(task):
                 torch.testing.assert_close(
-                    module.backbone(images), twin(images), rtol=1e-4, atol=1e-5
+                    module.network.backbone(images), twin(images), rtol=1e-4, atol=1e-5
                 )
         each = torch.stack([twins[t](images)[n] for n, t in enumerate(tasks)])
         with module.task_mode(tasks):
-            torch.testing.assert_close(module.backbone(images), each, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(module.network.backbone(images), each, rtol=1e-4, atol=1e-5)
     check_layers_are_called(module, images)
 
 
@@ -100,8 +100,8 @@ def test_other_encoder_layers_keep_their_fused_kernel() -> None:
     stream = SplitDigits(num_tasks=2)
     stream.setup()
     module.attach(stream)
-    module.attach_bias_units("backbone.encoder.layers.1.linear1", 2)
-    first, second = module.backbone.encoder.layers  # type: ignore[union-attr]
+    module.network.attach_bias_units("backbone.encoder.layers.1.linear1", 2)
+    first, second = module.network.backbone.encoder.layers  # type: ignore[union-attr]
     assert first.activation_relu_or_gelu == 1
     assert second.activation_relu_or_gelu == 0
     assert torch.backends.mha.get_fastpath_enabled()
@@ -278,7 +278,7 @@ def test_a_forward_that_fails_in_training_mode_is_refused_before_training(fit: A
 def test_parametrized_layers_get_bias_units_and_keys(norm: Any) -> None:
     plain = nn.Sequential(nn.Flatten(), norm(nn.Linear(64, 5))).eval()
     module = attached(deepcopy(plain))
-    layer = module.backbone[1]  # type: ignore[index]
+    layer = module.network.backbone[1]  # type: ignore[index]
     x = torch.randn(3, 64)
     with module.task_mode(1):
         expected = plain(x * layer.keys.bank[1]) + layer.bias_units.bank[1]
@@ -444,7 +444,7 @@ def test_units_importances_do_without_cudnn_too(fit: Any) -> None:
     module, _ = fit([strategy], backbone=backbone, stream=stream)
     assert True in backbone.allowed  # training and scores
     backbone.allowed.clear()
-    strategy._unit_importance(module, module.tasks[0])
+    strategy._unit_importance(module.host, module.tasks[0])
     assert backbone.allowed
     assert not any(backbone.allowed)
 

@@ -76,7 +76,7 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         """Backbone and head without anything of bias units."""
-        entries = self.module.state_dict().items()
+        entries = self.module.network.state_dict().items()
         return {
             name: value.clone()
             for name, value in entries
@@ -88,7 +88,7 @@ class Run:
         state = self.trainer.optimizers[0].state
         return {
             name: state[parameter]
-            for name, parameter in self.module.named_parameters()
+            for name, parameter in self.module.network.named_parameters()
             if parameter in state and "bias_units" not in name
         }
 

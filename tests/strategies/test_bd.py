@@ -27,7 +27,7 @@ RANK = 6
 
 
 def units(host: Any) -> dict[str, Any]:
-    return {name: host.linear_layers()[name].bias_units for name in LAYERS}
+    return {name: host.network.linear_layers()[name].bias_units for name in LAYERS}
 
 
 def values(host: Any, which: str) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ def test_gradients_follow_from_the_bias_gradient(learn: Any, watch: Any) -> None
 
     def look(host: Any, parameters: Any) -> None:
         for name, unit in units(host).items():
-            delta = host.linear_layers()[name].bias.grad
+            delta = host.network.linear_layers()[name].bias.grad
             torch.testing.assert_close(unit.M.grad, (unit.W @ delta)[None], rtol=1e-4, atol=1e-7)
             torch.testing.assert_close(
                 unit.W.grad, torch.outer(unit.M[0], delta), rtol=1e-4, atol=1e-7
@@ -143,7 +143,9 @@ def test_frozen_learns_neither_m_nor_w(learn: Any, watch: Any) -> None:
     seen = []
 
     def note(host: Any, task: Any) -> None:
-        seen.append((values(host, "M"), values(host, "W"), host.head.weight.detach().clone()))
+        seen.append(
+            (values(host, "M"), values(host, "W"), host.network.head.weight.detach().clone())
+        )
 
     strategy = BeneficialPerturbation(RANK, direction="frozen")
     run = learn(watch(end=note), strategy, watch(start=note), optimizer=partial(Adam, lr=0.01))
@@ -166,7 +168,9 @@ def test_no_optimizer_holds_m(learn: Any, watch: Any, optimizer: Any, reset: str
     checked = []
 
     def look(host: Any, parameters: Any) -> None:
-        held = {id(p) for group in host.optimizers(False).param_groups for p in group["params"]}
+        held = {
+            id(p) for group in host.module.optimizers(False).param_groups for p in group["params"]
+        }
         for unit in units(host).values():
             assert id(unit.M) not in held
             assert id(unit.W) in held
@@ -310,10 +314,12 @@ def test_freezing_leaves_logits_as_they_were(learn: Any, watch: Any) -> None:
     answers: list[Tensor] = []
 
     def answer(host: Any, task: Any) -> None:
-        host.eval()
+        host.network.eval()
         with torch.no_grad():
-            answers.append(host(next(iter(host.batches(task.id, "test"))).inputs, task=task.id))
-        host.train()
+            answers.append(
+                host.network(next(iter(host.batches(task.id, "test"))).inputs, task=task.id)
+            )
+        host.network.train()
 
     learn(watch(end=answer), BeneficialPerturbation(RANK), watch(end=answer))
     for live, frozen in zip(answers[::2], answers[1::2], strict=True):
@@ -336,13 +342,13 @@ def test_biases_of_learned_tasks_never_change(learn: Any, watch: Any) -> None:
 
 def test_a_task_starts_as_the_network_without_bias_units(learn: Any, watch: Any) -> None:
     def compare(host: Any, task: Any) -> None:
-        with torch.no_grad(), host.task_mode(task.id):
+        with torch.no_grad(), host.network.task_mode(task.id):
             batch = next(iter(host.batches(task.id, "test")))
             plain = batch.inputs
-            for layer in (*host.backbone, host.head):
+            for layer in (*host.network.backbone, host.network.head):
                 known = isinstance(layer, nn.Linear)
                 plain = F.linear(plain, layer.weight, layer.bias) if known else layer(plain)
-            assert torch.equal(host(batch.inputs), plain)
+            assert torch.equal(host.network(batch.inputs), plain)
 
     learn(BeneficialPerturbation(RANK), watch(start=compare), stream={"num_tasks": 3})
 
@@ -351,10 +357,10 @@ def started(prepare: Any, layers: list[str] | None = None, seed: int = 3, task: 
     """W of every layer at a task's start, whatever was drawn before."""
     run = prepare(stream={"seed": seed})
     strategy = BeneficialPerturbation(RANK, layers=layers, m_start="normal")
-    strategy.configure(run.module, run.stream)
+    strategy.configure(run.module.host, run.stream)
     torch.rand(int(torch.randint(1, 99, ())))
     before = torch.get_rng_state()
-    strategy.on_task_start(run.module, run.stream.tasks[task])
+    strategy.on_task_start(run.module.host, run.stream.tasks[task])
     assert torch.equal(torch.get_rng_state(), before)
     return {name: (unit.W.detach(), unit.M.detach()) for name, unit in strategy.units.items()}
 
@@ -371,8 +377,8 @@ def test_draws_follow_from_seed_task_and_layer(prepare: Any, same: Any) -> None:
 def test_layers_of_one_shape_start_differently(prepare: Any) -> None:
     run = prepare(backbone=lambda: MLP([12, 12]))
     strategy = BeneficialPerturbation(RANK, m_start="normal")
-    strategy.configure(run.module, run.stream)
-    strategy.on_task_start(run.module, run.stream.tasks[0])
+    strategy.configure(run.module.host, run.stream)
+    strategy.on_task_start(run.module.host, run.stream.tasks[0])
     one, other = strategy.units["backbone.1"], strategy.units["backbone.3"]
     assert one.W.shape == other.W.shape
     assert not torch.equal(one.W, other.W)
@@ -404,8 +410,8 @@ def test_draws_of_a_layer_do_not_depend_on_the_others(
 def test_w_has_variance_one_over_rank(prepare: Any, w_scale: float) -> None:
     run = prepare(backbone=lambda: MLP([200]))
     strategy = BeneficialPerturbation(50, w_scale=w_scale)
-    strategy.configure(run.module, run.stream)
-    strategy.on_task_start(run.module, run.stream.tasks[0])
+    strategy.configure(run.module.host, run.stream)
+    strategy.on_task_start(run.module.host, run.stream.tasks[0])
     w = strategy.units["backbone.1"].W.detach()
     assert w.std() * 50**0.5 == pytest.approx(w_scale, rel=0.03)  # of 10,000 draws: 4 sigma
     assert w.mean() * 50**0.5 == pytest.approx(0, abs=0.04 * w_scale)
@@ -416,9 +422,9 @@ def test_w_starts_with_clean_optimizer_state(learn: Any, watch: Any) -> None:
     first: dict[int, bool] = {}
 
     def look(host: Any, parameters: Any) -> None:
-        if host.opened not in first:
-            state = host.optimizers(False).state
-            first[host.opened] = all(
+        if host.network.opened not in first:
+            state = host.module.optimizers(False).state
+            first[host.network.opened] = all(
                 torch.equal(state[unit.W]["momentum_buffer"], unit.W.grad)
                 for unit in units(host).values()
             )
@@ -436,7 +442,9 @@ def test_shapes_are_fixed_from_the_first_step(learn: Any, watch: Any) -> None:
     shapes = []
 
     def note(host: Any, task: Any) -> None:
-        shapes.append([(n, tuple(p.shape), p.data_ptr()) for n, p in host.named_parameters()])
+        shapes.append(
+            [(n, tuple(p.shape), p.data_ptr()) for n, p in host.network.named_parameters()]
+        )
 
     learn(BeneficialPerturbation(RANK), watch(start=note, end=note), stream={"num_tasks": 3})
     assert all(shape == shapes[0] for shape in shapes)
@@ -449,10 +457,10 @@ def half_way(learn: Any, watch: Any, look: Callable[[Any], None]) -> None:
     """Look at a module that has learned task 0, is learning 1, and does not know task 2."""
 
     def at(host: Any, parameters: Any) -> None:
-        if host.opened == 1:
-            host.eval()
+        if host.network.opened == 1:
+            host.network.eval()
             look(host)
-            host.train()
+            host.network.train()
 
     learn(BeneficialPerturbation(RANK), watch(stepped=at), stream={"num_tasks": 3})
 
@@ -465,17 +473,17 @@ def test_a_task_per_sample_equals_a_forward_per_task(
     compared = []
 
     def look(host: Any, *_: Any) -> None:
-        if live and host.opened != 1:
+        if live and host.network.opened != 1:
             return
         inputs = torch.cat([next(iter(host.batches(task, "test"))).inputs[:8] for task in range(3)])
         tasks = torch.tensor([0, 1, 2, 2, 1, 0] * 4)
         with torch.no_grad():
-            mixed = host(inputs, task=tasks)
+            mixed = host.network(inputs, task=tasks)
             for task in range(3):
-                own = host(inputs, task=task)[tasks == task]
+                own = host.network(inputs, task=task)[tasks == task]
                 torch.testing.assert_close(mixed[tasks == task], own, rtol=1e-5, atol=1e-5)
                 compared.append(own)
-            alone = host(inputs[:1], task=tasks[:1])
+            alone = host.network(inputs[:1], task=tasks[:1])
             torch.testing.assert_close(alone, mixed[:1], rtol=1e-5, atol=1e-5)
 
     # Live: task 1 is being learned and has M and W; task 0 has its frozen bias, task 2 none.
@@ -491,27 +499,27 @@ def test_modes_nest_and_return_on_errors(learn: Any, watch: Any) -> None:
 
         def answer() -> Tensor:
             with torch.no_grad():
-                return host(inputs)
+                return host.network(inputs)
 
         live = answer()
-        modes = [host(inputs, task=task) for task in range(3)]
+        modes = [host.network(inputs, task=task) for task in range(3)]
         assert torch.equal(live, modes[1])
         assert not torch.equal(modes[0], modes[1])
         assert not torch.equal(modes[1], modes[2])
-        with host.task_mode(0):
+        with host.network.task_mode(0):
             assert torch.equal(answer(), modes[0])
-            with host.task_mode(2):
+            with host.network.task_mode(2):
                 assert torch.equal(answer(), modes[2])
-                with host.task_mode(torch.zeros(len(inputs), dtype=torch.long)):
+                with host.network.task_mode(torch.zeros(len(inputs), dtype=torch.long)):
                     torch.testing.assert_close(answer(), modes[0])
                 assert torch.equal(answer(), modes[2])
-                with pytest.raises(ZeroDivisionError), host.task_mode(1):
+                with pytest.raises(ZeroDivisionError), host.network.task_mode(1):
                     raise ZeroDivisionError
                 assert torch.equal(answer(), modes[2])
             assert torch.equal(answer(), modes[0])
         assert torch.equal(answer(), live)
         for unknown in (3, -1):
-            with pytest.raises(ConfigurationError) as error, host.task_mode(unknown):
+            with pytest.raises(ConfigurationError) as error, host.network.task_mode(unknown):
                 pass
             assert str(error.value) == (
                 f"Expected task to be an id from 0 to 2, but got {unknown}."
@@ -524,19 +532,23 @@ def test_modes_nest_and_return_on_errors(learn: Any, watch: Any) -> None:
 
 def test_looking_at_modes_changes_nothing(learn: Any, watch: Any, same: Any) -> None:
     def look(host: Any) -> None:
-        state = deepcopy(host.state_dict())
-        gradients = {n: p.grad for n, p in host.named_parameters()}
+        state = deepcopy(host.network.state_dict())
+        gradients = {n: p.grad for n, p in host.network.named_parameters()}
         generator = torch.get_rng_state()
         inputs = next(iter(host.batches(0, "test"))).inputs
         with torch.no_grad():
-            first = [host(inputs, task=task) for task in range(3)]
-            rows = [host.evaluate([2, 0, 1]), host.evaluate([2, 0, 1]), host.evaluate()[[2, 0, 1]]]
-            again = [host(inputs, task=task) for task in (2, 1, 0)][::-1]
+            first = [host.network(inputs, task=task) for task in range(3)]
+            rows = [
+                host.module.evaluate([2, 0, 1]),
+                host.module.evaluate([2, 0, 1]),
+                host.module.evaluate()[[2, 0, 1]],
+            ]
+            again = [host.network(inputs, task=task) for task in (2, 1, 0)][::-1]
         same(again, first)
         same(rows[1], rows[0])
         same(rows[2], rows[0])
-        same(host.state_dict(), state)
-        same({n: p.grad for n, p in host.named_parameters()}, gradients)
+        same(host.network.state_dict(), state)
+        same({n: p.grad for n, p in host.network.named_parameters()}, gradients)
         assert torch.equal(torch.get_rng_state(), generator)
 
     half_way(learn, watch, look)
@@ -547,7 +559,7 @@ def test_looking_at_modes_changes_nothing(learn: Any, watch: Any, same: Any) -> 
 
 def test_only_the_chosen_layers_get_bias_units(learn: Any) -> None:
     run = learn(BeneficialPerturbation(RANK, layers=["backbone.3"]))
-    with_units = {name for name, _ in run.module.named_parameters() if "bias_units" in name}
+    with_units = {name for name, _ in run.module.network.named_parameters() if "bias_units" in name}
     assert with_units == {"backbone.3.bias_units.M", "backbone.3.bias_units.W"}
 
 
@@ -562,7 +574,7 @@ def test_a_backbone_may_be_a_linear_layer(learn: Any) -> None:
         EWC(),
         backbone=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8, bias=False), nn.Tanh()),
     )
-    assert (run.module.backbone[1].bias_units.bank != 0).any(1).all()
+    assert (run.module.network.backbone[1].bias_units.bank != 0).any(1).all()
 
 
 @pytest.mark.parametrize(
@@ -581,18 +593,18 @@ def test_bytes_of_the_networks_of_the_paper(
     run = prepare(backbone=lambda: MLP([300] * hidden), stream={"num_tasks": tasks})
     strategies = [BeneficialPerturbation(100), EWC()]
     for strategy in strategies:
-        strategy.configure(run.module, run.stream)
-    assert bytes_per_task(strategies, run.module) == {"measured": measured, "paper": paper}
+        strategy.configure(run.module.host, run.stream)
+    assert bytes_per_task(strategies, run.module.host) == {"measured": measured, "paper": paper}
 
 
 @pytest.mark.parametrize(("hidden", "measured"), [(4, 4880), (5, 6080)])
 def test_bytes_with_twenty_outputs(prepare: Any, hidden: int, measured: int) -> None:
     run = prepare(backbone=lambda: MLP([300] * hidden))
-    run.module.head = nn.Linear(300, 20)  # as 10 tasks of 2 classes need it
+    run.module.network.head = nn.Linear(300, 20)  # as 10 tasks of 2 classes need it
     strategy = BeneficialPerturbation(100)
-    strategy.configure(run.module, run.stream)
-    assert strategy.declared_bytes(run.module).per_task == measured
-    assert strategy.declared_bytes(run.module).per_task_in_paper == 4 * (hidden * 300 + 2)
+    strategy.configure(run.module.host, run.stream)
+    assert strategy.declared_bytes(run.module.host).per_task == measured
+    assert strategy.declared_bytes(run.module.host).per_task_in_paper == 4 * (hidden * 300 + 2)
 
 
 @pytest.mark.parametrize(
@@ -664,7 +676,7 @@ def test_a_task_starts_in_its_own_mode(learn: Any, watch: Any) -> None:
     modes = []
 
     def note(host: Any, task: Any) -> None:
-        modes.append((task.id, host.head.bias_units.active))
+        modes.append((task.id, host.network.head.bias_units.active))
 
     learn(BeneficialPerturbation(RANK), watch(start=note, end=note))
     assert modes == [(0, 0), (0, 0), (1, 1), (1, 1)]

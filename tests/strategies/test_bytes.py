@@ -83,7 +83,7 @@ def test_whatever_the_stream_stores(name, kind):
     strategy = MAKERS[name]()
     stream = Stored(num_tasks=2, epochs_per_task=1, batch_size=128, seed=0, kind=kind)
     module = learned(strategy, stream)
-    assert strategy.declared_bytes(module).held == measured_bytes(strategy, module)
+    assert strategy.declared_bytes(module.host).held == measured_bytes(strategy, module.host)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -91,7 +91,7 @@ def test_points_of_a_plane(name):
     strategy = MAKERS[name]()
     stream = Gaussians(train_samples=20, test_samples=5, epochs_per_task=1, seed=0)
     module = learned(strategy, stream, mask="shared")
-    assert strategy.declared_bytes(module).held == measured_bytes(strategy, module)
+    assert strategy.declared_bytes(module.host).held == measured_bytes(strategy, module.host)
 
 
 @pytest.mark.parametrize("make", [MAKERS["gem"], MAKERS["agem"]], ids=["gem", "agem"])
@@ -100,8 +100,8 @@ def test_a_memory_is_what_its_samples_take_as_they_are_stored(make):
     strategy = make()
     stream = Gaussians(train_samples=20, test_samples=5, epochs_per_task=1, seed=0)
     module = learned(strategy, stream, mask="shared")
-    assert measured_bytes(strategy, module) == Bytes(2 * 20 * (2 * 4 + 8), 0)
-    assert strategy.declared_bytes(module).per_task == 20 * (2 * 4 + 8)
+    assert measured_bytes(strategy, module.host) == Bytes(2 * 20 * (2 * 4 + 8), 0)
+    assert strategy.declared_bytes(module.host).per_task == 20 * (2 * 4 + 8)
 
 
 def test_a_memory_of_two_streams_takes_the_larger_type():
@@ -112,9 +112,9 @@ def test_a_memory_of_two_streams_takes_the_larger_type():
     ]
     strategy = GradientEpisodicMemory(20)
     module = learned(strategy, StreamOf(parts))
-    assert measured_bytes(strategy, module) == Bytes(2 * 20 * (64 * 4 + 8), 0)
-    assert strategy.declared_bytes(module).held == measured_bytes(strategy, module)
-    assert strategy.declared_bytes(module).per_task == 20 * (64 + 8)
+    assert measured_bytes(strategy, module.host) == Bytes(2 * 20 * (64 * 4 + 8), 0)
+    assert strategy.declared_bytes(module.host).held == measured_bytes(strategy, module.host)
+    assert strategy.declared_bytes(module.host).per_task == 20 * (64 + 8)
 
 
 @pytest.mark.parametrize("name", [*MAKERS, "psp, complex"])
@@ -124,4 +124,6 @@ def test_in_double_precision(name):
     backbone = partial(MLP, [8]) if "complex" in name else batch_norm_dropout
     run = fit_digits([make()], Setting(backbone, trainer={"precision": "64-true"}))
     (strategy,) = run.strategies
-    assert strategy.declared_bytes(run.module).held == measured_bytes(strategy, run.module)
+    assert strategy.declared_bytes(run.module.host).held == measured_bytes(
+        strategy, run.module.host
+    )

@@ -247,7 +247,7 @@ def test_the_same_name_in_different_tasks_is_none_twice(fit: Any) -> None:
     module, _ = fit(
         [Declares(Phase("warm_up", 1, "head"))], stream=digits(num_tasks=3, reset_optimizer="never")
     )
-    check_phases(module.schedule, module.stream, module.trainer)
+    check_phases(module.schedule, module.host.stream, module.trainer)
     assert module.schedule.total == 5
 
 

@@ -169,7 +169,7 @@ class Halved(nn.Module):
 def test_the_rest_of_the_network_sees_the_reconstruction(prepare: Any, layer: str) -> None:
     """Where the next layer writes in place, too."""
     run = prepare(backbone=noisy)
-    network, inputs = run.module.eval(), torch.randn(6, 1, 8, 8)
+    network, inputs = run.module.network.eval(), torch.randn(6, 1, 8, 8)
     known = reconstructed(network, layer, Halved(), inputs)  # type: ignore[arg-type]
     depth = {"backbone": 7}.get(layer) or int(layer[-1]) + 1
     features = network.backbone[:depth](inputs)
@@ -182,19 +182,21 @@ def test_the_rest_of_the_network_sees_the_reconstruction(prepare: Any, layer: st
 def test_only_the_autoencoder_gets_gradients(prepare: Any, layer: str) -> None:
     run = prepare(backbone=noisy)
     autoencoder = Autoencoder(12 if layer == "backbone" else 36, 3, seeded_generator("x"))
-    logits, errors = reconstructed(run.module.eval(), layer, autoencoder, torch.randn(6, 1, 8, 8))
+    logits, errors = reconstructed(
+        run.module.network.eval(), layer, autoencoder, torch.randn(6, 1, 8, 8)
+    )
     (logits.sum() + errors.sum()).backward()
     assert all(p.grad is not None for p in autoencoder.parameters())
     assert all(p.grad is None for p in run.module.parameters())
-    assert not run.module.get_submodule(layer)._forward_hooks
+    assert not run.module.network.get_submodule(layer)._forward_hooks
 
 
 # --- its phase -----------------------------------------------------------------------------------
 
 
-def plain_autoencoder(network: Any, task: int, epochs: range) -> dict[str, Tensor]:
+def plain_autoencoder(host: Any, task: int, epochs: range) -> dict[str, Tensor]:
     """The encoder of an autoencoder in plain torch, on a network that stays as it is."""
-    stream = network.stream
+    stream, network = host.stream, host.network
     start = Autoencoder(12, 5, seeded_generator("autoencoder", stream.seed, task))
     encode, decode = nn.Linear(12, 5), nn.Linear(5, 12)
     with torch.no_grad():
@@ -241,11 +243,11 @@ def test_its_phase_leaves_the_network_alone(learn: Any, watch: Any, same: Any, l
     kept: list[Any] = []
 
     def note(host: Any) -> list[Any]:
-        tensors = {n: t.clone() for n, t in host.state_dict().items() if torch.is_tensor(t)}
+        tensors = {n: t.clone() for n, t in host.network.state_dict().items() if torch.is_tensor(t)}
         return [tensors, torch.get_rng_state()]
 
     ebll = EBLL(layer=layer, autoencoder_epochs=3)
-    after = lambda host, parameters: kept.append([host.opened, *note(host)])
+    after = lambda host, parameters: kept.append([host.network.opened, *note(host)])
 
     def end(host: Any, task: Any) -> None:
         if task.id == 0:
@@ -271,12 +273,14 @@ def test_autoencoders_learn(learn: Any, watch: Any) -> None:
     def end(host: Any, task: Any) -> None:
         if task.id == 0:
             (batch,) = host.batches(0, "train")
-            host.eval()
+            host.network.eval()
             with torch.no_grad():
-                logits, errors = reconstructed(host, "backbone", ebll.autoencoder, batch.inputs)
-                features = host.backbone(batch.inputs)
+                logits, errors = reconstructed(
+                    host.network, "backbone", ebll.autoencoder, batch.inputs
+                )
+                features = host.network.backbone(batch.inputs)
                 spread = (features - features.mean(0)).square().sum(1).mean()
-            host.train()
+            host.network.train()
             right = (logits[:, :2].argmax(1) == batch.targets).float().mean()
             found.append((float(errors.mean() / spread), float(right)))
 
@@ -319,9 +323,9 @@ def noted(watch: Any, ebll: EncoderBasedLifelongLearning, modes: bool, found: li
 
     def of(host: Any, inputs: Tensor) -> list[Tensor]:
         answers = []
-        for k in range(host.opened):
-            with host.task_mode(k if modes else host.opened), torch.no_grad():
-                answers.append(host.backbone(inputs))
+        for k in range(host.network.opened):
+            with host.network.task_mode(k if modes else host.network.opened), torch.no_grad():
+                answers.append(host.network.backbone(inputs))
         return answers
 
     def start(host: Any, task: Any) -> None:
@@ -338,7 +342,7 @@ def noted(watch: Any, ebll: EncoderBasedLifelongLearning, modes: bool, found: li
             gap = torch.sigmoid(new @ w.T + b) - torch.sigmoid(old @ w.T + b)
             expected += ebll.alpha / 2 * gap.square().sum(1)
         term = ebll.loss_terms(host, batch, logits)
-        found.append((host.opened, term.get("ebll"), expected))
+        found.append((host.network.opened, term.get("ebll"), expected))
         return {}
 
     return watch(start=start, terms=terms)
@@ -371,11 +375,11 @@ def test_features_are_those_of_the_step_whoever_else_runs_the_network(
     learn: Any, watch: Any, same: Any
 ) -> None:
     def others(host: Any, batch: Any, logits: Tensor) -> dict[str, Tensor]:
-        host.backbone(torch.randn_like(batch.inputs))  # as a replay in training mode would
+        host.network.backbone(torch.randn_like(batch.inputs))  # as a replay in training mode would
         return {}
 
     def after(host: Any, parameters: Any) -> None:
-        host.backbone(torch.randn(3, 1, 8, 8))
+        host.network.backbone(torch.randn(3, 1, 8, 8))
 
     disturbed, alone = (
         learn(*more, EBLL(alpha=3.0), mask="task", optimizer=partial(SGD, lr=0.1))
@@ -418,7 +422,7 @@ def test_the_first_update_of_a_task_is_lwfs(learn: Any, watch: Any, same: Any) -
         found: list[dict[str, Tensor]] = []
 
         def note(host: Any, parameters: Any) -> None:
-            if host.opened == 1:
+            if host.network.opened == 1:
                 found.append({name: p.grad.clone() for name, p in parameters.items()})
 
         learn(watch(capture=note), strategy, mask="task", optimizer=partial(SGD, lr=0.1))
@@ -474,12 +478,14 @@ def test_strong_codes_keep_features_from_moving(learn: Any, watch: Any) -> None:
 
         def start(host: Any, task: Any) -> None:
             (batch,) = host.batches(1, "train")
-            kept[:] = [host.backbone(batch.inputs).detach()] if task.id else []
+            kept[:] = [host.network.backbone(batch.inputs).detach()] if task.id else []
 
         run = learn(watch(start=start), ebll, mask="task", optimizer=partial(SGD, lr=0.1))
-        (batch,) = run.module.batches(1, "train")
+        (batch,) = run.module.host.batches(1, "train")
         weight, bias = (ebll.encoders[name][:1] for name in ("weight", "bias"))
-        now, then = (codes(x, weight, bias) for x in (run.module.backbone(batch.inputs), kept[0]))
+        now, then = (
+            codes(x, weight, bias) for x in (run.module.network.backbone(batch.inputs), kept[0])
+        )
         return float((now - then).detach().norm())
 
     assert moved(30.0) < 0.4 * moved(1e-9)
@@ -501,7 +507,7 @@ def test_holds_the_teacher_and_the_encoders_while_training(learn: Any, watch: An
         held.append(ebll.declared_bytes(host).held)
 
     run = learn(watch(stepped=note), ebll, watch(end=note), stream={"num_tasks": 3})
-    network = tensor_bytes(run.module.shared_parameters(include_head=True).values())
+    network = tensor_bytes(run.module.network.shared_parameters(include_head=True).values())
     one = 4 * (5 * 12 + 5)
     expected = [0, one, network + one, network + 2 * one, network + 2 * one]
     assert list(dict.fromkeys(held)) == [Bytes(n, 0) for n in dict.fromkeys(expected)]
@@ -510,8 +516,8 @@ def test_holds_the_teacher_and_the_encoders_while_training(learn: Any, watch: An
 def test_the_autoencoder_that_trains_counts(prepare: Any) -> None:
     run = prepare(ebll := EBLL(code_size=5))
     ebll.autoencoder = Autoencoder(12, 5)
-    assert ebll.declared_bytes(run.module).held == measured_bytes(ebll, run.module)
-    assert ebll.declared_bytes(run.module).training == 4 * (2 * 5 * 12 + 5 + 12)
+    assert ebll.declared_bytes(run.module.host).held == measured_bytes(ebll, run.module.host)
+    assert ebll.declared_bytes(run.module.host).training == 4 * (2 * 5 * 12 + 5 + 12)
 
 
 # --- composition ---------------------------------------------------------------------------------

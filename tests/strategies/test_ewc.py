@@ -46,7 +46,7 @@ class Ledger:
         self.watcher = watch(end=self.note)
 
     def note(self, host: Any, task: Any) -> None:
-        parameters = host.shared_parameters(self.include_head)
+        parameters = host.network.shared_parameters(self.include_head)
         fisher = fisher_diagonal(host, task.id, parameters)
         solution = {name: value.detach().clone() for name, value in parameters.items()}
         self.tasks.append((fisher, solution))
@@ -210,7 +210,7 @@ def test_proximal_holds_at_any_strength(learn: Any, watch: Any) -> None:
     )
     (fisher, solution), _ = ledger.tasks
     free = 0
-    for name, value in run.module.shared_parameters(include_head=True).items():
+    for name, value in run.module.network.shared_parameters(include_head=True).items():
         assert value.isfinite().all()
         held = fisher[name] > 1e-6
         torch.testing.assert_close(value[held], solution[name][held], rtol=1e-4, atol=1e-5)
@@ -330,10 +330,12 @@ def test_three_tasks_online_are_not_the_sum(learn: Any) -> None:
 @pytest.mark.parametrize("tasks", [1, 4])
 def test_online_bytes_do_not_grow(learn: Any, tasks: int) -> None:
     run = learn(ewc := EWC(gamma=0.9), stream={"num_tasks": tasks, "classes_per_task": 2})
-    parameters = sum(p.numel() for p in run.module.shared_parameters(include_head=True).values())
+    parameters = sum(
+        p.numel() for p in run.module.network.shared_parameters(include_head=True).values()
+    )
     assert (
-        ewc.declared_bytes(run.module).held
-        == measured_bytes(ewc, run.module)
+        ewc.declared_bytes(run.module.host).held
+        == measured_bytes(ewc, run.module.host)
         == (8 * parameters, 0)
     )
 
@@ -344,7 +346,7 @@ def test_logs_the_penalty_with_its_strength(learn: Any, watch: Any) -> None:
 
     def read(host: Any, parameters: Any) -> None:
         if ledger.tasks:
-            theta = host.shared_parameters(include_head=True)
+            theta = host.network.shared_parameters(include_head=True)
             values.append((ewc.logs(host)["penalty/ewc"], 1.5 * written_out(ledger.tasks, theta)))
 
     learn(ledger.watcher, ewc, watch(stepped=read))
@@ -388,7 +390,7 @@ def test_rows_of_unseen_classes_are_free(learn: Any, watch: Any) -> None:
 
 def test_frozen_layers_are_not_held(prepare: Any) -> None:
     run = prepare(ewc := EWC())
-    run.module.backbone[1].requires_grad_(False)
+    run.module.network.backbone[1].requires_grad_(False)
     run.fit()
     assert set(ewc.penalty.importance) == {
         f"{layer}.{p}" for layer in ("backbone.3", "head") for p in ("weight", "bias")
@@ -398,7 +400,7 @@ def test_frozen_layers_are_not_held(prepare: Any) -> None:
 @pytest.mark.parametrize("update", ["proximal", "clamped", "gradient"])
 def test_a_layer_may_be_frozen_between_tasks(learn: Any, watch: Any, update: str) -> None:
     def freeze(host: Any, task: Any) -> None:
-        host.backbone[1].requires_grad_(task.id == 0)
+        host.network.backbone[1].requires_grad_(task.id == 0)
 
     learn(watch(start=freeze), EWC(update=update))
 
@@ -409,7 +411,7 @@ def test_there_may_be_nothing_to_hold(learn: Any, watch: Any, update: Any, nothi
     """Multi-head, where the head is not held: with it, softmax regression has no shared weights."""
 
     def freeze(host: Any, task: Any) -> None:
-        host.backbone.requires_grad_(task.id == 0)
+        host.network.backbone.requires_grad_(task.id == 0)
 
     learn(
         watch(start=freeze),
@@ -429,8 +431,10 @@ def test_without_strength_nothing_is_measured_or_stored(
 
     monkeypatch.setattr("bpn_lightning.strategies.ewc.fisher_diagonal", refuse)
     run = learn(ewc := EWC(0.0, gamma=gamma))
-    assert ewc.declared_bytes(run.module).held == measured_bytes(ewc, run.module) == (0, 0)
-    assert not ewc.logs(run.module)
+    assert (
+        ewc.declared_bytes(run.module.host).held == measured_bytes(ewc, run.module.host) == (0, 0)
+    )
+    assert not ewc.logs(run.module.host)
 
 
 def test_says_what_it_is() -> None:
@@ -446,15 +450,19 @@ def test_says_what_it_is() -> None:
 def test_stores_nothing_for_use_after_training(learn: Any) -> None:
     run = learn(ewc := EWC())
     assert (
-        ewc.declared_bytes(run.module).per_task
-        == ewc.declared_bytes(run.module).per_task_in_paper
+        ewc.declared_bytes(run.module.host).per_task
+        == ewc.declared_bytes(run.module.host).per_task_in_paper
         == 0
     )
-    parameters = run.module.shared_parameters(include_head=True).values()
+    parameters = run.module.network.shared_parameters(include_head=True).values()
     state = ewc.state_dict()
     training = tensor_bytes([*state["importance"].values(), *state["anchor"].values()])
     assert training == 8 * sum(parameter.numel() for parameter in parameters)
-    assert ewc.declared_bytes(run.module).held == measured_bytes(ewc, run.module) == (training, 0)
+    assert (
+        ewc.declared_bytes(run.module.host).held
+        == measured_bytes(ewc, run.module.host)
+        == (training, 0)
+    )
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ class Plain(nn.Module):
 
     def __init__(self, run: Any) -> None:
         super().__init__()
-        self.backbone = deepcopy(run.module.backbone)
-        self.head = deepcopy(run.module.head)
+        self.backbone = deepcopy(run.module.network.backbone)
+        self.head = deepcopy(run.module.network.head)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.backbone(inputs))
@@ -67,7 +67,7 @@ def test_equals_a_plain_loop_bit_for_bit(prepare: Any, same: Any, name: str, res
     )
     plain = Plain(run)
     optimizer = train(plain, run.stream, OPTIMIZERS[name])
-    assert not torch.equal(plain.head.weight, run.module.head.weight)
+    assert not torch.equal(plain.head.weight, run.module.network.head.weight)
     run.fit()
     same(run.weights(), plain.state_dict())
     names = dict(plain.named_parameters())
@@ -134,7 +134,7 @@ def test_a_single_head_forgets_all_but_the_last_task(learn: Any, mask: str) -> N
 
 def test_seen_columns_do_not_follow_the_mode(learn: Any) -> None:
     run = learn(stream={"num_tasks": 3}, mask="seen")
-    batch = next(iter(run.module.batches(0, "test")))
+    batch = next(iter(run.module.host.batches(0, "test")))
     answers = [run.module(batch.inputs, task=task) for task in range(3)]
     assert all(torch.equal(answer, answers[0]) for answer in answers)
     assert answers[0].isfinite().all()
@@ -145,7 +145,7 @@ def test_columns_of_tasks_to_come_are_not_seen(learn: Any, watch: Any) -> None:
 
     def look(host: Any, task: Any) -> None:
         batch = next(iter(host.batches(0, "test")))
-        modes = (host(batch.inputs, task=mode).isfinite() for mode in range(3))
+        modes = (host.network(batch.inputs, task=mode).isfinite() for mode in range(3))
         finite.append([mode.sum(1).unique().tolist() for mode in modes])
 
     learn(watch(end=look), stream={"num_tasks": 3}, mask="seen")
@@ -159,7 +159,9 @@ def test_other_heads_do_not_move(learn: Any, watch: Any, name: str, reset: str) 
     heads: list[tuple[Tensor, Tensor]] = []
 
     def keep(host: Any, task: Any) -> None:
-        heads.append((host.head.weight.detach().clone(), host.head.bias.detach().clone()))
+        heads.append(
+            (host.network.head.weight.detach().clone(), host.network.head.bias.detach().clone())
+        )
 
     learn(
         watch(start=keep, end=keep),
@@ -180,11 +182,11 @@ def test_a_new_head_starts_with_clean_optimizer_state(learn: Any, watch: Any) ->
     rows, steps = [], []
 
     def before(host: Any, parameters: Any) -> None:
-        rows.append(host.head.weight[2:4].detach().clone())
+        rows.append(host.network.head.weight[2:4].detach().clone())
 
     def after(host: Any, parameters: Any) -> None:
-        if host.opened == 1:
-            steps.append((host.head.weight[2:4] - rows[-1]).abs().max().item())
+        if host.network.opened == 1:
+            steps.append((host.network.head.weight[2:4] - rows[-1]).abs().max().item())
 
     learn(
         watch(capture=before, stepped=after),

@@ -435,22 +435,22 @@ class Strange(nn.Module):
 def one_by_one(gem: Any, host: Any, parameters: Any) -> Tensor:
     """G by its definition: a forward and a backward for every task, in its mode and columns."""
     rows = []
-    network = host.network()
+    network = host.network
     for task in range(len(gem.memory.sizes)):
         here = gem.memory.tasks() == task
         inputs, targets = gem.memory.inputs[here], gem.memory.targets[here]
         mean, std = torch.tensor(host.stream.normalization)[:, :, None, None]
-        with evaluation_mode(network), host.task_mode(task):
-            first, stop = host.columns(task)
+        with evaluation_mode(network), host.network.task_mode(task):
+            first, stop = host.network.columns(task)
             logits = network((inputs / 255 - mean) / std)[:, first:stop]
             loss = F.cross_entropy(logits, targets - first)
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         pairs = zip(parameters.items(), found, strict=True)
         full = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
-        if host.mask == "task":
+        if host.network.mask == "task":
             for name in full.keys() & {"head.weight", "head.bias"}:
                 moves = torch.zeros(len(full[name]), dtype=torch.bool)
-                moves[slice(*host.tasks[host.opened].columns)] = True
+                moves[slice(*host.network.tasks[host.network.opened].columns)] = True
                 full[name] = full[name].clone()
                 full[name][~moves] = 0
         rows.append(torch.cat([value.flatten() for value in full.values()]))
@@ -590,7 +590,7 @@ def test_looking_at_the_memory_leaves_no_trace(
     monkeypatch.setattr("bpn_lightning.strategies.gem.violated", lambda products: False)
     arguments = {"backbone": WithNorm, "stream": STREAM, "optimizer": partial(SGD, lr=0.05)}
     with_it, without = learn(kind(20), **arguments), learn(FineTuning(), **arguments)
-    same(with_it.module.state_dict(), without.module.state_dict())
+    same(with_it.module.network.state_dict(), without.module.network.state_dict())
     assert str(with_it.random) == str(without.random)
     assert all(part.training for part in with_it.module.modules())
 
@@ -601,19 +601,25 @@ def test_replay_leaves_gradients_modes_and_flags_alone(learn: Any, watch: Any, s
     def look(host: Any, parameters: Any) -> None:
         if not gem.memory.sizes:
             return
-        host.backbone[4].eval()
+        host.network.backbone[4].eval()
 
         def everything() -> Any:
-            flags = [part.training for part in host.modules()]
+            flags = [part.training for part in host.network.modules()]
             gradients = [p.grad.clone() for p in parameters.values()]
-            return [host.state_dict(), gradients, flags, host.mode, torch.get_rng_state()]
+            return [
+                host.network.state_dict(),
+                gradients,
+                flags,
+                host.network.mode,
+                torch.get_rng_state(),
+            ]
 
         before = everything()
         before[0] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in before[0].items()}
         gem.memory_gradients(host, parameters)
         same(everything(), before)
-        times.append(host.mode)
-        host.backbone[4].train()
+        times.append(host.network.mode)
+        host.network.backbone[4].train()
 
     learn(BeneficialPerturbation(3), watch(project=look), gem, backbone=WithNorm, stream=STREAM)
     assert times == [1] * 5 + [2] * 5
@@ -656,10 +662,10 @@ def test_projects_once_for_accumulated_batches(learn: Any, monkeypatch: Any) -> 
 def test_a_frozen_layer_takes_no_part(prepare: Any, watch: Any) -> None:
     gem, seen = GradientEpisodicMemory(20, margin=0.0), []
     run = prepare(gem, watch(consume=lambda host, parameters: seen.append(set(parameters))))
-    run.module.backbone[1].requires_grad_(False)
-    before = run.module.backbone[1].weight.clone()
+    run.module.network.backbone[1].requires_grad_(False)
+    before = run.module.network.backbone[1].weight.clone()
     run.fit()
-    assert torch.equal(run.module.backbone[1].weight, before)
+    assert torch.equal(run.module.network.backbone[1].weight, before)
     assert all("backbone.1.weight" not in names for names in seen)
 
 
@@ -781,8 +787,8 @@ def test_beneficial_perturbations_steps_are_not_projected(learn: Any, watch: Any
     moves = []
 
     def note(host: Any, parameters: Any) -> None:
-        units = host.head.bias_units
-        if last and host.opened == 1:
+        units = host.network.head.bias_units
+        if last and host.network.opened == 1:
             moves.extend((units.M.detach() - last[0]).abs().flatten().tolist())
         last[:] = [units.M.detach().clone()]
 
@@ -841,7 +847,7 @@ def test_resuming_inside_a_task_changes_nothing(
         run = prepare(gem, *more, stream=STREAM, backbone=WithNorm)
         weights_only = True if path else None
         run.trainer.fit(run.module, run.stream, ckpt_path=path, weights_only=weights_only)
-        return [run.module.state_dict(), gem.state_dict(), torch.get_rng_state()]
+        return [run.module.network.state_dict(), gem.state_dict(), torch.get_rng_state()]
 
     reference = final(Save())
     assert len(paths) == 15
@@ -856,10 +862,10 @@ def test_bytes_are_those_of_its_tensors(learn: Any) -> None:
         (AveragedGEM(15), 15),
     ):
         run = learn(gem, stream=STREAM)
-        assert gem.declared_bytes(run.module).per_task == size * (64 + 8)
-        assert gem.declared_bytes(run.module).per_task_in_paper == size * 64 * 3
-        assert gem.declared_bytes(run.module).held == Bytes(3 * size * 72, 0)
-        assert measured_bytes(gem, run.module) == gem.declared_bytes(run.module).held
+        assert gem.declared_bytes(run.module.host).per_task == size * (64 + 8)
+        assert gem.declared_bytes(run.module.host).per_task_in_paper == size * 64 * 3
+        assert gem.declared_bytes(run.module.host).held == Bytes(3 * size * 72, 0)
+        assert measured_bytes(gem, run.module.host) == gem.declared_bytes(run.module.host).held
 
 
 @pytest.mark.parametrize(
@@ -880,11 +886,8 @@ def test_the_papers_bytes_are_those_of_its_table(memory_size: int, shape: Any, p
             def loader(*_: Any, **__: Any) -> list[Any]:
                 return [SimpleNamespace(inputs=torch.zeros(1, *shape, dtype=torch.uint8))]
 
-        class _Task:
-            id = 0
-            num_classes = 2
-
-        tasks = (_Task,)
+        class network:
+            tasks = (SimpleNamespace(id=0, num_classes=2),)
 
     gem = GradientEpisodicMemory(memory_size, memory_per="class")
     assert gem.declared_bytes(Host).per_task_in_paper == paper

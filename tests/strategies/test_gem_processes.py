@@ -126,7 +126,7 @@ def learn(name: str, devices: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     )
     trainer = trainer_of(devices, [BeneficialPerturbation(4), gem])
     trainer.fit(module, stream)
-    return dict(module.state_dict()), gem.state_dict()
+    return dict(module.network.state_dict()), gem.state_dict()
 
 
 @pytest.mark.parametrize("name", MADE)

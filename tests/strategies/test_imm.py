@@ -134,12 +134,14 @@ class Ends:
 
     def note_end(self, host: Any, task: Any) -> None:
         self.ends.append(parts_of(host))
-        self.fishers.append(fisher_diagonal(host, task.id, host.shared_parameters(True), "exact"))
+        self.fishers.append(
+            fisher_diagonal(host, task.id, host.network.shared_parameters(True), "exact")
+        )
 
 
 def parts_of(host: Any) -> dict[str, Tensor]:
     """All tensors of backbone and head, copied."""
-    entries = host.state_dict().items()
+    entries = host.network.state_dict().items()
     return {name: v.clone() for name, v in entries if name.startswith(("backbone", "head"))}
 
 
@@ -161,7 +163,9 @@ def averaged(ends: list[dict[str, Tensor]], fishers: list[dict[str, Tensor]]) ->
 
 def scores(run: Any, weights: dict[str, Tensor], own_columns: bool) -> list[float]:
     """Accuracies of a plain network with these weights."""
-    network = nn.Sequential(deepcopy(run.module.backbone), deepcopy(run.module.head)).eval()
+    network = nn.Sequential(
+        deepcopy(run.module.network.backbone), deepcopy(run.module.network.head)
+    ).eval()
     prefixes = {"0.": "backbone.", "1.": "head."}
     network.load_state_dict(
         {new + k[len(old) :]: v for k, v in weights.items() for new, old in prefixes.items()
@@ -170,7 +174,7 @@ def scores(run: Any, weights: dict[str, Tensor], own_columns: bool) -> list[floa
     accuracies = []
     for task in run.stream.tasks:
         right = total = 0
-        for batch in run.module.batches(task.id, "test"):
+        for batch in run.module.host.batches(task.id, "test"):
             logits = network(batch.inputs).detach().numpy()
             if own_columns:
                 others = np.delete(np.arange(logits.shape[1]), range(*task.columns))
@@ -214,7 +218,7 @@ def test_weights_of_tasks(learn: Any, watch: Any) -> None:
     run = learn(record.watcher, IMM("mean", 0.0, weights=[3, 1, 2]), stream={"num_tasks": 3})
     values = [end["head.weight"] for end in record.ends]
     wanted = (3 * values[0] + values[1] + 2 * values[2]) / 6
-    torch.testing.assert_close(run.module.head.weight.data, wanted)
+    torch.testing.assert_close(run.module.network.head.weight.data, wanted)
 
 
 def test_weights_of_tasks_weigh_their_importances(
@@ -231,7 +235,7 @@ def test_weights_of_tasks_weigh_their_importances(
     run = learn(record.watcher, IMM("mode", 0.0, weights=[3, 1, 2]), stream={"num_tasks": 3})
     values = [end["head.weight"] for end in record.ends]
     wanted = (3 * values[0] + 2 * values[1] + 6 * values[2]) / 11
-    torch.testing.assert_close(run.module.head.weight.data, wanted)
+    torch.testing.assert_close(run.module.network.head.weight.data, wanted)
 
 
 def test_a_common_factor_of_the_weights_changes_nothing(learn: Any) -> None:
@@ -286,7 +290,9 @@ def test_without_transfers_training_is_fine_tuning_bit_for_bit(
     same(records[0].ends, records[1].ends)
     same(runs[0].optimizer_state(), runs[1].optimizer_state())
     assert str(runs[0].random) == str(runs[1].random)
-    assert not torch.equal(runs[0].module.backbone[1].weight, runs[1].module.backbone[1].weight)
+    assert not torch.equal(
+        runs[0].module.network.backbone[1].weight, runs[1].module.network.backbone[1].weight
+    )
 
 
 def test_within_a_task_the_training_weights_are_evaluated(learn: Any, same: Any) -> None:
@@ -377,17 +383,17 @@ def test_the_logged_penalty_is_its_value(learn: Any, watch: Any) -> None:
 
 def test_frozen_layers_stay_as_they_are(prepare: Any) -> None:
     run = prepare(imm := IMM("mode", 0.1, drop=0.3), optimizer=partial(Adam, lr=0.01))
-    run.module.backbone[1].requires_grad_(False)
-    before = run.module.backbone[1].weight.clone()
+    run.module.network.backbone[1].requires_grad_(False)
+    before = run.module.network.backbone[1].weight.clone()
     run.fit()
-    assert torch.equal(run.module.backbone[1].weight, before)
+    assert torch.equal(run.module.network.backbone[1].weight, before)
     assert not any(name.startswith("backbone.1.") for name in imm.mean)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_layer_may_be_frozen_between_tasks(learn: Any, watch: Any, mode: Any) -> None:
     def freeze(host: Any, task: Any) -> None:
-        host.backbone[1].requires_grad_(task.id != 1)
+        host.network.backbone[1].requires_grad_(task.id != 1)
 
     record = Ends(watch)
     run = learn(
@@ -395,7 +401,7 @@ def test_a_layer_may_be_frozen_between_tasks(learn: Any, watch: Any, mode: Any) 
     )
     if mode == "mean":  # of the two tasks in which it was trained
         wanted = (record.ends[0]["backbone.1.weight"] + record.ends[2]["backbone.1.weight"]) / 2
-        torch.testing.assert_close(run.module.backbone[1].weight.data, wanted)
+        torch.testing.assert_close(run.module.network.backbone[1].weight.data, wanted)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -420,7 +426,9 @@ def test_drops_the_difference_and_nothing_else() -> None:
 
 def train_with_drop(run: Any, states: list[Tensor], rate: float) -> nn.Module:
     """Two tasks by a loop that is written out, with masks drawn as an ordinary dropout draws them."""
-    network = nn.Sequential(deepcopy(run.module.backbone), deepcopy(run.module.head))
+    network = nn.Sequential(
+        deepcopy(run.module.network.backbone), deepcopy(run.module.network.head)
+    )
     first, second, head = network[0][1], network[0][3], network[1]
     old = None
     for task in run.stream.tasks:
@@ -469,29 +477,29 @@ def test_nothing_is_dropped_in_the_first_task_in_evaluation_or_afterwards(
 
     def look(host: Any, *_: Any) -> None:
         batch = next(iter(host.batches(0, "test"))).inputs
-        flags = [part.training for part in host.modules()]
+        flags = [part.training for part in host.network.modules()]
         random = torch.get_rng_state()
-        plain = nn.Sequential(host.backbone, host.head)
+        plain = nn.Sequential(host.network.backbone, host.network.head)
         for part in plain.modules():
             part.training = False
         with torch.no_grad():
-            one, other = host(batch), host(batch)
+            one, other = host.network(batch), host.network(batch)
             wanted = batch.flatten(1)
-            for layer in (host.backbone[1], host.backbone[3]):
+            for layer in (host.network.backbone[1], host.network.backbone[3]):
                 wanted = (wanted @ layer.weight.T + layer.bias).relu()
-            wanted = wanted @ host.head.weight.T + host.head.bias
+            wanted = wanted @ host.network.head.weight.T + host.network.head.bias
         assert torch.equal(one, other)
         torch.testing.assert_close(one, wanted)
         assert torch.equal(torch.get_rng_state(), random)
-        for part, flag in zip(host.modules(), flags, strict=True):
+        for part, flag in zip(host.network.modules(), flags, strict=True):
             part.training = flag
         with torch.no_grad():
-            answers.append(torch.equal(host(batch), host(batch)))
+            answers.append(torch.equal(host.network(batch), host.network(batch)))
 
     run = learn(IMM(drop=0.5), watch(stepped=look))
     assert answers == [True] * 5 + [False] * 5
     run.module.train()
-    inputs = next(iter(run.module.batches(0, "test"))).inputs
+    inputs = next(iter(run.module.host.batches(0, "test"))).inputs
     assert torch.equal(run.module(inputs), run.module(inputs))
     assert not any(part._forward_hooks for part in run.module.modules())
 
@@ -501,13 +509,13 @@ def test_importances_are_those_without_drop_transfer(learn: Any, watch: Any, sam
     fishers = []
 
     def compare(host: Any, task: Any) -> None:
-        parameters = host.shared_parameters(True)
+        parameters = host.network.shared_parameters(True)
         fishers.append(fisher_diagonal(host, task.id, parameters))
-        hooks = [part._forward_hooks.copy() for part in host.modules()]
-        for part in host.modules():
+        hooks = [part._forward_hooks.copy() for part in host.network.modules()]
+        for part in host.network.modules():
             part._forward_hooks.clear()
         fishers.append(fisher_diagonal(host, task.id, parameters))
-        for part, mine in zip(host.modules(), hooks, strict=True):
+        for part, mine in zip(host.network.modules(), hooks, strict=True):
             part._forward_hooks.update(mine)
 
     learn(IMM(drop=0.5), watch(end=compare))
@@ -520,12 +528,12 @@ def test_beside_bias_units(learn: Any, watch: Any) -> None:
     imm, banks = IMM("mode", 0.01, drop=0.2), []
     run = learn(
         BeneficialPerturbation(6),
-        watch(end=lambda host, task: banks.append(host.head.bias_units.bank.clone())),
+        watch(end=lambda host, task: banks.append(host.network.head.bias_units.bank.clone())),
         imm,
         stream={"num_tasks": 3},
     )
     assert not any("bias_units" in name for name in imm.mean)
-    assert torch.equal(run.module.head.bias_units.bank, banks[-1])
+    assert torch.equal(run.module.network.head.bias_units.bank, banks[-1])
     assert torch.equal(banks[-1][0], banks[0][0])
 
 
@@ -538,7 +546,9 @@ class Keyed(FineTuning):
         self.kind = kind
 
     def configure(self, host: Any, stream: Any) -> None:
-        self.keys = [host.attach_keys(name, self.kind) for name in host.linear_layers()]
+        self.keys = [
+            host.network.attach_keys(name, self.kind) for name in host.network.linear_layers()
+        ]
 
     def on_stream_start(self, host: Any, stream: Any) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -564,11 +574,11 @@ def test_a_task_begins_with_nothing_to_drop(learn: Any, watch: Any, other: Any) 
     def look(host: Any, task: Any) -> None:
         inputs = next(iter(host.batches(0, "test"))).inputs
         with torch.no_grad():
-            answer = host.train()(inputs)
-            wanted = host.eval()(inputs)
-            host.backbone[3].weight.add_(0.1)
-            moved = host.train()(inputs), host.train()(inputs)
-            host.backbone[3].weight.sub_(0.1)
+            answer = host.network.train()(inputs)
+            wanted = host.network.eval()(inputs)
+            host.network.backbone[3].weight.add_(0.1)
+            moved = host.network.train()(inputs), host.network.train()(inputs)
+            host.network.backbone[3].weight.sub_(0.1)
         torch.testing.assert_close(answer, wanted)
         found.append(torch.equal(*moved))
 
@@ -631,7 +641,7 @@ def test_resuming_from_every_checkpoint_changes_nothing(
     fit_imm: Any, same: Any, tmp_path: Any, mode: Any
 ) -> None:
     def state(module: Any, trainer: Any, imm: Any) -> Any:
-        found = [parts_of(module), module.training_weights, imm.state_dict()]
+        found = [parts_of(module), module.host.training_weights, imm.state_dict()]
         return [*found, module.accuracy_matrix.accuracy], str(random_state())
 
     saves = SaveEverywhere(tmp_path)
@@ -655,7 +665,7 @@ def test_a_checkpoint_serves_the_average_and_keeps_the_weights_of_training(
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     last = record.ends[-1]
     same(saved["continual"]["training_weights"], {name: last[name] for name in imm.mean})
-    same({name: saved["state_dict"][name] for name in imm.mean}, imm.mean)
+    same({name: saved["state_dict"][f"network.{name}"] for name in imm.mean}, imm.mean)
     loaded = ContinualModule.load_from_checkpoint(
         tmp_path / "last.ckpt", backbone=normalizing(), weights_only=True
     )
@@ -690,7 +700,7 @@ def test_a_failure_while_a_task_closes_merges_nothing_twice(
         fit_imm(Saves())
     rest, _, rest_imm = fit_imm(seed=3, ckpt_path=tmp_path / "broken.ckpt")
     same(parts_of(rest), parts_of(whole))
-    same(rest.training_weights, whole.training_weights)
+    same(rest.host.training_weights, whole.host.training_weights)
     same(rest_imm.state_dict(), whole_imm.state_dict())
 
 
@@ -706,15 +716,19 @@ def test_bytes(learn: Any, mode: Any, strength: float, drop: float, mask: str) -
     body = (64 * 16 + 16) + 2 * 16 + (16 * 12 + 12) + (12 * 4 + 4) * (mask == "all")
     copies = 2 + (mode == "mode") + (strength + drop > 0)  # the average, the weights of training
     wanted = 4 * (copies * body + 2 * 2 * 16)  # running mean and variance, averaged and kept
-    assert measured_bytes(imm, run.module) == imm.declared_bytes(run.module).held == (wanted, 0)
-    assert imm.declared_bytes(run.module).per_task == 0
+    assert (
+        measured_bytes(imm, run.module.host)
+        == imm.declared_bytes(run.module.host).held
+        == (wanted, 0)
+    )
+    assert imm.declared_bytes(run.module.host).per_task == 0
 
 
 def test_size_does_not_grow_with_tasks(learn: Any) -> None:
     sizes = []
     for tasks in (2, 5):
         run = learn(imm := IMM("mode"), stream={"num_tasks": tasks}, mask="task")
-        sizes.append(measured_bytes(imm, run.module))
+        sizes.append(measured_bytes(imm, run.module.host))
     assert sizes[0] == sizes[1]
 
 

@@ -36,7 +36,7 @@ class Seen(Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         self.batches.append((trainer.current_epoch, batch))
-        parts = module.state_dict()
+        parts = module.network.state_dict()
         self.weights.append(
             {k: v.clone() for k, v in parts.items() if k.startswith(("backbone", "head"))}
         )
@@ -79,7 +79,7 @@ def test_every_epoch_has_each_sample_so_far_once_with_its_task(fitted: Any, mask
             assert torch.equal(batch.targets // 2, tasks)  # two classes each, in order
             found += [tuple(image.flatten().tolist()) for image in batch.inputs]
         for task in range(learned):
-            for batch in run.module.batches(task, "train"):
+            for batch in run.module.host.batches(task, "train"):
                 wanted += [tuple(image.flatten().tolist()) for image in batch.inputs]
         assert sorted(found) == sorted(wanted)
         assert found != wanted
@@ -122,7 +122,9 @@ def test_the_loss_is_the_mean_of_each_samples_own(fitted: Any, mask: str) -> Non
 
 def train(module: Any, stream: Any, make_optimizer: Any, mask: str) -> nn.Module:
     """Every task in turn on all data so far; losses from the columns that are gathered by hand."""
-    network = nn.ModuleDict({"backbone": module.backbone, "head": module.head}).train()
+    network = nn.ModuleDict(
+        {"backbone": module.network.backbone, "head": module.network.head}
+    ).train()
     for task in stream.tasks:
         optimizer = make_optimizer(network.parameters())
         frozen = deepcopy(network["head"])
@@ -182,13 +184,13 @@ def test_heads_of_tasks_to_come_do_not_move(fitted: Any, optimizer: str, reset: 
         optimizer=OPTIMIZERS[optimizer],
         mask="task",
     )
-    start = before.head.weight
+    start = before.network.head.weight
     for (epoch, _), weights in zip(seen.batches, seen.weights, strict=True):
         assert torch.equal(weights["head.weight"][2 * epoch + 2 :], start[2 * epoch + 2 :])
     updates = zip(seen.batches, seen.weights, strict=True)
     of_epoch = {epoch: weights["head.weight"] for (epoch, _), weights in updates}
     assert (of_epoch[2][:2] != of_epoch[1][:2]).any()  # old heads go on learning
-    assert (run.module.head.weight[4:] != start[4:]).any()
+    assert (run.module.network.head.weight[4:] != start[4:]).any()
 
 
 def test_the_scheduler_knows_how_many_updates_there_are(fitted: Any) -> None:
@@ -250,7 +252,7 @@ def test_resuming_anywhere_changes_nothing(fit: Any, same: Any, tmp_path: Any, m
             **options,
         )
         optimizer = [list(s.values()) for s in trainer.optimizers[0].state.values()]
-        return [module.state_dict(), module.curve, optimizer], str(random_state())
+        return [module.network.state_dict(), module.curve, optimizer], str(random_state())
 
     paths: list[Any] = []
 
@@ -303,6 +305,8 @@ def test_a_warm_up_of_the_head_leaves_the_rest_alone_in_mixed_batches_too(prepar
 def test_holds_nothing(learn: Any) -> None:
     run = learn(strategy := JointTraining())
     assert (
-        measured_bytes(strategy, run.module) == strategy.declared_bytes(run.module).held == (0, 0)
+        measured_bytes(strategy, run.module.host)
+        == strategy.declared_bytes(run.module.host).held
+        == (0, 0)
     )
     assert bytes_per_task([strategy], run.module) == {"measured": 0, "paper": 0}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.conformance.runs import PLAIN, Run, Setting, differences, fit
+from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies import (
     SLNID,
     AveragedGEM,
@@ -22,7 +23,7 @@ from bpn_lightning.strategies import (
     ParameterSuperposition,
     SynapticIntelligence,
 )
-from bpn_lightning.tasks import Batch, ContinualHost
+from bpn_lightning.tasks import Batch
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +37,8 @@ class Rehearses(ContinualStrategy):
         half = batch.inputs[: len(batch.inputs) // 2]
         terms = torch.zeros(())
         for task in range(3):
-            with host.task_mode(task):
-                terms = terms + 1e-3 * host.network()(half).square().sum()
+            with host.network.task_mode(task):
+                terms = terms + 1e-3 * host.network(half).square().sum()
         return {"rehearsed": terms}
 
 
@@ -53,7 +54,7 @@ class Asks(ContinualStrategy):
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         values, outputs = batch.inputs, {}
         with torch.no_grad():
-            for name, layer in host.network().get_submodule("backbone").named_children():
+            for name, layer in host.network.get_submodule("backbone").named_children():
                 values = layer.forward(values)
                 outputs[f"backbone.{name}"] = values.clone()
         self.heard.append(outputs)
@@ -194,7 +195,7 @@ def test_what_ebll_hears_of_a_layer_is_what_goes_on_from_it():
             if layer.training:
                 inputs.append(args[0].detach().clone())
 
-        run.module.backbone[4].register_forward_pre_hook(note)
+        run.module.network.backbone[4].register_forward_pre_hook(note)
 
     hears = Hears(alpha=1.0, autoencoder_epochs=1, layer="backbone.3")
     fit([hears, IncrementalMomentMatching(drop=0.5)], PLAIN, watch=watch)
@@ -217,7 +218,7 @@ def test_si_walks_the_whole_update_wherever_it_stands(others):
             def loss_terms(
                 self, host: Any, batch: Any, logits: Any, steps: Any = steps
             ) -> dict[str, Tensor]:
-                parameters = dict(host.named_parameters())
+                parameters = dict(host.network.named_parameters())
                 loss = nn.functional.cross_entropy(logits, batch.targets)
                 found = torch.autograd.grad(loss, [*parameters.values()], retain_graph=True)
                 before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -229,7 +230,7 @@ def test_si_walks_the_whole_update_wherever_it_stands(others):
         ) -> None:
             if batch == 0:
                 del steps[:-1]
-            now = dict(run.module.named_parameters())
+            now = dict(run.module.network.named_parameters())
             after = [before for _, before in steps[1:]] + [now]
             for name, path in si.path.items():
                 walked = [

@@ -125,7 +125,9 @@ def test_every_head_has_a_softmax_of_its_own(widths: list[int]) -> None:
 
 def written_out(run: Any, mask: str, heads: str, strength: float, epochs: int) -> nn.Module:
     """Plain torch: a copied network teaches, and every old head is distilled."""
-    network = nn.ModuleDict({"backbone": run.module.backbone, "head": run.module.head})
+    network = nn.ModuleDict(
+        {"backbone": run.module.network.backbone, "head": run.module.network.head}
+    )
     network = deepcopy(network)
 
     def answer(net: Any, inputs: Tensor) -> Tensor:
@@ -181,14 +183,14 @@ def noted(watch: Any, lwf: LearningWithoutForgetting, found: list[Any]) -> Any:
     answers: dict[int, list[Tensor]] = {}
 
     def start(host: Any, task: Any) -> None:
-        host.eval()
+        host.network.eval()
         loader = host.stream.train_loader(task.id, 0)
         batches = [host.stream.prepare(batch).inputs for batch in loader]
         answers.clear()
         with torch.no_grad():
             for k in range(task.id):
-                answers[k] = [host(inputs, task=k) for inputs in batches]
-        host.train()
+                answers[k] = [host.network(inputs, task=k) for inputs in batches]
+        host.network.train()
         steps.clear()
 
     steps: list[int] = []
@@ -199,11 +201,11 @@ def noted(watch: Any, lwf: LearningWithoutForgetting, found: list[Any]) -> Any:
         expected = torch.zeros(len(batch.targets))
         with torch.no_grad():
             for k, said in answers.items():
-                own = slice(*host.tasks[k].columns)
-                z = host(batch.inputs, task=k)
+                own = slice(*host.network.tasks[k].columns)
+                z = host.network(batch.inputs, task=k)
                 expected += softened(z[:, own], said[index][:, own])
-            term = lwf.loss_terms(host, batch, host.all_logits(batch.inputs))
-        found.append((host.opened, term.get("lwf"), lwf.strength * expected))
+            term = lwf.loss_terms(host, batch, host.network.all_logits(batch.inputs))
+        found.append((host.network.opened, term.get("lwf"), lwf.strength * expected))
         return {}
 
     return watch(start=start, terms=terms)
@@ -237,11 +239,13 @@ def test_one_shared_head_is_distilled_once(learn: Any, watch: Any) -> None:
     lwf = LearningWithoutForgetting()
 
     def terms(host: Any, batch: Any, z: Tensor) -> dict[str, Tensor]:
-        if host.opened and host.opened not in entropies:  # at the teacher the loss is its entropy
+        if (
+            host.network.opened and host.network.opened not in entropies
+        ):  # at the teacher the loss is its entropy
             term = lwf.loss_terms(host, batch, z)["lwf"]
             entropy = torch.special.entr((z / 2).softmax(1)).sum(1)
             torch.testing.assert_close(term, entropy)
-            entropies[host.opened] = term.detach()
+            entropies[host.network.opened] = term.detach()
         return {}
 
     learn(watch(terms=terms), lwf, stream=SHARED, mask="shared")
@@ -255,7 +259,7 @@ def test_the_first_update_of_a_task_is_fine_tunings(learn: Any, watch: Any, same
         found: list[dict[str, Tensor]] = []
 
         def note(host: Any, parameters: Any) -> None:
-            if host.opened == 1:
+            if host.network.opened == 1:
                 found.append({name: p.grad.clone() for name, p in parameters.items()})
 
         # Both learn the first task alike, without a teacher.
@@ -271,12 +275,16 @@ def test_the_teacher_does_not_learn(learn: Any, watch: Any, same: Any) -> None:
     lwf, kept = LearningWithoutForgetting(), []
 
     def start(host: Any, task: Any) -> None:
-        kept.append({n: t.clone() for n, t in host.state_dict().items() if torch.is_tensor(t)})
+        kept.append(
+            {n: t.clone() for n, t in host.network.state_dict().items() if torch.is_tensor(t)}
+        )
 
     def end(host: Any, task: Any) -> None:
         if task.id:
             same(lwf.teacher.tensors, {n: kept[-1][n] for n in lwf.teacher.tensors})
-            assert any((t != host.state_dict()[n]).any() for n, t in lwf.teacher.tensors.items())
+            assert any(
+                (t != host.network.state_dict()[n]).any() for n, t in lwf.teacher.tensors.items()
+            )
         else:
             assert not lwf.teacher
 
@@ -289,20 +297,20 @@ def test_the_teacher_has_no_dropout_and_its_own_statistics(learn: Any, watch: An
     said: list[Tensor] = []
 
     def start(host: Any, task: Any) -> None:
-        host.eval()
+        host.network.eval()
         with torch.no_grad():
-            said[:] = [host(torch.ones(3, 1, 8, 8))]
-        host.train()
+            said[:] = [host.network(torch.ones(3, 1, 8, 8))]
+        host.network.train()
 
     def after(host: Any, parameters: Any) -> None:
-        if host.opened == 1:
+        if host.network.opened == 1:
             before = torch.get_rng_state()
             for _ in range(2):
                 answer = lwf.teacher.forward(host, torch.ones(3, 1, 8, 8)).logits
                 assert torch.equal(answer, said[0])
             assert not answer.requires_grad
             assert torch.equal(torch.get_rng_state(), before)
-            assert all(part.training for part in host.backbone.modules())
+            assert all(part.training for part in host.network.backbone.modules())
             checked.append(1)
 
     learn(watch(start=start, stepped=after), lwf, backbone=noisy)
@@ -320,18 +328,18 @@ def test_running_statistics_see_every_batch_once(learn: Any, watch: Any, modes: 
         backbone=noisy,
         stream={"num_tasks": 3},
     )
-    assert run.module.backbone[2].num_batches_tracked == len(steps) > 10
+    assert run.module.network.backbone[2].num_batches_tracked == len(steps) > 10
 
 
 def test_a_layer_that_was_frozen_is_taught_too(learn: Any, watch: Any) -> None:
     lwf = LearningWithoutForgetting()
 
     def freeze(host: Any, task: Any) -> None:
-        host.backbone[1].requires_grad_(task.id > 1)
+        host.network.backbone[1].requires_grad_(task.id > 1)
 
     # The teacher of the third task learns while the layer is frozen, and is asked when it is not.
     run = learn(lwf, watch(start=freeze), stream={"num_tasks": 3})
-    weight = run.module.backbone[1].weight
+    weight = run.module.network.backbone[1].weight
     assert (lwf.teacher.tensors["backbone.1.weight"] != weight).any()
 
 
@@ -428,7 +436,7 @@ def test_holds_the_network_once_more_while_training(
         held.append(measured_bytes(lwf, host))
 
     run = learn(watch(end=note), BeneficialPerturbation(3), lwf, stream={"num_tasks": 3})
-    parameters = tensor_bytes(run.module.shared_parameters(include_head=True).values())
+    parameters = tensor_bytes(run.module.network.shared_parameters(include_head=True).values())
     assert parameters == 4 * ((64 + 1) * 16 + (16 + 1) * 12 + (12 + 1) * 6)
     once = Bytes(parameters if strength else 0, 0)
     assert held == [Bytes(0, 0), once, once]
@@ -436,9 +444,9 @@ def test_holds_the_network_once_more_while_training(
 
 def test_running_statistics_count(learn: Any) -> None:
     run = learn(lwf := LearningWithoutForgetting(), backbone=noisy)
-    parameters = tensor_bytes(run.module.shared_parameters(include_head=True).values())
-    assert lwf.declared_bytes(run.module).held == measured_bytes(lwf, run.module)
-    assert lwf.declared_bytes(run.module).held == Bytes(parameters + 2 * 4 * 16, 0)
+    parameters = tensor_bytes(run.module.network.shared_parameters(include_head=True).values())
+    assert lwf.declared_bytes(run.module.host).held == measured_bytes(lwf, run.module.host)
+    assert lwf.declared_bytes(run.module.host).held == Bytes(parameters + 2 * 4 * 16, 0)
 
 
 # --- composition ---------------------------------------------------------------------------------
@@ -481,10 +489,10 @@ def test_what_is_recorded_is_what_the_teacher_would_say(
     lwf, checked = LearningWithoutForgetting(2.0), []
 
     def terms(host: Any, batch: Any, _: Tensor) -> dict[str, Tensor]:
-        if host.opened:
+        if host.network.opened:
             said = concatenated_heads(lwf.teacher_outputs(host, batch.inputs), lwf.old_heads(host))
             torch.testing.assert_close(lwf.recorded(host, batch), said, rtol=1e-5, atol=1e-6)
-            checked.append(host.opened)
+            checked.append(host.network.opened)
         return {}
 
     stream = {**TWICE, "domain_incremental": mask == "shared", "eval_batch_size": 50}
@@ -597,18 +605,18 @@ def test_of_one_class_each_all_old_ones_are_distilled_together(prepare: Any, wat
     teachers: dict[int, nn.Module] = {}
 
     def start(host: Any, task: Any) -> None:
-        teachers[task.id] = deepcopy(nn.Sequential(host.backbone, host.head)).eval()
+        teachers[task.id] = deepcopy(nn.Sequential(host.network.backbone, host.network.head)).eval()
 
     def terms(host: Any, batch: Any, _: Tensor) -> dict[str, Tensor]:
-        first, stop = host.columns(host.opened)
-        logits = host.head(host.backbone(batch.inputs))
+        first, stop = host.network.columns(host.network.opened)
+        logits = host.network.head(host.network.backbone(batch.inputs))
         loss = F.cross_entropy(logits[:, first:stop], batch.targets - first)
-        if host.opened > 1:  # one old class says nothing
-            old = slice(0, host.opened)
+        if host.network.opened > 1:  # one old class says nothing
+            old = slice(0, host.network.opened)
             with torch.no_grad():
-                said = teachers[host.opened](batch.inputs)
+                said = teachers[host.network.opened](batch.inputs)
             loss = loss + 2.0 * softened(logits[:, old], said[:, old]).mean()
-        parameters = dict(host.named_parameters())
+        parameters = dict(host.network.named_parameters())
         found = torch.autograd.grad(loss, list(parameters.values()))
         noted.append(dict(zip(parameters, found, strict=True)))
         return {}

@@ -25,15 +25,15 @@ OPTIMIZERS = {
 
 def by_hand(host: Any, task: int, names: Any) -> dict[str, Tensor]:
     """One backward for each sample; absolute values, and then their mean."""
-    parameters = {n: p for n, p in host.named_parameters() if n in names}
+    parameters = {n: p for n, p in host.network.named_parameters() if n in names}
     sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    first, stop = host.columns(task)
-    flags = [(part, part.training) for part in host.modules()]
-    host.eval()
+    first, stop = host.network.columns(task)
+    flags = [(part, part.training) for part in host.network.modules()]
+    host.network.eval()
     count = 0
     for batch in host.batches(task, "train"):
         for sample in batch.inputs.split(1):
-            length = (host(sample, task=task)[0, first:stop] ** 2).sum()
+            length = (host.network(sample, task=task)[0, first:stop] ** 2).sum()
             found = torch.autograd.grad(length, list(parameters.values()))
             for value, gradient in zip(sums.values(), found, strict=True):
                 value += gradient.abs()
@@ -154,10 +154,14 @@ def test_one_task_is_plain_training_and_draws_nothing(learn: Any, same: Any) -> 
 @pytest.mark.parametrize("mask", ["all", "task"])
 def test_bytes_are_two_tensors_of_what_is_held(learn: Any, mask: Any, tasks: int) -> None:
     run = learn(mas := MemoryAwareSynapses(), mask=mask, stream={"num_tasks": tasks})
-    held = run.module.shared_parameters(include_head=mask != "task")
+    held = run.module.network.shared_parameters(include_head=mask != "task")
     size = sum(value.numel() for value in held.values())
-    assert mas.declared_bytes(run.module).held == measured_bytes(mas, run.module) == (8 * size, 0)
-    assert mas.declared_bytes(run.module).per_task == 0
+    assert (
+        mas.declared_bytes(run.module.host).held
+        == measured_bytes(mas, run.module.host)
+        == (8 * size, 0)
+    )
+    assert mas.declared_bytes(run.module.host).per_task == 0
 
 
 def test_at_any_strength_what_matters_stays(learn: Any, watch: Any) -> None:
@@ -167,7 +171,7 @@ def test_at_any_strength_what_matters_stays(learn: Any, watch: Any) -> None:
         ends = []
 
         def note(host: Any, task: Any, ends: Any = ends) -> None:
-            ends.append(host.backbone[1].weight.detach().clone())
+            ends.append(host.network.backbone[1].weight.detach().clone())
 
         learn(strategy, watch(end=note), stream={"epochs_per_task": 3})
         moved.append(float((ends[1] - ends[0]).abs().max()))

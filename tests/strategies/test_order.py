@@ -62,7 +62,7 @@ def test_either_order_learns_the_same(learn: Any, pair: tuple[Make, Make]) -> No
     """To rounding: two gradients that are added in another order may differ in the last bit."""
     first, second = learn(*(make() for make in pair)), learn(*(make() for make in pair[::-1]))
     torch.testing.assert_close(first.weights(), second.weights(), rtol=1e-4, atol=1e-5)
-    others = {type(strategy): strategy for strategy in second.module.strategies}
-    for strategy in first.module.strategies:
+    others = {type(strategy): strategy for strategy in second.module.host.strategies}
+    for strategy in first.module.host.strategies:
         one, other = strategy.state_dict(), others[type(strategy)].state_dict()
         torch.testing.assert_close(tensors_in(one), tensors_in(other), rtol=1e-3, atol=1e-5)

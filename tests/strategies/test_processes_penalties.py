@@ -40,7 +40,7 @@ def learn(name: str, devices: int) -> list[dict[str, Any]]:
     )
     trainer = trainer_of(devices, [strategy])
     trainer.fit(module, stream)
-    weights = {n: v for n, v in module.state_dict().items() if not n.startswith("accuracy")}
+    weights = {n: v for n, v in module.network.state_dict().items() if not n.startswith("accuracy")}
     return [weights, strategy.state_dict()]
 
 
@@ -91,7 +91,7 @@ def test_resuming_anywhere_changes_nothing(fit: Any, tmp_path: Path, same: Any, 
             ),
             **options,
         )
-        return [module.state_dict(), strategy.state_dict()]
+        return [module.network.state_dict(), strategy.state_dict()]
 
     saves = SaveEverywhere(tmp_path)
     reference = run(saves)

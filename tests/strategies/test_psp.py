@@ -62,7 +62,7 @@ def banks(module: Any) -> dict[str, Tensor]:
     """Every bank of keys by the name of its layer, copied."""
     return {
         name.removesuffix(".keys"): part.bank.clone()
-        for name, part in module.named_modules()
+        for name, part in module.network.named_modules()
         if isinstance(part, Keys)
     }
 
@@ -76,7 +76,7 @@ def multiply(module: Any, keys: dict[str, Tensor]) -> None:
     """Turn the coordinates of every keyed layer's weights."""
     with torch.no_grad():
         for name, key in keys.items():
-            weight = module.get_submodule(name).weight
+            weight = module.network.get_submodule(name).weight
             weight.mul_(key.view(1, *weight.shape[1:]))
 
 
@@ -195,7 +195,7 @@ def test_a_first_key_of_ones_starts_as_the_network_that_is_given(
     def compare(host: Any, task: Any) -> None:
         inputs = next(iter(host.batches(task.id, "test"))).inputs
         with torch.no_grad():
-            answer, wanted = host(inputs, task=task.id), before(inputs)
+            answer, wanted = host.network(inputs, task=task.id), before(inputs)
         compared.append(torch.allclose(answer, wanted, atol=1e-5))
 
     run = prepare(
@@ -203,7 +203,7 @@ def test_a_first_key_of_ones_starts_as_the_network_that_is_given(
         watch(start=compare),
         optimizer=partial(SGD, lr=0.0),
     )
-    before = nn.Sequential(deepcopy(run.module.backbone), deepcopy(run.module.head))
+    before = nn.Sequential(deepcopy(run.module.network.backbone), deepcopy(run.module.network.head))
     run.fit()
     assert compared == [True, False]  # the second task has a random key
 
@@ -215,10 +215,10 @@ def drawn(prepare: Any, *arguments: Any, seed: int = 3, tasks: int = 5, **option
     """The banks at the start of a stream, whatever was drawn before."""
     run = prepare(stream={"seed": seed, "num_tasks": tasks}, **options)
     strategy = ParameterSuperposition(*arguments)
-    strategy.configure(run.module, run.stream)
+    strategy.configure(run.module.host, run.stream)
     torch.rand(int(torch.randint(1, 99, ())))
     before = torch.get_rng_state()
-    strategy.on_stream_start(run.module, run.stream)
+    strategy.on_stream_start(run.module.host, run.stream)
     assert torch.equal(torch.get_rng_state(), before)
     return banks(run.module)
 
@@ -238,8 +238,8 @@ def test_keys_follow_from_seed_task_and_layer_only(prepare: Any, same: Any, kind
 def test_a_layers_keys_do_not_depend_on_the_other_layers(prepare: Any, same: Any) -> None:
     run = prepare(stream={"seed": 3, "num_tasks": 5})
     strategy = ParameterSuperposition(layers=["head"])
-    strategy.configure(run.module, run.stream)
-    strategy.on_stream_start(run.module, run.stream)
+    strategy.configure(run.module.host, run.stream)
+    strategy.on_stream_start(run.module.host, run.stream)
     same(banks(run.module), {"head": drawn(prepare)["head"]})
 
 
@@ -299,11 +299,11 @@ def test_a_trained_network_keeps_its_keys_in_another_stream(
     learn: Any, prepare: Any, same: Any
 ) -> None:
     run = learn(ParameterSuperposition())
-    before, state = banks(run.module), deepcopy(run.module.state_dict())
+    before, state = banks(run.module), deepcopy(run.module.network.state_dict())
     other = prepare(ParameterSuperposition(), stream={"seed": 99})
     other.trainer.test(run.module, other.stream, verbose=False)
     same(banks(run.module), before)
-    same(run.module.state_dict(), state)
+    same(run.module.network.state_dict(), state)
 
 
 # --- the network ---------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def by_hand(host: Any, inputs: Tensor, task: int) -> Tensor:
     """Alg. 3: sigma(W (V * k_t) + b + BIAS_t), layer by layer, with 64-bit sums."""
     value = inputs.flatten(1).double()
     for name in LAYERS:
-        layer = host.get_submodule(name)
+        layer = host.network.get_submodule(name)
         key = layer.keys.bank[task].double()
         value = (value * key) @ layer.weight.detach().double().T + layer.bias.detach().double()
         if layer.bias_units is not None:
@@ -326,7 +326,7 @@ def by_complex_numbers(host: Any, inputs: Tensor, task: int) -> Tensor:
     """The same with torch's complex numbers: ReLU on both parts, real logits."""
     value = inputs.flatten(1).to(torch.complex128)
     for name in LAYERS:
-        layer = host.get_submodule(name)
+        layer = host.network.get_submodule(name)
         phases = layer.keys.bank[task].double()
         key = torch.polar(torch.ones_like(phases), phases)
         weight = torch.complex(layer.weight, layer.weight_imag).detach().to(torch.complex128)
@@ -349,7 +349,7 @@ def test_key_and_bias_follow_the_mode(
         strategies.append(BeneficialPerturbation(6))
     strategies = strategies[::-1] if beside == "bd first" else strategies
     run = learn(*strategies, stream={"num_tasks": 3}, backbone=lambda: MLP(widths))
-    inputs = next(iter(run.module.batches(0, "test"))).inputs
+    inputs = next(iter(run.module.host.batches(0, "test"))).inputs
     answers = []
     with torch.no_grad():
         for task in range(3):
@@ -358,14 +358,14 @@ def test_key_and_bias_follow_the_mode(
             torch.testing.assert_close(answers[-1], wanted, rtol=1e-4, atol=1e-4)
     assert not any(torch.equal(answers[0], other) for other in answers[1:])
     if beside != "alone":
-        assert (run.module.head.bias_units.bank != 0).any(1).all()
+        assert (run.module.network.head.bias_units.bank != 0).any(1).all()
 
 
 @pytest.mark.parametrize("keys", ["binary", "complex"])
 def test_the_order_of_attaching_is_irrelevant(learn: Any, same: Any, keys: Any) -> None:
     both = lambda: [ParameterSuperposition(keys), BeneficialPerturbation(6)]
     one, other = learn(*both()), learn(*both()[::-1])
-    same(one.module.state_dict(), other.module.state_dict())
+    same(one.module.network.state_dict(), other.module.network.state_dict())
 
 
 @pytest.mark.parametrize("keys", ["binary", "complex"])
@@ -374,12 +374,12 @@ def test_importances_see_the_keyed_input(learn: Any, watch: Any, keys: Any) -> N
     ewc, wanted = EWC(), {}
 
     def loop(host: Any, task: Any) -> None:
-        parameters = host.shared_parameters(include_head=True)
+        parameters = host.network.shared_parameters(include_head=True)
         total = {name: torch.zeros_like(value) for name, value in parameters.items()}
         count = 0
         for batch in host.batches(task.id, "train"):
             for sample, target in zip(batch.inputs, batch.targets, strict=True):
-                loss = F.cross_entropy(host(sample[None], task=task.id), target[None])
+                loss = F.cross_entropy(host.network(sample[None], task=task.id), target[None])
                 gradients = torch.autograd.grad(loss, list(parameters.values()))
                 for name, gradient in zip(parameters, gradients, strict=True):
                     total[name] += gradient.square()
@@ -426,7 +426,9 @@ def case(request: Any) -> Any:
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])
 def test_a_task_per_sample_equals_a_forward_per_task(learn: Any, case: Any, mask: str) -> None:
     module = learn(*case[0], mask=mask, **case[1]).module
-    inputs = torch.cat([next(iter(module.batches(task, "test"))).inputs[:8] for task in range(3)])
+    inputs = torch.cat(
+        [next(iter(module.host.batches(task, "test"))).inputs[:8] for task in range(3)]
+    )
     tasks = torch.tensor([0, 1, 2, 2, 1, 0] * 4)
     with torch.no_grad():
         mixed = module(inputs, task=tasks)
@@ -437,15 +439,15 @@ def test_a_task_per_sample_equals_a_forward_per_task(learn: Any, case: Any, mask
 
 def test_looking_at_modes_changes_nothing(learn: Any, case: Any, same: Any) -> None:
     module = learn(*case[0], **case[1]).module
-    state, generator = deepcopy(module.state_dict()), torch.get_rng_state()
-    inputs = next(iter(module.batches(0, "test"))).inputs
+    state, generator = deepcopy(module.network.state_dict()), torch.get_rng_state()
+    inputs = next(iter(module.host.batches(0, "test"))).inputs
     with torch.no_grad():
         first = [module(inputs, task=task) for task in range(3)]
         rows = [module.evaluate([2, 0, 1]), module.evaluate()[[2, 0, 1]]]
         again = [module(inputs, task=task) for task in (2, 1, 0)][::-1]
     same(again, first)
     same(rows[1], rows[0])
-    same(module.state_dict(), state)
+    same(module.network.state_dict(), state)
     assert torch.equal(torch.get_rng_state(), generator)
     assert not torch.equal(first[0], first[1])
 
@@ -479,8 +481,8 @@ def test_resuming_changes_nothing(prepare: Any, tmp_path: Any, same: Any, reques
         for path in saves.paths[1:]:
             again = prepare(*(make() for make in made), **options)
             torch.manual_seed(5)
-            again.trainer.fit(again.module, again.stream, ckpt_path=path, weights_only=True)
-            same(again.module.state_dict(), run.module.state_dict())
+            again.trainer.fit(again.module, again.host.stream, ckpt_path=path, weights_only=True)
+            same(again.module.network.state_dict(), run.module.network.state_dict())
 
 
 def test_a_checkpoint_answers_without_a_trainer(learn: Any, case: Any, tmp_path: Any) -> None:
@@ -491,7 +493,7 @@ def test_a_checkpoint_answers_without_a_trainer(learn: Any, case: Any, tmp_path:
     loaded = ContinualModule.load_from_checkpoint(path, weights_only=True, backbone=backbone)
     loaded.eval()
     run.module.eval()
-    inputs = next(iter(run.module.batches(0, "test"))).inputs
+    inputs = next(iter(run.module.host.batches(0, "test"))).inputs
     with torch.no_grad():
         for task in range(3):
             assert torch.equal(loaded(inputs, task=task), run.module(inputs, task=task))
@@ -515,7 +517,7 @@ def learn_keys(keys: str, devices: int) -> dict[str, torch.Tensor]:
     )
     torch.manual_seed(trainer.global_rank)  # keys are not from the global generator
     trainer.fit(module, stream)
-    return dict(module.state_dict())
+    return dict(module.network.state_dict())
 
 
 @pytest.mark.parametrize("keys", ["binary", "complex"])
@@ -537,13 +539,13 @@ def test_complex_weights_keep_their_modulus_and_get_uniform_phases(prepare: Any)
     run = prepare(backbone=lambda: MLP([200, 200]))
     before = weights(run)
     strategy = ParameterSuperposition("complex")
-    strategy.configure(run.module, run.stream)
+    strategy.configure(run.module.host, run.stream)
     global_state = torch.get_rng_state()
-    strategy.on_stream_start(run.module, run.stream)
+    strategy.on_stream_start(run.module.host, run.stream)
     assert torch.equal(torch.get_rng_state(), global_state)
     phases = []
     for name in LAYERS:
-        layer = run.module.get_submodule(name)
+        layer = run.module.network.get_submodule(name)
         weight = torch.complex(layer.weight, layer.weight_imag).detach()
         torch.testing.assert_close(weight.abs(), before[f"{name}.weight"].abs())
         phases.append((weight / before[f"{name}.weight"]).angle().flatten())
@@ -564,14 +566,16 @@ def test_the_optimizer_holds_the_imaginary_parts(learn: Any, watch: Any, optimiz
     before = []
 
     def look(host: Any, task: Any) -> None:
-        before.append({name: value.detach().clone() for name, value in host.named_parameters()})
+        before.append(
+            {name: value.detach().clone() for name, value in host.network.named_parameters()}
+        )
 
     run = learn(
         ParameterSuperposition("complex"), watch(start=look), optimizer=OPTIMIZERS[optimizer]
     )
     for name in LAYERS:
         part = f"{name}.weight_imag"
-        assert run.module.get_parameter(part) in run.trainer.optimizers[0].state
+        assert run.module.network.get_parameter(part) in run.trainer.optimizers[0].state
         assert (before[0][part] != before[1][part]).any()
 
 
@@ -579,7 +583,12 @@ def test_multi_heads_keep_the_imaginary_rows_of_other_tasks(learn: Any, watch: A
     kept = []
 
     def note(host: Any, task: Any) -> None:
-        kept.append((host.head.weight.detach().clone(), host.head.weight_imag.detach().clone()))
+        kept.append(
+            (
+                host.network.head.weight.detach().clone(),
+                host.network.head.weight_imag.detach().clone(),
+            )
+        )
 
     learn(
         ParameterSuperposition("complex"),
@@ -708,13 +717,14 @@ def test_where_keys_are(learn: Any, arguments: dict[str, Any], keyed: list[str])
 def test_pixels_that_a_convolution_takes_have_no_key(learn: Any) -> None:
     run = learn(ParameterSuperposition(key_input=False), backbone=network_of_convolutions)
     assert list(banks(run.module)) == ["backbone.4", "head"]
-    assert type(run.module.backbone[0]) is nn.Conv2d
+    assert type(run.module.network.backbone[0]) is nn.Conv2d
 
 
 def test_bytes_of_the_network_of_the_paper() -> None:
     """3,072 pixels, three hidden layers of 300, 20 classes; 10 tasks."""
     sizes = {"a": 3072, "b": 300, "c": 300, "head": 300}
-    host = SimpleNamespace(tasks=range(10), linear_layers=lambda: {"head": nn.Linear(300, 20)})
+    network = SimpleNamespace(tasks=range(10), linear_layers=lambda: {"head": nn.Linear(300, 20)})
+    host = SimpleNamespace(network=network)
     strategy = ParameterSuperposition()
     strategy.keys = {name: Keys(10, size) for name, size in sizes.items()}
     assert bytes_per_task([strategy], host) == {"measured": 3972, "paper": 15968}
@@ -747,9 +757,9 @@ def test_measured_bytes_are_declared_bytes(
 ) -> None:
     strategy = ParameterSuperposition(**arguments)
     module = learn(strategy, **({"backbone": backbone} if backbone else {})).module
-    assert measured_bytes(strategy, module) == strategy.declared_bytes(module).held
-    assert strategy.declared_bytes(module).held == Bytes(total, total)
-    assert strategy.declared_bytes(module).per_task == one
+    assert measured_bytes(strategy, module.host) == strategy.declared_bytes(module.host).held
+    assert strategy.declared_bytes(module.host).held == Bytes(total, total)
+    assert strategy.declared_bytes(module.host).per_task == one
 
 
 @pytest.mark.parametrize(

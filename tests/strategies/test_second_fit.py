@@ -125,7 +125,7 @@ def test_a_second_fit_and_a_resumed_one_equal_that_of_a_new_object_bit_for_bit(n
     begun(used)
     again = fit([used], PLAIN)
     assert differences(again.learned() | again.plain(), new.learned() | new.plain()) == []
-    said = [run.strategies[0].logs(run.module) for run in (again, new)]
+    said = [run.strategies[0].logs(run.module.host) for run in (again, new)]
     assert differences(flatten(said[0]), flatten(said[1])) == []
     resumed = fit([used], PLAIN, seed=7, checkpoint=tmp_path / "inside.ckpt")
     assert differences(resumed.learned(), new.learned()) == []

@@ -99,7 +99,7 @@ def test_the_term_is_of_every_layers_activations_and_reaches_its_weights(
     batch = stream.prepare(next(iter(stream.train_loader(0, 0))))
     expected = nn.functional.cross_entropy(module(batch.inputs), batch.targets)
     h = batch.inputs
-    for layer in module.backbone:
+    for layer in module.network.backbone:
         h = layer(h)
         if isinstance(layer, nn.ReLU):
             units = h.shape[1]
@@ -107,7 +107,7 @@ def test_the_term_is_of_every_layers_activations_and_reaches_its_weights(
             near = torch.exp(-((place[:, None] - place) ** 2) / (2 * (units / 4.0) ** 2))
             pairs = torch.einsum("mi,mj,ij->", h, h, near - torch.eye(units))
             expected = expected + 0.02 * pairs / len(h)
-    names = dict(module.named_parameters())
+    names = dict(module.network.named_parameters())
     wanted = torch.autograd.grad(expected, list(names.values()))
     run.fit()
     for name, gradient in zip(names, wanted, strict=True):
@@ -129,13 +129,13 @@ def test_units_matter_as_much_as_the_squared_output_follows_them(
     run = prepare(strategy, backbone=backbone, stream={"num_tasks": 2}, mask=mask).fit()
     module = run.module
     with module.task_mode(1):
-        own = strategy._unit_importance(module, module.tasks[1])
+        own = strategy._unit_importance(module.host, module.tasks[1])
     module.eval()
-    linear, total, count = module.backbone[1], torch.zeros(6), 0
-    for batch in module.batches(1, "train"):
+    linear, total, count = module.network.backbone[1], torch.zeros(6), 0
+    for batch in module.host.batches(1, "train"):
         for sample in batch.inputs:
             before = linear(sample.flatten()[None]).detach().requires_grad_()
-            logits = module.head(before.relu())[:, columns]
+            logits = module.network.head(before.relu())[:, columns]
             (gradient,) = torch.autograd.grad((logits**2).sum(), before)
             total += gradient[0].abs()
             count += 1
@@ -148,8 +148,8 @@ def test_units_matter_as_much_as_the_squared_output_follows_them(
 def test_sparsity_makes_fewer_units_active_together(learn: Any) -> None:
     def shared_activity(sparsity: float) -> float:
         run = learn(SLNID(0.0, sparsity), stream={"epochs_per_task": 5}, optimizer=_fast)
-        batch = next(iter(run.module.batches(0, "test")))
-        h = run.module.backbone(batch.inputs).detach()
+        batch = next(iter(run.module.host.batches(0, "test")))
+        h = run.module.network.backbone(batch.inputs).detach()
         return float(inhibition(h, torch.ones(12, 12).fill_diagonal_(0)).mean())
 
     assert shared_activity(0.01) < 0.8 * shared_activity(0.0)

@@ -66,15 +66,17 @@ def networks(module: Any) -> list[dict[str, Tensor]]:
     found = []
     for task in module.tasks:
         with module.task_mode(task.id):
-            parts = {**module.backbone.state_dict(prefix="backbone.")}
-            parts |= module.head.state_dict(prefix="head.")
+            parts = {**module.network.backbone.state_dict(prefix="backbone.")}
+            parts |= module.network.head.state_dict(prefix="head.")
             found.append({name: value.clone() for name, value in parts.items()})
     return found
 
 
 def alone(run: Any, task_id: int, make_optimizer: Any, generators: Any, mask: str) -> Any:
     """Plain training on one task, written out, from the run's first weights."""
-    network = nn.ModuleDict({"backbone": run.module.backbone, "head": run.module.head})
+    network = nn.ModuleDict(
+        {"backbone": run.module.network.backbone, "head": run.module.network.head}
+    )
     network = deepcopy(network).train()
     optimizer = make_optimizer(network.parameters())
     task = run.stream.tasks[task_id]
@@ -90,8 +92,8 @@ def alone(run: Any, task_id: int, make_optimizer: Any, generators: Any, mask: st
             if mask == "task":  # momentum and decay do not move rows of other tasks
                 with torch.no_grad():
                     rows = [row for row in range(run.stream.num_classes) if not first <= row < stop]
-                    network["head"].weight[rows] = run.module.head.weight[rows]
-                    network["head"].bias[rows] = run.module.head.bias[rows]
+                    network["head"].weight[rows] = run.module.network.head.weight[rows]
+                    network["head"].bias[rows] = run.module.network.head.bias[rows]
     return network.state_dict()
 
 
@@ -192,8 +194,8 @@ def learned(learn: Any) -> Any:
 
 def test_evaluating_in_any_order_changes_nothing(learned: Any, same: Any) -> None:
     learned.train()
-    state, generators = deepcopy(learned.state_dict()), str(random_state())
-    inputs = next(iter(learned.batches(0, "test"))).inputs
+    state, generators = deepcopy(learned.network.state_dict()), str(random_state())
+    inputs = next(iter(learned.host.batches(0, "test"))).inputs
     flags = [part.training for part in learned.modules()]
     first = learned.evaluate()
     same(learned.evaluate([2, 0, 1, 2]), first[[2, 0, 1, 2]])
@@ -202,9 +204,9 @@ def test_evaluating_in_any_order_changes_nothing(learned: Any, same: Any) -> Non
     for task in (1, 2, 0, 1):
         same(learned(inputs, task=task), answers[task])
     learned.train()
-    evaluate_task_agnostic(learned, range(TASKS))
+    evaluate_task_agnostic(learned.host, range(TASKS))
     same(learned.evaluate(), first)
-    same(learned.state_dict(), state)
+    same(learned.network.state_dict(), state)
     assert str(random_state()) == generators
     assert [part.training for part in learned.modules()] == flags
 
@@ -241,7 +243,9 @@ def test_evaluating_after_every_epoch_changes_nothing(learn: Any, same: Any) -> 
 
 def test_samples_of_several_tasks_are_answered_by_their_own_networks(learned: Any) -> None:
     learned.eval()
-    inputs = torch.cat([next(iter(learned.batches(task, "test"))).inputs[:8] for task in range(3)])
+    inputs = torch.cat(
+        [next(iter(learned.host.batches(task, "test"))).inputs[:8] for task in range(3)]
+    )
     tasks = torch.tensor([0, 2, 1, 2, 0, 0] * 4)
     mixed = learned(inputs, task=tasks)
     for place, task in enumerate(tasks.tolist()):
@@ -287,7 +291,7 @@ def test_without_the_oracle_the_surest_network_answers(learned: Any) -> None:
     wanted = []
     with torch.no_grad():
         for task in range(TASKS):
-            (batch,) = list(learned.batches(task, "test"))
+            (batch,) = list(learned.host.batches(task, "test"))
             sure = torch.stack([learned(batch.inputs, task=mode).softmax(1) for mode in range(3)])
             best = sure.amax(2).argmax(0)
             answers = sure.argmax(2)[best, torch.arange(len(best))]
@@ -347,7 +351,7 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit: Any, same: Any, tmp
             optimizer=partial(SGD, lr=0.05, momentum=0.9),
             **options,
         )
-        return [module.state_dict(), networks(module), module.curve], str(random_state())
+        return [module.network.state_dict(), networks(module), module.curve], str(random_state())
 
     saves = SaveEverywhere(tmp_path)
     reference, generators = run(saves)
@@ -366,8 +370,10 @@ def test_bytes(learn: Any, tasks: int) -> None:
     run = learn(strategy := STL(), stream={"num_tasks": tasks}, backbone=with_everything)
     floats = (64 * 16 + 16) + 2 * 16 + 2 * 16 + (16 * 2 * tasks + 2 * tasks)
     one = 4 * floats + 8  # and the counter of batches
-    assert strategy.declared_bytes(run.module).held == ((tasks + 1) * one, tasks * one)
-    assert measured_bytes(strategy, run.module) == strategy.declared_bytes(run.module).held
+    assert strategy.declared_bytes(run.module.host).held == ((tasks + 1) * one, tasks * one)
+    assert (
+        measured_bytes(strategy, run.module.host) == strategy.declared_bytes(run.module.host).held
+    )
     assert bytes_per_task([strategy], run.module) == {"measured": one, "paper": one}
 
 

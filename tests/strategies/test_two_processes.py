@@ -97,8 +97,8 @@ def learn(name: str, devices: int) -> list[dict[str, Any]]:
     trainer = trainer_of(devices, [strategy])
     trainer.fit(module, stream)
     (tested,) = trainer.test(module, stream, verbose=False)
-    weights = dict(module.training_weights)
-    return [dict(module.state_dict()), strategy.state_dict(), weights, dict(tested)]
+    weights = dict(module.host.training_weights)
+    return [dict(module.network.state_dict()), strategy.state_dict(), weights, dict(tested)]
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ class Freezing(BaseFinetuning):
     """Somebody's own."""
 
     def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.backbone)
+        self.freeze(pl_module.network.backbone)
 
     def finetune_function(self, pl_module, epoch, optimizer):
         """Nothing: it may stay frozen."""

@@ -66,13 +66,13 @@ class FirstLook(Callback):
     """Autograd's gradient of each batch at the weights before its update, and how far they moved."""
 
     def on_train_batch_start(self, trainer, module, batch, index):
-        self.before = {n: p.detach().clone() for n, p in module.named_parameters()}
+        self.before = {n: p.detach().clone() for n, p in module.network.named_parameters()}
         loss = F.cross_entropy(module(batch.inputs), batch.targets)
         found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
         self.gradients = dict(zip(self.before, found, strict=True))
 
     def moved(self, module):
-        return {n: p.detach() - self.before[n] for n, p in module.named_parameters()}
+        return {n: p.detach() - self.before[n] for n, p in module.network.named_parameters()}
 
 
 def test_si_walks_the_whole_way_of_each_update(fit, optimizer):
@@ -129,7 +129,7 @@ def test_a_penalty_is_part_of_every_look(fit):
 
             def closure():
                 reference.zero_grad()
-                logits = torch.func.functional_call(module, weights, (batch.inputs,))
+                logits = torch.func.functional_call(module.network, weights, (batch.inputs,))
                 pulls = [
                     (held.importance[n] * (weights[n] - held.anchor[n]).square()).sum()
                     for n in held.anchor
@@ -144,7 +144,7 @@ def test_a_penalty_is_part_of_every_look(fit):
 
     module, _ = fit([ewc, Watch()], stream=stream, optimizer=LBFGS)
     assert found
-    for name, value in module.named_parameters():
+    for name, value in module.network.named_parameters():
         torch.testing.assert_close(value, found[name], rtol=1e-4, atol=1e-6)
 
 

@@ -99,7 +99,7 @@ def learned_and_moved(name: str, setting: Setting) -> tuple[dict[str, Any], Tens
 
 
 def weights(run: Run) -> Tensor:
-    shared = run.module.shared_parameters(include_head=True).values()
+    shared = run.module.network.shared_parameters(include_head=True).values()
     return torch.cat([value.detach().double().flatten() for value in shared])
 
 
@@ -196,9 +196,9 @@ class Overflow(Callback):
         self.happened = False
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        at = (pl_module.opened, pl_module.phase.name, trainer.fit_loop.epoch_loop.batch_idx)
+        at = (pl_module.opened, pl_module.host.phase.name, trainer.fit_loop.epoch_loop.batch_idx)
         if at == (1, "train", 2):
-            pl_module.head.bias.grad[2] = float("inf")
+            pl_module.network.head.bias.grad[2] = float("inf")
             self.happened = True
 
 
@@ -229,7 +229,7 @@ def test_an_m_whose_own_gradient_overflowed_rests(direction: Any) -> None:
     class OverflowOfM(Callback):
         def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
             if trainer.fit_loop.epoch_loop.batch_idx == 2:
-                pl_module.head.bias_units.M.grad[0, 1] = float("inf")
+                pl_module.network.head.bias_units.M.grad[0, 1] = float("inf")
 
     fit(
         [BeneficialPerturbation(8, direction=direction), OverflowOfM()],
@@ -305,7 +305,7 @@ def bounds(name: str, flags: dict[str, Any], size: Callable[[Tensor], Tensor]) -
     sizes: list[float] = []
 
     def look(run: Run, at: Any, batch: int, _: bool) -> None:
-        if run.module.phase.trains == "strategy":
+        if run.module.host.phase.trains == "strategy":
             return
         groups = run.trainer.optimizers[0].param_groups
         now = torch.cat([p.detach().double().flatten() for g in groups for p in g["params"]])

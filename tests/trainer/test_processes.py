@@ -231,12 +231,12 @@ class Astray(ContinualStrategy):
 SPOILED: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], object], str]] = {
     "weights": (
         lambda: BeneficialPerturbation(8),
-        lambda bd, host: host.head.weight[0, 0].nextafter_(torch.tensor(9.0)),
+        lambda bd, host: host.network.head.weight[0, 0].nextafter_(torch.tensor(9.0)),
         "head.weight of the network",
     ),
     "bank": (
         lambda: BeneficialPerturbation(8),
-        lambda bd, host: host.head.bias_units.bank[1, 3].add_(1e-3),
+        lambda bd, host: host.network.head.bias_units.bank[1, 3].add_(1e-3),
         "head.bias_units.bank of the network",
     ),
     "importances": (
@@ -256,7 +256,7 @@ SPOILED: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], object], str]] 
     ),
     "keys": (
         ParameterSuperposition,
-        lambda psp, host: next(iter(host.head.keys.buffers())).neg_(),
+        lambda psp, host: next(iter(host.network.head.keys.buffers())).neg_(),
         "head.keys.bank of the network",
     ),
 }

@@ -165,7 +165,7 @@ class Plateau(Callback):
         if len(self.losses) < trainer.num_training_batches:
             return
         if self.monitor == "val/loss":
-            self.scheduler.step(validation_scores(module, module.opened)[0])
+            self.scheduler.step(validation_scores(module.host, module.opened)[0])
         else:
             weights = torch.tensor(self.sizes, dtype=torch.float64)
             self.scheduler.step(float(torch.stack(self.losses).double() @ weights / weights.sum()))

@@ -53,7 +53,7 @@ def learned() -> Any:
 
 def images_of(module: ContinualModule, task: int) -> dict[bytes, int]:
     """The class of every training image of a task."""
-    batches = list(module.stream.loader(task, "train"))
+    batches = list(module.host.stream.loader(task, "train"))
     pairs = [(i, t) for batch in batches for i, t in zip(batch.inputs, batch.targets, strict=True)]
     return {image.numpy().tobytes(): int(target) for image, target in pairs}
 
@@ -95,7 +95,9 @@ def test_declared_bytes_are_measured_bytes(learned: Any) -> None:
     """An image of 8 x 8 bytes and a number of 8 bytes for each of 30 samples."""
     module, replay = learned
     assert (
-        replay.declared_bytes(module).held == measured_bytes(replay, module) == (30 * (64 + 8), 0)
+        replay.declared_bytes(module.host).held
+        == measured_bytes(replay, module.host)
+        == (30 * (64 + 8), 0)
     )
 
 
@@ -106,9 +108,9 @@ def test_every_sample_comes_once_before_any_comes_again(
     """However the sequence is cut into batches, it is the same."""
     module, replay = learned
     before, replay.replayed = replay.replayed, 0
-    whole = replay._next(module, 63).tolist()
+    whole = replay._next(module.host, 63).tolist()
     replay.replayed = 0
-    cut = [row for _ in range(batches) for row in replay._next(module, number).tolist()]
+    cut = [row for _ in range(batches) for row in replay._next(module.host, number).tolist()]
     replay.replayed = before
     assert sorted(whole[:30]) == sorted(whole[30:60]) == list(range(30))
     assert whole[:30] != whole[30:60]
@@ -123,10 +125,10 @@ def term_and_rows(
 ) -> tuple[Tensor, Tensor]:
     """Replay's loss term beside a slice of a batch of this size, and the samples that it is over."""
     before, share = replay.replayed, share or slice(0, size)
-    rows = replay._next(module, size)[share]
+    rows = replay._next(module.host, size)[share]
     replay.replayed = before
     batch = Batch(torch.empty(0), torch.empty(len(rows)), 0, size, start=share.start)
-    term = replay.loss_terms(module, batch, torch.empty(0))["replay"].sum()
+    term = replay.loss_terms(module.host, batch, torch.empty(0))["replay"].sum()
     replay.replayed = before
     return term, rows
 
@@ -137,11 +139,11 @@ def test_at_equal_logits_it_is_the_log_of_the_number_of_classes(mask: str, colum
     replay = Replay(size=5)
     module, _ = run(replay, mask=mask)
     with torch.no_grad():
-        module.head.weight.zero_()
-        module.head.bias.zero_()
+        module.network.head.weight.zero_()
+        module.network.head.bias.zero_()
     term, rows = term_and_rows(module, replay, 7)
     assert term.item() == pytest.approx(7 * log(columns), rel=1e-6)
-    (gradient,) = torch.autograd.grad(term, module.head.bias)
+    (gradient,) = torch.autograd.grad(term, module.network.head.bias)
     expected = [0.0] * 6
     for row in rows.tolist():
         target, task = int(replay.memory.targets[row]), int(replay.memory.tasks()[row])
@@ -159,7 +161,7 @@ def test_it_is_the_sum_of_cross_entropies(learned: Any) -> None:
     for row in rows.tolist():
         image, target = replay.memory.inputs[row], replay.memory.targets[row]
         task = int(replay.memory.tasks()[row])
-        one = module.stream.prepare(Batch(image[None], target[None], task, 1))
+        one = module.host.stream.prepare(Batch(image[None], target[None], task, 1))
         with torch.no_grad(), module.task_mode(task):
             probabilities = module(one.inputs)[0].double().softmax(0)
         total -= log(probabilities[int(target)])

@@ -143,7 +143,7 @@ def test_the_whole_sequence_through_alexnet(trees: Trees, fit: Any) -> None:
     assert not torch.equal(network.features[0].weight, convolution)  # type: ignore[union-attr]
     units = {
         name: (layer.in_features, layer.out_features)
-        for name, layer in module.linear_layers().items()
+        for name, layer in module.network.linear_layers().items()
     }
     assert sorted(units.values()) == [(4096, 38), (4096, 4096), (9216, 4096)]
     assert isinstance(network.classifier[1], nn.Linear)  # type: ignore[index]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bpn_lightning.errors import CheckpointError
-from bpn_lightning.model.structure import Attachment, Structure
+from bpn_lightning.nn.structure import Attachment, Structure
 from bpn_lightning.preparation import Preparation
 from bpn_lightning.tasks import Mask, Task
 

@@ -135,7 +135,7 @@ def test_a_copy_does_not_follow_the_module(learned: Any) -> None:
 
 def test_a_backbone_that_cannot_be_copied_is_refused(learned: Any) -> None:
     module = learned("finetune")
-    module.backbone.kept = torch.ones(2, requires_grad=True) * 2
+    module.network.backbone.kept = torch.ones(2, requires_grad=True) * 2
     with pytest.raises(
         ConfigurationError, match=r"that copy\.deepcopy copies, but got: Only Tensors"
     ):

@@ -14,7 +14,7 @@ from bpn_lightning.tasks import Mask, Task, named_dtype
 
 __all__ = ["SCHEMA", "Attachment", "Structure", "check_mask", "check_schema", "schema_fields"]
 
-SCHEMA = 2
+SCHEMA = 3
 """Of checkpoints and exports. Goes up when a field is renamed, removed or changes its meaning."""
 
 ATTACHMENTS: Mapping[str, Mapping[str, type]] = {

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.module import ContinualModule
-from bpn_lightning.model.structure import Attachment
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.layers import WeightBank
+from bpn_lightning.nn.structure import Attachment
 
 TASKS = 3
 
@@ -27,11 +27,11 @@ def banked() -> Callable[..., ContinualModule]:
         stream.setup()
         module = ContinualModule(MLP([8]), mask=mask)
         module.attach(stream)
-        bank = module.attach_weight_bank()
+        bank = module.network.attach_weight_bank()
         bank.begin()
         for task in range(TASKS):
-            module.cursor.opened = task
-            module.switch(task)
+            module.network.opened = task
+            module.network.switch(task)
             bank.start(task)
             with torch.no_grad():
                 for parameter in module.parameters():
@@ -148,12 +148,12 @@ def test_gradients_through_exchanged_weights_are_refused_and_not_wrong(banked: A
 
 def test_there_is_one_bank(banked: Any) -> None:
     module = banked()
-    bank = module.attach_weight_bank()
+    bank = module.network.attach_weight_bank()
     assert isinstance(bank, WeightBank)
-    assert module.attach_weight_bank() is module.weight_bank is bank
-    assert module.structure.attached == [Attachment("weight_bank", {})]
-    assert module.has_modes
-    assert module.shared_parameters(include_head=True).keys() == {
+    assert module.network.attach_weight_bank() is module.network.weight_bank is bank
+    assert module.network.structure.attached == [Attachment("weight_bank", {})]
+    assert module.network.has_modes
+    assert module.network.shared_parameters(include_head=True).keys() == {
         "backbone.1.weight", "backbone.1.bias", "head.weight", "head.bias",
     }  # fmt: skip
 
@@ -164,6 +164,6 @@ def test_a_module_without_a_bank_holds_nothing_of_it() -> None:
     stream.setup()
     module = ContinualModule(nn.Flatten())
     module.attach(stream)
-    assert module.weight_bank is None
+    assert module.network.weight_bank is None
     assert not any("weight_bank" in name for name in module.state_dict())
-    assert not module.training_weights
+    assert not module.host.training_weights

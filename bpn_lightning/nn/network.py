@@ -1,6 +1,6 @@
 """A network whose mode follows the task: one backbone, one wide head, and bias units on its layers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -8,15 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.losses import LossFunction, SampleLoss
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
-from bpn_lightning.model.attaching import make_keys
-from bpn_lightning.model.cursor import Cursor
-from bpn_lightning.model.feature_width import feature_width
-from bpn_lightning.model.inference import FixedModeNetwork, PerSampleNetwork
-from bpn_lightning.model.merged_weights import MergedWeights
-from bpn_lightning.model.structure import Attachment, Structure, check_mask
+from bpn_lightning.nn.attaching import make_keys
 from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths
+from bpn_lightning.nn.feature_width import feature_width
+from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork
 from bpn_lightning.nn.layers import (
     BiasUnits,
     Keys,
@@ -26,115 +22,53 @@ from bpn_lightning.nn.layers import (
     WeightBank,
     is_linear,
 )
-from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import Batch, ContinualStream, Mask, Phase, Schedule, Split, Task
-from bpn_lightning.trainer.lightning import HookNameAsPlainAttribute, grad_scaler, is_attached
+from bpn_lightning.nn.structure import Attachment, Structure, check_mask
+from bpn_lightning.tasks import ContinualStream, Mask, Task
 
 __all__ = ["ContinualNetwork"]
 
 
-class ContinualNetwork(HookNameAsPlainAttribute):
-    """Structure, forward and modes: what strategies see of :class:`~bpn_lightning.model.module.ContinualModule`.
+class ContinualNetwork(nn.Module):
+    """All that answers: plain torch, without a trainer, a stream or a strategy.
+
+    Checkpoints and exports hold its ``state_dict`` and its ``structure``; ``copy.deepcopy`` copies it.
 
     Args:
         backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
-        mask: the output units of the head that take part; see there.
-        loss: of each sample; see :class:`~bpn_lightning.losses.SampleLoss`.
+        mask: the output units of the head that take part: ``all``, ``seen`` (those of the tasks opened so
+            far), ``task`` (the mode's own) or ``shared`` (every task has the same).
 
     Attributes:
         structure: what it consists of besides the backbone; checkpoints and exports hold it.
-        cursor: where in the stream it is.
-        strategies: the continual strategies of the trainer, in the order of its callbacks.
-        phase_owners: the strategies that declared phases, by task and the phase's name.
-        merged: keeps the weights of training while merged ones are in their place.
-        in_step_forward: whether the forward that runs is the training step's own.
-        param_groups: of the current optimizer, by the ``id`` of each of its parameters.
+        head: one linear layer over all classes; None before the stream is known.
+        accuracy_matrix: accuracies of every task before training and after each task; absent before the
+            stream is known.
+        opened: the task that was opened last, -1 before the first.
+        closed: the last task that is learned, consolidated and evaluated, -1 before the first.
+        mode: the task whose mode holds, or ``(batch,)`` one of each sample.
 
     Raises:
-        ConfigurationError: the mask is unknown, or the loss is none.
+        ConfigurationError: the mask is unknown.
     """
 
     accuracy_matrix: AccuracyMatrix
 
-    def __init__(
-        self, backbone: nn.Module, mask: Mask = "all", loss: LossFunction | None = None
-    ) -> None:
+    def __init__(self, backbone: nn.Module, mask: Mask = "all") -> None:
         super().__init__()
         self.backbone = compiled_in_place(backbone)
         self.head: nn.Linear | None = None
         self.weight_bank: WeightBank | None = None
         self.structure = Structure(check_mask(mask))
-        self.cursor = Cursor()
-        self.strategies: Sequence[ContinualStrategy] = ()
-        self.phase_owners: dict[tuple[int, str], ContinualStrategy] = {}
-        self.merged = MergedWeights()
-        self.sample_loss = SampleLoss(loss)
-        self.in_step_forward = False
-        self.param_groups: dict[int, dict[str, Any]] = {}
-        self._stream: ContinualStream | None = None
-        self._mode: int | Tensor = 0
+        self.opened = -1
+        self.closed = -1
+        self.mode: int | Tensor = 0
 
     # --- structure -------------------------------------------------------------------------------
-
-    @property
-    def stream(self) -> ContinualStream:
-        """The stream that is learned: the trainer's datamodule, or the one given to `attach`."""
-        if self._stream is None:
-            raise ConfigurationError(
-                "Expected the module to have a stream, but it has none. Pass a ContinualDataModule to "
-                "trainer.fit, or call module.attach(stream) to evaluate without a trainer."
-            )
-        return self._stream
-
-    @property
-    def has_trainer(self) -> bool:
-        """Whether there is one; a loaded module answers without."""
-        return is_attached(self)
-
-    @property
-    def has_stream(self) -> bool:
-        """Whether there is one; a loaded module answers without."""
-        return self._stream is not None
 
     @property
     def tasks(self) -> Sequence[Task]:
         """The tasks of the stream."""
         return self.structure.tasks
-
-    @property
-    def opened(self) -> int:
-        """The task that was opened last, -1 before the first."""
-        return self.cursor.opened
-
-    @property
-    def closed(self) -> int:
-        """The last task that is learned, consolidated and evaluated, -1 before the first."""
-        return self.cursor.closed
-
-    @property
-    def schedule(self) -> Schedule:
-        """Of the epochs of the stream."""
-        return self.cursor.schedule
-
-    @property
-    def phase(self) -> Phase:
-        """The phase that runs."""
-        return self.cursor.phase
-
-    @property
-    def phase_owner(self) -> ContinualStrategy:
-        """The strategy that declared the phase that runs."""
-        return self.phase_owners[self.cursor.task, self.phase.name]
-
-    @property
-    def mode(self) -> "int | Tensor":
-        """The task whose mode holds, or ``(batch,)`` one of each sample."""
-        return self._mode
-
-    def training_tasks(self, task_id: int) -> list[int]:
-        """The tasks whose data a task is trained on: its own, and what a strategy adds."""
-        wanted = (strategy.training_tasks(self.tasks[task_id]) for strategy in self.strategies)
-        return sorted({task_id}.union(*wanted))
 
     @property
     def mask(self) -> Mask:
@@ -146,30 +80,29 @@ class ContinualNetwork(HookNameAsPlainAttribute):
         """Whether the network answers differently in different tasks' modes."""
         return bool(self.task_modules())
 
-    def batches(
-        self, task_id: int, split: Split, max_samples: int | None = None
-    ) -> Iterator[Batch]:
-        """This process's share of a task's samples, each once, on the device and prepared."""
-        for batch in self.stream.loader(task_id, split, max_samples=max_samples):
-            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-            yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
+    def build_for(self, stream: ContinualStream, device: torch.device) -> None:
+        """Build the head for a stream on the first call, check the fit on later ones.
 
-    def attach(self, stream: ContinualStream) -> None:
-        """Use a stream: build the head on the first call, check the fit on later ones.
+        Args:
+            stream: after its ``setup``.
+            device: that the backbone lies on.
 
         Raises:
             ConfigurationError: the backbone's output is no feature matrix, the mask and the stream's
-                classes do not fit, or the module was built for another stream.
+                classes do not fit, or the network was built for another stream.
         """
-        self.structure.check_mask_fits(stream.tasks)
-        self.build(
-            list(stream.tasks), stream.num_classes, tuple(stream.input_shape), stream.input_dtype
-        )
+        tasks, shape = list(stream.tasks), tuple(stream.input_shape)
+        self.structure.check_mask_fits(tasks)
+        self.build(tasks, stream.num_classes, shape, stream.input_dtype, device)
         self.structure.set_preparations(stream.preparations())
-        self._stream = stream
 
     def build(
-        self, tasks: list[Task], num_classes: int, input_shape: tuple[int, ...], dtype: torch.dtype
+        self,
+        tasks: list[Task],
+        num_classes: int,
+        input_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Make head and accuracy matrix, with one dry forward through the backbone.
 
@@ -178,9 +111,10 @@ class ContinualNetwork(HookNameAsPlainAttribute):
             num_classes: output units of the head.
             input_shape: of one prepared input.
             dtype: of prepared inputs.
+            device: that the backbone lies on.
 
         Raises:
-            ConfigurationError: the backbone's output is no feature matrix, or the module was built for
+            ConfigurationError: the backbone's output is no feature matrix, or the network was built for
                 a stream of other sizes.
         """
         structure = self.structure
@@ -188,17 +122,13 @@ class ContinualNetwork(HookNameAsPlainAttribute):
             structure.check_stream(tasks, num_classes, input_shape, dtype)
             structure.tasks = tasks
             return
-        features = feature_width(self.backbone, input_shape, dtype, self.device)
+        features = feature_width(self.backbone, input_shape, dtype, device)
         structure.tasks, structure.num_classes = tasks, num_classes
         structure.input_shape, structure.input_dtype = input_shape, dtype
-        self.head = nn.Linear(features, num_classes, device=self.device)
+        self.head = nn.Linear(features, num_classes, device=device)
         nn.init.normal_(self.head.weight, std=features**-0.5)
         nn.init.zeros_(self.head.bias)
         self.accuracy_matrix = AccuracyMatrix(len(tasks))
-
-    def network(self) -> nn.Module:
-        """The module itself, as the function from inputs to logits."""
-        return self
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every fully connected layer by name, the head among them."""
@@ -209,10 +139,10 @@ class ContinualNetwork(HookNameAsPlainAttribute):
         }
         return {**cast(dict[str, nn.Linear], layers), "head": self.built_head}
 
-    def attach_bias_units(self, layer: str, rank: int) -> nn.Module:
+    def attach_bias_units(self, layer: str, rank: int) -> BiasUnits:
         """Give a linear layer bias units, or return those that it has."""
         linear = self.linear_layers()[layer]
-        units = getattr(linear, "bias_units", None)
+        units: BiasUnits | None = getattr(linear, "bias_units", None)
         if units is None:
             units = BiasUnits(len(self.tasks), rank, linear.out_features)
             SwitchableLinear.convert(linear, bias_units=units)
@@ -223,9 +153,9 @@ class ContinualNetwork(HookNameAsPlainAttribute):
                 f"Expected rank to be {units.M.shape[1]}, as in the bias units that layer "
                 f"{layer} has, but got {rank}."
             )
-        return cast(BiasUnits, units)
+        return units
 
-    def attach_keys(self, layer: str, kind: str) -> nn.Module:
+    def attach_keys(self, layer: str, kind: str) -> Keys:
         """Give a linear layer or a convolution keys, or return those that it has.
 
         Args:
@@ -247,7 +177,7 @@ class ContinualNetwork(HookNameAsPlainAttribute):
                 f"Expected layers to be linear or convolutional layers of the network, but got "
                 f"{layer!r}.{did_you_mean(layer, known)} It has {', '.join(known)}."
             )
-        keys = getattr(known[layer], "keys", None)
+        keys: Keys | None = getattr(known[layer], "keys", None)
         if keys is None:
             keys = make_keys(layer, known[layer], kind, len(self.tasks), layer == "head")
             leave_fast_paths(self.backbone)
@@ -256,7 +186,7 @@ class ContinualNetwork(HookNameAsPlainAttribute):
             raise ConfigurationError(
                 f"Expected keys to be {keys.kind!r}, as those that layer {layer} has, but got {kind!r}."
             )
-        return cast(Keys, keys)
+        return keys
 
     def attach_weight_bank(self) -> WeightBank:
         """Keep a whole set of weights for every task, or return the bank that does."""
@@ -285,37 +215,6 @@ class ContinualNetwork(HookNameAsPlainAttribute):
     def task_modules(self) -> list[TaskModule]:
         """The parts that hold something for every task."""
         return [part for part in self.modules() if isinstance(part, TaskModule)]
-
-    @property
-    def training_weights(self) -> Mapping[str, Tensor]:
-        """By name, the weights of training while merged ones are in their place; else empty."""
-        return self.merged.training
-
-    def learning_rate(self, parameter: nn.Parameter) -> float:
-        """The current optimizer's learning rate of a parameter."""
-        return float(self.param_groups[id(parameter)]["lr"])
-
-    @property
-    def loss_scale(self) -> float:
-        """The scaler's factor, which parameters outside the optimizer keep in their gradients."""
-        scaler = grad_scaler(self.trainer)
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if not self.has_trainer or self.trainer.world_size == 1:
-            return tensor
-        own = tensor.clone(memory_format=torch.contiguous_format)  # nccl takes no other
-        return cast(Tensor, self.trainer.strategy.reduce(own, reduce_op="sum"))
-
-    def broadcast_buffers(self) -> None:
-        """Take the first process's running statistics, as DDP would at the next forward."""
-        if self.trainer.world_size == 1:
-            return
-        for buffer in self.backbone.buffers():
-            if buffer.is_floating_point():
-                own = buffer if self.global_rank == 0 else torch.zeros_like(buffer)
-                buffer.copy_(self.all_reduce(own))
 
     def shared_parameters(self, include_head: bool) -> dict[str, nn.Parameter]:
         """The trainable parameters that tasks share, by name; never those of bias units."""
@@ -350,13 +249,13 @@ class ContinualNetwork(HookNameAsPlainAttribute):
         if self.mask not in ("seen", "task"):
             return logits
         columns = torch.arange(logits.shape[1], device=logits.device)
-        if isinstance(self._mode, Tensor):
+        if isinstance(self.mode, Tensor):
             table = torch.tensor(
                 [self.columns(t) for t in range(len(self.tasks))], device=logits.device
-            )[self._mode]
+            )[self.mode]
             outside = (columns < table[:, :1]) | (columns >= table[:, 1:])
         else:
-            first, stop = self.columns(self._mode)
+            first, stop = self.columns(self.mode)
             outside = (columns < first) | (columns >= stop)
         return logits.masked_fill(outside, float("-inf"))
 
@@ -374,34 +273,16 @@ class ContinualNetwork(HookNameAsPlainAttribute):
                 "Expected inputs that the stream has prepared, but got uint8. module.predict(images) "
                 "prepares raw images, and answers for them."
             )
+        head = self.built_head
         if inputs.is_floating_point():
             # Images become floats after Lightning converts precision.
-            inputs = inputs.to(self.dtype)
-        logits: Tensor = self.built_head(self.backbone(inputs))
+            inputs = inputs.to(head.weight.dtype)
+        logits: Tensor = head(self.backbone(inputs))
         return logits
 
     def columns(self, task_id: int) -> tuple[int, int]:
         """``(start, stop)`` of the head's output units that take part in a task's mode."""
         return self.structure.columns(task_id, self.opened)
-
-    def losses(self, logits: Tensor, targets: Tensor, task: "int | Tensor") -> Tensor:
-        """Each sample's loss on the columns of its task.
-
-        Args:
-            logits: ``(batch, num_classes)``; where samples have several tasks, with -inf outside of each
-                one's columns.
-            targets: ``(batch,)`` int64, columns of the head.
-            task: of all samples, or ``(batch,)``, one of each.
-
-        Returns:
-            ``(batch,)``.
-        """
-        if isinstance(task, int):
-            first, stop = self.columns(task)
-            return self.sample_loss(logits[:, first:stop], targets - first, first)
-        if self.sample_loss.loss is None or self.mask not in ("seen", "task"):
-            return self.sample_loss(logits, targets)
-        return self.sample_loss.by_task(logits, targets, task, self.columns)
 
     def for_inference(self, task: int | None = None) -> nn.Module:
         """A copy of the network that only answers, for ``torch.export`` and ``torch.onnx.export``.
@@ -429,24 +310,6 @@ class ContinualNetwork(HookNameAsPlainAttribute):
         columns = [self.columns(task.id) for task in self.tasks]
         return PerSampleNetwork(self.backbone, self.built_head, columns)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: nothing says for which task."""
-        raise _no_task_named(
-            "to_onnx", "torch.onnx.export(module.for_inference(task), (inputs,), dynamo=True)"
-        )
-
-    def to_torchscript(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: TorchScript is at its end, and takes no modes."""
-        raise _no_task_named(
-            "to_torchscript", "torch.export.export(module.for_inference(task), (inputs,))"
-        )
-
-    def to_tensorrt(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: nothing says for which task."""
-        raise _no_task_named(
-            "to_tensorrt", "torch_tensorrt.compile(module.for_inference(task), inputs=[inputs])"
-        )
-
     @contextmanager
     def task_mode(self, task: "int | Tensor") -> Iterator[None]:
         """Whatever runs inside uses this task's mode; the one before returns, also on an error.
@@ -458,7 +321,7 @@ class ContinualNetwork(HookNameAsPlainAttribute):
             ConfigurationError: the stream has no such task.
         """
         self.check_task_ids(task)
-        before = self._mode
+        before = self.mode
         try:
             self.switch(task)
             yield
@@ -489,13 +352,6 @@ class ContinualNetwork(HookNameAsPlainAttribute):
 
     def switch(self, task: "int | Tensor") -> None:
         """Answer in a task's mode from now on; :meth:`task_mode` does so for a while, and checks."""
-        self._mode = task
+        self.mode = task
         for part in self.task_modules():
             part.switch(task)
-
-
-def _no_task_named(method: str, remedy: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"Expected a network in a task's mode to be exported, but got {method} of a module that has one "
-        f"for each task. Use {remedy}."
-    )

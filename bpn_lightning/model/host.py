@@ -1,0 +1,189 @@
+"""What the strategies of a module work on, and the objects that run them: network, stream, trainer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.losses import LossFunction, SampleLoss
+from bpn_lightning.model.cursor import Cursor
+from bpn_lightning.model.merged_weights import MergedWeights
+from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.tasks import Batch, ContinualStream, Phase, Position, Split, TrainingEpoch
+from bpn_lightning.trainer.lightning import grad_scaler, is_attached
+
+__all__ = ["Host"]
+
+
+class Host:
+    """A network that learns, with all that it learns by: a :class:`~bpn_lightning.host.ContinualHost`.
+
+    Args:
+        module: has the trainer, the device and the loggers.
+        network: that learns.
+        loss: of each sample; see :class:`~bpn_lightning.losses.SampleLoss`.
+
+    Attributes:
+        cursor: where in the stream it is.
+        strategies: the continual strategies of the trainer, in the order of its callbacks.
+        phase_owners: the strategies that declared phases, by task and the phase's name.
+        merged: keeps the weights of training while merged ones are in their place.
+        in_step_forward: whether the forward that runs is the training step's own.
+        param_groups: of the current optimizer, by the ``id`` of each of its parameters.
+
+    Raises:
+        ConfigurationError: the loss is none.
+    """
+
+    def __init__(
+        self, module: LightningModule, network: ContinualNetwork, loss: LossFunction | None
+    ) -> None:
+        self.module = module
+        self.network = network
+        self.sample_loss = SampleLoss(loss)
+        self.cursor = Cursor(network)
+        self.strategies: Sequence[ContinualStrategy] = ()
+        self.phase_owners: dict[tuple[int, str], ContinualStrategy] = {}
+        self.merged = MergedWeights()
+        self.in_step_forward = False
+        self.param_groups: dict[int, dict[str, Any]] = {}
+        self._stream: ContinualStream | None = None
+
+    # --- the stream ------------------------------------------------------------------------------
+
+    @property
+    def stream(self) -> ContinualStream:
+        """The stream that is learned: the trainer's datamodule, or the one given to `attach`."""
+        if self._stream is None:
+            raise ConfigurationError(
+                "Expected the module to have a stream, but it has none. Pass a ContinualDataModule to "
+                "trainer.fit, or call module.attach(stream) to evaluate without a trainer."
+            )
+        return self._stream
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether there is one; a loaded module answers without."""
+        return self._stream is not None
+
+    def attach(self, stream: ContinualStream) -> None:
+        """Use a stream, for which the network is built, or to which it has to fit.
+
+        Raises:
+            ConfigurationError: they do not fit.
+        """
+        self.network.build_for(stream, self.device)
+        self._stream = stream
+
+    def batches(
+        self, task_id: int, split: Split, max_samples: int | None = None
+    ) -> Iterator[Batch]:
+        """This process's share of a task's samples, each once, on the device and prepared."""
+        for batch in self.stream.loader(task_id, split, max_samples=max_samples):
+            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
+            yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
+
+    @property
+    def position(self) -> Position:
+        """Task, phase and epoch of the trainer's current epoch; outside a fit, the task opened last."""
+        if self.trainer.state.fn != "fit":
+            return Position(self.cursor.task, "train", 0)
+        return self.cursor.locate(self.trainer.current_epoch)
+
+    def training_epoch(self) -> TrainingEpoch:
+        """What the stream's train loader is of."""
+        task, _, epoch = self.position
+        return TrainingEpoch(task, epoch, self.training_tasks(task))
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that runs."""
+        return self.cursor.phase
+
+    @property
+    def phase_owner(self) -> ContinualStrategy:
+        """The strategy that declared the phase that runs."""
+        return self.phase_owners[self.cursor.task, self.phase.name]
+
+    def training_tasks(self, task_id: int) -> list[int]:
+        """The tasks whose data a task is trained on: its own, and what a strategy adds."""
+        task = self.network.tasks[task_id]
+        wanted = (strategy.training_tasks(task) for strategy in self.strategies)
+        return sorted({task_id}.union(*wanted))
+
+    # --- the fit ---------------------------------------------------------------------------------
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer; a loaded module answers without."""
+        return self.module.trainer
+
+    @property
+    def has_trainer(self) -> bool:
+        """Whether there is one."""
+        return is_attached(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the network lies on."""
+        return self.module.device
+
+    @property
+    def global_rank(self) -> int:
+        """The number of this process, from 0."""
+        return self.module.global_rank
+
+    @property
+    def training_weights(self) -> Mapping[str, Tensor]:
+        """By name, the weights of training while merged ones are in their place; else empty."""
+        return self.merged.training
+
+    def learning_rate(self, parameter: nn.Parameter) -> float:
+        """The current optimizer's learning rate of a parameter."""
+        return float(self.param_groups[id(parameter)]["lr"])
+
+    @property
+    def loss_scale(self) -> float:
+        """The scaler's factor, which parameters outside the optimizer keep in their gradients."""
+        scaler = grad_scaler(self.trainer)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def losses(self, logits: Tensor, targets: Tensor, task: "int | Tensor") -> Tensor:
+        """Each sample's loss on the columns of its task.
+
+        Args:
+            logits: ``(batch, num_classes)``; where samples have several tasks, with -inf outside of each
+                one's columns.
+            targets: ``(batch,)`` int64, columns of the head.
+            task: of all samples, or ``(batch,)``, one of each.
+
+        Returns:
+            ``(batch,)``.
+        """
+        network = self.network
+        if isinstance(task, int):
+            first, stop = network.columns(task)
+            return self.sample_loss(logits[:, first:stop], targets - first, first)
+        if self.sample_loss.loss is None or network.mask not in ("seen", "task"):
+            return self.sample_loss(logits, targets)
+        return self.sample_loss.by_task(logits, targets, task, network.columns)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if not self.has_trainer or self.trainer.world_size == 1:
+            return tensor
+        own = tensor.clone(memory_format=torch.contiguous_format)  # nccl takes no other
+        return cast(Tensor, self.trainer.strategy.reduce(own, reduce_op="sum"))
+
+    def broadcast_buffers(self) -> None:
+        """Take the first process's running statistics, as DDP would at the next forward."""
+        if self.trainer.world_size == 1:
+            return
+        for buffer in self.network.backbone.buffers():
+            if buffer.is_floating_point():
+                own = buffer if self.global_rank == 0 else torch.zeros_like(buffer)
+                buffer.copy_(self.all_reduce(own))
