@@ -4,16 +4,26 @@ A promise that a strategy does not make, by its own declarations, is not examine
 which declaration it was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bpn_lightning.conformance.cases import Case
+from bpn_lightning.conformance.declarations import (
+    acts_at_once,
+    corrects_weights,
+    has_no_null,
+    is_alone,
+    lacks,
+    needs_task_id,
+    projects,
+    promise,
+    trains_on_other_tasks,
+)
 from bpn_lightning.conformance.pair import TwoProcesses
 from bpn_lightning.conformance.ranks import setting
 from bpn_lightning.conformance.runs import BATCH_NORM_DROPOUT, PLAIN, Run, differences, fit
@@ -35,22 +45,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 #: Relative; a tenth of it absolute. For runs that add up the same numbers in another order.
 TOLERANCE = 1e-5
 
-_Test = TypeVar("_Test", bound=Callable[..., None])
-
-
-def promise(unless: Callable[[Case], str] = lambda case: "") -> Callable[[_Test], _Test]:
-    """Mark a test as a promise.
-
-    Args:
-        unless: the declaration of a case by which it does not make this promise; empty if it does.
-    """
-
-    def mark(test: _Test) -> _Test:
-        test.not_applicable = unless  # type: ignore[attr-defined]
-        return test
-
-    return mark
-
 
 def expect_nothing(found: Sequence[str], what: str, remedy: str) -> None:
     """Fail, in words, where something was found that a promise rules out."""
@@ -65,12 +59,7 @@ def expect_nothing(found: Sequence[str], what: str, remedy: str) -> None:
 # --- what it is when it does nothing -------------------------------------------------------------
 
 
-def _has_no_null(case: Case) -> str:
-    without = case.which(lambda part: part.strategy.null_arguments is None)
-    return without and f"null_arguments of {without} is None"
-
-
-@promise(unless=_has_no_null)
+@promise(unless=has_no_null)
 def test_null_arguments_are_fine_tuning_bit_for_bit(scenario: Scenario) -> None:
     """With its null_arguments it leaves weights, optimizer and random states as fine-tuning does."""
     mine, theirs = scenario.null
@@ -82,12 +71,7 @@ def test_null_arguments_are_fine_tuning_bit_for_bit(scenario: Scenario) -> None:
     )
 
 
-def _acts_at_once(case: Case) -> str:
-    acting = case.which(lambda part: not part.strategy.plain_first_task)
-    return acting and f"plain_first_task of {acting} is False"
-
-
-@promise(unless=_acts_at_once)
+@promise(unless=acts_at_once)
 def test_the_first_task_is_plain_training(scenario: Scenario) -> None:
     """Nothing is to be remembered yet, so the first task is trained as in fine-tuning, bit for bit."""
     expect_nothing(
@@ -138,7 +122,7 @@ def _whole(call_log: CallLog) -> dict[str, Any]:
     return call_log.learned | call_log.end
 
 
-@promise(unless=lambda case: _overridden(case, "logs"))
+@promise(unless=lambda case: lacks(case, "logs"))
 def test_logging_changes_nothing(scenario: Scenario) -> None:
     """What it logs are scalars, and taking them changes nothing."""
     often = replace(BATCH_NORM_DROPOUT, trainer={"log_every_n_steps": 1})
@@ -148,12 +132,6 @@ def test_logging_changes_nothing(scenario: Scenario) -> None:
         "A run that logs every step differs from one that does not",
         "Look at logs: it may read state and not move it.",
     )
-
-
-def _overridden(case: Case, *hooks: str) -> str:
-    """Why a promise about some hooks is not made: nobody has them."""
-    has = case.which(lambda part: any(part.overrides(hook) for hook in hooks))
-    return "" if has else f"it has no {' and no '.join(hooks)}"
 
 
 @promise()
@@ -178,12 +156,7 @@ def test_samples_may_each_have_a_task(scenario: Scenario) -> None:
 # --- what it says of itself ----------------------------------------------------------------------
 
 
-def _needs_task_id(case: Case) -> str:
-    needing = case.which(lambda part: part.strategy.needs_task_id)
-    return needing and f"needs_task_id of {needing} is True"
-
-
-@promise(unless=_needs_task_id)
+@promise(unless=needs_task_id)
 def test_answers_without_the_task_id(scenario: Scenario) -> None:
     """A strategy that does not declare needs_task_id answers alike in every task's mode."""
     run, found = scenario.call_log.run, []
@@ -198,12 +171,7 @@ def test_answers_without_the_task_id(scenario: Scenario) -> None:
     )
 
 
-def _projects(case: Case) -> str:
-    projecting = case.which(lambda part: part.strategy.projects)
-    return projecting and f"projects of {projecting} is True"
-
-
-@promise(unless=_projects)
+@promise(unless=projects)
 def test_projects_only_if_it_says_so(scenario: Scenario) -> None:
     """A strategy that replaces gradients declares it: two projections in one run are refused."""
     expect_nothing(
@@ -213,12 +181,7 @@ def test_projects_only_if_it_says_so(scenario: Scenario) -> None:
     )
 
 
-def _corrects(case: Case) -> str:
-    correcting = [type(s).__name__ for s in case.make() if s.corrects_weights]
-    return f"corrects_weights of {' and '.join(correcting)} is True" if correcting else ""
-
-
-@promise(unless=_corrects)
+@promise(unless=corrects_weights)
 def test_corrects_weights_only_if_it_says_so(scenario: Scenario) -> None:
     """A strategy that moves shared weights after the optimizer declares it: no projection is beside it."""
     expect_nothing(
@@ -339,7 +302,7 @@ def _noted(scenario: Scenario, *hooks: str) -> list[Consolidation]:
     return [note for note in scenario.call_log.consolidations if note.hook in hooks]
 
 
-@promise(unless=lambda case: _overridden(case, *BETWEEN))
+@promise(unless=lambda case: lacks(case, *BETWEEN))
 def test_consolidation_leaves_the_network_as_it_was(scenario: Scenario) -> None:
     """Weights, running statistics, gradients and training flags are the same after consolidating."""
     found = [
@@ -356,7 +319,7 @@ def test_consolidation_leaves_the_network_as_it_was(scenario: Scenario) -> None:
     )
 
 
-@promise(unless=lambda case: _overridden(case, *BETWEEN))
+@promise(unless=lambda case: lacks(case, *BETWEEN))
 def test_consolidation_draws_no_global_random_numbers(scenario: Scenario) -> None:
     """Consolidating does not move dropout's random numbers, nor anybody else's."""
     found = [
@@ -373,7 +336,7 @@ def test_consolidation_draws_no_global_random_numbers(scenario: Scenario) -> Non
     )
 
 
-@promise(unless=lambda case: _overridden(case, "on_task_end"))
+@promise(unless=lambda case: lacks(case, "on_task_end"))
 def test_consolidation_measures_the_network_that_answers(scenario: Scenario) -> None:
     """A task is consolidated without dropout, without batch statistics and on unaugmented images."""
     notes = _noted(scenario, "on_task_end")
@@ -384,7 +347,7 @@ def test_consolidation_measures_the_network_that_answers(scenario: Scenario) -> 
     )
 
 
-@promise(unless=lambda case: _overridden_data(case))
+@promise(unless=trains_on_other_tasks)
 def test_other_heads_stay_bit_identical(scenario: Scenario) -> None:
     """Where each task has its own rows of the head, learning one leaves those of the others alone."""
     found: list[str] = []
@@ -420,11 +383,6 @@ def test_other_heads_stay_bit_identical(scenario: Scenario) -> None:
         "Look at what it writes into host.network.linear_layers()['head'] at a task's start or end, and at "
         "merged_weights: under this mask the head is not merged.",
     )
-
-
-def _overridden_data(case: Case) -> str:
-    mixing = case.which(lambda part: part.overrides("training_tasks"))
-    return mixing and f"training_tasks of {mixing} adds data of other tasks"
 
 
 # --- what it costs -------------------------------------------------------------------------------
@@ -511,15 +469,7 @@ def _unfinished(run: Run) -> list[str]:
     return found + [f"{name} is not finite" for name, p in weights if not p.isfinite().all()]
 
 
-def _alone(case: Case) -> str:
-    exclusive = case.which(lambda part: part.strategy.exclusive)
-    has_bd = case.which(lambda part: issubclass(part.strategy, BeneficialPerturbation))
-    if exclusive:
-        return f"exclusive of {exclusive} is True"
-    return has_bd and f"{has_bd} is bd already"
-
-
-@promise(unless=_alone)
+@promise(unless=is_alone)
 def test_composes_with_bias_units(scenario: Scenario) -> None:
     """Beside bd it runs, and beside a bd that does not move (epsilon 0) it learns as alone, to 1e-5."""
     # Two tasks: with more, a method that treats every old mode for itself rightly differs.
