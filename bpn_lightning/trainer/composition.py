@@ -31,11 +31,11 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
             f"Expected every strategy once, but got {twice[0]} {len(twice)} times. "
             "Remove all but one."
         )
-    alone = _names(s for s in strategies if s.exclusive)
-    if alone and len(strategies) > 1:
+    exclusive = _names(s for s in strategies if s.exclusive)
+    if exclusive and len(strategies) > 1:
         raise ConfigurationError(
-            f"Expected {alone[0]} to be the only strategy, but got {' and '.join(_names(strategies))}. "
-            f"Remove {alone[0]}, or all the others."
+            f"Expected {exclusive[0]} to be the only strategy, but got {' and '.join(_names(strategies))}. "
+            f"Remove {exclusive[0]}, or all the others."
         )
     for what, several in (
         ("projects gradients", _names(s for s in strategies if s.projects)),
