@@ -1,15 +1,15 @@
-"""Memory of AlexNet's sequence of eight data sets: by formula, and as measured.
+"""Memory needed for AlexNet on the sequence of eight data sets: by formula, and measured.
 
     python benchmarks/alexnet_memory.py
     python benchmarks/alexnet_memory.py --root DIR --method bd+ewc
 
-By formula: weights, gradients, the optimizer's momentum, what the method keeps, and what a forward
-keeps for the backward of a batch of 128 images of 224 x 224 (counted, as autograd asks for it). What
-runs on a GPU needs that much of its memory, beside the workspace of its libraries, and what the
-importance pass holds: a batch of 256.
-Measured: the largest resident size of a process of its own that learns two tasks of 256 random images on
-the CPU, where everything is in the same memory, the images and about 700 MiB of libraries too. With
---root, one that learns an epoch of each of the eight data sets in that folder, in their official layouts.
+By formula: weights, gradients, the optimizer's momentum, the method's state, and the tensors that a forward
+pass saves for the backward pass of a batch of 128 images of 224 x 224 (counted with autograd's hooks). A
+run on a GPU needs that much memory, plus the workspace of its libraries and the importance pass with a
+batch of 256.
+Measured: the peak resident size of a separate process that learns two tasks of 256 random images on the
+CPU, including the images and about 700 MiB of libraries. With --root, of one that trains for an epoch on
+each of the eight data sets in that folder, in their official layouts.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def stream_of(root: str | None) -> ContinualDataModule:
             epochs_per_task=1,
             batch_size=BATCH,
             eval_batch_size=2 * BATCH,
-            expect_counts=False,  # a part of a set needs no less memory
+            expect_counts=False,  # the memory does not depend on the size of a set
         )
     return RandomImages(
         num_tasks=2,
@@ -98,7 +98,7 @@ def stream_of(root: str | None) -> ContinualDataModule:
 
 
 def saved_for_backward(module: ContinualModule, stream: ContinualDataModule) -> int:
-    """Bytes that autograd keeps of one forward, each storage once, weights not counted."""
+    """Bytes that autograd saves in one forward pass, each storage once, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
 

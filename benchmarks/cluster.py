@@ -1,11 +1,11 @@
-"""A grid on this machine, and on a Ray of two workers one of which is killed: the figures are equal.
+"""Compare a grid run locally with one run on a Ray cluster of two workers, one of which is killed.
 
     python benchmarks/cluster.py
     python benchmarks/cluster.py --grid digits.yaml --only ewc bd+ewc seed_0
 
-Runs the same cells twice, by `bpn-bench`, into two folders. While the second grid runs, a worker that
-has written a checkpoint is killed, and its cell goes on from there. Compares the cells.json of both
-but for provenance, and prints what was killed and how the two compare.
+Runs the same cells twice with `bpn-bench`, into two folders. During the second grid, a worker that has
+written a checkpoint is killed, and its cell resumes from there. Compares both cells.json except for
+provenance, and prints the killed worker and the comparison.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def bpn_bench(grid: str, only: list[str], runs: Path, *flags: str) -> "subproces
 
 
 def kill_a_worker(runs: Path, bench: "subprocess.Popen[bytes]") -> str:
-    """Kill the Ray worker of the first cell that has a checkpoint; says which."""
+    """Kill the Ray worker of the first cell that has a checkpoint, and return its description."""
     while bench.poll() is None:
         for checkpoint in runs.rglob("last.ckpt"):
             folder = checkpoint.parents[1]
@@ -42,7 +42,7 @@ def kill_a_worker(runs: Path, bench: "subprocess.Popen[bytes]") -> str:
 
 
 def parent_of(process: Path, folder: Path) -> int | None:
-    """The parent of a `bpn-fit` that writes into a folder; None for any other process."""
+    """The parent of a `bpn-fit` process that writes to a folder; None for any other process."""
     try:
         words = (process / "cmdline").read_bytes().decode().split("\0")
         values = dict(pairwise(words))
@@ -55,7 +55,7 @@ def parent_of(process: Path, folder: Path) -> int | None:
 
 
 def figures(runs: Path) -> dict[str, Any]:
-    """cells.json without what may differ between equal runs."""
+    """cells.json without the values that may differ between equal runs."""
     found: dict[str, Any] = json.loads((runs / "report" / "cells.json").read_text())
     for cell in found["cells"]:
         del cell["results"]["provenance"]
@@ -88,8 +88,8 @@ def main() -> None:
         ]
         print(f"| {a['experiment']}, {a['method']}, seed {a['seed']} | {' | '.join(cells)} |")
     print(f"\nkilled: the worker of {killed}; its log: {'; '.join(said)}")
-    print(f"begun without a checkpoint: {log.count('this run starts afresh')} time(s)")
-    print(f"cells.json but for provenance: {'equal' if expected == found else 'NOT equal'}")
+    print(f"started without a checkpoint: {log.count('this run starts from scratch')} time(s)")
+    print(f"cells.json except for provenance: {'equal' if expected == found else 'NOT equal'}")
     sys.exit(expected != found)
 
 

@@ -1,20 +1,20 @@
-"""Runs that are killed and resumed beside runs that are not: what differs at the end?
+"""Inject faults into runs, resume them, and compare the results with uninterrupted runs.
 
     python benchmarks/faults.py
     python benchmarks/faults.py --processes 2 --methods finetune bd+ewc ebll agem
 
 Every run is ``bpn-fit`` on a small stream of digits, in a process forked from this one, which has
-imported torch once. The run that is left alone writes down what it does, moment by moment: batches,
-updates, the ends of epochs and tasks, phases, passes of importance, evaluations, files being written.
-Faults are then drawn from the seed: one moment of each kind, and moments of the clock besides.
+imported torch once. The uninterrupted run records its events: batches, updates, the ends of epochs and
+tasks, phases, importance passes, evaluations, files being written. Faults are then sampled with the seed:
+one event of each kind, and additional points in time.
 
-    kill       SIGKILL there, in the middle of a file being written too
-    terminate  SIGTERM there, as a scheduler sends it
-    crash      user code raises there
-    full disk  the file that is being written there finds no room
-    damage     SIGKILL there; then the newest checkpoint is cut off or loses a bit
+    kill       SIGKILL, also in the middle of writing a file
+    terminate  SIGTERM, as sent by a scheduler
+    crash      user code raises an error
+    full disk  no space is left for the file that is being written
+    damage     SIGKILL; then the newest checkpoint is truncated or a bit is flipped
 
-After each, ``bpn-fit --ckpt_path last`` goes on, into the next fault, until the run is done. Then every
+After each fault, ``bpn-fit --ckpt_path last`` resumes, until the next fault or the end of the run. Then every
 tensor and number of the last checkpoint (weights, optimizer, scheduler, strategies, random states) and
 every figure of metrics.csv, accuracy_matrix.csv and results.json is compared.
 """
@@ -126,7 +126,7 @@ class Clock:
 
     Args:
         plan: the kinds of faults, and when; the first that comes up happens.
-        note: the file that says which it was.
+        note: the file that records the fault that happened.
     """
 
     def __init__(self, plan: Mapping[Moment, str], note: Path) -> None:
@@ -320,7 +320,7 @@ def _run(
             status = end.code if isinstance(end.code, int) else 1
         if rank == 0:
             (folder / "moments").write_text(json.dumps(clock.seen))
-    except BaseException:  # noqa: BLE001  a child says what happened, and ends here
+    except BaseException:  # noqa: BLE001  a child reports the error, and ends here
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -595,7 +595,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--clock", type=int, default=1, help="faults by the clock in each run")
     parser.add_argument("--most", type=int, help="faults in each run, if not one at each place")
-    parser.add_argument("--keep", type=Path, help="a folder for the runs, to look at afterwards")
+    parser.add_argument("--keep", type=Path, help="a folder in which to keep the runs")
     given = parser.parse_args()
     torch.set_num_threads(1)  # forked children cannot use the parent's threads
     outcomes = []

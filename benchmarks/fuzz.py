@@ -1,4 +1,4 @@
-"""Feeds the readers with made-up files, many times as many as the tests do, and counts them.
+"""Run the fuzz tests of the readers with many more generated files than in the test suite.
 
     python benchmarks/fuzz.py --times 20
 
@@ -15,9 +15,11 @@ TESTS = Path(__file__).parent.parent / "tests" / "test_fuzz.py"
 
 
 def main() -> int:
-    """Run the tests; their status is that of the command."""
+    """Run the tests, and exit with their status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, default=20, help="as many examples as the tests make")
+    parser.add_argument(
+        "--times", type=int, default=20, help="multiple of the number of examples in the tests"
+    )
     times = parser.parse_args().times
     line = [sys.executable, "-m", "pytest", "-q", "-s", "-o", "log_level=ERROR", str(TESTS)]
     return subprocess.run(line, check=False, env={**os.environ, "BPN_FUZZ": str(times)}).returncode

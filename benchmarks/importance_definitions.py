@@ -1,10 +1,9 @@
-"""What popular shortcuts make of EWC's Fisher and MAS's importances, on the digits.
+"""Effect of common approximations on EWC's Fisher and MAS's importances, on the digits.
 
     python benchmarks/importance_definitions.py
 
-A network learns the first two digits; then importances are taken over the same images as they are
-defined, from each image's own gradient, and from gradients of whole batches. Printed is the ratio of
-their sums.
+A network is trained on the first two digits; then importances are computed on the same images as defined,
+from per-sample gradients, and from gradients of whole batches. Prints the ratio of their sums.
 """
 
 from collections.abc import Iterator

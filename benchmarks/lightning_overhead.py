@@ -1,9 +1,9 @@
-"""What Lightning's loop costs on a tiny network, and what each way around it gains.
+"""Overhead of Lightning's loop on a tiny network, and the gain of several ways to avoid it.
 
     python benchmarks/lightning_overhead.py
 
-A network of 64-32-10 in batches of 10: the arithmetic is nearly nothing, so what is left is the loop.
-Ways take turns; ratios are of CPU time to the hand-written loop of the same turn.
+A network of 64-32-10 with batches of 10: computation is negligible, so the time is that of the loop.
+The variants alternate; ratios are of CPU time to the hand-written loop in the same round.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Loader:
 
 
 class Automatic(LightningModule):
-    """As everybody writes it."""
+    """The usual LightningModule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Automatic(LightningModule):
 
 
 class PlainAttribute(HookNameAsPlainAttribute, Automatic):
-    """The name of the running hook, set some forty times per step, is no business of nn.Module."""
+    """Bypass nn.Module when the name of the running hook is set, about forty times per step."""
 
 
 class Manual(PlainAttribute):
@@ -89,7 +89,7 @@ class Manual(PlainAttribute):
         self.automatic_optimization = False
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> None:  # type: ignore[override]
-        """Whole updates: what the user's Trainer says of clipping and accumulation is lost."""
+        """Complete updates: the Trainer's flags for clipping and accumulation have no effect."""
         optimizer = self.optimizers()
         for images, labels in batch if isinstance(batch, list) else [batch]:
             loss = F.cross_entropy(self.net(images), labels)

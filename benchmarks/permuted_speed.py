@@ -1,12 +1,12 @@
-"""How long a run of permuted MNIST takes, beside a hand-written loop that does the same work.
+"""Time of a run of permuted MNIST, compared with a hand-written loop that does the same work.
 
     python benchmarks/permuted_speed.py --root DIR
     python benchmarks/permuted_speed.py --tasks 5 --samples 12000 --root DIR
 
 Both train a network of 4 x 128 units for an epoch on each task and test it, before training on all
 tasks and after each task on all so far and the next one. Both draw the same batches from the same
-permutations, so both end with the same accuracies, which is checked. Without --root, the images are
-random ones of MNIST's size. One thread; the two take turns, and the ratio is that of CPU time.
+permutations, so both end with the same accuracies, which is checked. Without --root, random images of
+MNIST's size are used. One thread; the two alternate, and the ratio is of CPU times.
 """
 
 import argparse
@@ -34,7 +34,7 @@ HIDDEN = [128] * 4
 
 
 class MemoryPerTask(Callback):
-    """Notes the largest resident size of the process so far whenever a task begins."""
+    """Records the peak resident size of the process at the start of each task."""
 
     def __init__(self) -> None:
         self.kibibytes: list[int] = []

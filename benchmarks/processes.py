@@ -1,16 +1,15 @@
-"""How far several processes are from one, method by method, on shares that do not divide evenly.
+"""Differences between several processes and one, per method, with shards of unequal size.
 
     python benchmarks/processes.py                          # 1, 2 and 4 processes, every method
     python benchmarks/processes.py --precision 32-true      # rounding as in practice
     python benchmarks/processes.py --processes 1 2 --methods bd+ewc gem
 
 Three tasks of 288, 288 and 291 digits, in batches of 41 (the last one has a single sample or four) and
-consolidated in batches of 287 (likewise), so that some processes have none. Compared is everything that a method
-ends with and everything that it has right before each task is consolidated: weights, M and W, banks,
-keys, importances, path integrals, memories, teachers, the multipliers of every projection of GEM, the
-accuracy matrix. Printed is the largest difference to one process: absolute, and relative to the largest
-number of the tensor that it is in. That processes agree with each other bit for bit is checked on the
-way, at every task's end.
+consolidated in batches of 287 (likewise), so that some processes have none. Compares the state of a method
+at the end and right before the consolidation of each task: weights, M and W, banks, keys, importances, path
+integrals, memories, teachers, the multipliers of every projection of GEM, the accuracy matrix. Prints the
+largest difference to a single process: absolute, and relative to the largest number of the same tensor. At
+the end of every task it is checked that processes agree with each other bit for bit.
 """
 
 import argparse

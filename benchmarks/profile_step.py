@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the functions of a run, by the time spent in them.
+"""Profile of a training step: the functions of a run, by the time spent in them.
 
 python benchmarks/profile_step.py
 python benchmarks/profile_step.py --network tiny --method ewc --rows 40

@@ -1,4 +1,4 @@
-"""Split MNIST in three scenarios beside the table of Hsu et al. 2018 (arXiv 1810.12488).
+"""Split MNIST in three scenarios, compared with the table of Hsu et al. 2018 (arXiv 1810.12488).
 
     python benchmarks/reference_split_mnist.py --root DIR
 

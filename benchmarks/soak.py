@@ -1,11 +1,11 @@
-"""Whether the last of thousands of short tasks takes the time and the memory of the first.
+"""Check that time and memory per task do not grow over thousands of short tasks.
 
     python benchmarks/soak.py
     python benchmarks/soak.py --tasks 1000 --methods ewc bd+psp
 
-Each method is a `bpn-fit` of its own, with all the files that it writes: an MLP of 32 units learns one
-permutation of the pixels after another, five updates on each, of scikit-learn's digits in the place of
-MNIST's images. Prints CPU time per task and resident memory at tenths of the stream. One thread.
+Each method is a separate `bpn-fit`, including all the files that it writes: an MLP of 32 units is trained
+on a sequence of permutations of the pixels, with five updates each, of scikit-learn's digits instead of
+MNIST. Prints CPU time per task and resident memory at tenths of the stream. One thread.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TENTHS = 10
 
 
 class Notes(Callback):
-    """CPU seconds of this process, and its resident bytes, whenever a task begins."""
+    """CPU seconds and resident bytes of this process at the start of each task."""
 
     def __init__(self) -> None:
         self.notes: list[tuple[float, int]] = []

@@ -1,4 +1,4 @@
-"""How long everything takes beside a hand-written loop, a bare Lightning Trainer and Avalanche.
+"""Speed compared with a hand-written loop, a bare Lightning Trainer and Avalanche.
 
     python benchmarks/speed.py --quick
     python benchmarks/speed.py --out docs/speed --avalanche avalanche/bin/python
@@ -76,7 +76,7 @@ TARGETS: dict[str, dict[str, float]] = {
 
 
 class Contestant:
-    """A process that answers one piece of work after another."""
+    """A process that executes work items in sequence."""
 
     def __init__(self, script: str, python: str, threads: int) -> None:
         self.command = [python, str(CONTESTANTS / script)]
@@ -88,7 +88,7 @@ class Contestant:
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, work: Work) -> dict[str, Any]:
-        """Its answer; the process starts with the first question."""
+        """Send a work item and return its result; the process starts at the first one."""
         if self.process is None:
             self.process = subprocess.Popen(
                 self.command,
@@ -104,7 +104,9 @@ class Contestant:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"Expected {' '.join(self.command)} to answer, but it ended. Run it by hand.")
+            sys.exit(
+                f"Expected a result of {' '.join(self.command)}, but it ended. Run it manually."
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -129,7 +131,7 @@ def contestants(options: argparse.Namespace) -> dict[str, Contestant]:
 
 # --- ratios --------------------------------------------------------------------------------------
 
-#: An answer, and the hand-written loop's answer just before it.
+#: A result, and the result of the hand-written loop just before it.
 Pair = tuple[dict[str, Any], dict[str, Any]]
 
 

@@ -1,7 +1,7 @@
 """Continual learning on PyTorch Lightning, around Beneficial Perturbation Networks.
 
-A name below is imported from its file when it is first asked for, so that ``import bpn_lightning``
-and the command line start without torch.
+The names below are imported on first access, so that ``import bpn_lightning`` and the command line
+start without importing torch.
 """
 
 from importlib import import_module
@@ -86,7 +86,7 @@ def __getattr__(name: str) -> object:
         value = getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # cached for the next access
     return value
 
 

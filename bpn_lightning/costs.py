@@ -1,4 +1,4 @@
-"""Bytes: what is stored for each task, measured and by the paper's accounting."""
+"""Memory costs in bytes: what is stored per task, measured and by the paper's accounting."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +22,7 @@ FLOAT32 = 4
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that the elements of some tensors take.
+    """Total bytes of the elements of tensors.
 
     >>> import torch
     >>> tensor_bytes([torch.zeros(3), torch.zeros(2, 2, dtype=torch.uint8)])
@@ -34,8 +34,8 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 def bias_unit_bytes(hidden: Sequence[int], classes: int) -> int:
     """Bytes of one task's bias units, as the paper counts them.
 
-    One float32 for each unit of a hidden layer and for each of the task's own outputs, not for the
-    other tasks' outputs that a single head also has.
+    One float32 per hidden unit and per output of the task itself, not counting the other tasks'
+    outputs in a single head.
 
     Table I of Wen et al. has four hidden layers of 300 and 2 classes:
 
@@ -46,11 +46,11 @@ def bias_unit_bytes(hidden: Sequence[int], classes: int) -> int:
 
 
 class Bytes(NamedTuple):
-    """What a strategy holds beside the network's own weights.
+    """The size of a strategy's state, in addition to the network's own weights.
 
     Attributes:
-        training: bytes between updates, all that it needs to go on learning.
-        inference: bytes of it that are needed to use what was learned.
+        training: bytes between updates, everything needed to continue training.
+        inference: the bytes of it that are needed for inference.
     """
 
     training: int
@@ -58,13 +58,13 @@ class Bytes(NamedTuple):
 
 
 class DeclaredBytes(NamedTuple):
-    """The same by formula, from shapes and the number of learned tasks, and how it grows.
+    """The same size computed from shapes and the number of learned tasks, and its growth per task.
 
     Attributes:
-        training: bytes between updates, all that it needs to go on learning.
-        inference: bytes of it that are needed to use what was learned.
-        per_task: what one task adds to what is stored, by the rule of :func:`bytes_per_task`.
-        per_task_in_paper: the same network by the accounting of Wen et al.
+        training: bytes between updates, everything needed to continue training.
+        inference: the bytes of it that are needed for inference.
+        per_task: bytes added per task, by the rule of :func:`bytes_per_task`.
+        per_task_in_paper: the same by the accounting of Wen et al.
     """
 
     training: int = 0
@@ -74,16 +74,16 @@ class DeclaredBytes(NamedTuple):
 
     @property
     def held(self) -> Bytes:
-        """What is to be equal to :func:`measured_bytes`."""
+        """The part that has to equal :func:`measured_bytes`."""
         return Bytes(self.training, self.inference)
 
 
 class HeldTensors(NamedTuple):
-    """What a strategy holds beside the network's own weights; a tensor in both counts once.
+    """The tensors of a strategy's state, without the network's own weights; duplicates count once.
 
     Attributes:
-        training: what only going on to learn needs.
-        inference: what is needed to use what was learned.
+        training: needed only to continue training.
+        inference: needed for inference.
     """
 
     training: Iterable[Tensor] = ()
@@ -91,7 +91,7 @@ class HeldTensors(NamedTuple):
 
 
 class HasCosts(Protocol):
-    """A strategy, as far as its costs go."""
+    """The cost methods of a strategy."""
 
     def declared_bytes(self, host: Any) -> DeclaredBytes: ...  # noqa: D102
 
@@ -99,14 +99,14 @@ class HasCosts(Protocol):
 
 
 def measured_bytes(strategy: HasCosts, host: Any) -> Bytes:
-    """What a strategy holds now, from its tensors; one that is listed twice counts once."""
+    """The current size of a strategy's state, from its tensors; duplicates count once."""
     training, inference = map(list, strategy.held_tensors(host))
     everything = [*inference, *training]
     return Bytes(_once(everything), _once(inference))
 
 
 def bytes_held(strategies: Iterable[HasCosts], host: Any) -> Bytes:
-    """What all strategies of a run hold together."""
+    """The total size of the state of all strategies of a run."""
     held = [measured_bytes(strategy, host) for strategy in strategies]
     return Bytes(sum(b.training for b in held), sum(b.inference for b in held))
 
@@ -116,7 +116,7 @@ def _once(tensors: Iterable[Tensor]) -> int:
 
 
 def tensors_in(state: object) -> list[Tensor]:
-    """Every tensor in nested mappings and lists, such as a state_dict."""
+    """All tensors in nested mappings and lists, such as a state_dict."""
     if isinstance(state, Tensor):
         return [state]
     if isinstance(state, Mapping):
@@ -127,13 +127,13 @@ def tensors_in(state: object) -> list[Tensor]:
 
 
 def bytes_per_task(strategies: Iterable[HasCosts], host: Any) -> dict[str, int]:
-    """What one task adds to what is stored for use after training.
+    """The bytes that one task adds to what is needed for inference.
 
-    The paper's rule (supplement A) leaves out what only training needs, such as the importances of
-    EWC and M and W of the bias units.
+    The paper's rule (supplement A) excludes what only training needs, such as the importances of EWC
+    and M and W of the bias units.
 
     Returns:
-        ``measured``, of the network that was built, and ``paper``, by its accounting for the same network.
+        ``measured`` for the actual network, and ``paper`` for the same network by the paper's accounting.
     """
     declared = [strategy.declared_bytes(host) for strategy in strategies]
     return {

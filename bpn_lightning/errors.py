@@ -1,12 +1,12 @@
-"""What can go wrong, as one small tree of exceptions.
+"""The exceptions of this package.
 
 ::
 
     BPNLightningError
-    ├── ConfigurationError   an argument, a config key or a combination of them breaks a rule
+    ├── ConfigurationError   an argument, a config key or a combination of them is invalid
     ├── DataError            data are missing, unreadable or corrupt
-    ├── CheckpointError      a checkpoint cannot continue or serve this run
-    ├── ProcessesError       the processes of a run hold different things
+    ├── CheckpointError      a checkpoint cannot be used for this run
+    ├── ProcessesError       the state of a run differs between processes
     └── ResultsError         the folder of a run cannot be used
 
 The command line prints any of them as one message, without a traceback.
@@ -31,15 +31,15 @@ __all__ = [
 
 
 class BPNLightningError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
     def __str__(self) -> str:
-        """The message; what it quotes from outside cannot reach a terminal as anything but text."""
+        """The message, with control characters escaped so that quoted input cannot affect a terminal."""
         return printable(super().__str__())
 
 
 class ConfigurationError(BPNLightningError, ValueError):
-    """An argument, a config key or a combination of them breaks a rule."""
+    """An argument, a config key or a combination of them is invalid."""
 
 
 class DataError(BPNLightningError, RuntimeError):
@@ -47,11 +47,11 @@ class DataError(BPNLightningError, RuntimeError):
 
 
 class CheckpointError(BPNLightningError, RuntimeError):
-    """A checkpoint cannot continue or serve this run."""
+    """A checkpoint cannot be used for this run."""
 
 
 class ProcessesError(BPNLightningError, RuntimeError):
-    """The processes of a run hold different things; the same error in each of them."""
+    """The state of a run differs between processes; raised in all of them."""
 
 
 class ResultsError(BPNLightningError, RuntimeError):
@@ -59,11 +59,11 @@ class ResultsError(BPNLightningError, RuntimeError):
 
 
 class ExpectedForgettingWarning(UserWarning):
-    """The run is valid, and its method is known to forget in it."""
+    """The run is valid, but its method is known to forget in this setting."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the known name that ``name`` begins or nearly is, or nothing.
+    """Return ``" Did you mean 'x'?"`` for the known name that starts with or resembles ``name``, if any.
 
     >>> did_you_mean("epsilom", ["epsilon", "rank"])
     " Did you mean 'epsilon'?"
@@ -71,7 +71,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     ''
     >>> did_you_mean("eps", ["epsilon", "rank"])
     " Did you mean 'epsilon'?"
-    >>> did_you_mean("gpus", ["runs", "plugins"])  # half of the letters are no likeness
+    >>> did_you_mean("gpus", ["runs", "plugins"])  # too different
     ''
     """
     names = sorted(known, key=len)
@@ -81,15 +81,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def needs_trust(subject: str, name: str, typed: bool = False) -> str:
-    """What to say of a name that only a user may bring.
+    """The error message for a name that needs the user's trust.
 
     Args:
-        subject: the key, and where it stands.
-        name: what was named.
-        typed: whether it stands on a command line that counts as a file's.
+        subject: the key and its location.
+        name: the value.
+        typed: whether it comes from a command line that is treated like a file.
     """
     return (
-        f"Expected {subject} to name what needs no trust, but got {name!r}. Using it runs its code: read "
-        f"it, then {'' if typed else 'type its whole name on the command line, or '}add --trust; "
-        "docs/safety.md lists what needs none."
+        f"Expected {subject} to be a name that needs no trust, but got {name!r}. Using it runs its code: "
+        f"read it, then {'' if typed else 'type its full name on the command line, or '}add --trust; "
+        "docs/safety.md lists the names that need none."
     )

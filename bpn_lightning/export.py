@@ -1,14 +1,14 @@
-"""A trained network as files that hold numbers and words, and no code.
+"""Export of a trained network to files without code.
 
 ::
 
     <folder>/
     ├── model.safetensors    every tensor: weights, bias bank, keys, the accuracy matrix
-    └── model.json           schema, structure (tasks, mask, head, inputs, attachments), and where each
-                         tensor belongs
+    └── model.json           schema, structure (tasks, mask, head, inputs, attachments), and the
+                         position of each tensor
 
-A checkpoint goes on with a run; this is what is handed on. The backbone is the reader's own code: the
-files say what its tensors are called and not how it computes.
+A checkpoint continues a run; an export is for distribution. The backbone is the reader's own code: the
+files contain the names of its tensors, not its computation.
 """
 
 import json
@@ -42,19 +42,19 @@ _RECORD = "model.json"
 
 
 def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Path:
-    """Write a module that has learned tasks; the folder is there when it is complete.
+    """Write a module that has learned tasks; the folder appears only when it is complete.
 
-    Merged weights, such as IMM's, are what is written where they are in use.
+    If merged weights, such as IMM's, are swapped in, they are written.
 
     Args:
         module: with a stream, from :class:`~lightning.Trainer` or a checkpoint.
-        folder: a new one.
+        folder: a new folder.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigurationError: the folder is there, or the module has no head yet.
+        ConfigurationError: the folder exists, or the module has no head yet.
         ResultsError: it cannot be written.
     """
     folder = Path(folder)
@@ -81,31 +81,30 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
         save_file(tensors, temporary / _TENSORS)
         write_atomically(temporary / _RECORD, json.dumps(record, indent=1).encode())
         temporary.rename(folder)
-    except BaseException as error:  # Ctrl-C, too; safetensors has its own for a full disk
+    except BaseException as error:  # also Ctrl-C; safetensors has its own error for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, Exception):
             raise
         if folder.exists():
-            raise _taken(folder) from error  # by another process, meanwhile
+            raise _taken(folder) from error  # created by another process in the meantime
         raise ResultsError(
-            f"Expected to write {folder}, but got: {error}. Make room or give write access."
+            f"Expected to write {folder}, but got: {error}. Free some space or grant write access."
         ) from error
     return folder
 
 
 def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> ContinualModule:
-    """Read a module that answers, in every task's mode, what the exported one answered.
+    """Load an exported module; its logits in each task's mode equal those of the original.
 
     Args:
-        folder: of :func:`export_module`.
-        backbone: of the same shapes as the exported module's; its weights are overwritten.
+        folder: written by :func:`export_module`.
+        backbone: with the same shapes as the exported module's; its weights are overwritten.
 
     Returns:
         The module, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: a file is missing or damaged, holds something else, or does not fit the
-            backbone.
+        CheckpointError: a file is missing, damaged or of another kind, or does not match the backbone.
     """
     folder = Path(folder)
     try:
@@ -126,25 +125,25 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
         network.opened, network.closed = opened, closed
         network.load_state_dict(state)
         network.switch(max(opened, 0))
-    # A damaged file, or one that somebody made up, can lead to anything.
+    # A damaged or malicious file may raise any exception here.
     except Exception as error:
         said = " ".join(str(error).split())[:300].rstrip(".")
         kind = "" if isinstance(error, BPNLightningError) else f"{type(error).__name__}: "
         raise CheckpointError(
             f"Expected {folder} to hold {_TENSORS} and {_RECORD} of a module with this backbone, but "
-            f"got {kind}{said}. Export the module again, or pass the backbone that it had."
+            f"got {kind}{said}. Export the module again, or pass its original backbone."
         ) from error
     return module.eval()
 
 
 def _taken(folder: Path) -> ConfigurationError:
     return ConfigurationError(
-        f"Expected {folder} to be a new folder, but it is there. Name another one, or remove it."
+        f"Expected {folder} to be a new folder, but it exists. Name another one, or remove it."
     )
 
 
 def _set_aside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can say of a state; its tensors go to ``tensors``, by name."""
+    """Convert a state to JSON values; its tensors are moved to ``tensors``, by name."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
@@ -155,7 +154,7 @@ def _set_aside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The state again; a tensor stands in one place of it, so that it is no larger than its file."""
+    """Rebuild the state; each tensor is used once, so that the state is no larger than its file."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:

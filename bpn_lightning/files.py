@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, in folders that lie where they were asked for."""
+"""Atomic writes, and checks that folders are at their configured location."""
 
 import os
 from collections.abc import Callable
@@ -17,11 +17,11 @@ __all__ = [
     "write_atomically",
 ]
 
-_LONGEST = 255  # bytes of a name, as file systems have it
+_LONGEST = 255  # bytes of a file name, the usual limit of file systems
 
 
 def check_name(argument: str, name: str) -> None:
-    """Refuse what is no name for one folder, such as ``..`` or a path.
+    """Refuse an invalid name of a folder, such as ``..`` or a path.
 
     Raises:
         ConfigurationError: names the argument.
@@ -32,20 +32,20 @@ def check_name(argument: str, name: str) -> None:
         shown = name if len(name) <= 60 else f"{name[:60]}... ({len(name)} characters)"
         never = "slashes or variables" if has_variable(name) else "slashes"
         raise ConfigurationError(
-            f"Expected {argument} to be a name for a folder, but got {shown!r}. Write 1 to "
-            f"{_LONGEST} characters without {never}; --runs says where the folders lie."
+            f"Expected {argument} to be the name of a folder, but got {shown!r}. Use 1 to "
+            f"{_LONGEST} characters without {never}; --runs sets the location of the folders."
         )
 
 
 def has_variable(path: str) -> bool:
-    """Whether a path may lead elsewhere once the environment's variables are put in, as loggers do."""
+    """Whether a path contains environment variables, which loggers expand."""
     return "$" in path or (os.name == "nt" and "%" in path)
 
 
 def refuse_outside(root: Path, folder: Path) -> None:
-    """Refuse a run's folder that lies elsewhere than below its root, or whose files do.
+    """Refuse a run's folder that is not below its root, or whose files are not.
 
-    The root itself may be a link. What a logger of somebody else's keeps deeper in it is not looked at.
+    The root itself may be a link. Files of third-party loggers in subfolders are not checked.
 
     Raises:
         ResultsError: names the link.
@@ -55,21 +55,21 @@ def refuse_outside(root: Path, folder: Path) -> None:
     for path in (folder, *(path for path in written if path.is_symlink())):
         if not path.resolve().is_relative_to(real):
             raise ResultsError(
-                f"Expected {path} to lie in {root}, but a link leads to {path.resolve()}. Remove the "
-                "link, or name the other place with --runs."
+                f"Expected {path} to be in {root}, but a link leads to {path.resolve()}. Remove the "
+                "link, or set the other location with --runs."
             )
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file so that no reader, and no crash, ever meets half of it.
+    """Write a file atomically.
 
-    The bytes go to ``.<name>.<process>.tmp`` in the same folder, reach the disk, and take the final
-    name in one step, which reaches the disk too. Of two processes that write one file, one wins. What a
-    kill leaves behind is the earlier file, and at most one such temporary file.
+    The bytes are written to ``.<name>.<process>.tmp`` in the same folder and flushed to disk; the file
+    is then renamed, and the rename is flushed too. If two processes write the same file, one wins. A
+    killed process leaves the earlier file and at most one such temporary file.
 
     Args:
-        path: of the file.
-        content: its bytes, or what writes them into an open file.
+        path: the file.
+        content: its bytes, or a function that writes them to an open file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -81,15 +81,15 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # a full disk wants the room back
+    except BaseException:  # on a full disk, free the space again
         temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Let what was written to a file, or renamed in a folder, reach the disk."""
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows flushes no folders
+    """Flush a file, or the renames in a folder, to disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows cannot flush folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -99,7 +99,7 @@ def flush(path: Path) -> None:
 
 
 def why_unreadable(error: Exception) -> str:
-    """One line for messages, without torch's advice to load a file whatever is in it."""
+    """One line for messages, without torch's advice to load untrusted files."""
     if isinstance(error, UnpicklingError):
-        return "it holds more than tensors and plain values, perhaps a program"
+        return "it holds more than tensors and plain values, possibly code"
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -1,4 +1,4 @@
-"""The loss of each sample: cross-entropy over the columns that take part, or one of one's own there."""
+"""The loss of each sample over the active output units: cross-entropy, or a custom loss."""
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -16,15 +16,15 @@ __all__ = ["CrossEntropy", "LossFunction", "SampleLoss"]
 if TYPE_CHECKING:
     LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
 else:
-    LossFunction = nn.Module  # all that a config may name: a function may be anything
+    LossFunction = nn.Module  # a config may only name modules, not arbitrary functions
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
-    """torch's, with class weights as a list, so that a config can say them.
+    """torch's cross-entropy with class weights as a list, so that a config can set them.
 
     Args:
-        class_weights: one for each class of the stream, by the head's columns; None weighs all alike.
-        label_smoothing: from 0 to 1, the part of the target that is spread over the active columns.
+        class_weights: one per class of the stream, in the order of the head; None: equal weights.
+        label_smoothing: from 0 to 1, the fraction of the target spread over the active classes.
     """
 
     def __init__(
@@ -35,28 +35,28 @@ class CrossEntropy(nn.CrossEntropyLoss):
 
 
 class SampleLoss:
-    r"""Losses of single samples, of which an update takes the mean over all samples of its batch.
+    r"""The loss per sample; an update uses the mean over all samples of its batch.
 
     .. math:: L = \frac{1}{N} \sum_n \ell(f(x_n), y_n)
 
     A module of ``torch.nn`` is applied with ``reduction="none"``, and its class weights, one for each
-    class of the stream, are cut to the active columns. Differs from torch: class weights multiply
-    losses, whose mean is over samples; ``reduction="mean"`` divides by the sum of the weights, which
-    differs from batch to batch and is in no process's own part of a batch.
+    class of the stream, are restricted to the active classes. Differs from torch: weighted losses are
+    averaged over samples, whereas torch's ``reduction="mean"`` divides by the sum of the weights, which
+    varies between batches and is not known to a process that has only its shard of the batch.
 
-    It is no part of the network: its tensors are in no checkpoint, and nothing of it learns.
+    It is not part of the network: its tensors are not in checkpoints, and it has no parameters.
 
     Args:
-        loss: maps active logits ``(batch, columns)`` and targets ``(batch,)`` int64, counted from the
-            first of these columns, to losses ``(batch,)``; None: cross-entropy.
+        loss: maps active logits ``(batch, classes)`` and targets ``(batch,)`` int64, relative to the
+            first active class, to losses ``(batch,)``; None: cross-entropy.
 
     Raises:
-        ConfigurationError: it is nothing of that kind, sums, or has parameters.
+        ConfigurationError: it is neither a module nor a function, sums over samples, or has parameters.
     """
 
     def __init__(self, loss: LossFunction | None) -> None:
         self.loss = loss
-        self._parts: dict[tuple[object, ...], nn.Module] = {}  # by columns, device and dtype
+        self._parts: dict[tuple[object, ...], nn.Module] = {}  # by active classes, device and dtype
         if loss is None:
             return
         if not callable(loss) or isinstance(loss, type):
@@ -71,16 +71,16 @@ class SampleLoss:
         """Losses ``(batch,)``.
 
         Args:
-            logits: ``(batch, columns)``, of the active columns.
-            targets: ``(batch,)`` int64, counted from the first of these.
-            first: which column of the head that is.
+            logits: ``(batch, classes)``, of the active classes.
+            targets: ``(batch,)`` int64, relative to the first active class.
+            first: index of the first active class in the head.
         """
         if self.loss is None:
             return F.cross_entropy(logits, targets, reduction="none")
         if not isinstance(self.loss, nn.Module):
             return self.loss(logits, targets)
         where = logits.device
-        # What autocast computes in full precision takes weights in full precision, too.
+        # Operations that autocast runs in full precision need weights in full precision.
         dtype = torch.float32 if torch.is_autocast_enabled(where.type) else logits.dtype
         key = (first, logits.shape[1], where, dtype)
         if key not in self._parts:
@@ -96,13 +96,13 @@ class SampleLoss:
         tasks: Tensor,
         columns: Callable[[int], tuple[int, int]],
     ) -> Tensor:
-        """Losses of samples of several tasks, ``(batch,)``, each on its own task's columns.
+        """Losses of samples of several tasks, ``(batch,)``, each over its own task's classes.
 
         Args:
             logits: ``(batch, num_classes)``.
-            targets: ``(batch,)`` int64, columns of the head.
+            targets: ``(batch,)`` int64, indices into the head.
             tasks: ``(batch,)`` int64.
-            columns: ``(start, stop)`` of a task's columns.
+            columns: maps a task to ``(start, stop)`` of its output units.
         """
         losses = torch.zeros_like(targets, dtype=logits.dtype)
         ids = sorted(set(tasks.tolist()))
@@ -114,14 +114,15 @@ class SampleLoss:
         return losses
 
     def check(self, num_classes: int, columns: Collection[tuple[int, int]]) -> None:
-        """Try it on two made-up samples of each set of columns.
+        """Evaluate it on two random samples for each set of active classes.
 
         Args:
             num_classes: of the stream.
-            columns: ``(start, stop)`` of each set that may be active.
+            columns: ``(start, stop)`` of each set of output units that may be active.
 
         Raises:
-            ConfigurationError: it has weights for other classes, or gives no losses of single samples.
+            ConfigurationError: the number of class weights is wrong, or it does not return one loss per
+                sample.
         """
         if self.loss is None:
             return
@@ -129,7 +130,7 @@ class SampleLoss:
             if part.shape != (num_classes,):
                 raise ConfigurationError(
                     f"Expected {name} of loss to hold a weight for each of the {num_classes} classes of "
-                    f"the stream, but got the shape {tuple(part.shape)}. Order them as the head's columns."
+                    f"the stream, but got the shape {tuple(part.shape)}. Use the order of the head."
                 )
         for first, stop in columns:
             logits = torch.linspace(-1, 1, 2 * (stop - first)).view(2, -1).requires_grad_()
@@ -140,9 +141,9 @@ class SampleLoss:
             )
             try:
                 with warnings.catch_warnings(), torch.enable_grad():
-                    warnings.simplefilter("ignore")  # the error below says what is wrong
+                    warnings.simplefilter("ignore")  # the error below explains the problem
                     losses: object = self(logits, targets, first)
-            except Exception as error:  # it may be anybody's
+            except Exception as error:  # a custom loss may raise any exception here
                 said = " ".join(str(error).split())
                 raise ConfigurationError(
                     f"{rule}, but it raised {type(error).__name__}: {said}. Pass one for class indices, "
@@ -151,13 +152,13 @@ class SampleLoss:
             if not isinstance(losses, Tensor) or losses.shape != (2,):
                 shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                 raise ConfigurationError(
-                    f"{rule}, but got {shape} for 2 samples. Return a loss for each sample, as "
+                    f"{rule}, but got {shape} for 2 samples. Return one loss per sample, as "
                     "reduction='none' does."
                 )
             if not (losses.requires_grad and losses.isfinite().all()):
                 raise ConfigurationError(
                     f"{rule} that are finite and have a gradient, but got {losses}. Compute them from "
-                    "the logits, by functions that autograd follows."
+                    "the logits, by differentiable functions."
                 )
         self._parts.clear()
 
@@ -167,7 +168,7 @@ def _check_module(loss: nn.Module) -> None:
     if learning:
         raise ConfigurationError(
             f"Expected loss to have no parameters, but got {type(loss).__name__} with {learning[0]}. "
-            "Put what learns into the backbone, or freeze it with requires_grad_(False)."
+            "Move the parameters into the backbone, or freeze them with requires_grad_(False)."
         )
     if isinstance(loss, nn.NLLLoss):
         raise ConfigurationError(
@@ -184,7 +185,7 @@ def _check_module(loss: nn.Module) -> None:
 
 
 def _weighted(loss: LossFunction) -> list[tuple[str, Tensor]]:
-    """The class weights of torch's losses, by name."""
+    """The class weights of a loss of torch, by name."""
     parts = loss.named_modules() if isinstance(loss, nn.Module) else ()
     weighted = [
         (f"{name}.weight".lstrip("."), getattr(part, "weight", None))
@@ -195,7 +196,7 @@ def _weighted(loss: LossFunction) -> list[tuple[str, Tensor]]:
 
 
 def _of_columns(loss: nn.Module, columns: slice) -> nn.Module:
-    """A copy that gives losses of single samples, for some columns only."""
+    """A copy that returns one loss per sample, restricted to some classes."""
     copy = deepcopy(loss)
     for part in copy.modules():
         if isinstance(getattr(part, "reduction", None), str):

@@ -1,7 +1,8 @@
-"""Samples of past tasks, kept as their stream stores them: for any strategy that replays.
+"""A memory of samples of past tasks: for any strategy that replays.
 
-A strategy holds an :class:`EpisodicMemory`, calls its ``store`` when a task ends, and has what ``batch`` gives
-prepared by the stream. Its ``state_dict`` and ``load_state_dict`` belong into the strategy's, its ``to`` into ``move_state``.
+A strategy holds an :class:`EpisodicMemory`, calls its ``store`` when a task ends, and passes the result of
+``batch`` to the stream's ``prepare``. Call its ``state_dict`` and ``load_state_dict`` in the strategy's, and
+its ``to`` in ``move_state``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,9 @@ class EpisodicMemory:
     """Samples of past tasks, as their stream stores them.
 
     State:
-        ``inputs`` ``(samples, *input_shape)``, uint8 of images, and ``targets`` ``(samples,)`` int64,
-        those of task 0 first; ``sizes``, samples of each task. Bytes of an input plus 8 for each sample.
+        ``inputs`` ``(samples, *input_shape)``, uint8 for images, and ``targets`` ``(samples,)`` int64,
+        in the order of the tasks; ``sizes``, the number of samples of each task. Per sample the bytes of
+        an input plus 8.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class EpisodicMemory:
         return len(self.targets)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add a task's samples, on the device that the memory lies on."""
+        """Append a task's samples, which are on the device of the memory."""
         if self.sizes:
             inputs = torch.cat((self.inputs, inputs))
             targets = torch.cat((self.targets, targets))
@@ -66,14 +68,14 @@ class EpisodicMemory:
         per: MemoryPer,
         key: Sequence[int | str] = ("memory",),
     ) -> None:
-        """Draw samples of a task that was learned and add them, the same in every process.
+        """Draw samples of a finished task and append them, the same in every process.
 
         Args:
             host: the module.
-            task: the tasks before it are in the memory.
-            size: how many samples, of the task or of each class.
+            task: the task; all previous ones are in the memory.
+            size: number of samples, of the task or of each class.
             per: which of the two, ``task`` or ``class``.
-            key: what the draw is seeded with, next to the stream's seed, the task and the class.
+            key: additional seed of the draw; the stream's seed, the task and the class are always used.
         """
         own = read_slice(host, task.id)
         drawn = draw(own.targets, size, per, (*key, host.stream.seed, task.id))
@@ -81,7 +83,7 @@ class EpisodicMemory:
         self.add(inputs, own.targets[drawn].to(inputs.device))
 
     def batch(self, indices: Tensor) -> Batch:
-        """Some samples, raw, each with its task: for the stream's ``prepare``.
+        """Raw samples with their task IDs, for the stream's ``prepare``.
 
         Args:
             indices: ``(batch,)`` int64, on any device.
@@ -95,15 +97,15 @@ class EpisodicMemory:
         return Batch(inputs, targets, tasks, len(indices))
 
     def tasks(self) -> Tensor:
-        """The task of each sample, ``(samples,)`` int64 on the CPU."""
+        """The task ID of each sample, ``(samples,)`` int64 on the CPU."""
         return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a restart needs."""
+        """The state to save in a checkpoint."""
         return {"inputs": self.inputs, "targets": self.targets, "sizes": list(self.sizes)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore the result of :meth:`state_dict`."""
         self.inputs, self.targets = state["inputs"], state["targets"]
         self.sizes = list(state["sizes"])
 
@@ -113,26 +115,26 @@ class EpisodicMemory:
 
 
 def balanced(available: Sequence[int], total: int) -> list[int]:
-    """Divide a number of samples over classes as evenly as they allow.
+    """Distribute a number of samples over classes as evenly as possible.
 
     >>> balanced([9, 9, 2], 10)
     [4, 4, 2]
     """
-    shares = [0] * len(available)
-    for left, index in enumerate(sorted(range(len(available)), key=available.__getitem__)):
-        shares[index] = min(available[index], total // (len(available) - left))
-        total -= shares[index]
-    return shares
+    counts = [0] * len(available)
+    for done, index in enumerate(sorted(range(len(available)), key=available.__getitem__)):
+        counts[index] = min(available[index], total // (len(available) - done))
+        total -= counts[index]
+    return counts
 
 
 def draw(targets: Tensor, size: int, per: MemoryPer, key: Sequence[int | str]) -> Tensor:
-    """Draw samples of a task for its memory, each class by a generator of its own.
+    """Draw samples of a task for the memory, with a separate generator per class.
 
     Args:
         targets: ``(samples,)``, of the whole task.
-        size: how many to draw, altogether or of each class; at most as many as there are.
+        size: number of samples to draw, in total or per class; at most the number available.
         per: which of the two, ``task`` or ``class``.
-        key: what the generators are seeded with, next to the class.
+        key: seed of the generators; the class is always used in addition.
 
     Returns:
         ``(drawn,)``, their indices in ascending order.
@@ -150,10 +152,10 @@ def draw(targets: Tensor, size: int, per: MemoryPer, key: Sequence[int | str]) -
 
 
 class TaskSlice(NamedTuple):
-    """What this process reads of a task, and the whole task's labels.
+    """This process's shard of a task, and the labels of the whole task.
 
     Attributes:
-        indices: for each batch of the loader, where its samples stand in the task.
+        indices: for each batch of the loader, the indices of its samples within the task.
         targets: ``(samples of the task,)``, over all processes.
     """
 
@@ -162,10 +164,10 @@ class TaskSlice(NamedTuple):
 
 
 def read_slice(host: ContinualHost, task_id: int) -> TaskSlice:
-    """Number a task's training samples in one order, whichever process reads them.
+    """Index a task's training samples in an order that does not depend on the number of processes.
 
-    That is the order of the batches and, within one, of the processes, which for slices of a global
-    batch is that of a single process.
+    Samples are ordered by batch and, within a batch, by process; as processes read slices of a global
+    batch, this is the order of a single process.
     """
     own = [batch.targets.cpu() for batch in host.stream.loader(task_id, "train")]
     sizes = torch.zeros(len(own), num_processes(host), dtype=torch.int64)
@@ -185,8 +187,8 @@ def gather(host: ContinualHost, task_id: int, own: TaskSlice, drawn: Tensor) -> 
 
     Args:
         host: the module.
-        task_id: whose samples.
-        own: of :func:`read_slice`.
+        task_id: ID of the task.
+        own: the result of :func:`read_slice`.
         drawn: ``(samples,)``, indices within the task.
 
     Returns:
@@ -204,7 +206,7 @@ def gather(host: ContinualHost, task_id: int, own: TaskSlice, drawn: Tensor) -> 
 
 
 def stored_dtype(host: ContinualHost, tasks: Sequence[Task]) -> torch.dtype:
-    """The type that holds the inputs of some tasks as their streams store them: uint8 of images."""
+    """The common dtype of the stored inputs of some tasks: uint8 for images."""
     samples = (
         next(iter(host.stream.loader(task.id, "train", max_samples=1))).inputs for task in tasks
     )
@@ -212,28 +214,28 @@ def stored_dtype(host: ContinualHost, tasks: Sequence[Task]) -> torch.dtype:
 
 
 def num_processes(host: ContinualHost) -> int:
-    """How many processes learn together."""
+    """The number of training processes."""
     return int(host.all_reduce(torch.ones((), device=host.device)))
 
 
 def memory_bytes(host: ContinualHost, samples: int, dtype: torch.dtype) -> int:
-    """Bytes of a memory of so many samples, from the shape of an input and its type as it is stored."""
+    """Bytes of a memory with this number of samples, from the shape and stored dtype of an input."""
     return samples * (prod(host.stream.input_shape) * dtype.itemsize + 8)
 
 
 def check_memory_size(
     host: ContinualHost, size: int, per: MemoryPer, argument: str = "memory_size"
 ) -> None:
-    """Refuse before training what a task could not give.
+    """Refuse, before training, a memory that is larger than a task or class.
 
     Args:
         host: the module.
-        size: samples of each task, or of each class.
+        size: samples per task, or per class.
         per: which of the two, ``task`` or ``class``.
-        argument: what the strategy calls ``size``.
+        argument: the strategy's name for ``size``.
 
     Raises:
-        ConfigurationError: names the task, or its rarest class, and how many samples it has.
+        ConfigurationError: names the task, or its rarest class, and its number of samples.
     """
     for task in host.network.tasks:
         targets = read_slice(host, task.id).targets

@@ -1,7 +1,7 @@
-"""From a stream's raw inputs to what its network sees: plain functions, and a record of which of them.
+"""Preprocessing of raw inputs: plain functions, and a record of the steps of each task.
 
-The stream calls the functions, and a module keeps the record, in checkpoints and exports too. So a
-network that was loaded without its stream prepares raw inputs by itself, to the same bits.
+The stream calls the functions; the module keeps the record, also in checkpoints and exports. A network
+loaded without its stream therefore preprocesses raw inputs itself, bit for bit the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,21 +37,21 @@ Step = list[Any]
 """A function's name in ``STEPS`` and its arguments: numbers, and lists of numbers."""
 
 MAX_SIZE = 2**12
-"""Pixels of a side that a record may ask for."""
+"""The largest image side in pixels that a record may request."""
 
 
 # --- functions -----------------------------------------------------------------------------------
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """``(batch, channels, *, *)`` to float32 ``(batch, channels, size, size)``, bilinear; as it is if it fits."""
+    """Bilinear resize to float32 ``(batch, channels, size, size)``; unchanged if the size matches."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False)
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
-    """The middle ``(batch, channels, size, size)`` of square images."""
+    """The central ``(batch, channels, size, size)`` of square images."""
     start = (images.shape[-1] - size) // 2
     window = slice(start, start + size)
     return images[:, :, window, window]
@@ -64,14 +64,14 @@ def scale_and_shift(
     rank: int,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`normalize` needs, float32, each with a value for each entry of an input's first axis.
+    """The arguments of :func:`normalize`, float32, with one value per entry of an input's first axis.
 
     Args:
-        mean: of each channel of images, in units of the brightest pixel, or of each feature.
+        mean: of each channel of images, as a fraction of ``unit``, or of each feature.
         std: likewise.
-        unit: the raw value that counts as 1: 255 of images, 1 of features.
-        rank: dimensions of one input.
-        device: where the two are put.
+        unit: the raw value that is scaled to 1: 255 for images, 1 for features.
+        rank: number of dimensions of one input.
+        device: device of the result.
     """
     first_axis = (-1, *[1] * (rank - 1))
     means, stds = (torch.tensor(one, dtype=torch.float64).view(first_axis) for one in (mean, std))
@@ -80,14 +80,14 @@ def scale_and_shift(
 
 
 def normalize(inputs: Tensor, scale: Tensor, shift: Tensor, unit: float) -> Tensor:
-    """``(x / unit - mean) / std`` as float32, for :func:`scale_and_shift` of these.
+    """``(x / unit - mean) / std`` as float32, with the result of :func:`scale_and_shift`.
 
     Args:
         inputs: ``(batch, *shape)``.
-        scale: 1 over the unit and the deviation.
-        shift: what is added after scaling; of features, whose mean may be many times their deviation,
-            before it.
-        unit: 255 of images, 1 of features.
+        scale: 1 / (unit * std).
+        shift: added after scaling; for features, whose mean may be many times their deviation, before
+            scaling.
+        unit: 255 for images, 1 for features.
     """
     if unit == 1:
         wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
@@ -96,28 +96,28 @@ def normalize(inputs: Tensor, scale: Tensor, shift: Tensor, unit: float) -> Tens
 
 
 def permutation(seed: int, task_id: int, pixels: int) -> Tensor:
-    """``(pixels,)`` int64: which pixel of the original image comes where, by seed and task alone."""
+    """``(pixels,)`` int64: the original index of each permuted pixel, from seed and task only."""
     return torch.randperm(pixels, generator=seeded_generator("permutation", seed, task_id))
 
 
 def permute(images: Tensor, order: Tensor) -> Tensor:
-    """``(batch, channels, height, width)`` with the pixels of every channel in this order."""
+    """Reorder the pixels of every channel of images, ``(batch, channels, height, width)``."""
     return images.flatten(2).index_select(2, order).view_as(images)
 
 
 def rotate(images: Tensor, degrees: float, background: Tensor | float) -> Tensor:
-    """Turn images counterclockwise around their middle, by bilinear interpolation.
+    """Rotate images counterclockwise around their center, with bilinear interpolation.
 
     Args:
         images: ``(batch, channels, height, width)`` float32.
-        degrees: 0 gives the images themselves.
-        background: the value of what turns in from outside.
+        degrees: 0 returns the images themselves.
+        background: the value of pixels from outside the image.
     """
     if degrees == 0:
         return images
     angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
     cos, sin = float(angle.cos()), float(angle.sin())
-    # From places in the turned image to places in the original, both from -1 to 1.
+    # Map coordinates in the rotated image to the original, both from -1 to 1.
     turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], device=images.device)
     grid = F.affine_grid(turn.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images - background, grid, align_corners=False) + background
@@ -139,13 +139,13 @@ def _rotate(images: Tensor, task: int, degrees: float, tasks: int, background: f
     return rotate(images, task * degrees / tasks, background)
 
 
-#: Each maps images, the task within its stream and the arguments of a record to images.
+#: Each function maps images, the task within its stream and the arguments of a record to images.
 STEPS: Mapping[str, Callable[..., Tensor]] = {
     "resize": lambda images, _, size: resize(images, size),
     "center_crop": lambda images, _, size: center_crop(images, size),
     "normalize": _normalize,  # mean, std, unit
-    "permute": _permute,  # seed, whether the first task's pixels are permuted too, the first of task 1
-    "rotate": _rotate,  # degrees of the task after the last, tasks, background
+    "permute": _permute,  # seed, whether the first task is permuted too, first pixels of task 1
+    "rotate": _rotate,  # degrees of the task that would follow the last, tasks, background
 }
 BY_TASK = ("permute", "rotate")
 """Steps that differ between the tasks of a stream."""
@@ -156,15 +156,15 @@ BY_TASK = ("permute", "rotate")
 
 @dataclass(frozen=True)
 class Preparation:
-    """What the inputs of some consecutive tasks go through; numbers and words only.
+    """The preprocessing of some consecutive tasks; only numbers and strings.
 
     Args:
-        tasks: how many tasks share it.
-        dtype: of raw inputs: ``uint8`` (images, 0 to 255), ``float32`` or ``float64`` (features, in units
-            of their own) or ``int64`` (tokens).
-        shape: of one raw input; 0 where any size will do, of images that are square then.
-        steps: in order; None where the stream prepares by code of its own.
-        code: the name of that code; empty where there is none.
+        tasks: number of tasks that share it.
+        dtype: of raw inputs: ``uint8`` (images, 0 to 255), ``float32`` or ``float64`` (features, in the
+            units of the data) or ``int64`` (tokens).
+        shape: of one raw input; 0 for square images of any size.
+        steps: in order; None if the stream preprocesses with custom code.
+        code: the name of that code, else empty.
     """
 
     tasks: int
@@ -174,15 +174,15 @@ class Preparation:
     code: str = ""
 
     def record(self) -> dict[str, Any]:
-        """The same as plain values, which JSON and checkpoints hold."""
+        """The record as plain values, for JSON and checkpoints."""
         return {**asdict(self), "shape": list(self.shape)}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "Preparation":
-        """Read :meth:`record`, which may come from anywhere.
+        """Read the result of :meth:`record`, which is untrusted.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is not a valid record.
         """
         made = cls(**{**record, "shape": tuple(record["shape"])})
         sizes = [made.tasks, *(size or 1 for size in made.shape)]
@@ -200,7 +200,7 @@ class Preparation:
 
     @property
     def differs_by_task(self) -> bool:
-        """Whether its tasks see one raw input as different ones."""
+        """Whether its tasks preprocess the same raw input differently."""
         return self.tasks > 1 and (
             self.steps is None or any(step[0] in BY_TASK for step in self.steps)
         )
@@ -210,16 +210,16 @@ class Preparation:
         return isinstance(inputs, Tensor) and self._fits(inputs.shape)
 
     def batch(self, inputs: object) -> Tensor:
-        """Raw inputs as a batch of the stream's own type and units.
+        """Convert raw inputs to a batch of the stream's dtype and units.
 
         Args:
             inputs: ``(batch, *shape)``, or one input ``(*shape,)``.
 
         Returns:
-            ``(batch, *shape)``: uint8, or floats in the stream's units (0 to 255 of images), or int64.
+            ``(batch, *shape)``: uint8, or floats in the stream's units (0 to 255 for images), or int64.
 
         Raises:
-            ConfigurationError: no such inputs.
+            ConfigurationError: the inputs have another type, shape or range.
         """
         if not isinstance(inputs, Tensor):
             raise ConfigurationError(
@@ -229,9 +229,9 @@ class Preparation:
         batch = inputs[None] if self.is_one(inputs) else inputs
         if not self._fits(batch.shape[1:]):
             raise ConfigurationError(
-                f"Expected inputs to be of shape (batch, {self._shape}) or ({self._shape}), as the "
-                f"stream's raw ones are, but got {_listed(inputs.shape)}. Bring them to that shape; "
-                "images.unsqueeze(-3) gives gray images their channel."
+                f"Expected inputs to be of shape (batch, {self._shape}) or ({self._shape}), like the "
+                f"stream's raw inputs, but got {_listed(inputs.shape)}. Reshape them; "
+                "images.unsqueeze(-3) adds a channel to grayscale images."
             )
         return _KINDS[self.dtype](batch)
 
@@ -247,11 +247,11 @@ class Preparation:
         return ", ".join(str(size) if size else "size" for size in self.shape)
 
     def apply(self, inputs: Tensor, task: int) -> Tensor:
-        """What the network sees of a raw batch.
+        """Preprocess a raw batch.
 
         Args:
-            inputs: of :meth:`batch`.
-            task: within these tasks, from 0.
+            inputs: the result of :meth:`batch`.
+            task: index within these tasks, from 0.
         """
         for name, *arguments in self.steps or []:
             inputs = STEPS[name](inputs, task, *arguments)
@@ -259,10 +259,10 @@ class Preparation:
 
 
 def read_preparations(records: Sequence[Mapping[str, Any]], num_tasks: int) -> list[Preparation]:
-    """Read the records of a stream of so many tasks, which may come from anywhere.
+    """Read the records of a stream with ``num_tasks`` tasks, which are untrusted.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: they are not valid records.
     """
     made = [Preparation.of_record(one) for one in records]
     if sum(one.tasks for one in made) != num_tasks:
@@ -271,7 +271,7 @@ def read_preparations(records: Sequence[Mapping[str, Any]], num_tasks: int) -> l
 
 
 def kind_of(raw: Tensor) -> str:
-    """The ``dtype`` of a record for raw inputs that are stored like this."""
+    """The ``dtype`` of a record for raw inputs stored like this tensor."""
     if raw.dtype == torch.uint8:
         return "uint8"
     if raw.dtype == torch.float64:
@@ -280,30 +280,30 @@ def kind_of(raw: Tensor) -> str:
 
 
 def find_preparation(preparations: Sequence[Preparation], task: int) -> tuple[Preparation, int]:
-    """That of a task of the whole, and the task's number within it."""
+    """The preparation of a task, and the task's index within it."""
     for one in preparations:
         if task < one.tasks:
             return one, task
         task -= one.tasks
     raise ConfigurationError(
-        "Expected the module to know how its tasks' inputs are prepared, but it has learned no stream. "
+        "Expected the module to have the preprocessing of its tasks, but it has no stream yet. "
         "Call trainer.fit(module, stream), module.attach(stream) or load a checkpoint first."
     )
 
 
 def prepare_raw(preparations: Sequence[Preparation], inputs: object, task: int | Tensor) -> Tensor:
-    """Raw inputs as their tasks' streams prepare them.
+    """Preprocess raw inputs like their tasks' streams.
 
     Args:
         preparations: of all tasks of a stream.
-        inputs: ``(batch, *shape)`` of the tasks' raw shape, or one input.
-        task: the task of all of them, or ``(batch,)``, one of each.
+        inputs: ``(batch, *shape)`` with the tasks' raw shape, or one input.
+        task: the common task ID, or ``(batch,)``, one per sample.
 
     Returns:
         ``(batch, *input_shape)``, on the device of the inputs.
 
     Raises:
-        ConfigurationError: the inputs are not such ones, or the stream's code is needed.
+        ConfigurationError: the inputs have another type, shape or range, or the stream's code is needed.
     """
     if isinstance(task, int):
         own, within = find_preparation(preparations, task)
@@ -312,7 +312,7 @@ def prepare_raw(preparations: Sequence[Preparation], inputs: object, task: int |
     if len(ids) < 2 or (len(preparations) == 1 and not preparations[0].differs_by_task):
         return prepare_raw(preparations, inputs, ids[0] if ids else 0)
     found = [find_preparation(preparations, one) for one in ids]
-    batch = found[0][0].batch(inputs)  # the others' rules are looked at below
+    batch = found[0][0].batch(inputs)  # the rules of the others are checked below
     prepared = None
     for one, (own, within) in zip(ids, found, strict=True):
         rows = (task == one).to(batch.device)
@@ -326,7 +326,7 @@ def prepare_raw(preparations: Sequence[Preparation], inputs: object, task: int |
 def differing_preparation(
     here: Sequence[Preparation], there: Sequence[Preparation]
 ) -> tuple[str, str] | None:
-    """The first two that are not the same, in words; None where all are, up to rounding."""
+    """The first two that differ by more than rounding, in words; None if there are none."""
     for one, other in zip(here, there, strict=False):
         if not _close(one.record(), other.record()):
             return _described(one), _described(other)
@@ -339,7 +339,7 @@ def _described(one: Preparation) -> str:
     steps = one.code or "; ".join(
         f"{name} {', '.join(map(_short, arguments))}" for name, *arguments in one.steps or []
     )
-    return f"({one.dtype} of ({one._shape}): {steps or 'as it is'})"
+    return f"({one.dtype} of ({one._shape}): {steps or 'unchanged'})"
 
 
 def _short(value: Any) -> str:
@@ -350,7 +350,7 @@ def _short(value: Any) -> str:
 
 
 def _close(one: Any, other: Any) -> bool:
-    """Equal, but for the rounding of sums that another machine takes in another order."""
+    """Equal up to the rounding of sums, whose order differs between machines."""
     if isinstance(one, float) and isinstance(other, float | int):
         return isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
     if isinstance(one, Mapping):
@@ -360,7 +360,7 @@ def _close(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-# --- what raw inputs may be ----------------------------------------------------------------------
+# --- validation of raw inputs --------------------------------------------------------------------
 
 
 def _images(inputs: Tensor) -> Tensor:
@@ -372,11 +372,11 @@ def _images(inputs: Tensor) -> Tensor:
             f"{_dtype(inputs)}. Convert them: images.to(torch.uint8)."
         )
     low, high = (float(value) for value in inputs.aminmax()) if inputs.numel() else (0.0, 0.0)
-    if not 0 <= low <= high <= 1:  # NaN is in no order
+    if not 0 <= low <= high <= 1:  # also rejects NaN
         raise ConfigurationError(
             f"Expected images of type {_dtype(inputs)} to be from 0 to 1, but got {low:g} to {high:g}. "
-            "Pass images from 0 to 255 as uint8, or divided by 255; inputs that are normalized already "
-            "go to module(inputs)."
+            "Pass images from 0 to 255 as uint8, or divided by 255; pass inputs that are already "
+            "normalized to module(inputs)."
         )
     return inputs.mul(255).float()
 
@@ -420,11 +420,11 @@ def _listed(shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
-# --- records from outside ------------------------------------------------------------------------
+# --- validation of records -----------------------------------------------------------------------
 
 
 def _is_step(step: Any) -> bool:
-    """Whether a step of a record is one of ours, with arguments of the right types and bounds."""
+    """Whether a step of a record is known, with arguments of the right types and ranges."""
     match step:
         case ["resize" | "center_crop", size]:
             return type(size) is int and 0 < size <= MAX_SIZE
@@ -444,12 +444,12 @@ def _is_step(step: Any) -> bool:
 
 
 def _check_permutation(seed: int, first: bool, probe: list[int], *, pixels: int) -> None:
-    """Refuse to derive permutations that are not those of the training."""
+    """Raise an error if this version of torch derives other permutations than in training."""
     if (
         not 0 < pixels <= MAX_SIZE**2
         or permutation(seed, 1, pixels)[: len(probe)].tolist() != probe
     ):
         raise ValueError(
-            "permutations that this version of torch draws otherwise; only the version that trained it "
-            "can prepare its inputs"
+            "permutations that this version of torch draws differently; only the version used for "
+            "training can prepare its inputs"
         )

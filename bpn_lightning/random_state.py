@@ -1,4 +1,4 @@
-"""Random numbers: generators of one purpose each, and the global states as plain data."""
+"""Random numbers: separately seeded generators, and the global states as plain data."""
 
 import random
 from hashlib import blake2b
@@ -11,10 +11,10 @@ __all__ = ["random_state", "restore_random_state", "seeded_generator"]
 
 
 def seeded_generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator of its own for one purpose, the same wherever the key is the same.
+    """A separate generator for one purpose, seeded by the key only.
 
-    The global generator is neither read nor moved, so whatever else draws from it changes nothing
-    here, and a resumed run needs no saved state.
+    It does not use or advance the global generator, so its numbers do not depend on other random
+    draws, and a resumed run needs no saved state.
 
     >>> a, b = (torch.rand(2, generator=seeded_generator("task", 1)) for _ in range(2))
     >>> bool((a == b).all())
@@ -25,7 +25,7 @@ def seeded_generator(*key: int | str, device: str | torch.device = "cpu") -> tor
 
 
 def random_state() -> dict[str, Any]:
-    """Every global generator's state, in types that load with ``weights_only=True``."""
+    """The states of all global generators, in types that load with ``weights_only=True``."""
     version, words, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=False)
     twister = legacy["state"]
@@ -46,7 +46,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Take over what :func:`random_state` gave."""
+    """Restore the result of :func:`random_state`."""
     python, legacy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
     key = legacy["key"].numpy().astype(np.uint32)

@@ -1,6 +1,6 @@
-"""Strategies and streams by name: the built-in tables, and what installed packages add.
+"""Strategies and streams by name: the built-in ones, and those of installed plugins.
 
-Another package adds a strategy or a stream by an entry point of its own::
+A package adds a strategy or a stream by an entry point::
 
     [options.entry_points]
     bpn_lightning.strategies =
@@ -8,9 +8,8 @@ Another package adds a strategy or a stream by an entry point of its own::
     bpn_lightning.datamodules =
         SplitBirds = my_package.birds:SplitBirds
 
-A stream's name is the name of its class. A name stands for one class: one that several claim is
-refused when somebody uses it, and not before. Nothing here imports torch: names are listed without
-importing what they stand for.
+A stream's name is the name of its class. Names have to be unique: a name registered twice is refused,
+but only when it is used. Nothing here imports torch: names are listed without importing their classes.
 """
 
 import sys
@@ -47,7 +46,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 IMPORTABLE = "be importable"
 
-#: What a class of each kind derives from.
+#: The base class of each kind.
 BASES = {
     "strategy": "bpn_lightning.strategies.base:ContinualStrategy",
     "stream": "bpn_lightning.datamodules.base:ContinualDataModule",
@@ -60,10 +59,10 @@ class Registered:
 
     Args:
         kind: ``"strategy"`` or ``"stream"``.
-        name: what a user writes, and gives its arguments below.
+        name: the name in configs, and the key of its arguments.
         target: ``"module:Class"``.
-        origin: ``"built in"``, ``"class path"``, or the distribution that brings it.
-        rivals: others that claim the same name.
+        origin: ``"built in"``, ``"class path"``, or the distribution that registers it.
+        rivals: other classes registered under the same name.
     """
 
     kind: str
@@ -74,14 +73,14 @@ class Registered:
 
     @property
     def class_path(self) -> str:
-        """``"module.Class"``, as configs have it."""
+        """``"module.Class"``, as in configs."""
         return self.target.replace(":", ".")
 
     def check_name(self) -> None:
-        """Refuse a name that is not this class's alone, or that no key can have; imports nothing.
+        """Refuse a name that is not unique or not a valid key, without importing anything.
 
         Raises:
-            ConfigurationError: says whose it is.
+            ConfigurationError: names the classes.
         """
         if self.rivals:
             claims = (self, *self.rivals)
@@ -89,7 +88,7 @@ class Registered:
             raise ConfigurationError(
                 f"Expected the {self.kind} name {self.name!r} to stand for one class, but got "
                 f"{' and '.join(f'{one.class_path} ({one.origin})' for one in claims)}. Rename or "
-                f"remove that of {' or '.join(plugins)}, or name a class by its whole path, such as "
+                f"remove that of {' or '.join(plugins)}, or use a full import path, such as "
                 f"{claims[-1].class_path}."
             )
         if not self.name.isidentifier():
@@ -100,8 +99,8 @@ class Registered:
         """Import the class.
 
         Raises:
-            ConfigurationError: the name is refused, or stands for something from elsewhere that
-                cannot be imported or is no class of its kind.
+            ConfigurationError: the name is refused, or its target cannot be imported or is not a class
+                of its kind.
         """
         self.check_name()
         if self.origin == BUILT_IN:
@@ -118,7 +117,7 @@ class Registered:
         return found
 
     def problem(self) -> str | None:
-        """Why it cannot be used, in one line; None if it can. What is built in is not imported."""
+        """Why it cannot be used, in one line; None if it can. Built-in classes are not imported."""
         try:
             if self.origin == BUILT_IN:
                 self.check_name()
@@ -131,7 +130,7 @@ class Registered:
     def _import(self) -> Any:
         try:
             return _import(self.target)
-        except (Exception, SystemExit) as error:  # a module may do anything while it is imported
+        except (Exception, SystemExit) as error:  # importing a module may raise any exception
             said = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
             module, _, attribute = self.target.partition(":")
             home = sys.modules.get(module) if isinstance(error, AttributeError) else None
@@ -150,19 +149,19 @@ class Registered:
 
 
 def strategies() -> dict[str, Registered]:
-    """Every strategy that has a name, built-in ones first."""
+    """All registered strategies, built-in ones first."""
     aliases = {alias: STRATEGIES[name] for alias, (name, _) in ALIASES.items()}
     found = _registered("strategy", STRATEGIES | aliases, "bpn_lightning.strategies")
     return {name: one for name, one in found.items() if name not in aliases or one.rivals}
 
 
 def streams() -> dict[str, Registered]:
-    """Every stream that has a name, built-in ones first."""
+    """All registered streams, built-in ones first."""
     return _registered("stream", DATAMODULES, "bpn_lightning.datamodules")
 
 
 def is_class_path(name: str) -> bool:
-    """Whether a name is ``package.module.Class`` by its form.
+    """Whether a name has the form ``package.module.Class``.
 
     >>> is_class_path("my_lab.replay.Replay"), is_class_path("ewc"), is_class_path("lr0.1")
     (True, False, False)
@@ -171,13 +170,13 @@ def is_class_path(name: str) -> bool:
 
 
 def by_class_path(path: str) -> Registered:
-    """The strategy that a class path stands for; its arguments are named by the class alone."""
+    """The strategy of a class path; its arguments are under the name of the class."""
     module, _, name = path.rpartition(".")
     return Registered("strategy", name, f"{module}:{name}", CLASS_PATH)
 
 
 def _registered(kind: str, table: dict[str, str], group: str) -> dict[str, Registered]:
-    """The table and then the entry points; where several claim a name, the first has rivals."""
+    """The table, then the entry points; of several with the same name, the first lists the others."""
     built_in = [Registered(kind, name, target, BUILT_IN) for name, target in table.items()]
     plugins = [
         Registered(
@@ -195,7 +194,7 @@ def _registered(kind: str, table: dict[str, str], group: str) -> dict[str, Regis
 
 
 def _target(value: str) -> str:
-    """An entry point's value without the extras that it may ask for."""
+    """An entry point's value without its extras."""
     return value.partition("[")[0].replace(" ", "")
 
 

@@ -1,7 +1,7 @@
-"""A network as it was, to be run on the samples of later tasks: for any strategy that distills.
+"""A snapshot of the network, to run on the samples of later tasks: for any strategy that distills.
 
-:meth:`Teacher.snapshot` copies what tasks share; :meth:`Teacher.forward` runs it in the mode that holds. Its
-``tensors`` belong into the strategy's ``state_dict``, its ``to`` into ``move_state``.
+:meth:`Teacher.snapshot` copies the shared weights; :meth:`Teacher.forward` runs them in the current mode.
+Save its ``tensors`` in the strategy's ``state_dict``, and call its ``to`` in ``move_state``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,11 +22,11 @@ Columns = tuple[int, int]
 
 
 class Outputs(NamedTuple):
-    """What a network puts out for a batch.
+    """The outputs of a network for a batch.
 
     Attributes:
-        logits: ``(batch, all columns)``, whatever the mask.
-        features: ``(batch, features)`` of one of its layers, None unless asked for.
+        logits: ``(batch, all classes)``, before the mask.
+        features: ``(batch, features)`` of one of its layers; None unless requested.
     """
 
     logits: Tensor
@@ -34,7 +34,7 @@ class Outputs(NamedTuple):
 
 
 def concatenated_heads(outputs: Sequence[Outputs], heads: Sequence[Columns]) -> Tensor:
-    """The output units of each head, all from the same outputs or each from its own, in its task's mode."""
+    """The logits of all heads, ``(batch, classes)``, from shared outputs or from one per task mode."""
     logits = [one.logits for one in outputs]
     if len(logits) == 1:
         if all(left[1] == right[0] for left, right in pairwise(heads)):
@@ -44,7 +44,7 @@ def concatenated_heads(outputs: Sequence[Outputs], heads: Sequence[Columns]) -> 
 
 
 class _Unmasked(nn.Module):
-    """A module's backbone and head, by their names in it, without its mask."""
+    """A module's backbone and head, under the same names, without the mask."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class _Unmasked(nn.Module):
         self.head = module.get_submodule("head")
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``(batch, ...)`` to ``(batch, all columns)``."""
+        """The logits of a batch, ``(batch, all classes)``."""
         head = cast(nn.Linear, self.head)
-        if inputs.is_floating_point():  # as the module does, whose weights may be in low precision
+        if inputs.is_floating_point():  # like the module, whose weights may be in half precision
             inputs = inputs.to(head.weight.dtype)
         logits: Tensor = head(self.backbone(inputs))
         return logits
@@ -63,11 +63,11 @@ class _Unmasked(nn.Module):
 def _run(
     network: _Unmasked, tensors: Mapping[str, Tensor], inputs: Tensor, layer: str | None
 ) -> Outputs:
-    """Call a network with some of its tensors replaced, in the mode that holds."""
+    """Call a network with some of its tensors replaced, in the current mode."""
     features: list[Tensor] = []
 
     def note(_: nn.Module, __: Any, output: Tensor) -> None:
-        features.append(output.flatten(1).clone())  # the next layer may write into it
+        features.append(output.flatten(1).clone())  # the next layer may be in-place
 
     handle = network.get_submodule(layer).register_forward_hook(note) if layer else None
     try:
@@ -75,11 +75,11 @@ def _run(
     finally:
         if handle is not None:
             handle.remove()
-    return Outputs(logits, *features[-1:])  # another strategy's hook may have called the layer too
+    return Outputs(logits, *features[-1:])  # another strategy's hook may call the layer too
 
 
 def _shared(host: ContinualHost, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Of some tensors of the module by name, those of the network that belong to no one task."""
+    """Select the network's tensors that do not belong to a single task, by name."""
     parts = [part for part in host.network.modules() if isinstance(part, TaskModule)]
     own = {id(tensor) for part in parts for tensor in chain(part.parameters(), part.buffers())}
     return {
@@ -90,12 +90,12 @@ def _shared(host: ContinualHost, named: Iterable[tuple[str, Tensor]]) -> dict[st
 
 
 class Teacher:
-    """The network as it was when its snapshot was taken.
+    """A snapshot of the network.
 
     State:
         ``tensors``: shared weights and float buffers by name, 4 bytes per number; never a copy of the
-        module with its hooks. What belongs to one task, such as frozen biases and keys, does not
-        change any more and is the network's own.
+        module with its hooks. Tensors of a single task, such as frozen biases and keys, no longer
+        change and are taken from the network.
     """
 
     def __init__(self) -> None:
@@ -106,31 +106,31 @@ class Teacher:
 
     @staticmethod
     def state(host: ContinualHost) -> dict[str, Tensor]:
-        """What a teacher keeps of a network; frozen weights too, as they may be set free later."""
+        """The tensors of a snapshot, including frozen weights, which may be unfrozen later."""
         network = host.network
         tensors = _shared(host, chain(network.named_parameters(), network.named_buffers()))
         return {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
 
     def snapshot(self, host: ContinualHost) -> None:
-        """Become what the network is now."""
+        """Copy the current state of the network."""
         self.tensors = {name: tensor.clone() for name, tensor in self.state(host).items()}
 
     @torch.no_grad()
     def forward(self, host: ContinualHost, inputs: Tensor, layer: str | None = None) -> Outputs:
-        """Its outputs in the mode that holds: no dropout, running statistics as they were.
+        """The snapshot's outputs in the current mode, without dropout and with its running statistics.
 
         Args:
-            host: the module that it is the past of.
-            inputs: ``(batch, ...)``, prepared.
-            layer: whose features to note, by name within the module.
+            host: the module of which the snapshot was taken.
+            inputs: ``(batch, ...)``, preprocessed.
+            layer: name of the layer whose features are returned too.
 
         Raises:
-            ConfigurationError: no snapshot was taken yet.
+            ConfigurationError: there is no snapshot yet.
         """
         if not self.tensors:
             raise ConfigurationError(
-                "Expected a teacher to be run after a first task, but no task is learned yet. The "
-                "first task has nothing to be distilled: run it from the second task's start on."
+                "Expected a snapshot before the teacher is run, but none was taken. Call snapshot at the "
+                "start of the second task; in the first task there is nothing to distill."
             )
         network = _Unmasked(host.network)
         with evaluation_mode(network):
@@ -142,7 +142,7 @@ class Teacher:
 
 
 def student_outputs(host: ContinualHost, inputs: Tensor, layer: str | None = None) -> Outputs:
-    """The outputs of the network as it trains, once more: its running statistics stay those of its own task."""
+    """The outputs of the network in training, without updating its running statistics."""
     network = _Unmasked(host.network)
     buffers = {n: buffer.clone() for n, buffer in _shared(host, network.named_buffers()).items()}
     return _run(network, buffers, inputs, layer)

@@ -1,4 +1,4 @@
-"""What every command shows in the same way."""
+"""Terminal output shared by all commands."""
 
 import os
 import sys
@@ -11,19 +11,20 @@ from typing import Any
 __all__ = ["INTERRUPTED", "PIPE_CLOSED", "command", "is_utf8", "plain_warnings", "printable"]
 
 INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C ended, as shells have it."""
+"""Exit status of a command that was interrupted by Ctrl-C, as in shells."""
 
 
 PIPE_CLOSED = 141
-"""Exit status of a command whose reader ended first, as ``head`` does; as shells have it of SIGPIPE."""
+"""Exit status of a command whose reader has closed the pipe, such as ``head``; as in shells for SIGPIPE."""
 
 _Main = Callable[[Sequence[str] | None], int]
 
 
 def command(program: str) -> "Callable[[_Main], Callable[..., int]]":
-    """Let a command end without a traceback where nothing takes what it prints.
+    """End a command without a traceback if its output cannot be written.
 
-    Quietly if whoever read it is gone, as in ``bpn-fit --list | head``; in one line if its disk is full.
+    Silently if the reader has closed the pipe, as in ``bpn-fit --list | head``; with one line if the disk
+    is full.
 
     Args:
         program: the name of the command.
@@ -39,20 +40,20 @@ def command(program: str) -> "Callable[[_Main], Callable[..., int]]":
                         status = main(argv)
                     finally:
                         output.flush()
-            except (OSError, SystemExit):  # argparse prints its help, and exits
+            except (OSError, SystemExit):  # argparse prints its help and exits
                 if output.failure is None:
                     raise
             if output.failure is None:
                 return status
             failure = output.failure
-            # Python would write it once more when it exits.
+            # Otherwise Python would try to write it again at exit.
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(failure, BrokenPipeError):
                 return PIPE_CLOSED
             print(
-                f"{program}: error: Expected standard output to take what is printed, but got: "
-                f"{failure.strerror}. Free space, or send it elsewhere.",
+                f"{program}: error: Expected to write to standard output, but got: "
+                f"{failure.strerror}. Free some space, or redirect the output.",
                 file=sys.stderr,
             )
             return 2
@@ -63,7 +64,7 @@ def command(program: str) -> "Callable[[_Main], Callable[..., int]]":
 
 
 class _Output:
-    """Standard output, which remembers why it did not take something."""
+    """Standard output that stores the error of a failed write."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -73,13 +74,13 @@ class _Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text."""
+        """Write text."""
         with self._remembered():
             written: int = self.stream.write(text)
         return written
 
     def flush(self) -> None:
-        """Write what is kept."""
+        """Flush the buffer."""
         with self._remembered():
             self.stream.flush()
 
@@ -94,9 +95,9 @@ class _Output:
 
 @contextmanager
 def plain_warnings(program: str) -> Iterator[None]:
-    """Show warnings as one line each, without the place in the source that gave them.
+    """Show each warning as one line, ``bpn-fit: warning: text``, without its location in the source.
 
-    ``bpn-fit: warning: text``. Filters and whoever records warnings are not touched.
+    Filters and recorded warnings are not affected.
 
     Args:
         program: the name of the command.
@@ -114,11 +115,10 @@ def plain_warnings(program: str) -> Iterator[None]:
 
 
 def printable(text: object) -> str:
-    r"""The text with whatever is no character to be seen as its escape.
+    r"""Escape all characters that are not printable, except line ends and tabs.
 
-    Names of files, folders and classes may hold sequences that move a terminal's cursor, set its title or
-    turn the text around, and bytes that are no UTF-8, which cannot be printed at all. Ends of lines and
-    tabulators stay.
+    Names of files, folders and classes may contain sequences that move a terminal's cursor, set its title
+    or reverse the text, and bytes that are not UTF-8 and cannot be printed.
 
     >>> printable("ant\x1b[31m\udcff")
     'ant\\x1b[31m\\udcff'
@@ -132,7 +132,7 @@ def printable(text: object) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    r"""Whether a text can be written to a file; names of files may have bytes that cannot.
+    r"""Whether a text can be encoded as UTF-8; file names may contain bytes that cannot.
 
     >>> is_utf8("fourmi é"), is_utf8("ant\udcff")
     (True, False)

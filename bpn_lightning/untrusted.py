@@ -1,9 +1,9 @@
-"""The one place where files from outside are opened: regular, of a bounded size, inside their folder.
+"""Opening untrusted files: only regular ones, of bounded size, inside their folder.
 
 Opening a FIFO waits for a writer, reading ``/dev/zero`` never ends, and a link may lead anywhere. So
-whatever the package reads goes through :func:`open_untrusted`, or, for libraries that want a path,
-:func:`check_untrusted`; a test reads the sources and fails on any other way. Both raise ``OSError``, as
-``open`` does, so that each reader has one message for a file that is missing and one that is refused.
+everything that the package reads goes through :func:`open_untrusted`, or, for libraries that need a path,
+:func:`check_untrusted`; a test checks the sources for other ways. Both raise ``OSError``, like ``open``, so
+that callers handle missing and refused files alike.
 """
 
 import errno
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 MAX_TEXT_BYTES = 2**25
-"""Of a text that is parsed as a whole: 32 MiB. The largest that this package writes have a few."""
+"""Size limit of text files that are parsed in memory: 32 MiB; this package writes at most a few MiB."""
 
 MOST_BYTES = 2**30
 MOST_TIMES = 100
-"""What is larger than this many bytes unpacked must not be this many times its size."""
+"""Limits of an archive: at most this many times its size, if larger than this many bytes unpacked."""
 
 MAX_CONFIG_BYTES = 2**21
-"""Of YAML, whose parser takes half a minute for 1 MiB; the largest packaged config has a few KiB."""
+"""Size limit of YAML, whose parser takes half a minute for 1 MiB; packaged configs have a few KiB."""
 
 _MAX_INTEGER = 2**63
 _KINDS = {
@@ -50,20 +50,19 @@ _KINDS = {
 def open_untrusted(
     path: str | os.PathLike[str], *, max_bytes: int | None, within: Path | None = None
 ) -> BinaryIO:
-    """Open a file for reading bytes, without waiting for anybody.
+    """Open a file for reading bytes, without blocking.
 
     Args:
-        path: of the file; links are followed.
-        max_bytes: the largest size that is opened; None where what is read is as large as its file, as
-            arrays are.
-        within: a folder that the file has to lie in when links are resolved; the folder may be one.
+        path: the file; links are followed.
+        max_bytes: size limit; None if the contents take no more memory than the file, such as arrays.
+        within: a folder that has to contain the file after resolving links; it may itself be a link.
 
     Raises:
-        OSError: it cannot be opened, is no regular file, is too large, or lies elsewhere.
+        OSError: the file cannot be opened, is not regular, is too large, or is outside the folder.
     """
     if within is not None and not is_inside(within, path):
         raise OSError(errno.EACCES, f"it leads out of {within}", str(path))
-    # Windows knows no FIFOs in folders, and would change the ends of lines.
+    # Windows has no FIFOs in folders, and would convert line ends.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
     try:
         descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
@@ -89,7 +88,7 @@ def open_untrusted(
 def check_untrusted(
     path: str | os.PathLike[str], *, max_bytes: int | None = None, within: Path | None = None
 ) -> Path:
-    """The path of a file that :func:`open_untrusted` opens, for a library that wants a path.
+    """Check a file like :func:`open_untrusted` and return its path, for a library that needs a path.
 
     Raises:
         OSError: as there.
@@ -105,11 +104,11 @@ def read_text(
     max_bytes: int = MAX_TEXT_BYTES,
     within: Path | None = None,
 ) -> str:
-    """The text of a file, its ends of lines as line feeds.
+    """The text of a file, with line ends converted to line feeds.
 
     Raises:
-        OSError: as :func:`open_untrusted`; also where the file has grown beyond its bound.
-        UnicodeDecodeError: it is of another encoding.
+        OSError: as :func:`open_untrusted`, also if the file has grown beyond its limit.
+        UnicodeDecodeError: the file has another encoding.
     """
     with open_untrusted(path, max_bytes=max_bytes, within=within) as file:
         content = file.read(max_bytes + 1)
@@ -119,47 +118,47 @@ def read_text(
 
 
 def read_json(path: str | os.PathLike[str], *, within: Path | None = None) -> Any:
-    """What a file of JSON holds; see :func:`parse_json`.
+    """Read a JSON file; see :func:`parse_json`.
 
     Raises:
         OSError: as :func:`read_text`.
-        ValueError: it is no such JSON; of the kinds of ``RecursionError`` too.
+        ValueError: the file is not valid JSON.
     """
     return parse_json(read_text(path, within=within))
 
 
 def parse_json(text: str) -> Any:
-    """JSON whose numbers are finite and fit into 64 bits.
+    """Parse JSON, accepting only finite numbers that fit into 64 bits.
 
-    Python's own reader takes ``NaN``, ``Infinity``, ``1e999`` and whole numbers of any length, with
-    which sums and means end in an ``OverflowError`` somewhere else.
+    Python's own parser accepts ``NaN``, ``Infinity``, ``1e999`` and integers of any length, which later
+    cause an ``OverflowError`` in sums and means.
 
     >>> parse_json('{"a": [1, 2.5, null]}')
     {'a': [1, 2.5, None]}
 
     Raises:
-        ValueError: it is no JSON, nests too deeply, or has another number.
+        ValueError: it is not JSON, is nested too deeply, or has another number.
     """
     try:
         return json.loads(
             text, parse_constant=_refuse_number, parse_float=_finite, parse_int=_integer
         )
     except RecursionError as error:
-        raise ValueError("it nests too deeply") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def is_bomb(packed: int, unpacked: int) -> bool:
-    """Whether something says of itself that it unpacks to too much.
+    """Whether the declared unpacked size is too large.
 
     Args:
-        packed: bytes of the file.
-        unpacked: bytes of what it is said to hold.
+        packed: size of the file in bytes.
+        unpacked: declared unpacked size in bytes.
     """
     return unpacked > MOST_BYTES and unpacked > MOST_TIMES * max(packed, 1)
 
 
 def is_inside(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
-    """Whether a path lies in a folder when links are resolved; the folder itself may be a link."""
+    """Whether a path is inside a folder after resolving links; the folder itself may be a link."""
     real = os.path.realpath(folder)
     try:
         return os.path.commonpath([real, os.path.realpath(path)]) == real
@@ -168,22 +167,22 @@ def is_inside(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> b
 
 
 def refuse_deflated(file: BinaryIO, archive: ZipFile) -> int:
-    """Refuse an archive of torch whose records are larger than the file that has them.
+    """Refuse an archive of torch whose records are larger than the file.
 
-    Torch stores its records as they are, so that their sizes add up to less than the file's.
+    Torch stores its records uncompressed, so their total size is less than the file's.
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        ValueError: a record is deflated, or several share their bytes.
+        ValueError: a record is compressed, or several share bytes.
     """
     packed = file.seek(0, os.SEEK_END)
     records = archive.infolist()
     unpacked = sum(record.file_size for record in records)
     if any(record.compress_type != ZIP_STORED for record in records) or unpacked > packed:
         raise ValueError(
-            f"its {packed:,} bytes unpack to {unpacked:,}, and torch does not pack what it saves"
+            f"its {packed:,} bytes unpack to {unpacked:,}, but torch does not compress"
         )
     return packed
 
@@ -193,7 +192,7 @@ def _refuse_size(path: str | os.PathLike[str], max_bytes: int) -> Never:
 
 
 def _refuse_number(text: str) -> Never:
-    raise ValueError(f"{text:.40} is no finite number of 64 bits")
+    raise ValueError(f"{text:.40} is not a finite 64-bit number")
 
 
 def _finite(text: str) -> float:

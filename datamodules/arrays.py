@@ -45,7 +45,7 @@ def from_arrays(arrays: Mapping[str, Any], source: str) -> ImageData:
     if values["train"].dtype.kind != values["test"].dtype.kind:
         raise DataError(
             f"Expected train_labels and test_labels in {source} to be of one kind, but got "
-            f"{held['train_labels'].dtype} and {held['test_labels'].dtype}. Let both be integers, or both "
+            f"{held['train_labels'].dtype} and {held['test_labels'].dtype}. Make both integers, or both "
             "strings."
         )
     classes = np.unique(np.concatenate([values[part] for part in PARTS]))
@@ -59,7 +59,7 @@ def from_arrays(arrays: Mapping[str, Any], source: str) -> ImageData:
         if len(inputs) != len(labels):
             raise DataError(
                 f"Expected {part}_labels in {source} to have one entry for each of the {len(inputs)} "
-                f"{kind}, but got {len(labels)}. Write the archive again with both complete."
+                f"{kind}, but got {len(labels)}. Write both completely to the archive."
             )
         return Samples(inputs, labels)
 
@@ -85,11 +85,7 @@ def _kind(arrays: Mapping[str, Any], source: str) -> Kind:
     wanted = [f"{part}_{what}" for part in PARTS for what in (kind, "labels")]
     missing = [key for key in wanted if key not in arrays]
     if missing:
-        others = (
-            ""
-            if found
-            else " Features and tokens are named likewise, train_features or train_tokens."
-        )
+        others = "" if found else " For features or tokens use train_features or train_tokens."
         raise DataError(
             f"Expected {source} to hold the arrays {', '.join(wanted)}, but got "
             f"{', '.join(map(str, arrays)) or 'none'}. Add {', '.join(missing)}.{others}"
@@ -101,7 +97,7 @@ def _images(key: str, array: Any, source: str) -> Tensor:
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (3, 4):
         remedy = "Scale them to 0 .. 255 and convert them with .astype('uint8')."
         if array.ndim == 2:
-            remedy = f"Rows of numbers are named {key.replace('images', 'features')}."
+            remedy = f"Name rows of numbers {key.replace('images', 'features')}."
         elif array.ndim not in (3, 4):
             remedy = "Bring them into one of these shapes."
         raise DataError(
@@ -143,7 +139,7 @@ def _features(key: str, array: Any, source: str) -> Tensor:
             first = coarse[0]
             raise DataError(
                 f"Expected {key} in {source} to vary by more than the resolution of 32 bits, but feature "
-                f"{first} is {mean[first]:.6g} give or take {std[first]:.2g}. Subtract its mean."
+                f"{first} is {mean[first]:.6g} +- {std[first]:.2g}. Subtract its mean."
             )
     return torch.from_numpy(narrow)
 

@@ -51,7 +51,7 @@ def check_data(data: ImageData) -> None:
         if labels.dim() != 1 or len(inputs) != len(labels):
             raise DataError(
                 f"Expected one label for each of the {len(inputs)} {part} samples of {data.source}, but "
-                f"got labels of shape {tuple(labels.shape)}. Let there be as many of both."
+                f"got labels of shape {tuple(labels.shape)}. Provide one label per sample."
             )
         if labels.is_floating_point() or labels.is_complex():
             raise DataError(
@@ -84,7 +84,7 @@ def check_data(data: ImageData) -> None:
     if kinds[0] != kinds[1]:
         raise DataError(
             f"Expected training and test inputs of {data.source} to be of one dtype and shape, but got "
-            f"{kinds[0]} and {kinds[1]}. Bring both to the same."
+            f"{kinds[0]} and {kinds[1]}. Convert both to the same."
         )
 
 
@@ -144,12 +144,12 @@ def members_of_tasks(
         ):
             raise ConfigurationError(
                 f"Expected divide to give task {task.id} indices into the {len(samples.labels)} samples of "
-                f"{part}, int64 and each once, but got {indices}. Give it (n,) whole numbers from 0."
+                f"{part}, int64 and each once, but got {indices}. Return (n,) whole numbers from 0."
             )
         if not bool(known[tuple(own_classes)][ordered].all()):
             raise ConfigurationError(
                 f"Expected divide to give task {task.id} samples of its own classes ({task.name}), but "
-                f"some of {part} are of others. Give the task all classes that its samples have."
+                f"some of {part} are of others. Add all classes of its samples to the task."
             )
         members.append(ordered[taking_part[ordered]])
     return members

@@ -207,7 +207,7 @@ def _refuse(damaged: dict[int, Damage], on_corrupt: str) -> None:
     if on_corrupt == "error":
         refuse_damaged(
             [Fault(Path(one.path), one.reason) for _, one in sorted(damaged.items())],
-            "a whole image",
+            "an intact image",
             "Replace the file, or set on_corrupt to skip to leave damaged images out.",
         )
 

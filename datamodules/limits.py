@@ -111,7 +111,7 @@ def refuse_damaged(faults: Sequence[Fault], wanted: str, remedy: str) -> None:
     first, *others = faults
     named = [f"{one.path} ({one.reason})" for one in others[: MAX_NAMED - 1]]
     if len(faults) > MAX_NAMED:
-        named.append(f"and {len(faults) - MAX_NAMED:,} that are not named here")
+        named.append(f"and {len(faults) - MAX_NAMED:,} more")
     many = f". Nor are {len(others):,} more: {'; '.join(named)}" if others else ""
     raise DataError(f"Expected {first.path} to be {wanted}, but got {first.reason}{many}. {remedy}")
 
@@ -183,8 +183,8 @@ def warn_if_dark(brightest: int, source: str) -> None:
     """
     if brightest < 2**13:
         warnings.warn(
-            f"The brightest of the 16-bit pixels of {source} is {brightest:,} of 65,535, so that they become "
-            f"{(brightest >> 8) + 1} of 256 shades. If 65,535 is not their white, scale them to it first.",
+            f"The maximum of the 16-bit pixels of {source} is {brightest:,} of 65,535, so that they become "
+            f"{(brightest >> 8) + 1} of 256 shades. If 65,535 is not white, rescale them first.",
             stacklevel=2,
         )
 
@@ -202,8 +202,8 @@ def refuse_bomb(path: Path, packed: int, unpacked: int) -> None:
     """
     if is_bomb(packed, unpacked):
         raise DataError(
-            f"Expected {path} to unpack to at most {MOST_TIMES} times its {packed:,} bytes, but it says "
-            f"{unpacked:,}. If it is no attack, write it again without compression."
+            f"Expected {path} to unpack to at most {MOST_TIMES} times its {packed:,} bytes, but it declares "
+            f"{unpacked:,}. If you trust it, save it again without compression."
         )
 
 
@@ -258,6 +258,6 @@ def check_paths_inside(folder: Path, paths: Iterable[Path]) -> None:
             inside[parent] = ".." not in path.parts and is_inside(folder, parent)
         if not inside[parent] or (path.is_symlink() and not is_inside(folder, path)):
             raise DataError(
-                f"Expected {text!r} to lie in {folder}, but it is or leads elsewhere. Put the file "
-                "itself there, or name the folder that has it."
+                f"Expected {text!r} to be in {folder}, but it is or leads elsewhere. Put the file "
+                "itself there, or name its folder."
             )

@@ -79,7 +79,7 @@ class _TransformedMNIST(ContinualDataModule):
             wanted, found = getattr(self, name), len(super().members(0, split))
             if wanted is not None and wanted > found:
                 raise ConfigurationError(
-                    f"Expected {name} to be at most the {found:,} images that there are, but got "
+                    f"Expected {name} to be at most the {found:,} available images, but got "
                     f"{wanted:,}. Lower it, or leave it out for all."
                 )
 

@@ -51,7 +51,7 @@ def _readable(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"Expected {path} to be readable, but got {type(error).__name__}: {error}. "
-            "Check that it is there and its permissions, or name another place."
+            "Check that it exists and its permissions, or name another path."
         ) from error
 
 
@@ -117,7 +117,7 @@ def read_class_folders(
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         refuse_damaged(
             [fault for fault in pool.map(decode, places) if fault],
-            "a whole image that fits the data set",
+            "an intact image that fits the data set",
             "Replace the file or delete it.",
         )
 
@@ -134,7 +134,7 @@ def read_class_folders(
 def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[Path]]:
     if not part.is_dir():
         raise DataError(
-            f"Expected the folder {part} with one folder of images for each class, but there is none. "
+            f"Expected the folder {part} with one folder of images per class, but it does not exist. "
             f"{_layout_remedy(part, suffixes)}"
         )
     with _readable(part):
@@ -188,8 +188,8 @@ def _layout_remedy(missing: Path, suffixes: frozenset[str]) -> str:
             )
     if classes:
         return (
-            f"The classes {', '.join(classes[:3])}{', ...' if classes[3:] else ''} lie in {root} itself: "
-            f"move each one's images to {arranged}, some to learn from and some to test on."
+            f"The classes {', '.join(classes[:3])}{', ...' if classes[3:] else ''} are in {root} itself: "
+            f"move the images of each to {arranged}, some for training and some for testing."
         )
     return f"Arrange the images as {arranged}."
 
@@ -231,8 +231,8 @@ def read_npz(path: Path, wanted: Collection[str]) -> dict[str, Any]:
     if not is_zipfile(file):  # numpy would suggest allow_pickle
         file.close()
         raise DataError(
-            f"Expected {path} to be a whole .npz archive of plain arrays, but got no zip archive. "
-            "Fetch it again, or write it with numpy.savez."
+            f"Expected {path} to be an intact .npz archive of plain arrays, but it is not a zip archive. "
+            "Download it again, or write it with numpy.savez."
         )
     file.seek(0)
     try:
@@ -248,12 +248,10 @@ def read_npz(path: Path, wanted: Collection[str]) -> dict[str, Any]:
     # numpy and zipfile may raise any exception here: OSError, ValueError, BadZipFile, zlib.error ...;
     # a single array in an .npy file is not a context manager.
     except Exception as error:
-        remedy = "Fetch it again, or write it with numpy.savez."
+        remedy = "Download it again, or write it with numpy.savez."
         if "Object arrays" in str(error):
-            remedy = (
-                "Arrays of objects hold code: write strings with .astype(str), numbers as numbers."
-            )
+            remedy = "Arrays of objects may contain code: write strings with .astype(str), numbers as numbers."
         raise DataError(
-            f"Expected {path} to be a whole .npz archive of plain arrays, but got "
+            f"Expected {path} to be an intact .npz archive of plain arrays, but got "
             f"{type(error).__name__}: {str(error).rstrip('.')}. {remedy}"
         ) from error

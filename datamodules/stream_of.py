@@ -159,7 +159,7 @@ class StreamOf(ContinualDataModule):
         super().__post_init__()
         if not self.streams:
             raise ConfigurationError(
-                "Expected streams to list at least one stream, but got none. Name some."
+                "Expected streams to list at least one stream, but got none. Add some."
             )
         held = [stream.validation_fraction > 0 for stream in map(_checked, self.streams)]
         if any(held) != all(held):
@@ -216,14 +216,14 @@ class StreamOf(ContinualDataModule):
         widths = [stream.num_classes for stream in self.streams]
         if self.shared_columns and len(set(widths)) > 1:
             raise ConfigurationError(
-                f"Expected streams that share columns to have as many each, but got {widths}. Leave "
-                "classes out, or set shared_columns to false."
+                f"Expected streams that share columns to have the same number of classes, but got {widths}. "
+                "Leave classes out, or set shared_columns to false."
             )
 
     def _refuse(self) -> ConfigurationError:
         return ConfigurationError(
-            "Expected one of the streams to be asked for its data, but got a StreamOf, which has "
-            "none of its own. Take its streams."
+            "Expected read and divide to be called on one of the streams, but got a StreamOf, which has "
+            "no data of its own. Use its streams."
         )
 
     def read(self) -> ImageData:

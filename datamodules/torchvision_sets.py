@@ -78,7 +78,7 @@ class _NamedDataModule(ClassIncrementalDataModule):
                 f"Expected {self.title} in {self.root_folder} to be images of {self.shape} (channels, "
                 f"height, width) with a label below {classes} each, but got {len(images)} of "
                 f"{tuple(images.shape[1:])} with {len(labels)} labels up to {largest}. Delete the "
-                "files, and let them be fetched again."
+                "files to have them downloaded again."
             )
 
     def _open(self, train: bool, download: bool) -> Any:
@@ -105,16 +105,18 @@ class _NamedDataModule(ClassIncrementalDataModule):
             fetched = "nothing was downloaded here, as only prepare_data() does that"
         else:
             fetched = "nothing was downloaded, as download is off"
-        again = " Delete damaged files to have them fetched again." if "damaged" in faults else ""
+        again = (
+            " Delete damaged files to have them downloaded again." if "damaged" in faults else ""
+        )
         names = [file.name for file in self._files(dataset) if not file.is_file()]
         others = [root / self.tree, root / self.tree / "raw"]
         remedy = misplaced_hint(root, folder, names, self._archives(dataset), others) or (
             "Name the folder that has them with `--data.init_args.root DIR` or `export BPN_DATA=DIR`, or "
-            f"fetch them from {self._address(dataset)} into {folder}."
+            f"download them from {self._address(dataset)} into {folder}."
         )
         return (
-            f"Expected the images of {self.title} in {root}, but could not get them. Tried: the "
-            f"folders {root / self.tree}{os.sep}{{train,test}}{os.sep}<class> (there are none); "
+            f"Expected the images of {self.title} in {root}, but did not find them. Tried: the "
+            f"folders {root / self.tree}{os.sep}{{train,test}}{os.sep}<class> (missing); "
             f"torchvision's files in {folder} ({faults or said}); {fetched}. {remedy}{again}"
         )
 

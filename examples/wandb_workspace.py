@@ -64,7 +64,7 @@ def workspace(entity: str, project: str) -> ws.Workspace:
                         "Accuracy right after learning", "accuracy_after_learning/average", x=TASKS
                     ),
                     wr.BarPlot(
-                        title="ACC with the task oracle, and without it",
+                        title="ACC with and without the task ID",
                         metrics=["accuracy/average", "accuracy_task_agnostic/average"],
                         range_x=(0, 1),
                         **SEEDS,

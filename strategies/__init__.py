@@ -40,7 +40,7 @@ __all__ = [
     "SynapticIntelligence",
 ]
 
-#: Names on the command line, in configs and in checkpoints, and where the class is.
+#: Names on the command line, in configs and in checkpoints, and the import path of each class.
 STRATEGIES: dict[str, str] = table.STRATEGIES
 
 _HOMES = {
@@ -50,7 +50,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a strategy when it is asked for, so that a list of names costs no torch."""
+    """Import a strategy on first access, so that listing the names does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""The hooks of a continual-learning method, and what they are handed inside a step."""
+"""The base class of continual-learning methods and its hooks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,104 +20,108 @@ __all__ = ["ContinualStrategy", "refuse_fused"]
 class ContinualStrategy(Callback):
     """A continual-learning method: an ordinary Lightning callback with hooks at task boundaries.
 
-    Write a method by overriding the hooks that it needs; several strategies compose in the order of
-    the trainer's callbacks. State that matters after a restart belongs in ``state_dict`` or in the
-    module's bias units; tensors among it are moved to the device before training.
+    Implement a method by overriding the hooks that it needs; several strategies compose in the order
+    of the trainer's callbacks. State that has to survive a restart belongs in ``state_dict`` or in the
+    module's bias units; its tensors are moved to the device before training.
 
-    The hooks of an update run in this order: ``loss_terms`` in the forward; then, on gradients that are
-    reduced over processes and unscaled but not clipped, ``capture_grad``, ``penalty_grad``,
-    ``project_grad``, ``consume_grad``; then, only when the optimizer really stepped,
-    ``correct_step`` and, after that of every strategy, ``observe_step``. Each gets the shared
-    parameters that train in the current phase, by name, the head among them. An optimizer may ask for
-    an update's gradients several times, at other weights each time: ``penalty_grad`` and
-    ``project_grad`` are called for all of them, ``capture_grad`` and ``consume_grad`` for the first
-    only.
+    The hooks of an update run in this order: ``loss_terms`` in the forward pass; then, on gradients
+    that are reduced over processes and unscaled but not yet clipped, ``capture_grad``,
+    ``penalty_grad``, ``project_grad``, ``consume_grad``; then, only if the optimizer actually stepped,
+    ``correct_step`` and, after the ``correct_step`` of all strategies, ``observe_step``. Each receives
+    the shared parameters that are trained in the current phase, by name, including the head. An
+    optimizer may evaluate its closure several times per update, at different weights: ``penalty_grad``
+    and ``project_grad`` run in every evaluation, ``capture_grad`` and ``consume_grad`` only in the
+    first.
     """
 
-    # --- what it is, so that runs which cannot be right are refused when they are built -----------
+    # --- properties, used to reject invalid combinations when a run is set up ---------------------
 
-    #: Replaces gradients by a projection: at most one strategy of a run may.
+    #: Replaces gradients by a projection: at most one strategy of a run may do so.
     projects: ClassVar[bool] = False
-    #: Composes with no other strategy.
+    #: Cannot be combined with any other strategy.
     exclusive: ClassVar[bool] = False
-    #: Answers in the mode of a task, so somebody has to name the task at test.
+    #: Runs the network in the mode of a task, so the task ID has to be given at inference.
     needs_task_id: ClassVar[bool] = False
-    #: Measures or adds up what weights in half precision (bf16-true, 16-true) would lose.
+    #: Accumulates values too small for weights in half precision (bf16-true, 16-true).
     needs_full_precision: ClassVar[bool] = False
-    #: Holds weights or outputs near old ones and nothing else: with one head for all classes and no
-    #: task id it is expected to forget.
+    #: Only keeps weights or outputs close to old ones: with a single head and no task ID given
+    #: (class-incremental) it is expected to forget.
     regularizer: ClassVar[bool] = False
-    #: Arguments with which it is fine-tuning bit for bit; None where there are none.
+    #: Arguments that make it bitwise equal to fine-tuning; None if there are none.
     null_arguments: ClassVar[Mapping[str, Any] | None] = None
-    #: Its first task is plain training; False where it acts from the first update on.
+    #: Its first task is plain training; False if it acts from the first update on.
     plain_first_task: ClassVar[bool] = True
 
     @property
     def corrects_weights(self) -> bool:
-        """Whether it moves shared weights after the optimizer's step, past any projection."""
+        """Whether it changes shared weights after the optimizer's step, bypassing any projection."""
         return False
 
     # --- the stream ------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget every earlier fit: a strategy defines all of its state here.
+        """Initialize all state, discarding that of earlier fits.
 
-        The constructor calls it, and so does the module at the launch of a fit that begins or goes on
-        from a checkpoint, before ``configure`` and before the checkpoint is loaded. So one object may
-        take part in many fits, such as a loop over seeds. A fit that goes on with its own module, and
-        validation, test and prediction, keep what was learned.
+        Called by the constructor, and by the module whenever a fit starts from scratch or from a
+        checkpoint, before ``configure`` and before the checkpoint is loaded. One object can therefore
+        be used in many fits, such as a loop over seeds. A fit that continues with the same module, and
+        validation, test and prediction, keep the state.
         """
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Build structure (layers, banks) at every launch, before any checkpoint is loaded."""
+        """Create layers and banks whenever the trainer starts, before any checkpoint is loaded."""
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
-        """Raise ConfigurationError where the run cannot be right, before training starts."""
+        """Raise ConfigurationError for an invalid run, before training starts."""
 
     def phases(self, task: Task, phases: list[Phase]) -> list[Phase]:
-        """The phases of a task, given those so far: prepend a warm-up, append a stage."""
+        """The phases of a task, given those of earlier strategies: prepend or append your own."""
         return phases
 
     def training_tasks(self, task: Task) -> Sequence[int]:
-        """The tasks whose data a task is trained on; they need not be its own only."""
+        """The IDs of the tasks whose data a task is trained on, by default only its own."""
         return [task.id]
 
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Once, before the first task."""
+        """Called once, before the first task."""
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
-        """Once per task, in its mode, before its optimizer is made."""
+        """Called once per task, in its mode, before its optimizer is created."""
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Once per task, in its mode: consolidate. Compute first, commit last.
+        """Called once per task, in its mode, to consolidate. Compute first, then assign state.
 
-        ``host.batches(task.id, "train")`` has this process's share of the samples, each once.
+        ``host.batches(task.id, "train")`` yields this process's shard of the samples, each once.
         """
 
     def merged_weights(self, host: ContinualHost) -> Mapping[str, Tensor] | None:
-        """Weights by name to serve from a task's end until the next task starts; None: those it has.
+        """Weights by name to swap in from a task's end until the next task starts; None: no swap.
 
-        The module keeps the weights of training meanwhile, and puts them back.
+        The module keeps the training weights in the meantime and restores them.
         """
         return None
 
-    # --- a phase of its own ----------------------------------------------------------------------
+    # --- phases of the strategy ------------------------------------------------------------------
 
     def phase_optimizer(self, host: ContinualHost, phase: Phase) -> Optimizer:
-        """The optimizer of a phase that trains a strategy, over parameters that the strategy owns."""
-        raise NotImplementedError(f"{type(self).__name__} declares phase {phase.name!r} only.")
+        """The optimizer of a phase that the strategy added, over parameters that it owns."""
+        raise NotImplementedError(
+            f"{type(self).__name__} adds phase {phase.name!r} but does not implement its training."
+        )
 
     def phase_loss(self, host: ContinualHost, phase: Phase, batch: Batch) -> Tensor:
-        """The loss of such a phase: per sample ``(batch,)``, or their sum.
+        """The loss of such a phase: per sample, ``(batch,)``, or summed.
 
-        The network is in evaluation mode, and its parameters must not take part: detach them.
+        The network is in evaluation mode; detach its parameters so that they get no gradients.
         """
-        raise NotImplementedError(f"{type(self).__name__} declares phase {phase.name!r} only.")
+        raise NotImplementedError(
+            f"{type(self).__name__} adds phase {phase.name!r} but does not implement its training."
+        )
 
     # --- an update -------------------------------------------------------------------------------
 
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """Terms to add to the loss, by name: per sample ``(batch,)``, or their sum."""
+        """Terms to add to the loss, by name: per sample, ``(batch,)``, or summed."""
         return {}
 
     def capture_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -130,22 +134,22 @@ class ContinualStrategy(Callback):
         """Replace the gradients of shared parameters."""
 
     def consume_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take gradients of parameters of one's own and set them to None."""
+        """Use the gradients of parameters that the strategy owns, and set them to None."""
 
     def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
-        """The parameters have moved; move them on, if that is the method."""
+        """Change the parameters after the optimizer's step."""
 
     def observe_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
-        """The update is over, whatever strategies have added to it: look, and move nothing."""
+        """Read the parameters after the complete update, without changing them."""
 
-    # --- what it costs, what it says -------------------------------------------------------------
+    # --- costs and logs --------------------------------------------------------------------------
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """Bytes that it holds, by formula, from the shapes and the number of learned tasks."""
+        """Bytes of its state, computed from the shapes and the number of learned tasks."""
         return DeclaredBytes()
 
     def held_tensors(self, host: ContinualHost) -> HeldTensors:
-        """The tensors that it holds: by default every one of ``state_dict``, for training only."""
+        """The tensors of its state: by default all of ``state_dict``, needed for training only."""
         return HeldTensors(training=tensors_in(self.state_dict()))
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
@@ -153,24 +157,24 @@ class ContinualStrategy(Callback):
         return {}
 
     def move_state(self, host: ContinualHost) -> None:
-        """Move tensors of one's own to the host's device, after a checkpoint was loaded."""
+        """Move the strategy's tensors to the host's device, after a checkpoint was loaded."""
 
     @property
     def state_key(self) -> str:
-        """The name of this strategy's state in checkpoints: its own in the table, or its class's path."""
+        """The key of its state in checkpoints: the name in ``STRATEGIES``, else the class's import path."""
         module, name = type(self).__module__, type(self).__qualname__
         registered = {target: key for key, target in STRATEGIES.items()}
         return registered.get(f"{module}:{name}", f"{module}.{name}")
 
 
 def refuse_fused(name: str, host: ContinualHost, optimizer: Optimizer) -> None:
-    """Refuse an optimizer that takes off fp16's loss scale in its step, after gradients were edited.
+    """Refuse an optimizer that unscales fp16 gradients in its step, after a strategy has edited them.
 
     Raises:
-        ConfigurationError: names the strategy that edits them.
+        ConfigurationError: names the strategy that edits the gradients.
     """
     if handles_unscaling(optimizer) and host.loss_scale != 1:
         raise ConfigurationError(
-            f"Expected the optimizer not to be fused where {name} runs in 16-mixed precision, but "
-            f"got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
+            f"Expected an optimizer without fused=True for {name} in 16-mixed precision, but got a "
+            f"fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
         )

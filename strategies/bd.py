@@ -21,11 +21,11 @@ DIRECTIONS = ("sign", "gradient", "normalized", "frozen")
 
 
 def perturbation(gradients: list[Tensor], direction: Direction, epsilon: float) -> Sequence[Tensor]:
-    r"""The steps that are taken off several M, of the shapes of their gradients.
+    r"""The steps to subtract from several M, with the shapes of their gradients.
 
     ``sign`` is :math:`\epsilon\,\mathrm{sign}(g)` (Alg. 2 of Wen et al.), ``gradient`` is
-    :math:`\epsilon g` (their GD), ``normalized`` is :math:`\epsilon \sqrt{H}\, g / \|g\|`, as long as
-    the step of ``sign``, and ``frozen`` is 0.
+    :math:`\epsilon g` (their GD), ``normalized`` is :math:`\epsilon \sqrt{H}\, g / \|g\|`, whose norm is
+    that of ``sign``, and ``frozen`` is 0.
 
     >>> g = [torch.tensor([[3.0, -4.0]])]
     >>> perturbation(g, "sign", 0.1)[0]
@@ -54,24 +54,24 @@ class BeneficialPerturbation(ContinualStrategy):
 
     Eq. 1 and Alg. 1 and 2 of Wen, Rios, Ge, Itti, "Beneficial Perturbation Network for designing
     general adaptive artificial intelligence systems". W is learned by the optimizer; M moves by
-    epsilon after each of its updates, whatever the learning rate; the product is frozen at the task's
-    end and chosen by the task's mode.
+    epsilon after each optimizer step, independent of the learning rate; the product is frozen at the
+    end of the task and selected by the task's mode.
 
-    Where the paper is silent: epsilon is the step itself and not a factor of the learning rate; M
+    Where the paper leaves it open: epsilon is the step itself, not multiplied by the learning rate; M
     starts at 0 and W at N(0, 1/H), so a task starts as the network without bias units; the sign is
-    taken once per update, of the gradient over all processes and accumulated batches; the loss
-    descends (the text names the sign of the gradient, Alg. 2 lists it among gradients).
+    taken once per update, of the gradient over all processes and accumulated batches; M descends on
+    the loss (the text names the sign of the gradient, Alg. 2 lists it among gradients).
 
     Args:
-        rank: H, width of the factorization; the paper tries 1 to 2500.
-        epsilon: the step of M per update; the tuned values of the configs lie between 0.03 and 0.1.
-        direction: how M moves. ``sign`` is the paper's BD, ``gradient`` its GD, ``normalized`` the
-            gradient at the length of the sign's step; ``frozen`` is a control, where neither M nor W
-            learns and M is drawn from N(0, 1).
+        rank: H, width of the factorization; the paper uses 1 to 2500.
+        epsilon: the step of M per update; the tuned values of the configs are between 0.03 and 0.1.
+        direction: how M is updated. ``sign`` is the paper's BD, ``gradient`` its GD, ``normalized`` the
+            gradient scaled to the norm of the sign's step; ``frozen`` is a control, in which neither M
+            nor W is trained and M is sampled from N(0, 1).
         layers: names of the linear layers that get bias units (``"head"`` and names within
-            ``backbone``); every one by default.
-        m_start: ``zero`` or ``normal``, N(0, 1); by default ``normal`` where M is frozen.
-        w_scale: standard deviation of W at a task's start times the square root of H.
+            ``backbone``); by default all.
+        m_start: ``zero`` or ``normal``, N(0, 1); by default ``normal`` if M is frozen, else ``zero``.
+        w_scale: the initial standard deviation of W times the square root of H.
 
     State:
         in the module: M (1, H), W (H, K) and a bank of frozen biases (T, K) per layer; a task stores
@@ -116,7 +116,7 @@ class BeneficialPerturbation(ContinualStrategy):
             )
         if direction == "frozen" and m_start == "zero":
             raise ConfigurationError(
-                "Expected m_start to be 'normal' where direction is 'frozen', but got 'zero'. A frozen "
+                "Expected m_start to be 'normal' when direction is 'frozen', but got 'zero'. A frozen "
                 "M of 0 is a network without bias units: leave the strategy out instead."
             )
         if not 0 < w_scale < float("inf"):
@@ -138,14 +138,14 @@ class BeneficialPerturbation(ContinualStrategy):
         self.reset()
 
     def reset(self) -> None:
-        """Let go of the module that has the bias units, and of an update under way."""
+        """Drop the references to the module's bias units, and any pending update."""
         self.units: dict[str, BiasUnits] = {}
         self._all_m: list[nn.Parameter] = []
-        self._moving: list[nn.Parameter] = []  # in the update that is under way, and their steps
+        self._moving: list[nn.Parameter] = []  # in the current update, and their steps
         self._steps: Sequence[Tensor] = []
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Give the chosen layers bias units."""
+        """Attach bias units to the selected layers."""
         known = host.network.linear_layers()
         for name in self.layers or known:
             if name not in known:
@@ -157,12 +157,12 @@ class BeneficialPerturbation(ContinualStrategy):
             name: host.network.attach_bias_units(name, self.rank) for name in self.layers or known
         }
         for units in self.units.values():
-            # Before DDP wraps the module: it must not wait for gradients that never come.
+            # Before DDP wraps the module, which would wait for the gradients of frozen parameters.
             units.requires_grad_(self.direction != "frozen")
         self._all_m = [units.M for units in self.units.values()]
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
-        """Draw M and W anew; the same on every process and after a resume."""
+        """Reinitialize M and W, identically on every process and after resuming."""
         for name, units in self.units.items():
             generator = seeded_generator("bias units", host.stream.seed, task.id, name)
             w = torch.randn(units.W.shape, generator=generator) * self.w_scale / self.rank**0.5
@@ -172,11 +172,11 @@ class BeneficialPerturbation(ContinualStrategy):
             units.start(task.id, m, w)
 
     def consume_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Turn M's gradients into steps and keep them from clipping and from the optimizer."""
+        """Compute the steps of M, and remove its gradients before clipping and the optimizer."""
         scale = host.loss_scale
         moving = [m for m in self._all_m if m.grad is not None]
         gradients = [m.grad for m in moving if m.grad is not None]
-        if scale != 1:  # no scaler looks whether one of these has overflowed
+        if scale != 1:  # the gradient scaler does not check these for overflow
             gradients = [
                 torch.where(g.isfinite().all(), g / scale, torch.zeros_like(g)) for g in gradients
             ]
@@ -187,26 +187,26 @@ class BeneficialPerturbation(ContinualStrategy):
             m.grad = None
 
     def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Move M: here and not before, because a scaler may skip an update."""
+        """Apply the steps to M, only now because the gradient scaler may skip an update."""
         if self._steps:
             with torch.no_grad():
                 torch._foreach_sub_(cast(list[Tensor], self._moving), list(self._steps))
             self._moving, self._steps = [], []
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Freeze the product; M and W are spent."""
+        """Freeze the product; M and W are no longer needed."""
         for units in self.units.values():
             units.freeze()
 
     def held_tensors(self, host: ContinualHost) -> HeldTensors:
-        """M and W of the live task, and the banks of frozen biases."""
+        """M and W of the current task, and the banks of frozen biases."""
         live = [tensor for units in self.units.values() for tensor in (units.M, units.W)]
         return HeldTensors(training=live, inference=[u.bank for u in self.units.values()])
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """In numbers of 4 bytes: T K per layer, for all tasks from the start; training: H + H K more.
+        """In float32 numbers: T K per layer, allocated for all tasks; training: H + H K more.
 
-        A task adds a row of each bank; the paper counts its own outputs in place of the whole head.
+        A task adds a row of each bank; the paper counts only the task's outputs of the head.
         """
         outputs = {name: units.bank.shape[1] for name, units in self.units.items()}
         size = next(iter(self.units.values())).bank.element_size()  # 8 in double precision
@@ -218,6 +218,6 @@ class BeneficialPerturbation(ContinualStrategy):
         return DeclaredBytes(banks + live, banks, row, bias_unit_bytes(hidden, own))
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
-        """The norm of each layer's live bias."""
+        """The norm of each layer's current bias."""
         with torch.no_grad():
             return {f"bias_norm/{name}": u.product().norm() for name, u in self.units.items()}

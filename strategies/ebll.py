@@ -30,7 +30,7 @@ PHASE = "autoencoder"
 
 
 def codes(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    r"""What encoders keep of features, :math:`\sigma(W_k F + b_k)`, in the encoders' precision.
+    r"""The codes of features, :math:`\sigma(W_k F + b_k)`, in the encoders' precision.
 
     Args:
         features: F, ``(batch, features)``.
@@ -41,15 +41,16 @@ def codes(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ``(batch, encoders * code)``.
     """
     with torch.autocast(features.device.type, enabled=False):
-        taken = features.to(weight.dtype)
-        return F.linear(taken, weight.flatten(0, 1), bias.flatten()).sigmoid()
+        features = features.to(weight.dtype)
+        return F.linear(features, weight.flatten(0, 1), bias.flatten()).sigmoid()
 
 
 def code_loss(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    r"""How far codes have moved, :math:`\frac{\alpha}{2} \|c - c^*\|^2` for each sample.
+    r"""The drift of codes, :math:`\frac{\alpha}{2} \|c - c^*\|^2`, for each sample.
 
-    Its gradient by the features is :math:`\alpha W^T [(c - c^*) \odot c \odot (1 - c)]`, exactly 0
-    where student and teacher agree and for moves in the null space of W.
+    Its gradient with respect to the features is
+    :math:`\alpha W^T [(c - c^*) \odot c \odot (1 - c)]`, exactly 0 if student and teacher agree or
+    differ only in the null space of W.
 
     Args:
         student: c, ``(batch, codes)``.
@@ -71,9 +72,9 @@ class Autoencoder(nn.Module):
     Args:
         features: d.
         code_size: c, below d.
-        generator: draws the weights, uniform within 1 / sqrt(inputs); the biases are 0. None draws
-            none, for weights that are loaded.
-        activation: the sigmoid; with the identity it can do what principal components do.
+        generator: initializes the weights, uniform within 1 / sqrt(inputs); the biases are 0. None
+            leaves them uninitialized, to be loaded.
+        activation: the sigmoid; with the identity it can learn a principal component analysis.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Autoencoder(nn.Module):
         self.decoder_bias = nn.Parameter(torch.zeros(features))
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(batch, d)`` to their reconstruction, ``(batch, d)``, in the precision of the weights."""
+        """Reconstruct features, ``(batch, d)``, in the precision of the weights."""
         with torch.autocast(features.device.type, enabled=False):
             code = self.activation(F.linear(features.to(self.weight.dtype), self.weight, self.bias))
             return F.linear(code, self.decoder_weight, self.decoder_bias)
@@ -104,9 +105,9 @@ class Autoencoder(nn.Module):
 def reconstructed(
     network: nn.Module, layer: str, autoencoder: Autoencoder, inputs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""The logits of a network when a layer's features are replaced by their reconstruction.
+    r"""The logits of a network with a layer's features replaced by their reconstruction.
 
-    Its parameters take part detached: only the autoencoder's get gradients.
+    The network's parameters are detached: only the autoencoder's get gradients.
 
     Args:
         network: maps ``(batch, ...)`` to logits, in evaluation mode.
@@ -139,46 +140,46 @@ def reconstructed(
 
 
 class EncoderBasedLifelongLearning(LearningWithoutForgetting):
-    r"""EBLL: LwF, and features may move only where past tasks' autoencoders do not look.
+    r"""EBLL: LwF, and a penalty on changes of the features that past tasks' autoencoders encode.
 
     .. math:: L_{\mathrm{LwF}} + \sum_{k<t} \frac{\alpha}{2}
               \big\| \sigma(W_k F(x) + b_k) - \sigma(W_k F^*(x) + b_k) \big\|^2
 
     Rannen Triki et al. (2017), https://arxiv.org/abs/1704.01920. F are the features of the network, F*
     those of LwF's teacher, for the same sample. W_k, b_k is the encoder of an under-complete
-    autoencoder r that learned the features of task k when the task had been learned, with everything
-    else fixed, by
+    autoencoder r that was trained on the features of task k at the end of that task, with the network
+    frozen, by minimizing
 
     .. math:: \alpha_r \| r(F) - F \|^2 + \mathrm{CE}(T_k(r(F)), y)
 
-    where T_k is the rest of the network. Where the network has modes, F and F* are taken in the mode
+    where T_k is the rest of the network. If the network has modes, F and F* are computed in the mode
     of task k.
 
-    Differs from the paper: codes of the teacher are computed anew for every batch, not recorded once;
-    no autoencoder is trained after the stream's last task, as nobody would look at it; the warm-up and
-    the learning rate are as in LwF. Ports that take the mean over batch and codes (``nn.MSELoss``)
-    have an alpha of their own: ours is theirs times 2 / code_size.
+    Differs from the paper: the teacher's codes are recomputed for every batch, not recorded once; no
+    autoencoder is trained after the stream's last task, as it would not be used; the warm-up and the
+    learning rate are as in LwF. Implementations that average over batch and codes (``nn.MSELoss``)
+    scale alpha differently: ours is theirs times 2 / code_size.
 
     Args:
         strength: lambda of LwF, dimensionless.
-        alpha: of the codes, dimensionless; 0 is LwF.
-        code_size: c, units of the code, below the number of features; by default 100, or half of the
-            features where that is less.
+        alpha: weight of the code loss, dimensionless; 0 is LwF.
+        code_size: c, units of the code, below the number of features; by default 100 or half of the
+            features, whichever is less.
         layer: name of the layer whose output is F, flattened: ``"backbone"`` or a part of it.
-        autoencoder_epochs: epochs over a task's samples that its autoencoder learns.
+        autoencoder_epochs: epochs over a task's samples to train its autoencoder.
         autoencoder_lr: learning rate of its optimizer, Adadelta.
-        reconstruction: alpha_r, weight of the squared error, which is a sum over features.
+        reconstruction: alpha_r, weight of the squared error, which is summed over features.
         temperature: T of LwF, dimensionless.
         heads: as in LwF.
         warm_up_epochs: as in LwF.
 
     State:
-        LwF's teacher; for each past task an encoder, W ``(c, d)`` and b ``(c,)``, 4 (c d + c) bytes; while
-        one trains, its whole autoencoder. Nothing that has to be stored for use after training.
+        LwF's teacher; for each past task an encoder, W ``(c, d)`` and b ``(c,)``, 4 (c d + c) bytes;
+        while one is trained, the whole autoencoder. Nothing is needed for inference.
 
     Raises:
         ConfigurationError: a value is out of range or unknown, the layer does not exist or is not used
-            once in a forward, the code is not smaller than the features, or as in LwF.
+            exactly once per forward pass, the code is not smaller than the features, or as in LwF.
     """
 
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "alpha": 0.0}
@@ -204,11 +205,11 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             temperature=temperature,
             heads=heads,
             warm_up_epochs=warm_up_epochs,
-            record=False,  # features are many, and the teacher has to run for them anyway
+            record=False,  # features take much memory, and the teacher has to run for them anyway
         )
         for name, value, remedy in (
             ("alpha", alpha, "0 is LwF."),
-            ("reconstruction", reconstruction, "0 leaves the cross-entropy alone."),
+            ("reconstruction", reconstruction, "0 uses only the cross-entropy."),
         ):
             if not 0 <= value < float("inf"):
                 raise ConfigurationError(
@@ -227,7 +228,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         if not 0 < autoencoder_lr < float("inf"):
             raise ConfigurationError(
                 f"Expected autoencoder_lr to be a positive number, but got {autoencoder_lr}. "
-                "It scales the steps of Adadelta, which chooses their size; 1 leaves them."
+                "It scales the steps of Adadelta; 1 leaves them unchanged."
             )
         self.alpha = alpha
         self.code_size = code_size
@@ -237,13 +238,13 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         self.reconstruction = reconstruction
 
     def reset(self) -> None:
-        """Know no teacher and no encoder, and listen to no layer."""
+        """Start without a teacher and encoders, and remove the hook on the layer."""
         super().reset()
         self.encoders: dict[str, Tensor] = {}  # weight (tasks, c, d) and bias (tasks, c)
         self.autoencoder: Autoencoder | None = None
         self._last_task = 0
-        self._features: Tensor | None = None  # of the step's batch, until its loss is taken
-        self._stop_listening()
+        self._features: Tensor | None = None  # of the step's batch, until its loss is computed
+        self._remove_hook()
 
     @property
     def needs_teacher(self) -> bool:
@@ -252,13 +253,13 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
 
     @property
     def num_encoders(self) -> int:
-        """How many tasks' encoders are kept."""
+        """The number of stored encoders."""
         return len(self.encoders["weight"]) if self.encoders else 0
 
     # --- launch ----------------------------------------------------------------------------------
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Find the layer, and listen to it."""
+        """Find the layer, and register a hook on it."""
         super().configure(host, stream)
         self._last_task = len(stream.tasks) - 1
         network = host.network
@@ -268,13 +269,13 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
                 f"Expected layer to be 'backbone' or a part of it, but got {self.layer!r}."
                 f"{did_you_mean(self.layer, known)} It has {', '.join(known)}."
             )
-        self._stop_listening()
+        self._remove_hook()
         if self.alpha > 0:
-            listen = partial(self._listen, host)
-            self._handle = known[self.layer].register_forward_hook(listen)
+            hook = partial(self._record_features, host)
+            self._handle = known[self.layer].register_forward_hook(hook)
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
-        """Refuse a code that is not smaller than the features, once all strategies are in place."""
+        """Refuse a code that is not smaller than the features, after all strategies are configured."""
         super().check(host, optimizer)
         features = self._num_features(host)
         if self.code_size is not None and self.code_size >= features:
@@ -284,7 +285,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             )
 
     def _num_features(self, host: ContinualHost) -> int:
-        """Width of the layer's flattened output, from one dry forward."""
+        """Width of the layer's flattened output, from one dry forward pass."""
         network, outputs = host.network, []
         layer = network.get_submodule(self.layer)
         handle = layer.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
@@ -296,41 +297,41 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             handle.remove()
         if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].numel() < 2:
             raise ConfigurationError(
-                f"Expected layer to put out one tensor of several features in a forward, but got "
+                f"Expected layer to output one tensor with several features per forward pass, but got "
                 f"{len(outputs)} outputs from {self.layer!r}. Choose a layer that is used once."
             )
         return outputs[0].numel()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the layer as it was."""
-        self._stop_listening()
+        """Remove the hook."""
+        self._remove_hook()
 
-    def _stop_listening(self) -> None:
+    def _remove_hook(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
 
-    def _listen(
+    def _record_features(
         self, host: ContinualHost, layer: nn.Module, arguments: Any, output: Tensor
     ) -> None:
         if host.in_step_forward and self.encoders:
-            self._features = output.flatten(1).clone()  # the next layer may write into it
+            self._features = output.flatten(1).clone()  # the next layer may be in-place
 
     # --- the autoencoder of a task ---------------------------------------------------------------
 
     def phases(self, task: Task, phases: list[Phase]) -> list[Phase]:
-        """Append the autoencoder's."""
+        """Append the training of the autoencoder."""
         phases = super().phases(task, phases)
         if self.alpha == 0 or task.id == self._last_task:
             return phases
         return [*phases, Phase(PHASE, self.autoencoder_epochs, trains="strategy")]
 
     def phase_optimizer(self, host: ContinualHost, phase: Phase) -> Optimizer:
-        """Adadelta, over an autoencoder that is new, or restored where a run resumes."""
+        """Adadelta, over a new autoencoder, or over the restored one when resuming."""
         autoencoder = self.autoencoder or self._new_autoencoder(host)
         if self.num_encoders == host.network.opened:
             self.autoencoder = autoencoder
-        # else the task is learned, and a checkpoint of this moment wants an optimizer to restore
+        # else the task is finished, and resuming only needs an optimizer to load the state into
         return Adadelta(autoencoder.to(host.device).parameters(), lr=self.autoencoder_lr)
 
     def _new_autoencoder(self, host: ContinualHost) -> Autoencoder:
@@ -339,14 +340,14 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         return Autoencoder(features, self.code_size or min(100, features // 2), generator)
 
     def phase_loss(self, host: ContinualHost, phase: Phase, batch: Batch) -> Tensor:
-        """The reconstruction error and the task's loss on what is reconstructed: ``(batch,)``."""
+        """The reconstruction error plus the task's loss on the reconstruction: ``(batch,)``."""
         assert self.autoencoder is not None
         logits, errors = reconstructed(host.network, self.layer, self.autoencoder, batch.inputs)
         losses = host.losses(full_precision(logits), batch.targets, host.network.opened)
         return self.reconstruction * errors + losses
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Keep the encoder; the decoder is spent."""
+        """Store the encoder and discard the decoder."""
         if self.autoencoder is None:
             return
         learned = {"weight": self.autoencoder.weight, "bias": self.autoencoder.bias}
@@ -367,13 +368,13 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
     # --- the loss of later tasks -----------------------------------------------------------------
 
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """The distillation of all old heads, and the codes of all old tasks."""
+        """The distillation loss of all old heads, and the code loss of all old tasks."""
         features, self._features = self._features, None
         if not self.distills(host):
             return {}
         layer = self.layer if self.encoders else None
         outputs = Outputs(logits, features)
-        if layer and features is None:  # the layer was not run
+        if layer and features is None:  # the layer did not run
             outputs = student_outputs(host, batch.inputs, layer)
         students = self.student_outputs(host, batch, outputs, layer)
         teachers = self.teacher_outputs(host, batch.inputs, layer)
@@ -390,8 +391,8 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         return terms
 
     def code_term(self, students: Sequence[Outputs], teachers: Sequence[Outputs]) -> Tensor:
-        """The loss of these outputs' codes, alpha included: ``(batch,)``."""
-        several = len(students) > 1  # one pair for each encoder, or one for all
+        """The code loss of these outputs, including alpha: ``(batch,)``."""
+        several = len(students) > 1  # one pair per encoder, or one for all
         losses = []
         for index, pair in enumerate(zip(students, teachers, strict=True)):
             own = slice(index, index + 1) if several else slice(None)
@@ -405,7 +406,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
     # --- bookkeeping -----------------------------------------------------------------------------
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """Training: LwF's, 4 (c d + c) for each encoder, and the autoencoder that trains, if any."""
+        """Training: LwF's, 4 (c d + c) per encoder, and the autoencoder in training, if any."""
         training, number = super().declared_bytes(host).training, self.num_encoders
         if number:
             _, c, d = self.encoders["weight"].shape
@@ -416,7 +417,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         return DeclaredBytes(training)
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher, the encoders, and the autoencoder that trains, if any."""
+        """The teacher, the encoders, and the autoencoder in training, if any."""
         live = {} if self.autoencoder is None else self.autoencoder.state_dict()
         return {
             **super().state_dict(),
@@ -425,7 +426,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was saved."""
+        """Restore the teacher, the encoders and the autoencoder."""
         super().load_state_dict(state_dict)
         self.encoders = dict(state_dict["encoders"])
         live, self.autoencoder = state_dict["autoencoder"], None
@@ -435,7 +436,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             self.autoencoder.load_state_dict(live)
 
     def move_state(self, host: ContinualHost) -> None:
-        """Move everything to the host's device; the optimizer keeps its hold of the autoencoder."""
+        """Move everything to the host's device, in place so that the optimizer's references stay valid."""
         super().move_state(host)
         self.encoders = {name: value.to(host.device) for name, value in self.encoders.items()}
         if self.autoencoder is not None:

@@ -1,4 +1,4 @@
-"""Fine-tuning: no method at all, and the template of a new one."""
+"""Fine-tuning: no continual-learning method, and the template for a new one."""
 
 from bpn_lightning.strategies.base import ContinualStrategy
 
@@ -6,7 +6,7 @@ __all__ = ["FineTuning"]
 
 
 class FineTuning(ContinualStrategy):
-    """Learn each task from where the last one ended and do nothing against forgetting.
+    """Train on each task starting from the previous task's weights, with nothing against forgetting.
 
-    The lower reference of every comparison. State: none.
+    The lower baseline of every comparison. State: none.
     """

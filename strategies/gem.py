@@ -1,4 +1,4 @@
-"""Gradient episodic memory, and its averaged form."""
+"""Gradient episodic memory (GEM) and averaged GEM (A-GEM)."""
 
 import warnings
 from collections.abc import Mapping
@@ -39,41 +39,41 @@ __all__ = ["AveragedGEM", "GradientEpisodicMemory"]
 
 
 class GradientEpisodicMemory(ContinualStrategy):
-    r"""Gradient episodic memory (GEM): no step may raise the loss on what is kept of any past task.
+    r"""Gradient episodic memory (GEM): no step may increase the loss on any past task's memory.
 
     .. math:: \min_{\tilde g} \tfrac12 |\tilde g - g|^2 \quad \text{under} \quad
         \langle \tilde g, g_k \rangle \ge 0 \quad \text{for all tasks } k \text{ before this one}
 
     Lopez-Paz and Ranzato (2017), https://arxiv.org/abs/1706.08840; g is the gradient of the batch, after
-    any penalty, and g_k that of the mean loss over the memory of task k, in its mode. Solved in its
+    any penalty, and g_k that of the mean loss over the memory of task k, in its mode. Solved in the
     dual, :func:`multipliers`, which has one unknown per task.
 
-    Differs from the paper: its G has rows -g_k, which contradicts its own constraint; here as in the
-    authors' code they are +g_k. The margin bounds v as there (``constraint``) or is added to it as in
-    the paper (``additive``). The ridge, which makes linearly dependent gradients solvable, is relative
-    to their lengths; the authors' absolute 0.001 swallows short ones. Each class has its part of a
-    memory, drawn over the whole task at its end. Rows of the head that are not learned now (other
-    tasks' under ``mask="task"``) do not move and so take no part.
+    Differs from the paper: its G has rows -g_k, which contradicts its own constraint; here, as in the
+    authors' code, they are +g_k. The margin is a lower bound of v as in that code (``constraint``) or
+    is added to it as in the paper (``additive``). The ridge, which regularizes linearly dependent
+    gradients, is relative to their norms; the authors' absolute 0.001 dominates small gradients. Each
+    class gets its part of the memory, sampled from the whole task at its end. Frozen head rows (those
+    of other tasks with ``mask="task"``) are excluded.
 
-    The paper of Wen et al. writes GEM (n) for n images per class and a final linear classifier for each
-    task, chosen by a task oracle: ``memory_per="class"`` beside the module's ``mask="task"``.
+    Wen et al. write GEM (n) for n images per class and a final linear classifier per task, selected by
+    the given task ID: ``memory_per="class"`` with the module's ``mask="task"``.
 
     Args:
         memory_size: samples kept of each task, or of each class.
         memory_per: which of the two, ``task`` or ``class``.
-        margin: gamma, in units of v, from 0: how much of every memory's gradient is added where any
-            is violated.
+        margin: gamma, in units of v, at least 0: how much of every memory's gradient is added if any
+            constraint is violated.
         margin_mode: ``constraint`` or ``additive``.
-        ridge: added to GG^T's diagonal, as a fraction of it.
-        replay_batch_size: samples of the memory in one forward of one process; None: all.
+        ridge: added to the diagonal of GG^T, as a fraction of it.
+        replay_batch_size: samples of the memory per forward pass of one process; None: all.
 
     State:
-        the samples as the stream stores them, images as uint8, and their labels: bytes of an input
-        plus 8 for each sample. While a gradient is projected, G: 4 bytes per parameter and past task.
+        the samples as the stream stores them, images as uint8, and their labels: per sample the bytes
+        of an input plus 8. During a projection, G: 4 bytes per parameter and past task.
 
     Raises:
-        ConfigurationError: an argument breaks its rule, a memory is larger than a task, or gradients
-            are clipped by value.
+        ConfigurationError: an argument is invalid, a memory is larger than a task, or gradients are
+            clipped by value.
     """
 
     projects: ClassVar[bool] = True
@@ -90,10 +90,10 @@ class GradientEpisodicMemory(ContinualStrategy):
         replay_batch_size: int | None = None,
     ) -> None:
         _check_positive_int(
-            "memory_size", memory_size, "Without memories it is fine-tuning: leave it out."
+            "memory_size", memory_size, "Without a memory it is fine-tuning: leave GEM out."
         )
         if replay_batch_size is not None:
-            _check_positive_int("replay_batch_size", replay_batch_size, "null takes all at once.")
+            _check_positive_int("replay_batch_size", replay_batch_size, "null uses all at once.")
         for argument, choice, known in (
             ("memory_per", memory_per, ("task", "class")),
             ("margin_mode", margin_mode, MARGIN_MODES),
@@ -109,8 +109,8 @@ class GradientEpisodicMemory(ContinualStrategy):
             )
         if not 0 < ridge < float("inf"):
             raise ConfigurationError(
-                f"Expected ridge to be a positive number, but got {ridge}. Without it, memories with "
-                f"the same gradient have no unique solution; {RIDGE} is small enough."
+                f"Expected ridge to be a positive number, but got {ridge}. Without it, the solution is "
+                f"not unique for memories with equal gradients; {RIDGE} is small enough."
             )
         self.memory_size = memory_size
         self.memory_per: MemoryPer = memory_per
@@ -128,24 +128,24 @@ class GradientEpisodicMemory(ContinualStrategy):
         self._closed_forms: dict[tuple[str, ...], bool] = {}
         self._processes = 1
 
-    # --- what is refused -------------------------------------------------------------------------
+    # --- checks ----------------------------------------------------------------------------------
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
-        """Refuse what breaks the constraints again or cannot be filled; warn of what may."""
+        """Refuse runs that violate the constraints or cannot fill the memory; warn if they may."""
         trainer = host.trainer
         name = type(self).__name__
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ConfigurationError(
-                f"Expected trainer.gradient_clip_algorithm to be 'norm' beside {name}, but got 'value'. "
-                "Clipping each value turns a gradient away from where it was projected to."
+                f"Expected trainer.gradient_clip_algorithm to be 'norm' with {name}, but got 'value'. "
+                "Clipping by value changes the direction of the projected gradient."
             )
         refuse_fused(name, host, optimizer)
         check_memory_size(host, self.memory_size, self.memory_per)
         changes = _non_sgd_rule(optimizer)
         if changes and host.global_rank == 0:
             warnings.warn(
-                f"{name} projects gradients, and {changes} makes other steps of them, which need not "
-                "satisfy its constraints. torch.optim.SGD without momentum takes them as they are.",
+                f"{name} projects gradients, but {changes} does not step along them, so its steps may "
+                "violate the constraints. torch.optim.SGD without momentum satisfies them.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -153,22 +153,22 @@ class GradientEpisodicMemory(ContinualStrategy):
     # --- the memory ------------------------------------------------------------------------------
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Keep some samples of the task, the same in every process."""
+        """Store samples of the task, the same in every process."""
         self.memory.store(host, task, self.memory_size, self.memory_per)
 
     def replay_indices(self, host: ContinualHost) -> tuple[Tensor, Tensor]:
-        """Which samples an update looks at, and the group that each belongs to.
+        """The samples replayed in an update, and their groups.
 
         Returns:
-            Positions in the memory and numbers of groups from 0, ascending, ``(samples,)`` on the CPU;
-            every group makes one constraint.
+            Indices into the memory, and indices of groups in ascending order, each ``(samples,)`` on the
+            CPU; each group is one constraint.
         """
         return torch.arange(len(self.memory)), self.memory.tasks()
 
     # --- an update -------------------------------------------------------------------------------
 
     def project_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Move the gradient to the nearest one that no memory objects to."""
+        """Replace the gradient by the nearest one that satisfies all constraints."""
         moving = {name: value for name, value in parameters.items() if value.grad is not None}
         if not self.memory.sizes or not moving:
             return
@@ -178,14 +178,14 @@ class GradientEpisodicMemory(ContinualStrategy):
         products, gram = inner_products(gradient, whole)
         products = self._from_first_process(host, products)
         known, gram = products.cpu(), gram.cpu()
-        if known.isfinite().all():  # else a scaler is about to skip the update
+        if known.isfinite().all():  # else the gradient scaler will skip the update
             lengths = gram.diagonal().sqrt() * torch.linalg.vector_norm(gradient).cpu().double()
             cosines = known / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
             self._violated, self._lowest = int((known < 0).sum()), float(cosines.min())
         if not violated(known):
             return
         v = torch.zeros_like(products)
-        if host.global_rank == 0:  # solvers need not agree to the last bit where devices differ
+        if host.global_rank == 0:  # solvers may differ in the last bits between devices
             v.copy_(multipliers(known, gram, self.margin, self.margin_mode, self.ridge))
         v = self._from_first_process(host, v)
         sizes = [part.numel() for part in gradients]
@@ -201,8 +201,8 @@ class GradientEpisodicMemory(ContinualStrategy):
     ) -> Tensor:
         """The gradient of each group's mean loss over the memory, the same in every process.
 
-        In evaluation mode and full precision, each sample in the mode of its task; ``.grad``, running
-        statistics and random states are left alone. Processes divide the samples among them.
+        Computed in evaluation mode and full precision, each sample in the mode of its task; ``.grad``,
+        running statistics and random states are not changed. The samples are sharded over processes.
 
         Returns:
             G, ``(groups, P)``: the parameters flattened, in their order.
@@ -218,7 +218,7 @@ class GradientEpisodicMemory(ContinualStrategy):
                 sizes = groups[own][part].bincount(minlength=len(totals))
                 there = sizes.nonzero().flatten()
                 found = self._segments(host, parameters, positions[own][part], sizes[there])
-                if not torch.equal(sizes, totals):  # only some of a group's samples are here
+                if not torch.equal(sizes, totals):  # this part has only some samples of a group
                     found *= (sizes[there].double() / totals[there]).to(found)[:, None]
                 total = _added(total, found, there, len(totals))
         if total is None:  # more processes than samples
@@ -234,7 +234,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         indices: Tensor,
         sizes: Tensor,
     ) -> Tensor:
-        """The gradient of the mean loss of each group of some samples, ``(groups, P)``."""
+        """The gradient of each group's mean loss over some samples, ``(groups, P)``."""
         raw = self.memory.batch(indices)
         inputs, targets = host.stream.prepare(raw).inputs, raw.targets
         tasks = cast(Tensor, raw.task)
@@ -260,7 +260,7 @@ class GradientEpisodicMemory(ContinualStrategy):
     def _zero_frozen_rows(
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter], gradients: Tensor
     ) -> None:
-        """Set to 0 where the module restores the head's rows after the step: they do not move."""
+        """Set the gradients of frozen head rows to 0; the module restores these rows after the step."""
         if host.network.mask != "task" and host.phase.trains != "head":
             return
         first, stop = host.network.tasks[host.network.opened].columns
@@ -274,21 +274,21 @@ class GradientEpisodicMemory(ContinualStrategy):
     # --- state and costs -------------------------------------------------------------------------
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
-        """Look at the network's layers anew: they may have changed."""
+        """Clear the cache of layer types, which may have changed."""
         self._closed_forms = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory, and what the next update may log."""
+        """The memory, and the logged values of the last update."""
         conflict = {"violated": self._violated, "lowest_cosine": self._lowest}
         return {**self.memory.state_dict(), **conflict}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved memory."""
+        """Restore the memory."""
         self.memory.load_state_dict(state_dict)
         self._violated, self._lowest = state_dict["violated"], state_dict["lowest_cosine"]
 
     def move_state(self, host: ContinualHost) -> None:
-        """Move the memory to the host's device, and see how many processes there are."""
+        """Move the memory to the host's device, and count the processes."""
         self.memory.to(host.device)
         self._processes = num_processes(host)
 
@@ -296,11 +296,10 @@ class GradientEpisodicMemory(ContinualStrategy):
         return self.memory_size * (task.num_classes if self.memory_per == "class" else 1)
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """The memories of the learned tasks, none of which is needed for inference.
+        """The memories of the learned tasks, which are not needed for inference.
 
-        A task adds inputs as the stream stores them, and labels; kept for as long as further tasks are
-        learned. The paper has three bytes per value of an image, as its Table I implies: 47,040 for 20
-        images of 784 values.
+        A task adds inputs as the stream stores them, and labels. The paper counts three bytes per value
+        of an image, as its Table I implies: 47,040 for 20 images of 784 values.
         """
         samples = [self._samples(task) for task in host.network.tasks]
         learned = sum(samples[: len(self.memory.sizes)])
@@ -311,9 +310,9 @@ class GradientEpisodicMemory(ContinualStrategy):
         )
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
-        """How many memories objected to the last gradient, and the worst conflict with one.
+        """The number of constraints that the last gradient violated, and the lowest cosine.
 
-        That is the lowest cosine between the gradient, before it was projected, and a memory's.
+        The cosine is between the gradient before projection and the gradient of a memory.
         """
         found = {"memories/violated": torch.tensor(float(self._violated), device=host.device)}
         if self._lowest is not None:
@@ -322,13 +321,13 @@ class GradientEpisodicMemory(ContinualStrategy):
 
 
 class AveragedGEM(GradientEpisodicMemory):
-    r"""Averaged GEM (A-GEM): no step may raise the mean loss on what is kept of all past tasks.
+    r"""Averaged GEM (A-GEM): no step may increase the mean loss on the memory of all past tasks.
 
     .. math:: \tilde g = g - \frac{\langle g, m \rangle}{\langle m, m \rangle} m \quad
         \text{where } \langle g, m \rangle < 0
 
     Chaudhry et al. (2018), https://arxiv.org/abs/1812.00420; m is the gradient of the mean loss over
-    samples drawn from the memories at every update, in their tasks' modes. It is GEM with one
+    samples drawn from the memory at every update, in their tasks' modes. It is GEM with a single
     constraint and margin 0.
 
     Differs from the paper: the memory is filled at a task's end, as GEM's here.
@@ -337,10 +336,10 @@ class AveragedGEM(GradientEpisodicMemory):
         memory_size: samples kept of each task, or of each class.
         memory_per: which of the two, ``task`` or ``class``.
         sample_size: samples drawn for an update, without replacement; None: all.
-        replay_batch_size: samples of the memory in one forward of one process; None: all.
+        replay_batch_size: samples of the memory per forward pass of one process; None: all.
 
     State:
-        GEM's, and how many updates have drawn; while a gradient is projected, 4 bytes per parameter.
+        GEM's, and the number of draws; during a projection, 4 bytes per parameter.
 
     Raises:
         ConfigurationError: as GEM's.
@@ -361,17 +360,17 @@ class AveragedGEM(GradientEpisodicMemory):
             replay_batch_size=replay_batch_size,
         )
         if sample_size is not None:
-            _check_positive_int("sample_size", sample_size, "null takes the whole memory.")
+            _check_positive_int("sample_size", sample_size, "null uses the whole memory.")
         self.sample_size = sample_size
-        self.ridge = 0.0  # one gradient depends on no other
+        self.ridge = 0.0  # a single gradient needs no regularization
 
     def reset(self) -> None:
-        """Empty the memory, and draw from the beginning."""
+        """Empty the memory, and restart the draws."""
         super().reset()
         self.draws = 0
 
     def replay_indices(self, host: ContinualHost) -> tuple[Tensor, Tensor]:
-        """Some samples of all tasks, as one group."""
+        """Random samples of all tasks, as one group."""
         positions = torch.arange(len(self.memory))
         if self.sample_size is not None and self.sample_size < len(positions):
             generator = seeded_generator("memory draw", host.stream.seed, self.draws)
@@ -381,19 +380,19 @@ class AveragedGEM(GradientEpisodicMemory):
         return positions, torch.zeros_like(positions)
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory, and how many updates have drawn from it."""
+        """The memory, and the number of draws."""
         return {**super().state_dict(), "draws": self.draws}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved memory."""
+        """Restore the memory."""
         super().load_state_dict(state_dict)
         self.draws = int(state_dict["draws"])
 
 
 def _added(total: Tensor | None, found: Tensor, groups: Tensor, number: int) -> Tensor:
-    """Add gradients ``(groups there, P)`` to those of all groups, ``(number, P)``."""
+    """Add the gradients of some groups, ``(len(groups), P)``, to those of all, ``(number, P)``."""
     if total is None and len(groups) == number:
-        return found  # all at once, as usual: a tensor of this size exists once
+        return found  # the usual case, without a second tensor of this size
     if total is None:
         total = found.new_zeros(number, found.shape[1])
     return total.index_add_(0, groups.to(total.device), found)
@@ -407,7 +406,7 @@ def _check_positive_int(argument: str, value: int, remedy: str) -> None:
 
 
 def _non_sgd_rule(optimizer: Optimizer) -> str:
-    """What makes a step that is no multiple of the gradient, in words; nothing for plain SGD."""
+    """Why steps are not multiples of the gradient, in words; empty for plain SGD."""
     name = type(optimizer).__name__
     if type(optimizer) is not SGD:
         return name

@@ -29,58 +29,58 @@ LABELS = ("empirical", "sampled", "exact", "predicted")
 
 
 def drop_transfer(output: Tensor, before: Tensor, rate: float) -> Tensor:
-    r"""Dropout of what is new: :math:`y_{k-1} + \mathrm{dropout}(y - y_{k-1})`.
+    r"""Dropout of the difference to the previous task: :math:`y_{k-1} + \mathrm{dropout}(y - y_{k-1})`.
 
     Args:
-        output: y, of a layer's weights as they are.
-        before: of the weights at the previous task's end, for the same input.
-        rate: the fraction of the differences that is dropped; the rest grow by 1 / (1 - rate).
+        output: y, of a layer with its current weights.
+        before: y_{k-1}, of the same layer with the weights at the previous task's end, for the same input.
+        rate: the fraction of the differences that is dropped; the rest are scaled by 1 / (1 - rate).
 
     Returns:
-        Of the same shape, the output in expectation.
+        The same shape; in expectation equal to the output.
     """
     return before + F.dropout(output - before, rate)
 
 
 class IncrementalMomentMatching(ContinualStrategy):
-    r"""IMM: train task after task, and serve an average of the networks that they ended with.
+    r"""IMM: train on the tasks in sequence, and predict with an average of the resulting networks.
 
     .. math:: \theta_{\mathrm{mean}} = \sum_k \alpha_k \theta_k, \quad
               \theta_{\mathrm{mode}} = \sum_k \alpha_k F_k \theta_k \Big/ \sum_k \alpha_k F_k
 
     Mean-IMM and mode-IMM of Lee et al. (2017), https://arxiv.org/abs/1703.08475, with their three
-    transfers, which keep the networks near enough to one another for an average to mean something: a
-    task begins with the weights of the last one (weight transfer, always), is pulled to them by
-    :math:`\lambda \|\theta - \theta_{k-1}\|^2` (L2-transfer), and trains with dropout of its
+    transfers, which keep the networks close enough for their average to work: a task starts with the
+    weights of the previous one (weight transfer, always), with a penalty
+    :math:`\lambda \|\theta - \theta_{k-1}\|^2` towards them (L2-transfer), and with dropout of the
     difference to them (drop-transfer). F is the diagonal Fisher information of the finished task.
 
-    The average is for use only: evaluation after a task, checkpoints and ``trainer.test`` see it, and
-    the next task goes on from the weights that training had. Accuracies within a task
-    (``evaluate_every="epoch"``) and the validation loss are those of the training weights. Under
-    ``mask="task"`` the head is not averaged, for each task has its own rows of it. Running statistics
-    of batch normalization are averaged with the alphas, in both modes.
+    The average is used for evaluation after a task, in checkpoints and by ``trainer.test``; the next
+    task continues from the training weights. Accuracies within a task (``evaluate_every="epoch"``) and
+    the validation loss are those of the training weights. With ``mask="task"`` the head is not
+    averaged, because each task has its own rows. Running statistics of batch normalization are averaged
+    with the alphas, in both modes.
 
     Differs from the paper: the averages are running ones, so memory does not grow with tasks; F is
     from per-sample gradients of all the task's samples, not of a batch's mean, by default with their
-    true labels (the authors' code draws labels: ``sampled``); drop-transfer acts on hidden linear
+    true labels (the authors' code samples labels: ``sampled``); drop-transfer acts on hidden linear
     layers.
 
     Args:
         mode: ``mean`` or ``mode``.
-        strength: lambda of the L2-transfer, dimensionless, on all shared parameters; 0 is none.
-        drop: rate of the drop-transfer, fraction of the differences that is dropped, in [0, 1).
-        weights: alpha of every task up to a common factor, positive; equal by default.
-        fisher: the labels that the Fisher of ``mode`` is taken over, as in EWC.
+        strength: lambda of the L2-transfer, dimensionless, on all shared parameters; 0 disables it.
+        drop: rate of the drop-transfer, the fraction of the differences that is dropped, in [0, 1).
+        weights: alpha of each task up to a common factor, positive; equal by default.
+        fisher: the labels used in the Fisher of ``mode``, as in EWC.
 
     State:
         mean: one tensor per shared parameter and float buffer, 4 bytes per number; with ``mode`` the
         sums of the Fishers, 4 P more; with L2- or drop-transfer the weights at the previous task's
-        end, 4 P more. Between tasks the module keeps the weights of training, 4 P. Nothing that has
-        to be stored for use after training beside the network.
+        end, 4 P more. Between tasks the module keeps the training weights, 4 P. Inference needs only
+        the network.
 
     Raises:
-        ConfigurationError: a value is out of range or unknown, weights are not one per task, or there
-            is no hidden linear layer for drop-transfer.
+        ConfigurationError: a value is out of range or unknown, there is not one weight per task, or
+            there is no hidden linear layer for drop-transfer.
     """
 
     regularizer: ClassVar[bool] = True
@@ -105,12 +105,12 @@ class IncrementalMomentMatching(ContinualStrategy):
         if not 0 <= strength < float("inf"):
             raise ConfigurationError(
                 f"Expected strength to be 0 or a positive number, but got {strength}. "
-                "It is the lambda of the L2-transfer; 0 switches it off."
+                "It is the lambda of the L2-transfer; 0 disables it."
             )
         if not 0 <= drop < 1:
             raise ConfigurationError(
                 f"Expected drop to be at least 0 and below 1, but got {drop}. "
-                "It is the rate of the drop-transfer; 0 switches it off."
+                "It is the rate of the drop-transfer; 0 disables it."
             )
         if weights is not None and not all(0 < weight < float("inf") for weight in weights):
             raise ConfigurationError(
@@ -125,16 +125,16 @@ class IncrementalMomentMatching(ContinualStrategy):
         self.reset()
 
     def reset(self) -> None:
-        """Average nothing yet, and leave the layers as they were."""
+        """Start with empty averages, and remove the hooks."""
         self.mean: dict[str, Tensor] = {}
-        self.mass: dict[str, Tensor] = {}  # of what has one number for each element
-        self.masses: dict[str, float] = {}  # of what has one for all
+        self.mass: dict[str, Tensor] = {}  # of tensors with one weight per element
+        self.masses: dict[str, float] = {}  # of tensors with a single weight
         self.previous: dict[str, Tensor] = {}
         self._remove_hooks()
-        self._comparing = False  # while a hook runs its own layer
+        self._comparing = False  # while a hook calls its own layer
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Check the weights, and put drop-transfer on the hidden linear layers."""
+        """Check the weights, and hook the hidden linear layers for drop-transfer."""
         if self.weights is not None and len(self.weights) != len(stream.tasks):
             raise ConfigurationError(
                 f"Expected weights to have one number for each of the {len(stream.tasks)} tasks, but "
@@ -148,22 +148,22 @@ class IncrementalMomentMatching(ContinualStrategy):
         }
         if not hidden:
             raise ConfigurationError(
-                "Expected the backbone to have linear layers where drop is set, but it has none. "
+                "Expected the backbone to have linear layers when drop is set, but it has none. "
                 "Set drop to 0."
             )
-        # Before those who listen to a layer: the last that they hear of it is what goes on from it.
+        # Prepended, so that hooks of other strategies see the output that the next layer gets.
         self._handles = [
             layer.register_forward_hook(partial(self._drop, name), prepend=True)
             for name, layer in hidden.items()
         ]
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
-        """Refuse fused optimizers beside a scaler, where there is an L2-transfer."""
+        """Refuse fused optimizers with a gradient scaler, if there is an L2-transfer."""
         if self.strength > 0:
             refuse_fused(type(self).__name__, host, optimizer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the layers as they were."""
+        """Remove the hooks."""
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
@@ -174,18 +174,18 @@ class IncrementalMomentMatching(ContinualStrategy):
     def _drop(
         self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
-        """The drop-transfer of one layer, while a task after the first is trained."""
+        """Apply drop-transfer to one layer, from the second task on."""
         if self._comparing or not layer.training:
             return None
         weights = {
             key: self.previous[f"{name}.{key}"]
-            for key, _ in layer.named_parameters()  # a parametrized weight's lie in a part of it
+            for key, _ in layer.named_parameters()  # a parametrized weight is in a submodule
             if f"{name}.{key}" in self.previous
         }
         if not weights:
             return None
         self._comparing = True
-        try:  # the layer itself, with its bias units and keys of now
+        try:  # the layer itself, with its current bias units and keys
             before: Tensor = functional_call(layer, weights, args)
         finally:
             self._comparing = False
@@ -205,7 +205,7 @@ class IncrementalMomentMatching(ContinualStrategy):
             torch._foreach_add_(gradients, torch._foreach_sub(here, there), alpha=2 * self.strength)
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Add the task's network to the averages."""
+        """Add the task's weights to the averages."""
         alpha = 1.0 if self.weights is None else self.weights[task.id]
         parameters = host.network.shared_parameters(include_head=host.network.mask != "task")
         fisher: dict[str, Tensor] = {}
@@ -236,7 +236,7 @@ class IncrementalMomentMatching(ContinualStrategy):
         return self.mean
 
     def held_tensors(self, host: ContinualHost) -> HeldTensors:
-        """The averages, the previous weights, and those of training that the module keeps."""
+        """The averages, the previous weights, and the training weights that the module keeps."""
         return HeldTensors([*super().held_tensors(host).training, *host.training_weights.values()])
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
@@ -247,7 +247,7 @@ class IncrementalMomentMatching(ContinualStrategy):
         return DeclaredBytes(2 * (parameters + buffers) + sums)
 
     def logs(self, host: ContinualHost) -> dict[str, Tensor]:
-        """The value of the L2-transfer, strength included."""
+        """The value of the L2-transfer penalty, including the strength."""
         if self.strength == 0 or not self.previous:
             return {}
         parameters = host.network.shared_parameters(include_head=True)
@@ -268,7 +268,7 @@ class IncrementalMomentMatching(ContinualStrategy):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over saved averages."""
+        """Restore the averages and the previous weights."""
         for name, value in state_dict.items():
             setattr(self, name, dict(value))
 
@@ -280,7 +280,7 @@ class IncrementalMomentMatching(ContinualStrategy):
 
 
 def _float_buffers(host: ContinualHost) -> dict[str, Tensor]:
-    """The backbone's own, such as running statistics; not what other strategies keep there."""
+    """The backbone's own float buffers, such as running statistics, without those of strategies."""
     backbone = host.network.get_submodule("backbone")
     kept = {
         id(buffer)

@@ -10,13 +10,14 @@ __all__ = ["JointTraining"]
 
 
 class JointTraining(ContinualStrategy):
-    r"""Learn each task together with all before it, as if nothing had to be forgotten.
+    r"""Train on each task together with all previous tasks.
 
     .. math:: L_t = \frac{1}{N_1 + \dots + N_t} \sum_{k \le t} \sum_n L(x_{k,n}, y_{k,n})
 
-    The upper reference of every comparison: it keeps all data, which continual learning may not. The
-    weights go on from task to task. Batches mix tasks, and each sample has its loss in the columns of
-    its own task. A task's epochs are as many as ever, but longer: they go through all data so far.
+    The upper baseline of every comparison: it keeps all data, which continual learning does not allow.
+    Each task starts from the previous task's weights. Batches mix tasks, and the loss of each sample
+    is computed over the output units of its own task. The number of epochs per task is unchanged, but
+    each epoch covers all data so far.
 
     State: none; all training data are read again.
     """

@@ -29,42 +29,42 @@ def _in_old_modes(host: ContinualHost, run: Callable[[], Outputs]) -> list[Outpu
 
 
 class LearningWithoutForgetting(ContinualStrategy):
-    r"""LwF: on a new task's samples, keep the outputs of the old tasks' heads as they were.
+    r"""LwF: preserve the outputs of old tasks' heads on the samples of a new task.
 
     .. math:: \lambda \sum_{k<t} \Big(-\sum_c q_{k,c} \log p_{k,c}\Big), \quad
               q_k = \mathrm{softmax}(v_k / T), \; p_k = \mathrm{softmax}(z_k / T)
 
     The distillation loss of Li and Hoiem (2016), https://arxiv.org/abs/1606.09282: z_k and v_k are the
-    logits of old task k's head, of the network and of a teacher, which is the network as it was when
-    the task began. Both see the same augmented samples; the teacher without dropout. Under
-    ``mask="shared"`` there is one head, and it is distilled once. Where the network has modes, both
-    run in the mode of every old task: one more forward and backward for each.
+    logits of old task k's head, from the network and from a teacher, a snapshot of the network at the
+    start of the task. Both get the same augmented samples; the teacher runs without dropout. With
+    ``mask="shared"`` there is a single head, distilled once. If the network has modes, both run in the
+    mode of each old task: one more forward and backward pass per old task.
 
-    As in the paper, the teacher logits of a task's samples are recorded once, before they are learned.
-    Where they are augmented the teacher runs at every update, since augmentation varies its logits, and so
-    where an epoch is all that a task has, or does not see the whole task.
+    As in the paper, the teacher logits of a task's samples are recorded once, before training on them.
+    With augmentation the teacher runs at every update, because its logits vary; so it does if a task
+    has a single epoch, or if an epoch does not cover the whole task.
 
-    Differs from the paper: there is no warm-up unless it is asked for, since its epochs come on top of
-    those that other methods have; under ``mask="task"`` the old rows of the head stay as they were, as
-    with every method, and only the features follow; the learning rate does not fall after the first
-    task, and weight decay is the optimizer's.
+    Differs from the paper: by default there is no warm-up, since it adds epochs that other methods do
+    not have; with ``mask="task"`` the old head rows are frozen, as in every method, and only the
+    features adapt; the learning rate is not lowered after the first task, and weight decay is the
+    optimizer's.
 
     Args:
         strength: lambda, dimensionless; 0 is fine-tuning.
-        temperature: T, dimensionless; the paper's is 2. There is no factor of its square, so a larger
-            one also weakens the gradient.
-        heads: ``per_task`` takes a softmax over each old task's classes, ``joint`` one over all old
-            classes, as other implementations do with a single head. Where every task brings one class,
-            only ``joint`` distills anything, from the third task on.
-        warm_up_epochs: epochs at a task's beginning in which only its own rows of the head learn, with
-            an optimizer of their own; none in the first task and under ``mask="shared"``.
-        record: false runs the teacher at every update whatever the stream. The two agree to rounding:
-            a sample's outputs depend a little on the size of the batch that it is in.
+        temperature: T, dimensionless; 2 in the paper. The loss is not multiplied by its square, so a
+            higher temperature also reduces the gradient.
+        heads: ``per_task`` uses a softmax over each old task's classes, ``joint`` one over all old
+            classes, as other implementations do with a single head. If each task has one class, only
+            ``joint`` has an effect, from the third task on.
+        warm_up_epochs: epochs at the start of a task in which only its head rows are trained, with a
+            separate optimizer; none in the first task and with ``mask="shared"``.
+        record: false runs the teacher at every update for any stream. Both agree up to rounding, as
+            a sample's logits depend slightly on the batch size.
 
     State:
         teacher: one tensor per shared parameter and float buffer, 4 bytes per number, from the second
-        task on; nothing that has to be stored for use after training. While a task is learned, what was
-        recorded: 4 bytes for each of its samples and each old class; it is in no checkpoint.
+        task on; nothing is needed for inference. During a task also the recorded logits: 4 bytes per
+        sample and old class; they are not in checkpoints.
 
     Raises:
         ConfigurationError: a value is out of range or unknown, or every softmax is over one class.
@@ -85,12 +85,12 @@ class LearningWithoutForgetting(ContinualStrategy):
         if not 0 <= strength < float("inf"):
             raise ConfigurationError(
                 f"Expected strength to be 0 or a positive number, but got {strength}. "
-                "0 is fine-tuning; 1 weighs an old task as the new one."
+                "0 is fine-tuning; 1 gives each old task the weight of the new one."
             )
         if not 0 < temperature < float("inf"):
             raise ConfigurationError(
                 f"Expected temperature to be a positive number, but got {temperature}. "
-                "The paper's is 2; 1 leaves the outputs as they are."
+                "The paper uses 2; 1 leaves the softmax unchanged."
             )
         if heads not in HEADS:
             raise ConfigurationError(
@@ -110,7 +110,7 @@ class LearningWithoutForgetting(ContinualStrategy):
         self.reset()
 
     def reset(self) -> None:
-        """Know no teacher."""
+        """Start without a teacher."""
         self.teacher = Teacher()
         self._recorded: Tensor | None = None  # (samples of the open task, old classes)
         self._shared_head = False
@@ -121,21 +121,21 @@ class LearningWithoutForgetting(ContinualStrategy):
         return self.strength > 0
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Note whether tasks have rows of their own."""
+        """Store whether all tasks share the head."""
         self._shared_head = host.network.mask == "shared"
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
-        """Refuse where every softmax would be over one column, and so 1 whatever the logits are."""
+        """Refuse a run in which every softmax is over one output unit, and therefore always 1."""
         heads = [task.columns for task in host.network.tasks[:-1]]
         if self.strength == 0 or not heads or max(self._widths(heads)) > 1:
             return
         if self._shared_head or len(heads) == 1 or self.heads == "joint":
             raise ConfigurationError(
-                "Expected the tasks before the last to have more than one class together where old "
-                f"outputs are distilled, but got one. Set the strength of {type(self).__name__} to 0."
+                "Expected the tasks before the last to have at least two classes in total for distillation, "
+                f"but got one. Set the strength of {type(self).__name__} to 0."
             )
         raise ConfigurationError(
-            "Expected heads to be 'joint' where every old task has one class, but got 'per_task', with "
+            "Expected heads to be 'joint' when every old task has one class, but got 'per_task', with "
             "which nothing is distilled: a softmax over one class is always 1. Set heads to 'joint'."
         )
 
@@ -146,12 +146,12 @@ class LearningWithoutForgetting(ContinualStrategy):
         return [Phase("warm_up", self.warm_up_epochs, trains="head"), *phases]
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
-        """Let the teacher be what was learned so far."""
+        """Take a snapshot of the network as the teacher."""
         if task.id > 0 and self.needs_teacher:
             self.teacher.snapshot(host)
 
     def distills(self, host: ContinualHost) -> bool:
-        """Whether there is something to distill; old rows and features stay in a warm-up by themselves."""
+        """Whether there is something to distill; in a warm-up, old rows and features are frozen anyway."""
         fixed = host.phase.trains == "head" and not self._shared_head
         return bool(self.teacher) and not fixed
 
@@ -160,13 +160,13 @@ class LearningWithoutForgetting(ContinualStrategy):
     def student_outputs(
         self, host: ContinualHost, batch: Batch, outputs: Outputs, layer: str | None = None
     ) -> list[Outputs]:
-        """The network's outputs for a batch: one for each old task where it has modes, else one.
+        """The network's outputs for a batch: one per old task if it has modes, else a single one.
 
         Args:
             host: the module.
-            batch: of the open task.
-            outputs: those of the network in that task's mode.
-            layer: whose features to note.
+            batch: of the current task.
+            outputs: those of the network in the current task's mode.
+            layer: the layer whose features are returned too.
         """
         if not host.network.has_modes:
             return [outputs]
@@ -175,35 +175,35 @@ class LearningWithoutForgetting(ContinualStrategy):
     def teacher_outputs(
         self, host: ContinualHost, inputs: Tensor, layer: str | None = None
     ) -> list[Outputs]:
-        """The same of the teacher."""
+        """The teacher's outputs, likewise."""
         if not host.network.has_modes:
             return [self.teacher.forward(host, inputs, layer)]
         return _in_old_modes(host, lambda: self.teacher.forward(host, inputs, layer))
 
     def old_heads(self, host: ContinualHost) -> list[Columns]:
-        """The columns that are distilled; those that tasks share once, or once for each mode."""
+        """The output units to distill; shared ones are listed once, or once per mode."""
         heads = [task.columns for task in host.network.tasks[: host.network.opened]]
         return heads if host.network.has_modes else list(dict.fromkeys(heads))
 
     def distilled(self, student: Tensor, teacher: Tensor, heads: Sequence[Columns]) -> Tensor:
-        """The loss of what they say of the old heads, strength included: ``(batch,)``."""
+        """The distillation loss of concatenated old heads, including the strength: ``(batch,)``."""
         widths = self._widths(heads)
         return self.strength * distillation_of_heads(student, teacher, widths, self.temperature)
 
     def _widths(self, heads: Sequence[Columns]) -> list[int]:
-        """Columns under each softmax."""
+        """The number of output units of each softmax."""
         widths = [stop - first for first, stop in heads]
         return [sum(widths)] if self.heads == "joint" and not self._shared_head else widths
 
-    # --- what was recorded -----------------------------------------------------------------------
+    # --- recorded teacher logits -----------------------------------------------------------------
 
     def recorded(self, host: ContinualHost, batch: Batch) -> Tensor | None:
-        """The teacher logits of these samples' old heads, ``(batch, old classes)``; None: run the teacher."""
-        if batch.samples is None or isinstance(batch.task, Tensor):  # beside other tasks' samples
+        """The recorded teacher logits of a batch, ``(batch, old classes)``; None: run the teacher."""
+        if batch.samples is None or isinstance(batch.task, Tensor):  # samples of several tasks
             return None
         if self._recorded is None:
             limit = host.trainer.limit_train_batches
-            whole = isinstance(limit, float) and limit == 1  # and not one batch
+            whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
             if not (self.record and whole and host.phase.epochs > 1):
                 return None
             self._recorded = self._record(host)
@@ -211,18 +211,18 @@ class LearningWithoutForgetting(ContinualStrategy):
 
     @torch.no_grad()
     def _record(self, host: ContinualHost) -> Tensor:
-        """Ask of the whole task; each process its share, and then all know everything."""
+        """The teacher logits of the whole task: each process computes its shard, then they are summed."""
         indices, logits, samples = [], [], 0
         heads = self.old_heads(host)
         for batch in host.batches(host.network.opened, "train"):
-            assert batch.samples is not None  # in evaluation nothing is augmented
+            assert batch.samples is not None  # evaluation batches are not augmented
             indices.append(batch.samples.to(host.device))
             logits.append(concatenated_heads(self.teacher_outputs(host, batch.inputs), heads))
             samples += batch.global_size
-        found = torch.cat(logits)
-        everything = found.new_zeros(samples, found.shape[1])
-        everything[torch.cat(indices)] = found
-        return host.all_reduce(everything)
+        shard = torch.cat(logits)
+        recorded = shard.new_zeros(samples, shard.shape[1])
+        recorded[torch.cat(indices)] = shard
+        return host.all_reduce(recorded)
 
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         """The distillation of all old heads."""
@@ -236,11 +236,11 @@ class LearningWithoutForgetting(ContinualStrategy):
         return {"lwf": self.distilled(student, teacher, heads)}
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Forget what was recorded of the task's samples."""
+        """Discard the recorded logits."""
         self._recorded = None
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """Training: the shared weights and float buffers once more, from the second task on."""
+        """Training: a copy of the shared weights and float buffers, from the second task on."""
         kept = self.needs_teacher and host.network.opened > 0
         return DeclaredBytes(tensor_bytes(Teacher.state(host).values()) if kept else 0)
 
@@ -249,7 +249,7 @@ class LearningWithoutForgetting(ContinualStrategy):
         return {"teacher": self.teacher.tensors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved teacher."""
+        """Restore the teacher."""
         self.teacher.tensors = dict(state_dict["teacher"])
         self._recorded = None
 

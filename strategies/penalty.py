@@ -1,9 +1,9 @@
-r"""A quadratic penalty towards past solutions: what is remembered of them, and three ways to apply it.
+r"""A quadratic penalty towards past solutions: its state, and three ways to apply it.
 
-EWC, SI, MAS and SLNID differ in how much each parameter matters, :math:`\Omega`, and share the rest:
-:math:`\lambda \sum_i \Omega_i (\theta_i - \mu_i)^2`, with its gradient in closed form. Added to the
-gradients after they are reduced over processes and unscaled, it is the same on every process and
-never leaves fp16's range.
+EWC, SI, MAS and SLNID differ in the importance of each parameter, :math:`\Omega`, and share the rest:
+:math:`\lambda \sum_i \Omega_i (\theta_i - \mu_i)^2`, with its gradient in closed form. The gradient is
+added after gradients are reduced over processes and unscaled, so it is the same on every process and
+cannot overflow in fp16.
 """
 
 from collections.abc import Mapping
@@ -31,13 +31,13 @@ Update = Literal["proximal", "clamped", "gradient"]
 UPDATES = ("proximal", "clamped", "gradient")
 
 
-# --- what is remembered --------------------------------------------------------------------------
+# --- state ---------------------------------------------------------------------------------------
 
 
 class QuadraticPenalty:
-    r"""All tasks' penalties as one, :math:`\sum_i \Omega_i (\theta_i - \mu_i)^2 + C`.
+    r"""The merged penalty of all tasks, :math:`\sum_i \Omega_i (\theta_i - \mu_i)^2 + C`.
 
-    No larger after the hundredth task than after the first. It counts as empty until a task is in it.
+    Its size does not depend on the number of tasks. It is falsy until a task is added.
 
     State:
         ``importance`` :math:`\Omega` and ``anchor`` :math:`\mu`, one tensor each per parameter, and the
@@ -76,7 +76,7 @@ class QuadraticPenalty:
         Args:
             importance: what is added, by parameter name.
             solution: the last solution, by parameter name.
-            keep: gamma, what the importances so far are multiplied by.
+            keep: gamma, the factor applied to the importances so far.
         """
         kept = {name: value * keep for name, value in self.importance.items()}
         for name, added in importance.items():
@@ -100,7 +100,7 @@ class QuadraticPenalty:
         return (torch.stack(terms).sum() if terms else torch.zeros(())) + self.constant
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a restart needs."""
+        """The state to save in a checkpoint."""
         return {
             "importance": self.importance,
             "anchor": self.anchor,
@@ -108,7 +108,7 @@ class QuadraticPenalty:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore the result of :meth:`state_dict`."""
         self.importance = dict(state["importance"])
         self.anchor = dict(state["anchor"])
         self.constant = float(state["constant"])
@@ -120,13 +120,13 @@ class QuadraticPenalty:
 
 
 class PenaltyStrategy(ContinualStrategy):
-    """A strategy that is a quadratic penalty; a subclass fills ``penalty`` when a task ends.
+    """Base of strategies with a quadratic penalty; subclasses fill ``penalty`` when a task ends.
 
     Args:
         strength: lambda; 0 stores nothing and does nothing.
         update: ``proximal``, ``clamped`` or ``gradient``.
-        include_head: whether the head is held; None: unless each task has its own rows.
-        usual: a strength to begin with, for the message where it is none.
+        include_head: whether the head is penalized; None: unless each task has its own rows.
+        usual: a typical strength, for the error message.
     """
 
     regularizer: ClassVar[bool] = True
@@ -134,7 +134,7 @@ class PenaltyStrategy(ContinualStrategy):
     null_arguments: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}
     #: The penalty's name in logs.
     penalty_name: ClassVar[str]
-    #: Tensors of a parameter's size that are kept for it.
+    #: Number of tensors kept per parameter, each of its size.
     copies: ClassVar[int] = 2
 
     def __init__(
@@ -155,29 +155,29 @@ class PenaltyStrategy(ContinualStrategy):
         self.reset()
 
     def reset(self) -> None:
-        """Hold nothing."""
+        """Start with an empty penalty."""
         self.penalty = QuadraticPenalty()
-        # What gaps are multiplied by: a function of these importances, names and learning rates.
+        # Cached coefficients: a function of these importances, names and learning rates.
         self._factors: list[Tensor] = []
         self._factors_of: tuple[dict[str, Tensor], dict[str, float]] = ({}, {})
 
-    # --- what it is ------------------------------------------------------------------------------
+    # --- properties ------------------------------------------------------------------------------
 
     @property
     def corrects_weights(self) -> bool:
-        """Whether it takes a step of its own after the optimizer's."""
+        """Whether it takes a separate step after the optimizer's."""
         return self.update == "proximal" and self.strength > 0
 
     @property
     def effective_strength(self) -> float:
-        """What the penalty is multiplied by."""
+        """The factor of the penalty."""
         return self.strength
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
-        """Refuse optimizers beside which the update would be another one than it says.
+        """Refuse optimizers with which the chosen update would not be the documented one.
 
-        The implicit step is the minimizer of its objective beside plain SGD only; and a fused
-        optimizer takes off fp16's loss scale in its step, after the gradients were penalized.
+        The implicit step minimizes its objective only after plain SGD; and a fused optimizer unscales
+        fp16 gradients in its step, after the penalty was added.
         """
         if self.strength == 0:
             return
@@ -186,20 +186,20 @@ class PenaltyStrategy(ContinualStrategy):
         if self.update == "proximal" and (type(optimizer) is not SGD or momentum):
             got = type(optimizer).__name__ + (f" with momentum {momentum}" if momentum else "")
             raise ConfigurationError(
-                "Expected the optimizer to be torch.optim.SGD without momentum where "
+                "Expected the optimizer to be torch.optim.SGD without momentum when "
                 f"{name}'s update is 'proximal', but got {got}. Set update to 'clamped'."
             )
         refuse_fused(name, host, optimizer)
 
     def parameters(self, host: ContinualHost) -> dict[str, nn.Parameter]:
-        """What is held: the shared parameters, with or without the head."""
+        """The penalized parameters: the shared ones, with or without the head."""
         include = host.network.mask != "task" if self.include_head is None else self.include_head
         return host.network.shared_parameters(include_head=include)
 
     # --- an update -------------------------------------------------------------------------------
 
     def penalty_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Add 2 lambda Omega (theta - mu), with 2 lambda Omega at most 1 / lr when clamped."""
+        """Add 2 lambda Omega (theta - mu), with 2 lambda Omega limited to 1 / lr when clamped."""
         if self.update == "proximal" or not self.penalty or self.effective_strength == 0:
             return
         held = {n: p for n, p in self._held(parameters).items() if p.grad is not None}
@@ -211,7 +211,7 @@ class PenaltyStrategy(ContinualStrategy):
             )
 
     def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take the implicit step on the penalty alone: its exact minimizer near theta."""
+        """Take the proximal step of the penalty: its exact minimizer near theta."""
         if self.update != "proximal" or not self.penalty or self.effective_strength == 0:
             return
         held = self._held(parameters)
@@ -220,13 +220,13 @@ class PenaltyStrategy(ContinualStrategy):
             proximal_step_(list(held.values()), anchors, self._update_factors(host, held))
 
     def _held(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """What has importance and trains now: a frozen layer needs no penalty."""
+        """Parameters that have an importance and are trained now; frozen ones need no penalty."""
         return {name: parameters[name] for name in self.penalty.importance if name in parameters}
 
     def _update_factors(
         self, host: ContinualHost, held: Mapping[str, nn.Parameter]
     ) -> list[Tensor]:
-        """Gradient coefficients or proximal weights of what is held now, computed where anything has changed."""
+        """Gradient coefficients or proximal weights of the held parameters, cached until an input changes."""
         importance = self.penalty.importance
         rates = {name: host.learning_rate(value) for name, value in held.items()}
         if self._factors_of[0] is not importance or self._factors_of[1] != rates:
@@ -239,10 +239,10 @@ class PenaltyStrategy(ContinualStrategy):
             self._factors_of = (importance, rates)
         return self._factors
 
-    # --- what it costs, what it says -------------------------------------------------------------
+    # --- costs, logs and checkpoints -------------------------------------------------------------
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """Training: ``copies`` of every parameter that is held; nothing for use after it."""
+        """Training: ``copies`` times the penalized parameters; inference: nothing."""
         if self.strength == 0:
             return DeclaredBytes()
         held = self.parameters(host).values()
@@ -256,13 +256,13 @@ class PenaltyStrategy(ContinualStrategy):
         return {f"penalty/{self.penalty_name}": value}
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered."""
+        """Importances and anchors."""
         return self.penalty.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was remembered."""
+        """Restore importances and anchors."""
         self.penalty.load_state_dict(state_dict)
 
     def move_state(self, host: ContinualHost) -> None:
-        """Move what is remembered to the host's device."""
+        """Move importances and anchors to the host's device."""
         self.penalty.to(host.device)

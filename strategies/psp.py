@@ -1,4 +1,4 @@
-"""Parameter superposition: the networks of all tasks in one set of weights, each behind its key."""
+"""Parameter superposition: the networks of all tasks in one set of weights, separated by keys."""
 
 from collections.abc import Mapping, Sequence
 from math import pi
@@ -23,7 +23,7 @@ KINDS = ("binary", "complex", "ones")
 
 
 def binary_key(size: int, generator: torch.Generator) -> Tensor:
-    """``(size,)`` signs, 1 or -1 with the same probability."""
+    """``(size,)`` signs, 1 or -1 with equal probability."""
     return torch.randint(2, (size,), generator=generator, dtype=torch.int8) * 2 - 1
 
 
@@ -38,42 +38,42 @@ def turned(weight: Tensor, phases: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ParameterSuperposition(ContinualStrategy):
-    r"""One set of weights holds the networks of all tasks, each behind a key of random signs.
+    r"""The networks of all tasks are superposed in one set of weights, separated by keys of random signs.
 
     .. math:: y = W (x \odot k_t) + b, \quad k_t \in \{-1, 1\}^n; \qquad
               W \odot k_t = W_t + \sum_{s \neq t} W_s \odot k_s \odot k_t
 
     Cheung, Terekhov, Chen, Agrawal, Olshausen, "Superposition of many models into one" (2019),
     https://arxiv.org/abs/1902.05522; the first equation is in Alg. 3 of Wen et al. The key multiplies
-    what enters a layer, which is the same as multiplying each row of its weights. What other tasks have
-    written into the weights then arrives with random signs, as noise of mean 0. With ``complex`` keys
+    the layer input, which is the same as multiplying each row of the weights. The weights of other
+    tasks are then multiplied by random signs and act as noise of mean 0. With ``complex`` keys
     :math:`k_t = e^{i \varphi_t}`, weights and activations are complex, nonlinearities act on real and
     imaginary parts separately, and the logits are real parts.
 
-    Differs from the published code: keys are never learned, are the same on every machine (drawn by
-    seed, task and layer), and biases are added (without a key). Complex weights begin with the modulus
-    that the network gives them, not with Xavier's, and with uniform phases.
+    Differs from the published code: keys are never learned, are the same on every machine (seeded by
+    seed, task and layer), and biases are added (without a key). Complex weights are initialized with
+    the network's own modulus instead of Xavier's, and with uniform phases.
 
     Args:
-        keys: ``binary``, ``complex``, or ``ones``: the control, which is fine-tuning.
-        layers: names of the linear layers and convolutions to key (``"head"`` and names within
-            ``backbone``); by default every linear layer, the head among them, as in Wen et al. The keys
-            of a convolution multiply its weights, one sign for each place of its patches.
-        key_input: whether the default includes the first layer of the network, where it is linear: its
+        keys: ``binary``, ``complex``, or ``ones``: a control, which equals fine-tuning.
+        layers: names of the linear layers and convolutions with keys (``"head"`` and names within
+            ``backbone``); by default every linear layer including the head, as in Wen et al. The keys
+            of a convolution multiply its weights, with one sign per element of a patch.
+        key_input: whether the default includes the first layer of the network, if it is linear: its
             key multiplies the pixels.
         key_output: whether the default includes the head.
-        first_key: ``random``, or ``ones``: the first task starts as the network that it is given, such
-            as a pretrained one. (Loading W times a random first key instead is the same training in
+        first_key: ``random``, or ``ones``: the first task starts from the unmodified network, such as
+            a pretrained one. (Loading W times a random first key instead gives the same training in
             other coordinates.)
 
     State:
-        in the module, per keyed layer of n inputs (a convolution has
-        :math:`C_{in} k_h k_w`): a bank (T, n) of signs, n bytes for each task; complex: of phases,
-        4 n bytes for each task, and once the imaginary parts of the weights, as large as the weights.
+        in the module, per layer with keys and n inputs (:math:`C_{in} k_h k_w` for a convolution): a
+        bank (T, n) of signs, n bytes per task; complex: of phases, 4 n bytes per task, and once the
+        imaginary parts of the weights, as large as the weights.
 
     Raises:
-        ConfigurationError: a choice is unknown or contradicts another, there is no such layer, or a
-            network is not fit for complex numbers.
+        ConfigurationError: an option is unknown or incompatible with another, a layer does not exist,
+            or the network does not support complex numbers.
     """
 
     needs_task_id = True
@@ -101,17 +101,17 @@ class ParameterSuperposition(ContinualStrategy):
         if layers is not None and not layers:
             raise ConfigurationError(
                 "Expected layers to name at least one layer, but got none. "
-                "Leave it out to key every linear layer."
+                "Leave it out to use keys in every linear layer."
             )
         if not (key_input and key_output) and layers is not None:
             flag = "key_output" if key_input else "key_input"
             raise ConfigurationError(
-                f"Expected {flag} to be true where layers are named, but got false. "
+                f"Expected {flag} to be true when layers are named, but got false. "
                 "Leave the layer out of layers."
             )
         if keys == "complex" and not (layers is None and key_input and key_output):
             raise ConfigurationError(
-                "Expected layers, key_input and key_output to be left alone where keys are 'complex', "
+                "Expected layers, key_input and key_output to have their defaults when keys are 'complex', "
                 "since a layer that follows a complex one has to be complex too. Set keys to 'binary'."
             )
         self.kind: KeyKind = keys
@@ -122,13 +122,13 @@ class ParameterSuperposition(ContinualStrategy):
         self.reset()
 
     def reset(self) -> None:
-        """Let go of the module that has the keys."""
+        """Drop the references to the module's keys."""
         self.keys: dict[str, Keys] = {}
 
     # --- structure -------------------------------------------------------------------------------
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Give the chosen layers keys, 1 until the stream starts."""
+        """Attach keys to the selected layers, with value 1 until the stream starts."""
         names = self.layers or self._default_layers(host)
         kind = "complex" if self.kind == "complex" else "binary"
         self.keys = {name: host.network.attach_keys(name, kind) for name in names}
@@ -150,15 +150,15 @@ class ParameterSuperposition(ContinualStrategy):
         names = [name for name in host.network.linear_layers() if name not in left_out]
         if not names:
             raise ConfigurationError(
-                "Expected key_input and key_output to leave at least one layer with keys, but the "
-                f"network's linear layers are {', '.join(host.network.linear_layers())}. Set one of them to true."
+                "Expected at least one layer with keys, but key_input and key_output exclude all linear "
+                f"layers of the network: {', '.join(host.network.linear_layers())}. Set one of them to true."
             )
         return names
 
     # --- keys ------------------------------------------------------------------------------------
 
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Draw every task's keys, and the phases of complex weights; from then on they are state."""
+        """Sample every task's keys, and the phases of complex weights; checkpoints store them."""
         for name, keys in self.keys.items():
             for task in host.network.tasks:
                 generator = seeded_generator("keys", stream.seed, task.id, name)
@@ -173,7 +173,7 @@ class ParameterSuperposition(ContinualStrategy):
                     layer.weight_imag.copy_(imaginary)
 
     def _draw(self, keys: Keys, task_id: int, generator: torch.Generator) -> Tensor:
-        """A task's key: one that changes nothing, or a random one."""
+        """A task's key: the identity, or a random one."""
         size = keys.bank.shape[1]
         if self.kind == "ones" or (task_id == 0 and self.first_key == "ones"):
             return torch.zeros(size) if self.kind == "complex" else torch.ones(size)
@@ -183,7 +183,7 @@ class ParameterSuperposition(ContinualStrategy):
         layers = host.network.linear_layers().items()
         return {name: layer for name, layer in layers if isinstance(layer, ComplexLinear)}
 
-    # --- what it costs ---------------------------------------------------------------------------
+    # --- costs -----------------------------------------------------------------------------------
 
     def held_tensors(self, host: ContinualHost) -> HeldTensors:
         """The keys of all tasks, and the imaginary parts of complex weights."""
@@ -191,12 +191,12 @@ class ParameterSuperposition(ContinualStrategy):
         return HeldTensors(inference=[*(keys.bank for keys in self.keys.values()), *imaginary])
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """For training as for inference, T n per layer; complex: 4 T n, and 4 per complex weight.
+        """Training and inference: T n bytes per layer; complex: 4 T n, and 4 per complex weight.
 
-        A task adds one key of each layer, as it is stored: a byte for a sign, four for a phase. The paper
-        has a float for each input of each keyed layer and each output of the head; complex: two. So
-        counted, three hidden layers of 300 with 3,072 inputs and 20 classes give the 15,968 bytes of its
-        table, 4 (3,072 + 3 * 300 + 20), which it does not derive. Logits have no keys here.
+        A task adds one key per layer: one byte per sign, four per phase. The paper counts one float
+        per input of each layer with keys and per output of the head; complex: two. For three hidden
+        layers of 300 with 3,072 inputs and 20 classes this gives the 15,968 bytes of its table,
+        4 (3,072 + 3 * 300 + 20), which it does not derive. Logits have no keys here.
         """
         weights = [layer.weight for layer in self._complex_layers(host).values()]
         keys = tensor_bytes(keys.bank[0] for keys in self.keys.values())
@@ -208,31 +208,31 @@ class ParameterSuperposition(ContinualStrategy):
 
 
 def check_elementwise(network: nn.Module, inputs: Tensor) -> None:
-    """Whether what stands between complex layers treats real and imaginary parts alike.
+    """Check that modules between complex layers act on real and imaginary parts separately.
 
-    Every part without children that runs after a complex layer is tried on both halves of what it
-    gets; what functions do in between is seen only where it changes shapes.
+    Every module without children that runs after a complex layer is called on each half of its input;
+    plain functions in between are noticed only if they change shapes.
 
     Args:
         network: its linear layers are complex.
-        inputs: ``(batch, ...)``, for a dry forward.
+        inputs: ``(batch, ...)``, for a dry forward pass.
 
     Raises:
-        ConfigurationError: names the part that does not.
+        ConfigurationError: names the first module that does not.
     """
-    rule = "Expected a network that works element by element between linear layers where keys are 'complex', but"
+    rule = "Expected only elementwise operations between linear layers when keys are 'complex', but"
     remedy = "Set keys to 'binary', or use activations and dropout only."
     after: list[nn.Module] = []
 
-    def look(part: nn.Module, args: tuple[Any, ...]) -> None:
+    def check(part: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(part, ComplexLinear):
             after.append(part)
         elif after and not _treats_halves_alike(part, args):
             name = next(name for name, other in network.named_modules() if other is part)
-            raise ConfigurationError(f"{rule} {name} ({type(part).__name__}) does not. {remedy}")
+            raise ConfigurationError(f"{rule} {name} ({type(part).__name__}) is not. {remedy}")
 
     handles = [
-        part.register_forward_pre_hook(look)
+        part.register_forward_pre_hook(check)
         for part in network.modules()
         if isinstance(part, ComplexLinear)
         or not (isinstance(part, TaskModule) or any(True for _ in part.children()))
@@ -243,17 +243,17 @@ def check_elementwise(network: nn.Module, inputs: Tensor) -> None:
     except ConfigurationError:
         raise
     except Exception as error:
-        said = f"its forward raised {type(error).__name__}: {error}."
-        raise ConfigurationError(f"{rule} {said} {remedy}") from error
+        reason = f"the forward pass raised {type(error).__name__}: {error}."
+        raise ConfigurationError(f"{rule} {reason} {remedy}") from error
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _treats_halves_alike(part: nn.Module, args: tuple[Any, ...]) -> bool:
-    """Whether a part gives the halves of its input what it gives the whole."""
+    """Whether a module's output for the whole input equals its outputs for the two halves."""
     try:
-        whole = part.forward(args[0].clone(), *args[1:])  # it may work in place
+        whole = part.forward(args[0].clone(), *args[1:])  # may be in-place
         halves = [part.forward(half.clone(), *args[1:]) for half in args[0].chunk(2, -1)]
         return torch.allclose(whole, torch.cat(halves, -1))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):

@@ -28,7 +28,7 @@ DISCOUNTS = ("product", "minimum")
 
 
 def inhibition_weights(importance: Tensor, sigma: float, discount: Discount = "product") -> Tensor:
-    r"""How strongly each pair of units inhibits one another.
+    r"""The strength of the inhibition between each pair of units.
 
     .. math:: K_{ij} = e^{-(i-j)^2 / 2\sigma^2} D_{ij}, \quad K_{ii} = 0
 
@@ -37,8 +37,8 @@ def inhibition_weights(importance: Tensor, sigma: float, discount: Discount = "p
 
     Args:
         importance: alpha, ``(units,)``.
-        sigma: width of the neighborhood, in units' numbers.
-        discount: which of the two.
+        sigma: width of the neighborhood, in unit indices.
+        discount: ``product`` or ``minimum``.
 
     Returns:
         ``(units, units)``, symmetric.
@@ -51,9 +51,9 @@ def inhibition_weights(importance: Tensor, sigma: float, discount: Discount = "p
 
 
 def inhibition(activations: Tensor, weights: Tensor) -> Tensor:
-    r"""The cost of units that are active together, :math:`h K h^T` of every sample.
+    r"""The penalty on units that are active together, :math:`h K h^T` of each sample.
 
-    Every unordered pair counts twice, as in the paper's sum.
+    Each unordered pair counts twice, as in the paper's sum.
 
     Args:
         activations: h, ``(batch, units)``, not negative.
@@ -66,35 +66,35 @@ def inhibition(activations: Tensor, weights: Tensor) -> Tensor:
 
 
 class SLNID(MemoryAwareSynapses):
-    r"""Selfless sequential learning: MAS, and a cost on neighboring units that are active together.
+    r"""Selfless sequential learning: MAS, and a penalty on neighboring units that are active together.
 
     .. math:: \lambda_\Omega \sum_i \Omega_i (\theta_i - \theta^*_i)^2 + \lambda_S \sum_l \sum_{i \ne j}
         e^{-(i-j)^2 / 2\sigma_l^2}\, e^{-(\alpha_i + \alpha_j)}\, \frac{1}{B} \sum_m h_{mi} h_{mj}
 
     Aljundi, Rohrbach, Tuytelaars (2019), https://arxiv.org/abs/1806.05421. h are the activations of
-    hidden units after their ReLU; sparse codes leave room for tasks to come. alpha, how much a unit
-    matters to past tasks, is the mean over a task's samples of
-    :math:`|\partial \|f(x)\|^2 / \partial n_i|`, n the unit before its ReLU, summed over tasks: units
-    that matter are not inhibited.
+    hidden units after their ReLU; sparse codes leave capacity for future tasks. alpha, the importance
+    of a unit to past tasks, is the mean over a task's samples of
+    :math:`|\partial \|f(x)\|^2 / \partial n_i|`, n the unit before its ReLU, summed over tasks:
+    important units are not inhibited.
 
     Differs from the published code: its discount is the smaller of the two exponentials (``minimum``);
-    here it is the paper's product unless asked for.
+    here the default is the paper's product.
 
     Args:
         strength: lambda of MAS, dimensionless.
         sparsity: lambda of the inhibition, dimensionless; 0 is MAS.
-        scale: a layer's units over the width sigma of the neighborhood.
+        scale: a layer's number of units divided by the width sigma of the neighborhood.
         discount: ``product`` or ``minimum``.
-        layers: names of the activations of the backbone whose outputs, ``(batch, units)``, are
-            inhibited; by default every ReLU with such an output.
+        layers: names of the backbone's activations whose outputs, ``(batch, units)``, are inhibited;
+            by default every ReLU with such an output.
         update: as in MAS.
         include_head: as in MAS.
 
     State:
-        MAS's, and alpha, 4 bytes for each unit; nothing for use after training.
+        MAS's, and alpha, 4 bytes per unit; nothing is needed for inference.
 
     Raises:
-        ConfigurationError: a value is out of range or unknown, or there is no such layer.
+        ConfigurationError: a value is out of range or unknown, or a layer does not exist.
     """
 
     penalty_name: ClassVar[str] = "slnid"
@@ -139,7 +139,7 @@ class SLNID(MemoryAwareSynapses):
         self.layers = None if layers is None else list(layers)
 
     def reset(self) -> None:
-        """Hold nothing, know no unit, and listen to no layer."""
+        """Start with an empty penalty and no importances of units, and remove the hooks."""
         super().reset()
         self.units: dict[str, int] = {}
         self.alpha: dict[str, Tensor] = {}
@@ -150,19 +150,21 @@ class SLNID(MemoryAwareSynapses):
     # --- the layers ------------------------------------------------------------------------------
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Find the layers, and listen to them."""
+        """Find the layers, and register hooks on them."""
         super().configure(host, stream)
         self._remove_hooks()
         if self.sparsity == 0:
             return
         self.units = self._find_units(host, stream)
         self._handles = [
-            host.network.get_submodule(name).register_forward_hook(partial(self._note, host, name))
+            host.network.get_submodule(name).register_forward_hook(
+                partial(self._record, host, name)
+            )
             for name in self.units
         ]
 
     def _find_units(self, host: ContinualHost, stream: ContinualStream) -> dict[str, int]:
-        """Names and widths, from one dry forward."""
+        """Names and widths of the layers, from one dry forward pass."""
         parts = dict(host.network.named_modules())
         known = [name for name, part in parts.items() if name.startswith("backbone.")]
         names = [name for name in known if isinstance(parts[name], nn.ReLU)]
@@ -188,22 +190,22 @@ class SLNID(MemoryAwareSynapses):
         fit = {name: found[0][1] for name, found in shapes.items() if [*map(len, found)] == [2]}
         unfit = [name for name in self.layers or () if name not in fit]
         if unfit or not fit:
-            got = f"{unfit[0]!r} does not" if unfit else "no ReLU does"
+            got = f"{unfit[0]!r} is not" if unfit else "no ReLU is"
             raise ConfigurationError(
-                "Expected layers to be activations, which have no weights, to run once in a forward and "
-                f"to put out (batch, units), but {got}. Name activations of fully connected layers, or "
+                "Expected layers to be activations without weights that run once per forward pass and "
+                f"output (batch, units), but {got}. Name activations of fully connected layers, or "
                 "set sparsity to 0."
             )
         return fit
 
-    def _note(
+    def _record(
         self, host: ContinualHost, name: str, layer: nn.Module, args: Any, output: Tensor
     ) -> None:
         if host.in_step_forward and layer.training:
-            self._activations[name] = output.clone()  # the next layer may write into it
+            self._activations[name] = output.clone()  # the next layer may be in-place
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the layers as they were."""
+        """Remove the hooks."""
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
@@ -211,16 +213,16 @@ class SLNID(MemoryAwareSynapses):
             handle.remove()
         self._handles = ()
 
-    # --- the cost of a batch ---------------------------------------------------------------------
+    # --- the penalty of a batch ------------------------------------------------------------------
 
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """The inhibition of every layer."""
-        heard, self._activations = self._activations, {}
-        if not heard:
+        """The inhibition of all layers."""
+        recorded, self._activations = self._activations, {}
+        if not recorded:
             return {}
         with torch.autocast(host.device.type, enabled=False):
-            raised = {name: full_precision(output) for name, output in heard.items()}
-            layers = [inhibition(h, self._weights_of(n, h).to(h.dtype)) for n, h in raised.items()]
+            full = {name: full_precision(output) for name, output in recorded.items()}
+            layers = [inhibition(h, self._weights_of(n, h).to(h.dtype)) for n, h in full.items()]
         return {"inhibition": self.sparsity * torch.stack(layers).sum(0)}
 
     def _weights_of(self, name: str, activations: Tensor) -> Tensor:
@@ -233,7 +235,7 @@ class SLNID(MemoryAwareSynapses):
     # --- consolidation ---------------------------------------------------------------------------
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Add the task's importances, of the weights and of the units."""
+        """Add the task's importances of weights and units."""
         added: dict[str, Tensor] = {}
         if self.sparsity:
             added = self._unit_importance(host, task)
@@ -262,7 +264,7 @@ class SLNID(MemoryAwareSynapses):
     # --- state and costs -------------------------------------------------------------------------
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """MAS's, and a number per unit once a task is learned, of 4 bytes as the weights."""
+        """MAS's, and one number per unit after the first task, in the dtype of the weights."""
         weights = super().declared_bytes(host)
         units = sum(self.units.values()) if self.alpha else 0
         size = next(host.network.parameters()).element_size()
@@ -273,7 +275,7 @@ class SLNID(MemoryAwareSynapses):
         return {**super().state_dict(), "alpha": self.alpha}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over saved importances."""
+        """Restore the importances."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "alpha"})
         self.alpha = dict(state_dict["alpha"])
         self._weights = {}
@@ -287,7 +289,7 @@ class SLNID(MemoryAwareSynapses):
 
 @contextmanager
 def _before(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, GradientEdge]]:
-    """Note the gradient edge of what enters each layer: an in-place ReLU writes over the tensor."""
+    """Record the gradient edge of each layer's input: an in-place ReLU overwrites the tensor."""
     edges: dict[str, GradientEdge] = {}
 
     def note(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Single-task learning: a network of its own for every task."""
+"""Single-task learning: a separate network for each task."""
 
 import random
 from typing import ClassVar
@@ -19,20 +19,19 @@ __all__ = ["IndependentNetworks"]
 
 
 class IndependentNetworks(ContinualStrategy):
-    r"""One independent network per task, all of them from the same start: :math:`f(x; \theta_t)`.
+    r"""One independent network per task, all with the same initialization: :math:`f(x; \theta_t)`.
 
-    STL in Wen et al. Nothing is forgotten and nothing is shared, so backward transfer is exactly 0, and
-    a network depends neither on the tasks before its own nor on their number: a task begins with the
-    weights of the beginning, a fresh optimizer, and global generators (dropout) seeded from the
-    stream's seed and its own id. The first task goes on with the generators as they are: it is plain
-    training.
+    STL in Wen et al. Nothing is shared and nothing is forgotten, so backward transfer is exactly 0, and
+    a network depends neither on the previous tasks nor on their number: each task starts with the
+    initial weights, a new optimizer, and global generators (dropout) seeded from the stream's seed and
+    the task ID. The first task uses the generators as they are: it is plain training.
 
-    Differs from the paper, which is silent: the networks start alike, so that they differ in their data
-    alone.
+    The paper does not specify the initialization; here it is the same for all networks, so that they
+    differ only in their data.
 
     State:
-        in the module: a set of weights and buffers for every learned task, 4 P bytes each, and those of
-        the beginning, which tasks to come are answered with.
+        in the module: a set of weights and buffers for each learned task, 4 P bytes each, and the
+        initial ones, which are used for tasks that are not learned yet.
 
     Raises:
         ConfigurationError: the stream keeps the optimizer's state from task to task.
@@ -45,37 +44,37 @@ class IndependentNetworks(ContinualStrategy):
         self.reset()
 
     def reset(self) -> None:
-        """Let go of the module that has the networks."""
+        """Drop the reference to the module's weight bank."""
         self.bank: WeightBank | None = None
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Give the module room for whole sets of weights."""
+        """Attach a weight bank to the module."""
         self.bank = host.network.attach_weight_bank()
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that would hand one network's momentum to the next."""
+        """Refuse to carry optimizer state, such as momentum, from one network to the next."""
         if host.stream.reset_optimizer != "always":
             raise ConfigurationError(
-                "Expected reset_optimizer to be 'always' where every task has a network of its own, but "
-                f"got {host.stream.reset_optimizer!r}. Set it to 'always'."
+                "Expected reset_optimizer to be 'always' if each task has its own network, but got "
+                f"{host.stream.reset_optimizer!r}. Set it to 'always'."
             )
 
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
-        """Keep the weights that every network begins with."""
+        """Store the initial weights of all networks."""
         self._bank.begin()
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
-        """Begin anew."""
+        """Restore the initial weights and seed the generators."""
         self._bank.start(task.id)
         if task.id > 0:
             _fork_generators(host.stream.seed, task.id, host.global_rank)
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Keep the task's network."""
+        """Store the task's network."""
         self._bank.freeze()
 
     def held_tensors(self, host: ContinualHost) -> HeldTensors:
-        """The weights of the beginning, and the networks of the learned tasks."""
+        """The initial weights, and the networks of the learned tasks."""
         learned = self._bank.learned.values()
         return HeldTensors(
             training=self._bank.beginning.values(),
@@ -83,7 +82,7 @@ class IndependentNetworks(ContinualStrategy):
         )
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
-        """Inference: 4 P and the buffers for each learned task; training: once more."""
+        """Inference: 4 P and the buffers for each learned task; training: one set more."""
         network = host.network
         parts = [network.get_submodule(name) for name in self._bank.parts]
         one = sum(tensor_bytes([*part.parameters(), *part.buffers()]) for part in parts)
@@ -97,8 +96,8 @@ class IndependentNetworks(ContinualStrategy):
 
 
 def _fork_generators(seed: int, task_id: int, rank: int) -> None:
-    """Seed the global generators, as if nothing had been drawn before this task."""
+    """Seed the global generators independently of earlier tasks."""
     start = seeded_generator("independent networks", seed, task_id, rank).initial_seed()
-    torch.manual_seed(start)  # of every device
+    torch.manual_seed(start)  # on every device
     random.seed(start)
     np.random.seed(start % 2**32)

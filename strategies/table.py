@@ -1,8 +1,8 @@
-"""The strategies that have a name: on the command line, in configs and in checkpoints."""
+"""The built-in strategies and their names on the command line, in configs and in checkpoints."""
 
 __all__ = ["STRATEGIES"]
 
-#: Names on the command line, in configs and in checkpoints, and where the class is.
+#: Names on the command line, in configs and in checkpoints, and the import path of each class.
 STRATEGIES: dict[str, str] = {
     "agem": "bpn_lightning.strategies.gem:AveragedGEM",
     "bd": "bpn_lightning.strategies.bd:BeneficialPerturbation",

@@ -208,14 +208,14 @@ def detached(logits: Tensor, targets: Tensor) -> Tensor:
     [
         (7, "to be a module or a function of (logits, targets), but got 7. Pass an object"),
         (nn.CrossEntropyLoss, "module or a function of (logits, targets), but got <class 'torch.nn.m"),
-        (Learns(), "to have no parameters, but got Learns with center. Put what learns into the"),
+        (Learns(), "to have no parameters, but got Learns with center. Move the parameters into the"),
         (nn.NLLLoss(), "but got NLLLoss, which takes log-probabilities. Use torch.nn.CrossEntropyLoss."),
         (nn.CrossEntropyLoss(reduction="sum"), "to have reduction 'mean' or 'none', but got 'sum'."),
         (
             CrossEntropy([1.0, 2.0]),
             "Expected weight of loss to hold a weight for each of the 4 classes of the stream, but got",
         ),
-        (mean, "to losses (batch,), but got () for 2 samples. Return a loss for each sample"),
+        (mean, "to losses (batch,), but got () for 2 samples. Return one loss per sample"),
         (detached, "that are finite and have a gradient, but got tensor("),
         (nn.MSELoss(), "to losses (batch,), but it raised RuntimeError: The size of tensor a (4)"),
         (lambda logits: logits, "but it raised TypeError"),

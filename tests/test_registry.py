@@ -196,7 +196,7 @@ replay = other_plugin:Replay
 
 TWICE = (
     "Expected the {kind} name {name!r} to stand for one class, but got {one} and {other}. Rename or "
-    "remove that of {plugins}, or name a class by its whole path, such as {path}."
+    "remove that of {plugins}, or use a full import path, such as {path}."
 )
 CLASHES = {
     "ewc": TWICE.format(

@@ -27,7 +27,7 @@ from bpn_lightning.costs import Bytes
 from bpn_lightning.datamodules import SplitImageFolder
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
 from bpn_lightning.report import cli as report
-from bpn_lightning.run.console import StreamProgress, final_table, learned
+from bpn_lightning.run.console import StreamProgress, final_table, format_task_line
 from bpn_lightning.run.figures import save_figure
 from bpn_lightning.tasks import Task
 from bpn_lightning.terminal import command, is_utf8, printable
@@ -78,7 +78,7 @@ TASKS = [Task(id=0, columns=(0, 1), class_names=(EVIL,), epochs=1)]
 def test_a_run_shows_names_as_they_are(terminal: bool) -> None:
     out = StringIO()
     console = Console(file=out, force_terminal=terminal, color_system=None, width=300)
-    StreamProgress(console).print(learned(TASKS, 0, [0.5]))
+    StreamProgress(console).print(format_task_line(TASKS, 0, [0.5]))
     matrix = AccuracyMatrix(1)
     folder = Path(EVIL)
     final_table(console, EVIL, TASKS, matrix.summary(), {}, Bytes(0, 0), folder)
@@ -163,7 +163,7 @@ def test_a_stream_of_such_classes_is_refused(
 def test_a_value_that_is_no_utf8_is_refused(flags: list[str], content: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(content)
     config: list[Any] = ["--config", "digits_inc", "--config", str(tmp_path / "x.yaml")]
-    with pytest.raises(ConfigurationError, match="to be text in UTF-8"):
+    with pytest.raises(ConfigurationError, match="to be UTF-8 text"):
         read_command([*config, "--method", "ewc", *flags])
     assert not is_utf8("\udcff")
 
@@ -175,7 +175,7 @@ def test_a_value_that_is_no_utf8_is_refused(flags: list[str], content: str, tmp_
         (
             OSError(28, "No space left on device"),
             2,
-            "Expected standard output to take what is printed, but got: No space left on device.",
+            "Expected to write to standard output, but got: No space left on device.",
         ),
     ],
 )

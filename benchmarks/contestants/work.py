@@ -1,4 +1,4 @@
-"""What the contestants of `benchmarks/speed.py` are asked, and how they answer.
+"""The work items and results of the contestants of `benchmarks/speed.py`.
 
 A contestant is a process of its own, in an environment of its own if need be: it reads a line of JSON
 for each piece of work and answers with one. Needs torch and nothing else.
@@ -83,7 +83,7 @@ class Answer:
 
 
 class Clock:
-    """CPU seconds and seconds since a moment; the GPU's queue is emptied before it is read."""
+    """CPU seconds and seconds since the start; the GPU is synchronized before it is read."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -95,13 +95,13 @@ class Clock:
         return time.process_time(), time.perf_counter()
 
     def read(self, steps: int = 1) -> tuple[float, float]:
-        """For each of so many steps."""
+        """CPU seconds and seconds since the start, per step."""
         cpu, wall = self._now()
         return (cpu - self.began[0]) / steps, (wall - self.began[1]) / steps
 
 
 def resident() -> float:
-    """MiB that the process has in memory now, where /proc says so, else its peak."""
+    """The process's current resident memory in MiB from /proc, else its peak."""
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -165,7 +165,7 @@ def network(work: Work) -> nn.Sequential:
 
 
 def serve(run: Callable[[Work], Answer]) -> None:
-    """Answer every line of standard input; whatever else is printed goes to standard error."""
+    """Execute every line of standard input; all other output goes to standard error."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

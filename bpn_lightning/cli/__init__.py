@@ -1,1 +1,1 @@
-"""The commands: what a command line means, what it may import, and how it ends."""
+"""The commands: parsing of the command line, allowed imports, and exit codes."""

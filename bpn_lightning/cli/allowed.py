@@ -1,18 +1,18 @@
-"""What a file may name and set without being trusted, by what a name turns out to be.
+"""The classes and values that untrusted config files may use, checked on the imported objects.
 
-A path says little: ``torch.nn.modules.module.torch.load`` leads out of ``torch.nn``, and
-``SplitDigits.load_from_checkpoint`` is no stream but a reader of pickles. So a configuration is looked
-through once its names are objects, and before one of them is built or called. A file may name
+Import paths are not sufficient: ``torch.nn.modules.module.torch.load`` leads out of ``torch.nn``, and
+``SplitDigits.load_from_checkpoint`` is not a stream but reads pickles. A configuration is therefore checked
+after its names are resolved, and before any of them is instantiated or called. A file may name
 
 - layers, losses and containers of ``torch.nn``; optimizers and their schedulers;
-- classification networks of torchvision, without weights that it would fetch;
+- classification networks of torchvision, without weights to download;
 - classification metrics of torchmetrics;
-- callbacks, profilers, and a few loggers, plugins and strategies of Lightning, writing nowhere but below
-  the run's folder;
+- callbacks, profilers, and a few loggers, plugins and strategies of Lightning that write only below the
+  run's folder;
 - our strategies, streams, backbones and callbacks, and those of registered plugins.
 
-Each of them may be called with any values and does no more than compute, since the arguments that take
-functions or classes take these only.
+All of them are safe with any arguments, since arguments that are functions or classes are restricted to the
+same list.
 """
 
 import inspect
@@ -48,7 +48,7 @@ __all__ = [
     "given",
 ]
 
-#: Modules, and what their public classes that may be named derive from.
+#: Modules, and the base classes of their allowed public classes.
 FAMILIES = {
     "torch.nn": "torch.nn.Module",
     "torch.optim": "torch.optim.Optimizer",
@@ -58,8 +58,8 @@ FAMILIES = {
     "lightning.pytorch.callbacks": "lightning.pytorch.Callback",
 }
 
-#: Single ones. Not among them: what talks to a server, needs a package that has to be installed for it,
-#: or is refused in every run.
+#: Individual classes and functions. Excluded are those that contact a server, need an additional package,
+#: or are refused in every run.
 SINGLE = (
     "lightning.pytorch.loggers.CSVLogger",
     "lightning.pytorch.loggers.TensorBoardLogger",
@@ -93,17 +93,17 @@ SINGLE = (
     "bpn_lightning.model.optimization.sgd",
 )
 
-#: Keyword arguments of torchvision's builders that fetch weights under an older name.
+#: Keyword arguments of torchvision's builders that download weights, under an older name.
 _FETCHING = frozenset({"pretrained", "pretrained_backbone"})
 
-#: Values that are what they say.
+#: Types of plain values.
 _PLAIN = (str, int, float, bytes, type(None), timedelta, torch.device, torch.dtype, os.PathLike)
 
-#: Names below those places; loggers put in the variables of some, and ``filename`` is formatted.
+#: Arguments that are names below these folders; loggers expand variables in some, ``filename`` is formatted.
 _PARTS = frozenset({"filename", "name", "prefix", "sub_dir", "version"})
 
-#: What ``str.format`` makes of it holds nothing but names and numbers. With more, such as
-#: ``{epoch.__class__.__name__[0:.>2.0}``, it makes ``..``; ``{/tmp/x}`` puts in its own name.
+#: Format strings whose result contains only names and numbers. More general ones are unsafe:
+#: ``{epoch.__class__.__name__[0:.>2.0}`` results in ``..``, and ``{/tmp/x}`` in its own name.
 _TEMPLATE = re.compile(
     r"(?:[^{}]|\{[a-z_][\w/-]*(?::(?:0?[0-9]{0,2}d|\.[0-9]{1,2}f))?\})*", re.ASCII | re.IGNORECASE
 )
@@ -112,12 +112,12 @@ _NOTHING = object()
 
 
 class Given(NamedTuple):
-    """A value of a configuration that is no default.
+    """A value of a configuration that is not a default.
 
     Attributes:
-        key: where it stands, joined by dots.
-        value: a plain value, or what a name stands for.
-        name: the class path, where there is one.
+        key: its key, joined by dots.
+        value: a plain value, or the object of a name.
+        name: the class path, if there is one.
     """
 
     key: str
@@ -126,13 +126,13 @@ class Given(NamedTuple):
 
 
 def given(value: Any, key: str, owner: Any = None, default: Any = _NOTHING) -> Iterator[Given]:
-    """All that a parsed configuration holds and code does not say by itself.
+    """All values of a parsed configuration that are not defaults.
 
     Args:
-        value: of the parser.
-        key: of it.
-        owner: the class or function whose arguments the value's keys are.
-        default: what code has in its place.
+        value: a value of the parser.
+        key: its key.
+        owner: the class or function of which the value's keys are arguments.
+        default: the default.
     """
     if value is default or (isinstance(value, (*_PLAIN, Enum)) and _same(value, default)):
         return
@@ -155,11 +155,11 @@ def given(value: Any, key: str, owner: Any = None, default: Any = _NOTHING) -> I
 
 
 def check_given(values: Iterable[Given], typed: Collection[str] = ()) -> None:
-    """Refuse values that only a user may bring.
+    """Refuse values that need the user's trust.
 
     Args:
         values: of a configuration.
-        typed: the words that a user typed.
+        typed: the words on the command line.
 
     Raises:
         ConfigurationError: names the key.
@@ -188,7 +188,7 @@ def check_given(values: Iterable[Given], typed: Collection[str] = ()) -> None:
 
 @cache
 def allowed_objects() -> tuple[Any, ...]:
-    """Every class and function that any file may name, but for those of plugins."""
+    """All classes and functions that any file may name, except those of plugins."""
     from torchvision import models
 
     found = [_found(path) for path in SINGLE if import_module(path.rpartition(".")[0])]
@@ -205,13 +205,13 @@ def allowed_objects() -> tuple[Any, ...]:
 
 
 def canonical_names(typed: Iterable[str] = ()) -> list[str]:
-    """Where what may be named is defined, which is not always where it is named.
+    """The defining import paths of allowed objects, which may differ from the paths used in configs.
 
     Args:
-        typed: class paths of a user; their modules are imported.
+        typed: class paths from the command line; their modules are imported.
     """
     for path in typed:
-        with suppress(Exception):  # it is imported again where an error can be reported
+        with suppress(Exception):  # imported again later, where errors are reported
             import_module(path.rpartition(".")[0])
     found = [*allowed_objects(), *(_found(path) for path in typed)]
     names = (_canonical(one) for one in found if one is not _NOTHING)
@@ -219,12 +219,12 @@ def canonical_names(typed: Iterable[str] = ()) -> list[str]:
 
 
 def check_places(values: Iterable[Given], folder: Path, typed: Collection[str] = ()) -> None:
-    """Refuse places outside of a folder, to which classes of Lightning would write.
+    """Refuse paths outside of a folder to which classes of Lightning would write.
 
     Args:
         values: of a configuration.
-        folder: where they may lie.
-        typed: the words that a user typed.
+        folder: the allowed folder.
+        typed: the words on the command line.
 
     Raises:
         ConfigurationError: names the key.
@@ -238,24 +238,24 @@ def check_places(values: Iterable[Given], folder: Path, typed: Collection[str] =
             continue
         if argument == "filename" and not _TEMPLATE.fullmatch(text):
             raise ConfigurationError(
-                f"Expected {one.key} to be a name in which braces hold a key, a number of digits and "
-                f"nothing else, such as {{epoch:02d}} or {{val/loss:.3f}}, but got {text!r:.200}. Write "
-                "it so, type it on the command line, or add --trust."
+                f"Expected {one.key} to be a name in which braces contain only a key and a number of "
+                f"digits, such as {{epoch:02d}} or {{val/loss:.3f}}, but got {text!r:.200}. Change it, "
+                "type it on the command line, or add --trust."
             )
         if argument in _PARTS and has_variable(text):
             raise ConfigurationError(
-                f"Expected {one.key} to be a name without variables, but got {text!r:.200}. Write out "
-                "what it stands for, type it on the command line, or add --trust."
+                f"Expected {one.key} to be a name without variables, but got {text!r:.200}. Write its "
+                "value instead, type it on the command line, or add --trust."
             )
         if _leads_out(text, argument, folder):
             raise ConfigurationError(
-                f"Expected {one.key} to lie below {folder}, where a file may let a run write, but got "
-                f"{text!r}. Leave it out for a place there, type it on the command line, or add --trust."
+                f"Expected {one.key} to be below {folder}, the only folder where a config may let a run "
+                f"write, but got {text!r}. Leave it out, type it on the command line, or add --trust."
             )
 
 
 def _leads_out(text: str, argument: str, folder: Path) -> bool:
-    """Whether a text is a place outside of a folder; a part of a name is none."""
+    """Whether a text is a path outside of a folder; parts of names are not paths."""
     is_place = argument.endswith(("dir", "dirpath", "_path", "runs")) and argument != "sub_dir"
     parts = Path(text).parts
     if not is_place and not (os.path.isabs(text) or ".." in parts or text.startswith("~")):
@@ -266,7 +266,7 @@ def _leads_out(text: str, argument: str, folder: Path) -> bool:
 
 
 def _paths(typed: Collection[str]) -> Iterator[str]:
-    """Class paths among words, and what a short name stands for."""
+    """Class paths among words, including those of short names."""
     for word in typed:
         if registry.is_class_path(word):
             yield word
@@ -281,7 +281,7 @@ def _plugins() -> list[str]:
 
 
 def _found(path: str) -> Any:
-    """What a path leads to, among the modules that are imported."""
+    """The object of an import path, if its module is imported."""
     parts = path.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         found: Any = sys.modules.get(".".join(parts[:cut]))
@@ -302,11 +302,11 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _default(owner: Any, name: str) -> Any:
-    """The default of an argument of a class, or of one that it hands on to its bases."""
+    """The default of an argument of a class, or of one that it passes to its base classes."""
     for maker in owner.__mro__ if isinstance(owner, type) else () if owner is None else (owner,):
         try:
             parameter = inspect.signature(maker).parameters.get(name)
-        except (TypeError, ValueError):  # made without a signature
+        except (TypeError, ValueError):  # without a signature
             continue
         if parameter is not None:
             return parameter.default

@@ -1,4 +1,4 @@
-"""One line on what a class raises while it is built from a configuration."""
+"""One-line messages for errors of classes that are instantiated from a configuration."""
 
 import re
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ __all__ = ["building_error", "own_error"]
 
 
 def own_error(error: BaseException) -> BPNLightningError | None:
-    """The one below an error of jsonargparse's, which takes ours for a value of another type.
+    """This package's error inside one of jsonargparse, if any.
 
-    Ours are ValueErrors, and are buried in a message about the types that were tried.
+    Our errors are ValueErrors, which jsonargparse reports as a value of the wrong type.
     """
     found: BaseException | None = error
     while found is not None and not isinstance(found, BPNLightningError):
@@ -24,12 +24,12 @@ def own_error(error: BaseException) -> BPNLightningError | None:
 
 
 def building_error(error: Exception, config: Any, prefix: str = "") -> BPNLightningError:
-    """What to raise in the place of an error of a class that is built.
+    """The error to raise instead of one from instantiating a class.
 
     Args:
-        error: what the parser raised while it built the configuration.
-        config: parsed.
-        prefix: of its keys, with a dot at its end.
+        error: the error that the parser raised.
+        config: the parsed configuration.
+        prefix: prefix of its keys, with a trailing dot.
     """
     own = own_error(error)
     if own is not None:
@@ -38,7 +38,7 @@ def building_error(error: Exception, config: Any, prefix: str = "") -> BPNLightn
     while cause.__context__ is not None and _built(cause.__context__) is not None:
         cause = cause.__context__  # jsonargparse lists the types that it tried
     built = _built(cause)
-    if built is None:  # one of several types, whose errors it lists
+    if built is None:  # a union of types, whose errors it lists
         listed = [
             line
             for line in re.findall(r"^ *- (.*)$", str(error), re.MULTILINE)
@@ -47,7 +47,7 @@ def building_error(error: Exception, config: Any, prefix: str = "") -> BPNLightn
         where = f"{prefix}{getattr(_local(error, 'component'), 'dest', 'a key')}"
         line = " ".join((listed[0] if listed else str(error)).split())
         return ConfigurationError(
-            f"Expected {where} to be what its classes can be built with, but got an error: {line:.300}. "
+            f"Expected {where} to be valid for one of its classes, but got an error: {line:.300}. "
             "Correct it."
         )
     name = getattr(built, "__qualname__", type(built).__qualname__)
@@ -55,18 +55,18 @@ def building_error(error: Exception, config: Any, prefix: str = "") -> BPNLightn
     where = f"{prefix}{place}" if place else f"the arguments of {name}"
     line = " ".join(str(cause).split())
     return ConfigurationError(
-        f"Expected {where} to be arguments that {name} can be built with, but it raised "
+        f"Expected {where} to be valid arguments of {name}, but it raised "
         f"{type(cause).__name__}: {line:.300}. Correct them."
     )
 
 
 def _built(error: BaseException) -> Any:
-    """The class, or function, in whose call an error was raised; the innermost of several."""
+    """The innermost class or function in whose call an error was raised."""
     return _local(error, "class_type")
 
 
 def _local(error: BaseException, name: str) -> Any:
-    """The innermost value that a variable of the parser's had when the error was raised."""
+    """The innermost value of a local variable of the parser when the error was raised."""
     found = None
     trace: TracebackType | None = error.__traceback__
     while trace is not None:
@@ -80,7 +80,7 @@ def _local(error: BaseException, name: str) -> Any:
 
 
 def _class_paths(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Keys and class paths, the innermost first, in which order they are built."""
+    """Keys and class paths, innermost first, which is the order of instantiation."""
     fields = vars(value) if isinstance(value, Namespace) else value
     if isinstance(fields, dict):
         for name, one in fields.items():

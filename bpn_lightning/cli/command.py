@@ -1,15 +1,15 @@
-"""What a command line of ``bpn-fit`` means, before torch is imported.
+"""Parsing of a command line of ``bpn-fit``, before torch is imported.
 
-Config files and the command line are put into one order of precedence, the last one winning::
+Config files and the command line are merged in order of precedence, the last one winning::
 
     experiment files < the method's file < files with `strategies:` < the command line
 
-wherever on the line a flag stands. A file with ``strategies:`` (such as a run's resolved
-``config.yaml``) has spoken about the method and so comes after the method's file; ``--method`` that
-names another method than the files do leaves their ``strategies:`` out.
+regardless of the order of flags. A file with ``strategies:`` (such as a run's resolved ``config.yaml``)
+takes precedence over the method's file; if ``--method`` names another method than the files, their
+``strategies:`` are ignored.
 
-A method's parts are names of the registry or class paths: ``bd+my_lab.replay.Replay`` has its values
-below ``strategies.Replay``.
+A method consists of registered names or class paths: the values of ``bd+my_lab.replay.Replay`` are below
+``strategies.Replay``.
 """
 
 import argparse
@@ -52,18 +52,18 @@ class Command:
     """A command line in order of precedence.
 
     Args:
-        layers: the config files and the method's values, the later ones over the earlier.
-        flags: what is set over them, in the order of the line.
+        layers: the config files and the method's values, in order of precedence.
+        flags: the flags that override them, in their order.
         experiment: name of the results folder.
         method: name of the method.
-        strategies: name of each strategy, in order, and what it stands for; None where a config or
-            a flag gives its class path.
-        plugins: streams of other packages that are named somewhere.
+        strategies: name of each strategy, in order, and its registry entry; None if a config or a flag
+            gives its class path.
+        plugins: streams of other packages that are used.
         importable: modules that may be imported by name.
-        trust: whether other modules may be, too.
-        typed: the words of a user, which need no trust.
-        classes: those of them that name a class where one is expected.
-        notices: what to tell the user, before anything is imported.
+        trust: whether other modules may be imported, too.
+        typed: the words on the command line, which are trusted.
+        classes: those of them that name a class.
+        notices: messages for the user, before anything is imported.
     """
 
     layers: list[ConfigLayer]
@@ -80,7 +80,7 @@ class Command:
 
     @property
     def args(self) -> list[str]:
-        """For the parser."""
+        """The arguments for the parser."""
         return [
             *(token for layer in self.layers for token in ("--config", layer.text)),
             *self.flags,
@@ -88,7 +88,7 @@ class Command:
 
 
 def read_command(argv: Sequence[str]) -> Command:
-    """Find the files and the method, and put everything into order; imports nothing that they name.
+    """Find the files and the method, and order them by precedence, without importing what they name.
 
     Raises:
         ConfigurationError: a config, method or strategy is unknown, a file cannot be read, or it names
@@ -98,7 +98,7 @@ def read_command(argv: Sequence[str]) -> Command:
     paths = [find_config(name) for name in flags.config]
     layers = [read_layer(path) for path in paths]
     stated = _last(layers, "method")
-    # Under a name of its own, an experiment keeps what was tuned for the one that it is made from.
+    # A renamed experiment uses the values tuned for the one on which it is based.
     tuned_for = [flags.experiment, _last(layers, "experiment"), *(path.stem for path in paths[:1])]
     experiments = list(dict.fromkeys(str(name) for name in tuned_for if name)) or ["unnamed"]
     experiment = experiments[0]
@@ -112,14 +112,14 @@ def read_command(argv: Sequence[str]) -> Command:
         raise ConfigurationError(
             "Expected --method (or `method:` in a config) to name a method, but got none. "
             f"Try --method {'bd+ewc' if not known_methods else known_methods[0]}; "
-            "`bpn-fit --list` shows them."
+            "`bpn-fit --list` lists them."
         )
     check_name("method", method)
 
     notices = []
     if flags.method is not None and flags.method != stated:
         for layer in [layer for layer in layers if layer.strategies]:
-            notices.append(f"--method {method} leaves out the `strategies:` of {layer.name}.")
+            notices.append(f"--method {method} overrides the `strategies:` of {layer.name}.")
         layers = [layer.without_strategies() if layer.strategies else layer for layer in layers]
 
     chosen, method_layer = _choose(method, places, known_methods, layers, rest)
@@ -128,7 +128,7 @@ def read_command(argv: Sequence[str]) -> Command:
         if not set(chosen) <= given:
             notices.append(
                 f"There are no tuned values of {method} for {experiment}: "
-                "its strategies run on their defaults."
+                "its strategies use their defaults."
             )
     elif (source := Path(method_layer.name).parent.name) != experiment:
         notices.append(f"The values of {method} are those tuned for {source}.")
@@ -141,8 +141,8 @@ def read_command(argv: Sequence[str]) -> Command:
     for where, values in [(FLAGS, list(argv)), *((layer.name, layer.content) for layer in layers)]:
         if not is_utf8(json.dumps(values, ensure_ascii=False, default=str, skipkeys=True)):
             raise ConfigurationError(
-                f"Expected {where} to be text in UTF-8, which config.yaml is written in, but got other "
-                "bytes. Rename the folder or the file that it names."
+                f"Expected {where} to be UTF-8 text, the encoding of config.yaml, but got other "
+                "bytes. Rename the folder or file."
             )
     plugins = _named_plugins(layers, rest)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
@@ -163,7 +163,7 @@ def read_command(argv: Sequence[str]) -> Command:
         flags=[
             f"--experiment={experiment}",
             f"--method={method}",
-            *rest,  # last, since `--data.help CLASS` takes the rest of the line for itself
+            *rest,  # last, since `--data.help CLASS` consumes the rest of the line
         ],
         experiment=experiment,
         method=method,
@@ -178,7 +178,7 @@ def read_command(argv: Sequence[str]) -> Command:
 
 
 def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What decides about files and method, and the other flags in their order."""
+    """Separate the flags for files and method from the others, which keep their order."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--method")
@@ -189,12 +189,12 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigurationError(
             f"Expected {error.argument_name} to be followed by a value, but got none. "
-            "`bpn-fit --help` shows how it is called."
+            "`bpn-fit --help` shows the usage."
         ) from error
     if flags.trust not in (None, "true", "false"):
         raise ConfigurationError(
-            f"Expected --trust to be true or false, but got {flags.trust!r}. Write --trust to import "
-            "whatever the configs name."
+            f"Expected --trust to be true or false, but got {flags.trust!r}. Use --trust to import "
+            "everything that the configs name."
         )
     flags.trust = None if flags.trust is None else flags.trust == "true"
     return flags, rest
@@ -212,7 +212,7 @@ def _choose(
     layers: Sequence[ConfigLayer],
     rest: Sequence[str],
 ) -> tuple[dict[str, registry.Registered | None], ConfigLayer | None]:
-    """The method's strategies in order, and the config that holds its values, if there is one."""
+    """The method's strategies in order, and the config with its values, if there is one."""
     known = registry.strategies()
     by_path = _with_class_path(layers, rest)
     given = [name for layer in layers for name in layer.strategies]
@@ -242,14 +242,14 @@ def _choose(
 
 
 def _by_class_path(method: str) -> dict[str, registry.Registered]:
-    """The strategies that a method names by their class paths, by the names of the classes."""
+    """The strategies of a method that are given by class path, by the names of the classes."""
     paths = [part for part in method.split("+") if registry.is_class_path(part)]
     found = {}
     for one in map(registry.by_class_path, paths):
         if one.name in found:
             raise ConfigurationError(
-                f"Expected --method to name classes of different names, but got {method!r} with "
-                f"{one.name!r} twice. Leave one out, or give one a name of its own: "
+                f"Expected --method to list classes with different names, but got {method!r} with "
+                f"{one.name!r} twice. Leave one out, or give one another name: "
                 f"`strategies: {{other: {{class_path: {one.class_path}}}}}`."
             )
         found[one.name] = one
@@ -259,11 +259,11 @@ def _by_class_path(method: str) -> dict[str, registry.Registered]:
 def _strategy_and_values(
     part: str, known: Mapping[str, registry.Registered]
 ) -> tuple[str, dict[str, Any]]:
-    """What a part of a method stands for: the key of a strategy, and values of an alias."""
+    """The key of a strategy for a part of a method, and the values of an alias."""
     if registry.is_class_path(part):
         return part.rpartition(".")[2], {}
     if part in registry.ALIASES and part in known:
-        known[part].check_name()  # a plugin claims it too
+        known[part].check_name()  # a plugin uses the same name
     return registry.ALIASES.get(part, (part, {}))
 
 
@@ -280,8 +280,8 @@ def _look_up(
             near = did_you_mean(name, [*known_methods, *parts] if name == method else parts)
             raise ConfigurationError(
                 f"Expected --method to be strategies joined by '+', but got {method!r} with the "
-                f"unknown {name!r}.{near} `bpn-fit --list` shows methods and strategies; "
-                "a class of your own is named by its whole path, package.module.Class."
+                f"unknown {name!r}.{near} `bpn-fit --list` lists methods and strategies; "
+                "use the full import path of your own class, package.module.Class."
             )
         if name in known:
             known[name].check_name()
@@ -289,7 +289,7 @@ def _look_up(
 
 
 def _with_class_path(layers: Sequence[ConfigLayer], rest: Sequence[str]) -> set[str]:
-    """Names of strategies that come as ``{class_path, init_args}``."""
+    """Names of strategies that are given as ``{class_path, init_args}``."""
     found = {
         name
         for layer in layers
@@ -306,7 +306,7 @@ def _with_class_path(layers: Sequence[ConfigLayer], rest: Sequence[str]) -> set[
 def _check_overrides(
     chosen: Mapping[str, object], method: str, layers: Sequence[ConfigLayer], rest: Sequence[str]
 ) -> None:
-    """Values for a strategy that does not run would be lost without a word."""
+    """Refuse values for a strategy that is not used, which would be ignored silently."""
     named = [(f"strategies.{name}", name) for layer in layers for name in layer.strategies]
     for flag in _flags(rest):
         keys = flag.split(".")
@@ -314,7 +314,7 @@ def _check_overrides(
             named.append((f"--{flag}", keys[1]))
     for spelling, name in named:
         if name not in chosen:
-            remedy = f"{did_you_mean(name, chosen)} `bpn-fit --list` shows all strategies."
+            remedy = f"{did_you_mean(name, chosen)} `bpn-fit --list` lists all strategies."
             if name in registry.strategies():
                 remedy = f" Choose a method that has it, such as --method {name}, or leave it out."
             raise ConfigurationError(
@@ -326,7 +326,7 @@ def _check_overrides(
 def _named_classes(
     layers: Sequence[ConfigLayer], rest: Sequence[str], typed_method: str | None, method: str
 ) -> tuple[list[Named], list[Named]]:
-    """Classes that are named by class path: in files, and on the command line."""
+    """Classes that are given by class path, in files and on the command line."""
     found = [one for layer in layers for one in named_classes(layer.name, layer.content)]
     in_files = [one for one in found if one.key != "method"]
     typed = [one for key, value in flag_values(rest) for one in named_classes(FLAGS, value, key)]
@@ -339,7 +339,7 @@ def _named_classes(
 
 
 def flag_values(rest: Sequence[str]) -> list[tuple[str, Any]]:
-    """The flags and their values, as YAML has them."""
+    """The flags and their values, parsed as YAML."""
     pairs = []
     for token, following in zip(rest, [*rest, ""][1:], strict=True):
         if token.startswith("--"):
@@ -361,7 +361,7 @@ def _flags(rest: Sequence[str]) -> list[str]:
 
 
 def _named_plugins(layers: Sequence[ConfigLayer], rest: Sequence[str]) -> list[registry.Registered]:
-    """Streams of other packages that are named; a name that nobody or several have is an error."""
+    """The streams of other packages that are used; unknown or ambiguous names are errors."""
     known = registry.streams()
     stated: list[Any] = []
     for layer in layers:
@@ -376,10 +376,10 @@ def _named_plugins(layers: Sequence[ConfigLayer], rest: Sequence[str]) -> list[r
         if name.isidentifier() and name not in known:
             raise ConfigurationError(
                 f"Expected data.class_path to be a stream, but got {name!r}."
-                f"{did_you_mean(name, known)} `bpn-fit --list` shows them; "
-                "a class of your own is named by its whole path, package.module.Class."
+                f"{did_you_mean(name, known)} `bpn-fit --list` lists them; "
+                "use the full import path of your own class, package.module.Class."
             )
-    for name in names[-1:]:  # the one that wins
+    for name in names[-1:]:  # the last one takes precedence
         if name in known:
             known[name].check_name()
     named = [known[name] for name in dict.fromkeys(names) if name in known]

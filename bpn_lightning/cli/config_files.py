@@ -1,4 +1,4 @@
-"""Config files: the packaged ones, and reading one as plain keys and values, in bounds."""
+"""Config files: the packaged ones, and reading a file as plain keys and values within limits."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,42 +24,42 @@ __all__ = [
 
 CONFIGS = Path(str(files("bpn_lightning.configs")))
 
-#: Keys whose value is a mapping; anything else there would end in a traceback.
+#: Keys whose value has to be a mapping; anything else would cause a traceback.
 GROUPS = ("trainer", "model", "strategies")
 
-#: Values of a config, aliases counted wherever they stand: a few lines of them make billions.
+#: The maximum number of values in a config, counting aliases at each occurrence, which can expand to billions.
 MAX_VALUES = 100_000
 
-#: A text counts as one more value for so many of its characters.
+#: The number of characters of a text that count as one value.
 CHARACTERS = 100
 
 
 @dataclass
 class ConfigLayer:
-    """A config file: its name for messages, and its content, which was read once and checked."""
+    """A config file: its name for messages, and its validated content."""
 
     name: str
     content: dict[str, Any]
 
     @property
     def text(self) -> str:
-        """What ``--config`` gets: the parser opens no file."""
+        """The content for ``--config``, so that the parser opens no file."""
         text: str = yaml.safe_dump(self.content, sort_keys=False)
         return text
 
     @property
     def strategies(self) -> dict[str, Any]:
-        """Its values of strategies, by their names."""
+        """The values of strategies, by their names."""
         return self.content.get("strategies") or {}
 
     def without_strategies(self) -> "ConfigLayer":
-        """The same, where another method is named on the command line."""
+        """A copy without ``strategies:``, if another method is given on the command line."""
         content = {key: value for key, value in self.content.items() if key != "strategies"}
         return ConfigLayer(self.name, content)
 
 
 def packaged_configs() -> list[str]:
-    """File names of the experiments that come with this package."""
+    """File names of the packaged experiments."""
     return sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
 
@@ -69,10 +69,10 @@ def methods_of(experiment: str, folder: Path = CONFIGS) -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """A path first, then a packaged config, with or without its suffix.
+    """Find a config by path, or a packaged config by name, with or without its suffix.
 
     Raises:
-        ConfigurationError: there is neither.
+        ConfigurationError: neither exists.
     """
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
@@ -80,19 +80,19 @@ def find_config(name: str) -> Path:
     near = nearest_file(name, packaged_configs())
     raise ConfigurationError(
         f"Expected --config to be a file or a packaged config, but got {name!r}.{near} "
-        "`bpn-fit --list` shows the packaged ones."
+        "`bpn-fit --list` lists the packaged ones."
     )
 
 
 def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
-    """The keys and values of a file, in plain types and in bounds.
+    """The keys and values of a file, in plain types and within limits.
 
     Args:
-        path: of the file.
-        kind: what it should be, for messages.
+        path: the file.
+        kind: its expected kind, for messages.
 
     Raises:
-        ConfigurationError: it cannot be read, is no YAML of keys and values, or holds too much.
+        ConfigurationError: it cannot be read, is not YAML with keys and values, or is too large.
     """
     try:
         content = yaml.safe_load(read_text(path, max_bytes=MAX_CONFIG_BYTES))
@@ -100,13 +100,13 @@ def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
         raise ConfigurationError(
             f"Expected {path} to be readable, but got {error.strerror}. Check its permissions."
         ) from error
-    # Besides YAMLError: what is no UTF-8, no date, no number or nests too deeply.
+    # Besides YAMLError: invalid UTF-8, dates or numbers, or too much nesting.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
         if isinstance(error, RecursionError):
-            problem = "it nests too deeply"
+            problem = "it is nested too deeply"
         raise ConfigurationError(
             f"Expected {path} to be {kind}, but got an error{line}: {problem}. Correct that line."
         ) from error
@@ -118,14 +118,14 @@ def read_yaml(path: Path, kind: str = "YAML") -> dict[str, Any]:
         )
     if _count_values(content, MAX_VALUES) > MAX_VALUES:
         raise ConfigurationError(
-            f"Expected {path} to hold at most {MAX_VALUES:,} values, but got more, counted as often "
-            "as aliases repeat them. Write out what it needs."
+            f"Expected {path} to hold at most {MAX_VALUES:,} values, but got more, counting those that "
+            "aliases repeat. Remove the aliases."
         )
     return content
 
 
 def _count_values(content: Any, enough: int) -> int:
-    """Keys and values below a value, itself included; stops counting when it is more than enough."""
+    """The number of keys and values in a value, including itself; stops counting above ``enough``."""
     stack, count = [content], 0
     while stack and count <= enough:
         value = stack.pop()
@@ -141,16 +141,16 @@ def _count_values(content: Any, enough: int) -> int:
 
 
 def nearest_file(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x.yaml'?"``; the suffix that all have in common makes none the nearest."""
+    """``" Did you mean 'x.yaml'?"``, ignoring the common suffix in the comparison."""
     near = did_you_mean(Path(name).stem, [Path(one).stem for one in known])
     return near.replace("'?", ".yaml'?")
 
 
 def read_layer(path: Path) -> ConfigLayer:
-    """Read a config file, whose groups of keys have to be groups.
+    """Read a config file, and check that groups of keys are mappings.
 
     Raises:
-        ConfigurationError: it cannot be read, or a group is none.
+        ConfigurationError: it cannot be read, or a group is not a mapping.
     """
     content = read_yaml(path)
     for group in GROUPS:

@@ -1,4 +1,4 @@
-"""The command ``bpn-data``: which image sets are there, whether they are whole, and where to get them."""
+"""The command ``bpn-data``: which image sets are present and complete, and where to download the others."""
 
 import argparse
 import sys
@@ -18,18 +18,18 @@ __all__ = ["SetReport", "check_set", "main"]
 NOT_COMPLETE = 1
 USAGE_ERROR = 2  # as argparse exits
 
-_MOST_NAMED = 5  # damaged images
+_MOST_NAMED = 5  # damaged images that are listed
 
 
 @dataclass
 class SetReport:
-    """What is to say about one image set.
+    """The status of one image set.
 
     Args:
         image_set: the set.
         state: ``absent``, ``incomplete`` or ``complete``.
-        numbers: of classes, training images and test images, as far as they could be read.
-        faults: what is wrong, a sentence each.
+        numbers: of classes, training images and test images, if they could be read.
+        faults: problems, one sentence each.
     """
 
     image_set: ImageSet
@@ -39,11 +39,11 @@ class SetReport:
 
 
 def check_set(image_set: ImageSet, open_images: bool = False) -> SetReport:
-    """Look at one set: its folder, its lists, its files and its numbers.
+    """Check one set: its folder, lists, files and numbers.
 
     Args:
-        image_set: where it is looked for, and with which options.
-        open_images: decode every image, too, which takes minutes.
+        image_set: the set, with its location and options.
+        open_images: also decode every image, which takes minutes.
     """
     if not image_set.is_present:
         place = image_set.root / image_set.folders[0]
@@ -68,7 +68,7 @@ def _damaged(image_set: ImageSet, entries: Sequence[Any]) -> list[str]:
         try:
             with image_set.open(entry):
                 pass
-        # Damaged files make Pillow's decoders raise nearly anything.
+        # Pillow may raise any exception here.
         except Exception as error:  # noqa: BLE001
             faults.append(f"{entry.path} is damaged: {type(error).__name__}: {error}.")
     if len(faults) > _MOST_NAMED:
@@ -84,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0 where every set is complete, 1 where one is not, 2 where the command line is wrong, 130 after
-        Ctrl-C.
+        0 if all sets are complete, 1 if one is not, 2 on a usage error, 130 after Ctrl-C.
     """
     try:
         with plain_warnings("bpn-data"):
@@ -101,7 +100,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if not root.is_dir():
             raise ConfigurationError(
                 f"Expected ROOT to be the folder of data sets, but there is no folder {root}. "
-                "Make it, or name another one."
+                "Create it, or name another one."
             )
         options = _options(arguments.option)
         names = arguments.sets.split(",") if arguments.sets else list(IMAGE_SETS)
@@ -154,8 +153,8 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
             options.setdefault(name, {})[option] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigurationError(
-                f"Expected --option {place} to be a value as in YAML, but got {value!r}. Write it as a "
-                "config has it, such as true or 0.2."
+                f"Expected --option {place} to be a value as in YAML, but got {value!r}. Write it as in "
+                "a config, such as true or 0.2."
             ) from error
     return options
 
@@ -167,9 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser(
         "check",
-        help="say which sets are there and complete, and where to get the rest",
-        description="Say which sets are there and complete, and where to get the rest. Exits with 0 "
-        "if all are complete, with 1 if not.",
+        help="list which sets are present and complete, and where to download the others",
+        description="List which sets are present and complete, and where to download the others. Exits "
+        "with 0 if all are complete, with 1 if not.",
     )
     check.add_argument("root", metavar="ROOT", help="the folder of data sets")
     check.add_argument("--sets", metavar="A,B", help=f"only these; all are {','.join(IMAGE_SETS)}")
@@ -178,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SET.OPTION=VALUE",
-        help="how a set is to be read, such as aircraft.level=variant",
+        help="an option of a set, such as aircraft.level=variant",
     )
-    check.add_argument("--images", action="store_true", help="decode every image, too (minutes)")
+    check.add_argument("--images", action="store_true", help="also decode every image (minutes)")
     return parser

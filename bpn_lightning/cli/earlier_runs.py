@@ -1,4 +1,4 @@
-"""What a run does with an earlier one in its folder: go on with it, replace it, or let it be."""
+"""Checks of an earlier run in the same folder: resume it, replace it, or refuse."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +12,13 @@ from bpn_lightning.run.results import read_results
 __all__ = ["refuse_earlier", "refuse_other_name"]
 
 NAMED = 3
-"""Keys that a message names in which two configurations differ."""
+"""The maximum number of differing keys that a message names."""
 
 
 def refuse_other_name(folder: Path, names: Mapping[str, Any]) -> None:
-    """Refuse a folder that is, under another name, that of another run.
+    """Refuse a folder that is also the folder of another run under a different name.
 
-    A link leads there, or a file system that takes upper and lower case for the same.
+    The cause may be a link, or a case-insensitive file system.
 
     Args:
         folder: of the run.
@@ -31,21 +31,21 @@ def refuse_other_name(folder: Path, names: Mapping[str, Any]) -> None:
     if None not in found.values() and found != names:
         raise ResultsError(
             f"Expected {folder} to be the folder of {run_name(names)}, but it is that of "
-            f"{run_name(found)}, by a link or by a name that differs in upper and lower case only. "
+            f"{run_name(found)}, because of a link or a name that differs only in upper and lower case. "
             "Remove the link, choose another name, or another folder with --runs."
         )
 
 
 def refuse_earlier(folder: Path, config: Mapping[str, Any], resumes: bool) -> None:
-    """Refuse a folder with results or a checkpoint of a run that this one does not go on with.
+    """Refuse a folder with results or a checkpoint of a run that this one does not resume.
 
     Args:
         folder: of the run.
         config: its :func:`~bpn_lightning.run.identity.defining` part.
-        resumes: whether it goes on from a checkpoint of this folder.
+        resumes: whether it resumes a checkpoint of this folder.
 
     Raises:
-        ResultsError: names the first keys in which the configurations differ, and what can be done.
+        ResultsError: names the first keys in which the configurations differ, and the remedy.
     """
     finished = (folder / "results.json").exists() and not (resumes and _ended_early(folder))
     kept = (folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
@@ -56,22 +56,22 @@ def refuse_earlier(folder: Path, config: Mapping[str, Any], resumes: bool) -> No
     if different:
         raise ResultsError(
             f"Expected {folder} to hold no run of another configuration, but got one: "
-            f"{'; '.join(different)}. Keep both by another --experiment or --runs, or replace it with "
+            f"{'; '.join(different)}. Keep both with another --experiment or --runs, or replace it with "
             "--overwrite."
         )
     if finished:
         raise ResultsError(
             f"Expected {folder} to hold no finished run, but got one with results.json. "
-            "Replace it with --overwrite, or give another seed or another --runs folder."
+            "Replace it with --overwrite, or use another seed or --runs folder."
         )
     raise ResultsError(
         f"Expected {folder} to hold no unfinished run, but got one with a checkpoint. "
-        "Go on with --ckpt_path last, or replace it with --overwrite."
+        "Resume it with --ckpt_path last, or replace it with --overwrite."
     )
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What a run's config.yaml says; nothing where it cannot be read."""
+    """The content of a run's config.yaml; empty if it cannot be read."""
     try:
         return read_yaml(folder / "config.yaml")
     except ConfigurationError:
@@ -79,5 +79,5 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _ended_early(folder: Path) -> bool:
-    """Whether a run wrote its results before it had learned every task."""
+    """Whether a run wrote its results before it had learned all tasks."""
     return bool(read_results(folder)["tasks_not_learned"])

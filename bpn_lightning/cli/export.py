@@ -1,4 +1,4 @@
-"""The command ``bpn-export``: what a run learned, as files that hold no code."""
+"""The command ``bpn-export``: export the trained network of a run to files without code."""
 
 import argparse
 import sys
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(run: Path, out: Path, trust: bool) -> Path:
     backbone, mask = _configured(run / "config.yaml", trust)
-    from bpn_lightning.export import export_module  # seconds, for torch and lightning
+    from bpn_lightning.export import export_module  # slow: imports torch and lightning
     from bpn_lightning.model.module import ContinualModule
 
     checkpoint = run / "checkpoints" / "last.ckpt"
@@ -62,7 +62,7 @@ def _export(run: Path, out: Path, trust: bool) -> Path:
 
 
 def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
-    """The backbone and the mask of a run's config.yaml."""
+    """The backbone and the mask from a run's config.yaml."""
     model = read_yaml(path).get("model")
     if not isinstance(model, dict) or not {"backbone", "mask"} <= model.keys():
         raise ConfigurationError(
@@ -95,22 +95,22 @@ def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
         raise ConfigurationError(explain(str(error), parser)) from error
     try:
         return parser.instantiate(parsed).backbone, model["mask"]
-    except Exception as error:  # classes raise whatever their arguments lead to
+    except Exception as error:  # a class may raise any exception here
         raise building_error(error, parsed, "model.") from error
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bpn-export",
-        description="Write what a run learned to a new folder, as model.safetensors and model.json; "
-        "bpn_lightning.load_exported reads it.",
+        description="Export the trained network of a run to a new folder, as model.safetensors and "
+        "model.json; bpn_lightning.load_exported reads it.",
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run of bpn-fit")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist yet")
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="import and build whatever the run's config names as its backbone",
+        help="import and instantiate any class that the run's config names as its backbone",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""LightningCLI for one fit of a stream: what a command line describes, checked and built."""
+"""LightningCLI for one fit of a stream: checks and instantiates what a command line describes."""
 
 import os
 from collections.abc import Callable
@@ -43,22 +43,22 @@ from bpn_lightning.trainer.lightning import is_first_process
 
 __all__ = ["ContinualCLI"]
 
-#: Keys that say where and how a run is written, and not what it is: two runs that differ in them
-#: only have the same results, config.yaml included.
+#: Keys for where and how outputs are written: runs that differ only in these have the same results,
+#: including config.yaml.
 PLACES = ("runs", "overwrite", "ckpt_path", "logger", "log_artifacts", "quiet", "json")
 
 
 class ContinualCLI(LightningCLI):
     """LightningCLI for one fit of a stream.
 
-    The parser is made for the method: each of its strategies has typed arguments below
+    The parser is created for the method: each of its strategies has typed arguments below
     ``strategies.<name>``, and there are no others.
 
     Args:
         command: the command line, in order of precedence.
 
     Raises:
-        ConfigurationError: a key, a value or a class is wrong.
+        ConfigurationError: a key, a value or a class is invalid.
     """
 
     datamodule: ContinualDataModule
@@ -103,34 +103,34 @@ class ContinualCLI(LightningCLI):
     # --- parsing ---------------------------------------------------------------------------------
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Lightning's ``seed_everything``, but always a number: it names the run's folder."""
+        """Add Lightning's ``seed_everything``, but always a number, as the run's folder is named by it."""
         parser.add_argument(
             "--seed_everything",
             type=int,
             default=self.seed_everything_default,
-            help="Seed of the weights and, unless data.init_args.seed says otherwise, of the stream.",
+            help="Seed of the weights and, unless data.init_args.seed is set, of the stream.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The method, its strategies, and where the run is written."""
+        """Add the method, its strategies, and the location of the outputs."""
         add_options(parser, self.command)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with one line on what is wrong."""
+        """Parse, reporting errors in one line."""
         self.config = parse_options(parser, args)
 
     # --- building --------------------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
-        """Where this run's results go."""
+        """The folder of this run's results."""
         config = self.config
         seed = f"seed_{config.seed_everything}"
         return Path(str(config.runs), str(config.experiment), str(config.method), seed)
 
     @property
     def resolved(self) -> Namespace:
-        """The configuration without what only says where it is written."""
+        """The configuration without the keys for where and how outputs are written."""
         config: Namespace = self.config.clone()
         for key in ("config", *PLACES):
             config.pop(key, None)
@@ -142,11 +142,11 @@ class ContinualCLI(LightningCLI):
         return text
 
     def before_instantiate_classes(self) -> None:
-        """Refuse before anything is built what would be refused after hours of training."""
+        """Check everything that can be checked before anything is instantiated."""
         units = (field.name for field in fields(Intervals))
         self.intervals = Intervals(*(self.config[f"checkpoint_every_n_{unit}"] for unit in units))
         for key in ("experiment", "method"):
-            check_name(key, self.config[key])  # again: it may have been an interpolation
+            check_name(key, self.config[key])  # again, after resolving interpolations
         refuse_outside(Path(str(self.config.runs)), self.folder)
         if not self.command.trust:
             self._check_trust()
@@ -156,16 +156,16 @@ class ContinualCLI(LightningCLI):
         if is_first_process():
             if self.run_folder.acquire():
                 notify(
-                    f"What an interrupted --overwrite had not replaced is back in {self.folder}."
+                    f"The run that an interrupted --overwrite had moved aside is restored in {self.folder}."
                 )
-            self._closing.callback(self._give_folder_back)
+            self._closing.callback(self._release_folder)
         refuse_other_name(self.folder, self._names())
         self.resumed = find_checkpoint(self.config.ckpt_path, self.folder, self._identity())
         if is_first_process() and not self.config.overwrite:
             refuse_earlier(self.folder, self._identity()["config"], self._resumes_own)
 
     def _refuse_replaced_inputs(self) -> None:
-        """What --overwrite replaces cannot be what the run begins with."""
+        """Refuse inputs of the run that --overwrite would replace."""
         if self.config.ckpt_path == "last":
             raise ConfigurationError(
                 "Expected either --overwrite, which starts over, or --ckpt_path last, which "
@@ -177,8 +177,8 @@ class ContinualCLI(LightningCLI):
                 replaced = self.run_folder.replaced(text) if isinstance(text, str) else None
                 if replaced is not None:
                     raise ConfigurationError(
-                        f"Expected {key} to be a file that --overwrite leaves alone, but got {text}, "
-                        f"which is {replaced} of the run to be replaced. Copy it to another place, or "
+                        f"Expected {key} to be a file that --overwrite does not replace, but got {text}, "
+                        f"which is {replaced} of the run to be replaced. Copy it to another folder, or "
                         "leave --overwrite out."
                     )
 
@@ -189,12 +189,12 @@ class ContinualCLI(LightningCLI):
 
     @property
     def _resumes_own(self) -> bool:
-        """Whether the checkpoint is one of this run's folder, by whatever path."""
+        """Whether the checkpoint resolves to one in this run's folder."""
         there = self.checkpoint and self.checkpoint.resolve().parent
         return there == last_checkpoint(self.folder).parent.resolve()
 
     def _check_trust(self) -> None:
-        """Refuse what files alone may not name, and places where they may let nothing be written."""
+        """Refuse names and output paths that untrusted files may not use."""
         config, typed = self.config, self.command.typed
         values = [
             *given(config.model, "model", owner=ContinualModule),
@@ -204,7 +204,7 @@ class ContinualCLI(LightningCLI):
             if one is not None and one.origin == CLASS_PATH:
                 values.append(Given("method", one.load(), one.class_path))
             owner = None if one is None else one.load()
-            key = f"strategies.{name}"  # not there where it has no arguments
+            key = f"strategies.{name}"  # missing if it has no arguments
             values += given(config.get(key), key, owner=owner)
         flags = list(given(config.trainer, "trainer", owner=Trainer))
         caches = [one for one in values if one.key.endswith(".cache_dir")]
@@ -214,7 +214,7 @@ class ContinualCLI(LightningCLI):
             check_places([Given("runs", config.runs)], Path.cwd())
 
     def instantiate_classes(self) -> None:
-        """Build everything, with what loggers were not told; config.yaml keeps what was asked for."""
+        """Instantiate everything, completing the arguments of loggers; config.yaml keeps the given ones."""
         asked, self.shown_config = self.config, yaml.safe_load(self.dump())
         self.config = asked.clone()
         self.config.trainer.logger = self._loggers()
@@ -252,11 +252,11 @@ class ContinualCLI(LightningCLI):
         return run_names(self.config)
 
     def _identity(self) -> dict[str, Any]:
-        """What a run has in common with its checkpoints."""
+        """The identity that a run shares with its checkpoints."""
         return {**self._names(), "config": defining(yaml.safe_load(self.dump()))}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Lightning's, with our files, checkpoint and progress bar unless they are switched off."""
+        """Lightning's trainer, with our callbacks for files, checkpoints and progress unless disabled."""
         chosen = self.config_init.trainer
         self._metrics = metrics = None
         if chosen.logger is not False:
@@ -282,8 +282,8 @@ class ContinualCLI(LightningCLI):
             if any(isinstance(plugin, AsyncCheckpointIO) for plugin in plugins):
                 raise ConfigurationError(
                     "Expected trainer.plugins to be without AsyncCheckpointIO, but got it. A checkpoint "
-                    "gets its name once it is on disk. Leave it out; checkpoint_every_n_steps says how "
-                    "often one is taken."
+                    "is renamed once it is on disk. Leave it out; checkpoint_every_n_steps sets the "
+                    "interval."
                 )
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                 plugins.append(AtomicCheckpointIO())
@@ -303,19 +303,19 @@ class ContinualCLI(LightningCLI):
             trainer: Trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise ConfigurationError(
-                "Expected the trainer's flags to fit this machine and each other, but Lightning says: "
+                "Expected the trainer's flags to be valid on this machine, but Lightning reports: "
                 f"{' '.join(str(error).split())}"
             ) from error
         if str(chosen.precision) in ("16", "16-mixed") and trainer.precision != "16-mixed":
             raise ConfigurationError(
-                "Expected trainer.precision to be one that the device has, but got 16-mixed, of which "
-                f"Lightning makes {trainer.precision} here. Use bf16-mixed, or a GPU."
+                "Expected trainer.precision to be supported by the device, but got 16-mixed, which "
+                f"Lightning changes to {trainer.precision} here. Use bf16-mixed, or a GPU."
             )
         check_launch(trainer)
         return trainer
 
     def prepare_folder(self) -> None:
-        """Set aside what an earlier run left, unless this one resumes it, and write config.yaml."""
+        """Move an earlier run aside, unless this one resumes it, and write config.yaml."""
         if not is_first_process():
             return
         if self.config.overwrite:
@@ -328,19 +328,21 @@ class ContinualCLI(LightningCLI):
             self._metrics.begin()
 
     def close(self) -> None:
-        """End what the run holds: the lock of its folder."""
+        """Release the lock of the run's folder."""
         self._closing.close()
 
-    def _give_folder_back(self) -> None:
+    def _release_folder(self) -> None:
         if self.run_folder.release():
-            notify(f"The run had no checkpoint yet, so what was in {self.folder} before is back.")
+            notify(
+                f"The run had no checkpoint yet, so the earlier one in {self.folder} is restored."
+            )
 
 
 class _FolderOfRun(Callback):
-    """Gets the folder ready when training is about to begin.
+    """Prepares the folder when training begins.
 
-    Not before: what is wrong with data, strategies or a checkpoint must not cost an earlier run's
-    results. A run that resumes need not train at all.
+    Not earlier, so that errors in data, strategies or a checkpoint do not affect an earlier run's results,
+    and because a resumed run may not train at all.
     """
 
     def __init__(self, prepare: Callable[[], None]) -> None:
@@ -356,7 +358,7 @@ class _FolderOfRun(Callback):
 
 
 def _load_streams(command: Command) -> None:
-    """Short names are found among the classes that are imported."""
+    """Import streams, since short names are resolved among imported classes."""
     for target in DATAMODULES.values():
         import_module(target.partition(":")[0])
     for registered in command.plugins:

@@ -1,9 +1,9 @@
-"""How much the ``${...}`` of a configuration make, found out before any of it is made.
+"""Checks of the size of a configuration's ``${...}`` interpolations before they are resolved.
 
-OmegaConf puts values into each other as often as they are named, so a few lines could fill the memory:
-forty of the form ``k1: ${.k0}${.k0}`` make 2**40 values. What stands in braces is the name of another
-key (``${data.init_args.seed}``, ``${.lr}`` next to it, ``${..lr}`` one level up) or of an environment
-variable (``${oc.env:NAME}``, ``${oc.env:NAME,default}``); nothing is nested, and no other resolver runs.
+Nested interpolations grow exponentially, so a few lines could fill the memory: forty lines of the form
+``k1: ${.k0}${.k0}`` expand to 2**40 values. Allowed are the name of another key (``${data.init_args.seed}``,
+``${.lr}`` for a sibling, ``${..lr}`` one level up) and of an environment variable (``${oc.env:NAME}``,
+``${oc.env:NAME,default}``), without nesting and other resolvers.
 """
 
 import os
@@ -14,7 +14,7 @@ from bpn_lightning.errors import ConfigurationError
 
 __all__ = ["MOST_CHARACTERS", "check_interpolations"]
 
-#: What all interpolations of a configuration may make together; each counts as one more.
+#: The maximum total size of all interpolations of a configuration; each counts as one more.
 MOST_CHARACTERS = 100_000
 
 _KEY = re.compile(r"\$\{(\.*)(\w[\w+-]*(?:\.\w[\w+-]*|\[\w+\])*)\}", re.ASCII)
@@ -25,10 +25,10 @@ _Place = tuple[Any, ...]
 
 
 def check_interpolations(config: dict[str, Any]) -> None:
-    """Refuse interpolations that lead nowhere, back to themselves, or make too much; resolves none.
+    """Refuse interpolations that are unresolvable, circular or too large, without resolving any.
 
     Args:
-        config: the whole configuration in plain types; a name that it has not is refused.
+        config: the complete configuration in plain types; unknown names are refused.
 
     Raises:
         ConfigurationError: names the key.
@@ -39,8 +39,8 @@ def check_interpolations(config: dict[str, Any]) -> None:
         total += sizes.of(place, text)
         if total > MOST_CHARACTERS:
             raise ConfigurationError(
-                f"Expected the ${{...}} of a configuration to make at most {MOST_CHARACTERS:,} "
-                f"characters, but got more by {_name(place)}. Write out what it needs."
+                f"Expected the ${{...}} of a configuration to expand to at most {MOST_CHARACTERS:,} "
+                f"characters, but got more in {_name(place)}. Write the values instead."
             )
 
 
@@ -55,7 +55,7 @@ def _interpolated(value: Any, place: _Place) -> "list[tuple[_Place, str]]":
 
 
 class _Sizes:
-    """Characters, and evaluations, of each value with everything put into it; each found once."""
+    """The number of characters and evaluations of each expanded value, computed once per value."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -68,13 +68,13 @@ class _Sizes:
         if place in self.open:
             loop = " -> ".join(map(_name, [*self.open[self.open.index(place) :], place]))
             raise ConfigurationError(
-                f"Expected every ${{...}} to end at a value, but got a circle: {loop:.300}. Give one of "
-                "them a value."
+                f"Expected every ${{...}} to resolve to a value, but got a cycle: {loop:.300}. Set one of "
+                "them to a value."
             )
         if len(self.open) > 50:
             raise ConfigurationError(
-                "Expected ${...} to lead over at most 50 others to a value, but got more from "
-                f"{_name(self.open[0])}. Name the value itself."
+                "Expected ${...} to resolve in at most 50 steps, but got more from "
+                f"{_name(self.open[0])}. Refer to the value directly."
             )
         self.open.append(place)
         if isinstance(value, dict):
@@ -85,7 +85,7 @@ class _Sizes:
             size = 2 + sum(4 + self.of((*place, i), one) for i, one in enumerate(value))
         elif isinstance(value, str):
             size = self._of_text(place, value)
-        else:  # 30 bits have at most ten digits
+        else:  # 30 bits are at most ten digits
             size = value.bit_length() // 3 + 2 if isinstance(value, int) else len(str(value))
         self.open.pop()
         self.known[place] = size
@@ -100,12 +100,12 @@ class _Sizes:
         if _KEY.sub("", _VARIABLE.sub("", text)).count("${"):
             raise ConfigurationError(
                 "Expected every ${...} to name a key or, as ${oc.env:NAME}, an environment variable, "
-                f"but got {text!r:.100} in {_name(place)}. Nothing else is put in, and nothing nests."
+                f"but got {text!r:.100} in {_name(place)}. Other resolvers and nesting are not supported."
             )
         return size
 
     def _size_at(self, by: _Place, dots: int, name: str) -> int:
-        """Of what a name leads to: from the root or, with dots, from the values next to it and upwards."""
+        """The size of the value of a name, resolved from the root or, with dots, relative to the key."""
         if dots > len(by):
             raise self._missing(by, "." * dots + name)
         value: Any = self.config
@@ -115,8 +115,8 @@ class _Sizes:
         for part in re.findall(r"[\w+-]+", name):
             if isinstance(value, str) and "${" in value:
                 raise ConfigurationError(
-                    f"Expected every ${{...}} to name a key itself, but got {'.' * dots}{name} in "
-                    f"{_name(by)}, which leads through {value!r:.100}. Name the key that it stands for."
+                    f"Expected every ${{...}} to name a key directly, but got {'.' * dots}{name} in "
+                    f"{_name(by)}, which goes through {value!r:.100}. Name the key that it refers to."
                 )
             # As text: "001" is another key than 1, and int() reads "1_0" as 10.
             if isinstance(value, list):
@@ -133,7 +133,7 @@ class _Sizes:
     def _missing(by: _Place, name: str) -> ConfigurationError:
         return ConfigurationError(
             f"Expected every ${{...}} to name another key, but got an error in {_name(by)}: Interpolation "
-            f"key {name!r:.100} not found. `--print_config` shows the keys."
+            f"key {name!r:.100} not found. `--print_config` shows all keys."
         )
 
 

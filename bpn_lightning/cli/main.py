@@ -1,4 +1,4 @@
-"""The command ``bpn-fit``: what needs no torch is answered here, the rest is :mod:`bpn_lightning.cli.train`."""
+"""The command ``bpn-fit``: everything that does not need torch; the rest is :mod:`bpn_lightning.cli.train`."""
 
 import os
 import sys
@@ -20,23 +20,23 @@ Train a method over a stream of tasks, in one Lightning fit.
   bpn-fit --config digits_inc.yaml                       under a minute, no download
   bpn-fit --config cifar100_inc.yaml --method ewc        another method
   bpn-fit --config digits_inc.yaml --strategies.bd.epsilon 0.1 --trainer.accelerator cpu
-  bpn-fit --config digits_inc.yaml --ckpt_path last      go on where a run was stopped
+  bpn-fit --config digits_inc.yaml --ckpt_path last      resume an interrupted run
 
-  --config NAME       a file, or a packaged experiment; later ones win over earlier ones
+  --config NAME       a file, or a packaged experiment; later ones override earlier ones
   --method METHOD     strategies joined by +, or a method with tuned values of the experiment;
-                      a class of your own by its path, such as bd+my_lab.replay.Replay
-  --seed_everything N the run's seed; it names the folder of its results
+                      your own class by its import path, such as bd+my_lab.replay.Replay
+  --seed_everything N the run's seed; part of the path of its results
   --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
   --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
-  --trust             let configs name whatever they like, which runs its code (docs/safety.md)
+  --trust             let configs name any class or function, and run its code (docs/safety.md)
   --overwrite         replace the results of an earlier run
-  --logger NAME       log to wandb, tensorboard, csv or mlflow too; or to several: wandb,tensorboard
+  --logger NAME       also log to wandb, tensorboard, csv or mlflow, or to several: wandb,tensorboard
   --quiet, --json     print nothing, or only the run's results.json, on standard output
   --trainer.FLAG, --model.ARGUMENT, --data.init_args.ARGUMENT, --strategies.NAME.ARGUMENT
                       any flag of the Trainer, the module, the stream and the strategies
 
-  --list              configs, methods, strategies and streams, those of plugins included
-  --print_config      the configuration that would run, and stop
+  --list              list configs, methods, strategies and streams, including plugins
+  --print_config      print the resolved configuration, and exit
   --data.help CLASS, --model.backbone.help CLASS, --model.optimizer.help CLASS
                       the arguments of a class
   --help, --help_all  this text; every option
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif argv == ["--list"]:
             print(_list())
         elif argv == ["--help_all"]:
-            return _fit([*argv, "--method", "bd+ewc"])  # a method's options are among all
+            return _fit([*argv, "--method", "bd+ewc"])  # to include the options of a method
         else:
             return _fit(argv)
     except BPNLightningError as error:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not isinstance(error, SAID_ONCE):
             print(f"bpn-fit: error in process {process}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:  # before training, or after it
+    except KeyboardInterrupt:  # before or after training
         if not _later_process():
             print("bpn-fit: Interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _later_process() -> str:
-    """Which process of several this is; empty if it is the first.
+    """The rank of this process, in words; empty for the first.
 
-    torchrun and SLURM number all of them; Lightning numbers those of each machine, and the machines.
+    torchrun and SLURM set global ranks; Lightning sets local ranks and node ranks.
     """
     for name in ("RANK", "SLURM_PROCID"):
         if name in os.environ:
@@ -100,7 +100,7 @@ def _later_process() -> str:
 
 def _fit(argv: Sequence[str]) -> int:
     read = read_command(argv)
-    from bpn_lightning.cli.train import fit  # seconds, for torch and lightning
+    from bpn_lightning.cli.train import fit  # slow: imports torch and lightning
 
     return fit(read)
 
@@ -118,7 +118,7 @@ def _list() -> str:
         methods = methods_of(config.removesuffix(".yaml"))
         lines.append(f"  {config:<20} {', '.join(methods)}")
     for title, registered in (
-        ("strategies, to be joined by + in --method", registry.strategies()),
+        ("strategies, joined by + in --method", registry.strategies()),
         ("streams, for data.class_path", registry.streams()),
     ):
         lines += ["", title]

@@ -1,7 +1,7 @@
-"""One clear line out of a parser's error.
+"""One-line messages from the parser's errors.
 
-jsonargparse reports a nested mistake as a tree: each type that a value might have had, and why it
-did not. Its leaf says what is wrong, and the types of the parser say what would have been right.
+jsonargparse reports an error in a nested value as a tree of all candidate types and why each failed. The
+leaf describes the problem, and the types of the parser the expected values.
 """
 
 import re
@@ -16,7 +16,7 @@ __all__ = ["SHORT_NAMES", "explain", "shorten_help"]
 
 _HELP = "`bpn-fit --help_all` shows all."
 
-#: Arguments of torch's DataLoader that people give to data modules.
+#: Arguments of torch's DataLoader that users pass to data modules.
 _OF_DATALOADERS = (
     "num_workers",
     "pin_memory",
@@ -25,11 +25,11 @@ _OF_DATALOADERS = (
     "multiprocessing_context",
 )
 _NO_WORKERS = (
-    "a stream has its samples in memory and takes batches by index, so there are no processes to load them "
-    "and nothing to wait for. Leave it out"
+    "a stream keeps its samples in memory and indexes batches, so it needs no worker processes. "
+    "Leave it out"
 )
 
-#: Where the classes are that go by their short names.
+#: The modules of the classes that have short names.
 SHORT_NAMES = (
     "torch.optim",
     "torch.optim.lr_scheduler",
@@ -41,14 +41,14 @@ SHORT_NAMES = (
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
-    """Say what was given, where, what was expected, and the nearest right spelling.
+    """A one-line message with the given value, its key, the expected type, and the nearest valid name.
 
-    Recognized is what the parser says in one way each: an unknown option or key, a missing argument, a
-    value of the wrong type, an import that is not allowed. Of anything else its last line is shown.
+    Recognizes unknown options and keys, missing arguments, values of the wrong type, and imports that are
+    not allowed. For anything else the last line of the message is used.
 
     Args:
         message: of the parser's error.
-        parser: the one that raised it; its options are the known ones.
+        parser: the parser that raised it, with the known options.
     """
     for rule in (_denied, _unknown_flag, _unknown_key, _missing, _last_line, _wrong_value):
         explained = rule(message, parser)
@@ -58,7 +58,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
 
 
 def _denied(message: str, parser: ArgumentParser) -> str | None:
-    """An import that is not allowed; the parser's own remedy is to allow it in code."""
+    """An import that is not allowed; the parser's own message suggests to allow it in code."""
     match = re.search(r"Importing '([^']+)' is not allowed, denied by the '([^']+)' entry", message)
     if not match:
         return None
@@ -66,7 +66,7 @@ def _denied(message: str, parser: ArgumentParser) -> str | None:
     if match[2] != "*":
         return (
             f"Expected {path} to be a class of its type, but got {match[1]!r}: {match[2]} runs or loads "
-            "code, opens files or reaches the network, so nothing of it can be named. Name another class."
+            "code, opens files or uses the network, so none of it can be used. Name another class."
         )
     return needs_trust(path, match[1])
 
@@ -77,7 +77,7 @@ def _unknown_flag(message: str, parser: ArgumentParser) -> str | None:
         return None
     given = match[1].partition("=")[0]
     if not given.startswith("-"):
-        return f"Expected an option, but got {given!r}. Options begin with --."
+        return f"Expected an option, but got {given!r}. Options start with --."
     flag = given.removeprefix("--").removesuffix("+")
     return f"There is no option {given}.{_nearest_option(flag, parser, '--')} {_HELP}"
 
@@ -123,14 +123,14 @@ def _missing(message: str, parser: ArgumentParser) -> str | None:
     if not path:
         return (
             f"Expected a value for {match[1]}, but got none. Name an experiment, such as "
-            "--config digits_inc.yaml, or give it yourself."
+            "--config digits_inc.yaml, or set it."
         )
     keys = ", ".join(f"{path}.init_args.{key}" for key in match[1].split(", "))
-    return f"Expected a value for {keys}, but got none. Give it on the command line or in a config."
+    return f"Expected a value for {keys}, but got none. Set it on the command line or in a config."
 
 
 def _last_line(message: str, parser: ArgumentParser) -> str | None:
-    """The last line that is more than one of the types that a value might have had."""
+    """The last line that is not just a candidate type."""
     tree, _, given = message.partition("Given value type:")
     lines = [line.strip(" -") for line in tree.splitlines()]
     lines = [line for line in lines if line and not re.match(r"Expected an? [<t]", line)]
@@ -145,11 +145,11 @@ def _last_line(message: str, parser: ArgumentParser) -> str | None:
     word = re.findall(r"\w+", reason)[-1]
     names = [name for module in (*SHORT_NAMES, "bpn_lightning.nn") for name in _names_in(module)]
     near = "" if word in names else did_you_mean(word, names)
-    return f"Expected {path} to fit its type, but got {shown}: {reason}.{near} {_HELP}"
+    return f"Expected {path} to match its type, but got {shown}: {reason}.{near} {_HELP}"
 
 
 def _wrong_value(message: str, parser: ArgumentParser) -> str | None:
-    """A value of the wrong type: that of the innermost key, with all the types that it may have."""
+    """A value of the wrong type at the innermost key, with all allowed types."""
     single = re.search(r"Expected an? ([^\n]+?)\. Got value: ([^\n]*)", message)
     union = re.search(r"Given value: ([^\n]*)", message)
     if single:
@@ -169,7 +169,7 @@ def _wrong_value(message: str, parser: ArgumentParser) -> str | None:
 
 
 def _path(text: str) -> str:
-    """The key that a message is about: nested ones stand in its order, outermost first."""
+    """The key that a message refers to, joined from the nested keys, outermost first."""
     keys = re.findall(r'Parser key "([^"]+)"', text)
     found = keys[:1]
     for key in keys[1:]:
@@ -180,7 +180,7 @@ def _path(text: str) -> str:
 
 
 def _nearest_option(key: str, parser: ArgumentParser, prefix: str = "") -> str:
-    """Nearest among the options below the same parent, so that a long prefix decides nothing."""
+    """The nearest option below the same parent, so that a long common prefix has no influence."""
     known = [
         option.removeprefix("--")
         for action in parser._actions
@@ -237,5 +237,5 @@ def _readable(types: str) -> str:
 
 
 def shorten_help(text: str) -> str:
-    """Leave long lists of subclasses out of a help text: PyTorch alone has hundreds of modules."""
+    """Remove long lists of subclasses from a help text, such as hundreds of PyTorch modules."""
     return re.sub(r",\s+known\s+subclasses:[^)]{1500,}\)", ")", text)

@@ -1,4 +1,4 @@
-"""The options of ``bpn-fit``: its parser, its own arguments, and one line on what is wrong with them."""
+"""The options of ``bpn-fit``: its parser and arguments, with errors in one line."""
 
 from argparse import ArgumentError
 from typing import Any
@@ -20,44 +20,44 @@ __all__ = ["FitParser", "add_options", "parse_options"]
 
 
 class FitParser(LightningArgumentParser):
-    """Lightning's parser, with a help that can be read, reading no files."""
+    """Lightning's parser, with a readable help text, and without reading files."""
 
     whole = False
-    """Whether this is the parser of a whole configuration, and not of the arguments of a class."""
+    """Whether this parser is for a complete configuration rather than for the arguments of a class."""
 
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> None:
-        """Let no value be the name of a file with other values."""
+        """Never interpret a value as the name of a file with values."""
         super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
-        """YAML, from which interpolations are resolved: in bounds."""
+        """YAML from which interpolations are resolved, within limits."""
         text: str = super().dump(*args, **kwargs)
         if self.whole and "${" in text:
             check_interpolations(yaml.safe_load(text))
         return text
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """Without the names of the thousand modules that a backbone might be."""
+        """The help text without the long list of modules for a backbone."""
         return shorten_help(super().format_help(*args, **kwargs))
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
-        """What Lightning 2.6 calls by a name that jsonargparse has deprecated."""
+        """Replace the name that Lightning 2.6 calls and jsonargparse has deprecated."""
         try:
             return self.instantiate(cfg, **kwargs)
         except BPNLightningError:
             raise
-        except Exception as error:  # classes raise whatever their arguments lead to
+        except Exception as error:  # a class may raise any exception here
             raise building_error(error, cfg) from error
 
 
 def add_options(parser: LightningArgumentParser, command: Command) -> None:
-    """Add what is no argument of the trainer, the module or the stream.
+    """Add the options that are not arguments of the trainer, the module or the stream.
 
-    The method, its strategies, checkpoints, loggers, and where the run is written.
+    These are the method, its strategies, checkpoints, loggers, and the location of the outputs.
 
     Args:
-        parser: of the whole configuration.
-        command: whose strategies get an option for each of their arguments.
+        parser: the parser of the complete configuration.
+        command: each argument of its strategies becomes an option.
     """
     parser.add_argument(
         "--experiment",
@@ -69,7 +69,7 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
         "--method",
         type=str,
         default=command.method,
-        help="Strategies joined by '+' (a class of your own by its path), or a method with tuned "
+        help="Strategies joined by '+' (your own class by its import path), or a method with tuned "
         "values of the experiment.",
     )
     parser.add_argument(
@@ -84,7 +84,7 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
         nargs="?",
         const=True,
         default=False,
-        help="Replace what an earlier run left in that folder.",
+        help="Replace an earlier run in that folder.",
     )
     parser.add_argument(
         "--ckpt_path",
@@ -102,19 +102,19 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
             f"--checkpoint_every_n_{unit}",
             type=kind,
             default=getattr(Intervals, unit),
-            help=f"{what}; null: none by this measure.",
+            help=f"{what}; null: disabled.",
         )
     parser.add_argument(
         "--logger",
         type=list[str] | str | None,
         default=None,
-        help="Log to wandb, tensorboard, csv or mlflow too, or to several: wandb,tensorboard. Others "
-        "go by --trainer.logger.",
+        help="Also log to wandb, tensorboard, csv or mlflow, or to several: wandb,tensorboard. For other "
+        "loggers use --trainer.logger.",
     )
     for flag, text in {
-        "log_artifacts": "Also keep results and the last checkpoint in W&B or MLflow.",
-        "quiet": "Print nothing but errors and warnings.",
-        "json": "Print results.json and nothing else.",
+        "log_artifacts": "Also upload results and the last checkpoint to W&B or MLflow.",
+        "quiet": "Print only errors and warnings.",
+        "json": "Print only results.json.",
     }.items():
         parser.add_argument(f"--{flag}", type=bool, nargs="?", const=True, default=False, help=text)
     for name, registered in command.strategies.items():
@@ -130,7 +130,7 @@ def parse_options(parser: LightningArgumentParser, args: Any) -> Namespace:
     """The configuration that a command line describes.
 
     Raises:
-        ConfigurationError: in one line, what is wrong with it.
+        ConfigurationError: a one-line description of the problem.
     """
     assert isinstance(parser, FitParser)
     parser.whole = True
@@ -143,7 +143,7 @@ def parse_options(parser: LightningArgumentParser, args: Any) -> Namespace:
         key = f" in {error.full_key}" if getattr(error, "full_key", None) else ""
         raise ConfigurationError(
             f"Expected every ${{...}} to name another key, but got an error{key}: "
-            f"{str(error).splitlines()[0]}. `--print_config` shows the keys."
+            f"{str(error).splitlines()[0]}. `--print_config` shows all keys."
         ) from error
     seed = config.seed_everything
     if not 0 <= seed < 2**32:

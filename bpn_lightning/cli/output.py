@@ -1,4 +1,4 @@
-"""What ``bpn-fit`` prints besides its progress: lines for the user, and none of Lightning's hints."""
+"""Messages of ``bpn-fit``, and suppression of Lightning's hints."""
 
 import logging
 import sys
@@ -13,25 +13,25 @@ __all__ = ["notify", "quiet_lightning"]
 
 
 def notify(line: str) -> None:
-    """Print one line for the user, by the first process only."""
+    """Print one line for the user, on the first process only."""
     if is_first_process():
         print(f"bpn-fit: {printable(line)}", file=sys.stderr)
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Lightning's hints about hardware and products off, its warnings on but for three."""
+    """Suppress Lightning's hints about hardware and products, and three of its warnings."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings(), plain_warnings("bpn-fit"):
-            # Between Lightning and torch, and nothing that a user could fix.
+            # Between Lightning and torch; users cannot fix it.
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-            # Updates are counted over the whole stream: an epoch need not be as long as the interval.
+            # The interval counts updates over the whole stream, so short epochs are not a problem.
             warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
-            # Refused in the place of it.
+            # An error is raised instead.
             warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")
             yield
     finally:

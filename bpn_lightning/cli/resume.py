@@ -1,4 +1,4 @@
-"""The checkpoint that a run resumes: which one it is, whether it is intact, and which run wrote it."""
+"""The checkpoint that a run resumes: finding it, and checking its integrity and its run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Resumed:
     """A checkpoint to resume.
 
     Args:
-        path: of the file.
-        loggers: that the run had, and what they are to append to.
-        global_step: updates before it.
+        path: the file.
+        loggers: the loggers of the run, and the IDs of the runs to which they append.
+        global_step: number of updates before it.
     """
 
     path: Path
@@ -37,23 +37,23 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def previous_checkpoint(folder: Path) -> Path:
-    """The one before it."""
+    """The checkpoint before the newest."""
     return last_checkpoint(folder).with_name("previous.ckpt")
 
 
 def find_checkpoint(
     wanted: str | None, folder: Path, identity: Mapping[str, Any]
 ) -> Resumed | None:
-    """The checkpoint to resume, which is intact and of this run; None to start from the beginning.
+    """The checkpoint to resume, which is intact and of this run; None to start from scratch.
 
     Args:
-        wanted: a path; or ``"last"`` for the newest of the folder, or the one before it where that is
+        wanted: a path; or ``"last"`` for the newest in the folder, or the previous one if that is
             damaged; or None.
         folder: of this run.
-        identity: what this run has to have in common with the one that saved.
+        identity: has to equal that of the run that saved the checkpoint.
 
     Raises:
-        ConfigurationError: there is no such file.
+        ConfigurationError: the file does not exist.
         CheckpointError: it is damaged, or of another run or configuration.
     """
     if wanted is None:
@@ -62,7 +62,7 @@ def find_checkpoint(
     paths = [last, previous] if wanted == "last" else [Path(wanted)]
     if not any(path.is_file() for path in paths):
         if wanted == "last":
-            notify(f"There is no {last} yet: this run starts afresh.")
+            notify(f"There is no {last} yet: this run starts from scratch.")
             return None
         raise ConfigurationError(
             f"Expected ckpt_path to be 'last' or a checkpoint, but there is no file {wanted!r}. "
@@ -85,19 +85,19 @@ def find_checkpoint(
         versions = [(kind, version) for kind, version, _ in loggers]
         return Resumed(path, versions, saved["global_step"])
     raise CheckpointError(
-        f"{' '.join(problems)} Start afresh with --overwrite in the place of --ckpt_path."
+        f"{' '.join(problems)} Start from scratch with --overwrite instead of --ckpt_path."
     )
 
 
 def _check_run(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another run, and say what it differs in."""
+    """Refuse a checkpoint of another run, and name the differences."""
     there = callback_state(saved, LastCheckpoint.__qualname__).get("run")
-    if there is None:  # taken by somebody else; the module has a look at it
+    if there is None:  # saved by other code; the module checks it
         return
     if not isinstance(there, Mapping) or there.keys() != here.keys():
         raise CheckpointError(
-            f"Expected {path} to say which run it is of, but got {there!r:.80}. Start afresh with "
-            "--overwrite in the place of --ckpt_path."
+            f"Expected {path} to contain the identity of its run, but got {there!r:.80}. Start from "
+            "scratch with --overwrite instead of --ckpt_path."
         )
     if run_name(there) != run_name(here):
         raise CheckpointError(
@@ -114,7 +114,7 @@ def _check_run(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) ->
 
 
 def how_to_resume(folder: Path, overwrite: bool) -> str:
-    """What a stopped run left in its folder, and what resumes it.
+    """A message on the files of a stopped run, and how to resume it.
 
     Args:
         folder: of the run.

@@ -1,4 +1,4 @@
-"""``bpn-fit`` once torch may be imported: build, train, and the ways in which training ends."""
+"""The part of ``bpn-fit`` that needs torch: instantiate, train, and handle the end of training."""
 
 import errno
 import os
@@ -28,14 +28,14 @@ from bpn_lightning.untrusted import read_text
 
 __all__ = ["fit"]
 
-TERMINATED = 143  # as shells say of a command that SIGTERM ended
+TERMINATED = 143  # the exit status that shells use for SIGTERM
 
-#: What the system reports when there is no space left for a file.
+#: Error codes of the operating system for a full disk or quota.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fit(command: Command) -> int:
-    """Train what a command line describes, and write and show its results.
+    """Run the training of a command line, and write and show its results.
 
     Args:
         command: read by :func:`bpn_lightning.cli.command.read_command`.
@@ -48,14 +48,14 @@ def fit(command: Command) -> int:
     """
     for notice in command.notices:
         notify(notice)
-    _look_for_no_gpu()
+    _skip_gpu_checks()
     with quiet_lightning():
         try:
             cli = ContinualCLI(command)
         except SystemExit as end:  # --help and --print_config
             return int(end.code or 0)
         out = sys.stdout
-        # Whatever libraries and plugins print, standard output has the document only.
+        # Libraries and plugins may print; standard output contains only the document.
         try:
             with redirect_stdout(sys.stderr) if cli.config.json else nullcontext():
                 return _train(cli, out)
@@ -63,11 +63,11 @@ def fit(command: Command) -> int:
             cli.close()
 
 
-def _look_for_no_gpu() -> None:
-    """Where there is no GPU, let optimizers not look for NVIDIA's library at every update.
+def _skip_gpu_checks() -> None:
+    """Without a GPU, keep optimizers from searching for NVIDIA's library at every update.
 
-    Adam and others ask whether there is one; a variable that Lightning sets makes them load the library
-    to find out, which takes much longer where it is missing.
+    Adam and others check for a GPU; an environment variable that Lightning sets makes this check load the
+    library, which is slow if it is missing.
     """
     if not torch.cuda.is_available():
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
@@ -92,7 +92,7 @@ def _train(cli: ContinualCLI, out: TextIO) -> int:
     except SystemExit:
         if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
-        # Lightning ignores it from then on.
+        # Lightning ignores the signal from here on.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         notify(f"Interrupted. {how_to_resume(cli.folder, cli.config.overwrite)}")
         status = INTERRUPTED
@@ -131,7 +131,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         provenance=collect_provenance(seconds),
         extra={"curve": module.curve} if module.history.evaluate_every == "epoch" else {},
     )
-    if module.closed + 1 == len(module.tasks):  # nothing resumes from here
+    if module.closed + 1 == len(module.tasks):  # complete, so there is nothing to resume
         previous_checkpoint(cli.folder).unlink(missing_ok=True)
     if config.log_artifacts:
         name = f"{config.experiment}-{config.method}-seed_{config.seed_everything}"
@@ -141,8 +141,8 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
             )
         except Exception as error:  # a logger's client may raise any exception
             raise ResultsError(
-                f"Expected the loggers to keep the run's files, but got: {error}. Its results are whole "
-                f"in {cli.folder}: upload them by hand."
+                f"Expected the loggers to upload the run's files, but got: {error}. Its results are "
+                f"complete in {cli.folder}: upload them manually."
             ) from error
     if config.json:
         out.write(read_text(results))

@@ -1,15 +1,15 @@
-"""Who may name what: whose word counts when a name is imported and built, decided before anything is.
+"""Which names may be imported, depending on where they come from, checked before anything is imported.
 
-A module runs its code when it is imported, and so does a function when it is called, so a name in a
-config from somebody else is a program from somebody else. Without being asked, a run takes
+Importing a module runs its code, and so does calling a function, so a name in an untrusted config is
+untrusted code. By default a run accepts
 
-- from a file: what is known to do no harm (:mod:`bpn_lightning.cli.allowed`), and registered plugins;
-- from the command line: whatever the user typed, a module of the current folder too;
-- with ``--trust``: whatever its configs name.
+- from a file: names that are known to be safe (:mod:`bpn_lightning.cli.allowed`), and registered plugins;
+- from the command line: anything, including modules of the current folder;
+- with ``--trust``: anything in its configs.
 
-``--trust false`` takes the second one away, for command lines that a program wrote. Here names are
-checked by where they lead, before torch is imported; what they turn out to be is checked again when
-they are, and before anything is built. docs/safety.md says what is promised.
+``--trust false`` disables the second rule, for generated command lines. Here the import paths are checked,
+before torch is imported; the objects are checked after the import, before anything is instantiated.
+docs/safety.md describes the guarantees.
 """
 
 import os
@@ -40,10 +40,10 @@ __all__ = [
     "words",
 ]
 
-#: What every run imports anyway.
+#: Modules that every run imports anyway.
 ALWAYS = frozenset({"bpn_lightning", "torch", "torchvision", "torchmetrics", "lightning"})
 
-#: Below these lies all that a file may name without being trusted; not all that lies there is allowed.
+#: Prefixes of all names that an untrusted file may use; not everything below them is allowed.
 OPEN = (
     "bpn_lightning",
     "torch.nn",
@@ -56,39 +56,39 @@ OPEN = (
     ),
 )
 
-#: Never allowed by a name: the standard library, which runs programs and opens files, and what
-#: installs or imports code. jsonargparse refuses itself.
+#: Never allowed: the standard library, which can run programs and open files, and packages that install
+#: or import code. jsonargparse refuses itself.
 NEVER = frozenset(
     {*sys.stdlib_module_names, "jsonargparse", "pip", "setuptools", "pkg_resources"}
     | {"distutils", "_distutils_hack"}
 )
 
 FLAGS = "the flags"
-"""Where a name comes from that no file has."""
+"""The origin of names that are not from a file."""
 
-#: Keys whose value may be a class path by itself, or a list of them.
+#: Keys whose value may be a class path, or a list of class paths.
 _PLACES = frozenset(
     {"accelerator", "backbone", "callbacks", "class_path", "data", "logger", "loss", "metrics"}
     | {"optimizer", "plugins", "profiler", "scheduler", "strategy", "streams"}
 )
 
-#: Groups of keys, which jsonargparse would read from a file as well.
+#: Groups of keys, which jsonargparse would also read from a file.
 _GROUPS = frozenset({"model", "trainer"})
 
-#: Keys below which each value is one, by a name of its own.
+#: Keys whose values are named groups.
 _NAMED = frozenset({"model.metrics", "strategies"})
 
 _CONFIGS = (".yaml", ".yml", ".json")
 
-_allowed: set[str] = set()  # by an earlier run of this process, whose trust has ended
+_allowed: set[str] = set()  # by an earlier run of this process, to be revoked
 
 
 class Named(NamedTuple):
     """A class that a config names.
 
     Attributes:
-        where: the file, or the flag.
-        key: its key there.
+        where: the file, or the command line.
+        key: its key.
         path: ``package.module.Class``.
     """
 
@@ -98,7 +98,7 @@ class Named(NamedTuple):
 
     @property
     def module(self) -> str:
-        """What is imported for it."""
+        """The module that is imported for it."""
         return self.path.rpartition(".")[0]
 
 
@@ -109,7 +109,7 @@ def named_classes(where: str, content: Any, key: str = "") -> Iterator[Named]:
     ['lab.Birds']
 
     Raises:
-        ConfigurationError: another config is named instead.
+        ConfigurationError: another config file is named instead.
     """
     last = key.rpartition(".")[2]
     if isinstance(content, dict):
@@ -127,38 +127,38 @@ def named_classes(where: str, content: Any, key: str = "") -> Iterator[Named]:
             if content.endswith(_CONFIGS) or "/" in content:
                 raise ConfigurationError(
                     f"Expected {key} in {where} to be a class or its keys, but got the file "
-                    f"{content!r}, and no config includes another. Name it by a --config of its own, "
-                    f"its keys below `{key}:`."
+                    f"{content!r}; configs cannot include others. Pass it with another --config, "
+                    f"with its keys below `{key}:`."
                 )
             if is_class_path(content):
                 yield Named(where, key, content)
 
 
 def refuse_never(named: Iterable[Named]) -> None:
-    """Refuse parts of the standard library and of installers, whoever names them.
+    """Refuse names from the standard library and from installers, regardless of trust.
 
     Raises:
-        ConfigurationError: names the class, and where it is named.
+        ConfigurationError: names the class, and its location.
     """
     for one in named:
         if one.path.partition(".")[0] in NEVER:
             raise ConfigurationError(
                 f"Expected {one.key} in {one.where} to name a class of an installed package or a "
-                f"plugin, but got {one.path!r}. Nothing of the standard library or of an installer can "
-                "be named: much of it runs programs or opens files. Name another class."
+                f"plugin, but got {one.path!r}. The standard library and installers cannot be used, since "
+                "they can run programs and open files. Name another class."
             )
 
 
 def check_named(named: Iterable[Named], trusted: Collection[str], trust: bool = False) -> None:
-    """Refuse what leads to nothing that needs no trust; nothing is imported.
+    """Refuse names that need trust, without importing anything.
 
     Args:
         named: classes.
-        trusted: class paths that are allowed all the same.
-        trust: whether all are.
+        trusted: class paths that are trusted.
+        trust: whether all are trusted.
 
     Raises:
-        ConfigurationError: names the class, and where it is named.
+        ConfigurationError: names the class, and its location.
     """
     plugins = None if trust else _plugins()
     for one in named:
@@ -173,7 +173,7 @@ def check_named(named: Iterable[Named], trusted: Collection[str], trust: bool = 
 
 
 def imported_by(named: Iterable[Named]) -> list[str]:
-    """A line for each class whose module is not one that every run imports."""
+    """One line per class whose module is not imported by every run."""
     lines = [
         f"{one.where} names {one.path}: the module {one.module} is imported."
         for one in named
@@ -183,7 +183,7 @@ def imported_by(named: Iterable[Named]) -> list[str]:
 
 
 def words(value: Any) -> set[str]:
-    """Every text in a value, at whatever depth, and the parts that ``+`` joins.
+    """All texts in a nested value, and their parts separated by ``+``.
 
     >>> sorted(words(["bd+a.B", {"x": [3, "f"]}]))
     ['a.B', 'bd', 'bd+a.B', 'f']
@@ -196,7 +196,7 @@ def words(value: Any) -> set[str]:
 
 
 def top_modules(names: Iterable[str]) -> set[str]:
-    """First parts of the class paths among words; names of files are none.
+    """The top-level modules of the class paths among words; file names are ignored.
 
     >>> sorted(top_modules(["a.B", "c.d.E", "f"]))
     ['a', 'c']
@@ -206,20 +206,20 @@ def top_modules(names: Iterable[str]) -> set[str]:
 
 
 def importable(trusted: Iterable[str]) -> frozenset[str]:
-    """What a run may import by name, whoever names it: modules, and all that lies below them.
+    """The modules that a run may import by name, including their submodules.
 
     Args:
-        trusted: top modules that are allowed whoever brings them.
+        trusted: additional top-level modules that are allowed.
     """
     tops = {top for top in (*trusted, *_plugins()) if top.isidentifier()}
     return frozenset({*OPEN, *tops} - NEVER)
 
 
 def find_here(tops: Iterable[str]) -> None:
-    """Let trusted modules of the current folder be imported, which a console script does not find.
+    """Make trusted modules of the current folder importable, which console scripts do not find.
 
-    The folder comes last, and only where one of them is nowhere else: no file in it takes the place of
-    another module.
+    The folder is appended to the path, and only if one of them is found nowhere else, so that its files
+    never shadow other modules.
     """
     here = os.getcwd()
     if here not in sys.path and any(
@@ -230,22 +230,22 @@ def find_here(tops: Iterable[str]) -> None:
 
 
 def restrict_imports(allowed: Collection[str], trust: bool) -> None:
-    """Let jsonargparse import nothing else by name, and build nothing where any value will do.
+    """Restrict jsonargparse's imports by name, and instantiation for arguments of any type.
 
-    Its settings hold for the whole process, and until the next call.
+    The settings apply to the whole process, until the next call.
 
     Args:
-        allowed: modules, or whole names.
+        allowed: modules, or full names.
         trust: whether others may be imported, too.
     """
     from jsonargparse import set_parsing_settings
 
-    # Of two entries the longer one decides, and none can be taken back but by its opposite.
+    # The longest matching entry decides; an entry can only be revoked by its opposite.
     again = {one for one in _allowed if one.startswith(tuple(f"{name}." for name in allowed))}
     allowed = {*allowed, *again}
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
-        config_read_mode_fsspec_enabled=False,  # Lightning lets configs come from the network
+        config_read_mode_fsspec_enabled=False,  # Lightning would read configs from the network
         import_path_denylist=[*([] if trust else ["*"]), *_allowed],
         import_path_allowlist=sorted(allowed),
     )
@@ -253,7 +253,7 @@ def restrict_imports(allowed: Collection[str], trust: bool) -> None:
 
 
 def _plugins() -> set[str]:
-    """Top modules of the registered plugins."""
+    """Top-level modules of the registered plugins."""
     groups = ("bpn_lightning.strategies", "bpn_lightning.datamodules")
     points = [point for group in groups for point in entry_points(group=group)]
     return {point.module.partition(".")[0] for point in points}

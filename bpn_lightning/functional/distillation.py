@@ -1,4 +1,4 @@
-"""Cross-entropy between the softened outputs of a student and a teacher."""
+"""Knowledge distillation: cross-entropy between softened outputs of a student and a teacher."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -16,8 +16,8 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> 
 
     .. math:: q = \mathrm{softmax}(v / T), \quad p = \mathrm{softmax}(z / T)
 
-    Its gradient by z is :math:`(p - q) / T`, without a factor of :math:`T^2`, and exactly 0 where
-    student and teacher agree. In float32 at least.
+    Its gradient with respect to z is :math:`(p - q) / T`, without a factor of :math:`T^2`, and exactly 0
+    if student and teacher agree. Computed in at least float32.
 
     Args:
         student: z, logits ``(..., classes)``.
@@ -25,13 +25,13 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> 
         temperature: T, dimensionless.
 
     Returns:
-        ``(...)``; where they agree, the entropy of q.
+        ``(...)``; the entropy of q if they agree.
 
     >>> distillation(torch.tensor([[1.0, 1.0]]), torch.tensor([[5.0, 5.0]]))  # log 2
     tensor([0.6931])
     """
     z, v = full_precision(student) / temperature, full_precision(teacher) / temperature
-    # Written so that autograd computes p as q is computed here: equal logits cancel bit for bit.
+    # Written so that autograd computes p exactly like q here: equal logits cancel bit for bit.
     q = (v - v.logsumexp(-1, keepdim=True)).exp()
     return z.logsumexp(-1) - (q * z).sum(-1)
 
@@ -39,12 +39,12 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> 
 def distillation_of_heads(
     student: Tensor, teacher: Tensor, widths: Sequence[int], temperature: float
 ) -> Tensor:
-    """The sum of heads' :func:`distillation`, a softmax each.
+    """The sum of :func:`distillation` over heads, each with its own softmax.
 
     Args:
-        student: logits of the heads concatenated, ``(batch, sum of widths)``.
-        teacher: the same of the teacher.
-        widths: classes of each head.
+        student: concatenated logits of the heads, ``(batch, sum of widths)``.
+        teacher: the teacher's, likewise.
+        widths: number of classes of each head.
         temperature: T, dimensionless.
 
     Returns:

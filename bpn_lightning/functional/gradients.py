@@ -1,12 +1,12 @@
-r"""Sums over samples of a measure of each one's gradient, from one forward and one backward.
+r"""Sums over samples of squared or absolute per-sample gradients, from one forward and one backward pass.
 
-With what enters a layer, :math:`a_n`, and the gradient of its output, :math:`\delta_n`
-(:mod:`bpn_lightning.functional.records`), of a linear layer's weight
+From the layer input :math:`a_n` and the gradient of the layer's output :math:`\delta_n`
+(:mod:`bpn_lightning.functional.records`), for the weight of a linear layer
 
-- the sum of the squares is :math:`(\delta^2)^T (a^2)`, one matrix product (the Fisher information),
-- the sum of the absolute values is :math:`|\delta|^T |a|` (memory aware synapses).
+- the sum of squares is :math:`(\delta^2)^T (a^2)`, one matrix product (the Fisher information),
+- the sum of absolute values is :math:`|\delta|^T |a|` (memory aware synapses).
 
-What has no closed form goes through ``torch.func`` or plain autograd.
+Layers without a closed form use ``torch.func`` or plain autograd.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from bpn_lightning.nn.execution import differentiable
 
 __all__ = ["cross_entropies", "layer_sums", "sample_gradient_sums", "sums_have_closed_forms"]
 
-#: Elements of per-sample gradients that are held at a time: 64 MB in float32.
+#: Elements of per-sample gradients in memory at a time: 64 MB in float32.
 CHUNK = 2**24
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -41,19 +41,19 @@ Measure = Callable[[Tensor], Tensor]
 def layer_sums(
     layer: nn.Module, layer_input: Tensor, delta: Tensor, weights: Tensor, measure: Measure
 ) -> dict[str, Tensor]:
-    r"""Weighted sums over samples of a measure of each sample's own gradient.
+    r"""Weighted sums over samples of a measure of per-sample gradients.
 
     .. math:: \sum_n w_n\, m(\partial \ell_n / \partial \theta)
 
     Args:
         layer: linear, convolution or batch normalization.
-        layer_input: ``(n, ...)``, what its weights saw.
-        delta: ``(n, ...)``, the gradient of the sum of all :math:`\ell_n` by its output.
+        layer_input: ``(n, ...)``, the effective input of its weights.
+        delta: ``(n, ...)``, the gradient of the sum of all :math:`\ell_n` with respect to its output.
         weights: ``(n,)``.
         measure: ``torch.square`` or ``torch.abs``: elementwise, with m(a b) = m(a) m(b).
 
     Returns:
-        By the parameter's name within the layer, of its shape.
+        One tensor per parameter, by its name within the layer, same shape.
     """
     vectors = vector_gradients(layer, layer_input, delta)
     sums = {name: weights @ measure(gradients) for name, gradients in vectors.items()}
@@ -70,9 +70,9 @@ def layer_sums(
 def _convolution_sums(
     layer: nn.Conv2d, layer_input: Tensor, delta: Tensor, weights: Tensor, measure: Measure
 ) -> Tensor:
-    """The sums of a convolution's weight, from ``delta`` ``(n, out, places)``."""
+    """The sums for a convolution's weight, from ``delta`` ``(n, out, positions)``."""
     total = torch.zeros_like(layer.weight)
-    # Unfolded, a sample is as large as its patches overlap: as many at a time as memory allows.
+    # Unfolding multiplies the size of a sample by the patch size: process it in chunks.
     step = max(1, CHUNK // (layer.weight[0].numel() * layer.groups * delta.shape[2]))
     for start in range(0, len(layer_input), step):
         part = slice(start, start + step)
@@ -92,7 +92,7 @@ def _convolution_sums(
 
 
 def _outer_sums(delta: Tensor, layer_input: Tensor, weights: Tensor, measure: Measure) -> Tensor:
-    """Sum over n of w_n m(delta_n taken_n^T) for ``(n, out, places)`` and ``(n, in, places)``."""
+    """Sum over n of w_n m(delta_n a_n^T) for ``(n, out, positions)`` and ``(n, in, positions)``."""
     size = delta.shape[1] * layer_input.shape[1]
     total = delta.new_zeros(delta.shape[1], layer_input.shape[1])
     step = max(1, CHUNK // size)
@@ -107,7 +107,7 @@ def _outer_sums(delta: Tensor, layer_input: Tensor, weights: Tensor, measure: Me
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """``(n, classes)`` and ``(n,)`` to ``(n,)``."""
+    """Cross-entropy per sample: logits ``(n, classes)`` and labels ``(n,)`` to ``(n,)``."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -122,22 +122,22 @@ def sample_gradient_sums(
     measure: Measure = torch.square,
     closed_forms: bool | None = None,
 ) -> dict[str, Tensor]:
-    r"""Sum over samples and labels of a weighted measure of each one's gradient.
+    r"""Weighted sum over samples and labels of a measure of the gradient of each.
 
     .. math:: \sum_n \sum_l w_{nl}\, m(\partial \ell(f(x_n), y_{nl}) / \partial\theta)
 
-    Samples must not influence one another, so the module is to be in evaluation mode.
+    Samples must not influence one another, so the module has to be in evaluation mode.
 
     Args:
-        module: maps ``(n, ...)`` to logits ``(n, all columns)``.
-        parameters: what to differentiate by, by name within the module.
+        module: maps ``(n, ...)`` to logits ``(n, all classes)``.
+        parameters: the parameters to differentiate, by name within the module.
         inputs: ``(n, ...)``.
         choose: maps the active logits to labels and weights, ``(n, labels)`` each.
-        columns: the active ones.
+        columns: the active output units.
         loss: maps active logits and ``(n,)`` labels to ``(n,)`` losses.
         measure: ``torch.square`` or ``torch.abs``.
-        closed_forms: whether they hold, as :func:`sums_have_closed_forms` said of this network; None
-            asks it, which costs a sample.
+        closed_forms: whether closed forms are valid, the result of :func:`sums_have_closed_forms` for
+            this network; None calls it, at the cost of one sample.
 
     Returns:
         One tensor per parameter, same shape.
@@ -154,7 +154,7 @@ def sample_gradient_sums(
             return _mapped_sums(*arguments)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # torch.func cannot transform everything that autograd can
+        except RuntimeError:  # torch.func does not support everything that autograd does
             return _sums_one_by_one(*arguments)
 
 
@@ -165,16 +165,16 @@ def sums_have_closed_forms(
     columns: slice,
     measure: Measure = torch.square,
 ) -> bool:
-    """Whether the closed forms give the measure of one sample's gradient, as autograd sees it.
+    """Whether the closed forms agree with autograd on one sample.
 
-    A layer's hook does not see a weight that a function uses too, a weight made from others, or
-    samples that were folded into places. One sample tells, at the cost of one, for any loss.
+    Layer hooks do not notice a weight that a function also uses, a weight computed from others, or
+    samples that were reshaped into positions. One sample is enough to find out, for any loss.
 
     Args:
         module: maps ``(n, ...)`` to logits, in evaluation mode.
         parameters: by name within the module.
-        sample: ``(1, ...)``; of none at all nothing can be told.
-        columns: the active ones.
+        sample: ``(1, ...)``; the result is undefined for an empty one.
+        columns: the active output units.
         measure: ``torch.square`` or ``torch.abs``.
     """
 
@@ -200,7 +200,7 @@ def _closed_sums(
     loss: Loss,
     measure: Measure,
 ) -> dict[str, Tensor] | None:
-    """The sums from layers' inputs and output gradients; None where a layer has no closed form."""
+    """The sums from layer inputs and output gradients; None if a layer has no closed form."""
     forward = recorded_forward(module, parameters, inputs)
     if forward is None:
         return None
@@ -230,14 +230,14 @@ def _mapped_sums(
     loss: Loss,
     measure: Measure,
 ) -> dict[str, Tensor]:
-    """The sums from each sample's own gradient, many samples at a time."""
+    """The sums from per-sample gradients, many samples at a time."""
     values = {name: value.detach() for name, value in parameters.items()}
 
     def of_sample(values: dict[str, Tensor], sample: Tensor, label: Tensor) -> Tensor:
         logits = functional_call(module, values, (sample[None],))[:, columns]
         return loss(logits, label[None]).sum()
 
-    # The labels of a sample share nothing but the sample: an outer map over them.
+    # An outer map over the labels of each sample.
     gradients = vmap(vmap(grad(of_sample), in_dims=(None, None, 0)), in_dims=(None, 0, 0))
     with torch.no_grad():
         labels, weights = choose(module(inputs)[:, columns])
@@ -260,7 +260,7 @@ def _sums_one_by_one(
     loss: Loss,
     measure: Measure,
 ) -> dict[str, Tensor]:
-    """The sums by their definition: one backward for every sample and label."""
+    """The sums by definition: one backward pass per sample and label."""
     with torch.no_grad():
         labels, weights = choose(module(inputs)[:, columns])
     sums = {name: torch.zeros_like(value) for name, value in parameters.items()}

@@ -1,9 +1,9 @@
-r"""How much each parameter matters to a task: measures of per-sample gradients, averaged exactly.
+r"""Importance of each parameter to a task: exact averages of measures of per-sample gradients.
 
 .. math:: \Omega = \frac{1}{N} \sum_n m(\partial \ell_n / \partial \theta)
 
-with squares of log-likelihoods' gradients for the Fisher information and absolute values of the
-squared output's for memory aware synapses. How the gradients are had is in
+with squared gradients of the log-likelihood for the Fisher information, and absolute gradients of the
+squared output norm for memory aware synapses. The gradients are computed in
 :mod:`bpn_lightning.functional.gradients`.
 """
 
@@ -43,19 +43,20 @@ def mean_over_task(
     like: Mapping[str, Tensor],
     sums_of: Callable[[Batch, slice], Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Means over a task's whole training part of what is summed over each batch's samples.
+    """Means over all training samples of a task, from sums over batches.
 
-    In evaluation mode, in the task's mode, without augmentation, in full precision; each sample of all
-    processes counts once. Leaves gradients, running statistics and the global random state alone.
+    Computed in evaluation mode, in the task's mode, without augmentation, in full precision; each sample
+    counts once over all processes. Does not change gradients, running statistics or the global random
+    state.
 
     Args:
-        host: the module; every process sums its own share.
-        task_id: whose data and mode.
-        like: tensors of the shapes of what is summed, by name.
-        sums_of: maps a batch and the task's active columns to sums over its samples, by name.
+        host: the module; each process sums over its shard.
+        task_id: ID of the task.
+        like: tensors with the shapes of the sums, by name.
+        sums_of: maps a batch and the task's active output units to sums over its samples, by name.
 
     Returns:
-        One tensor per name, of its shape.
+        One tensor per name, with the given shape.
 
     Raises:
         DataError: the task has no samples.
@@ -81,11 +82,11 @@ def _measured(
     loss: Loss,
     measure: Measure,
 ) -> Callable[[Tensor, Choose, slice], dict[str, Tensor]]:
-    """Sums over the samples of a batch; the first batch tells whether closed forms hold."""
+    """Sums over the samples of a batch; closed forms are validated on the first batch."""
     known: list[bool] = []
 
     def sums(inputs: Tensor, choose: Choose, columns: slice) -> dict[str, Tensor]:
-        if not known and len(inputs):  # this process's share of a batch may be none
+        if not known and len(inputs):  # this process's shard of a batch may be empty
             sample = inputs[:1]
             known.append(sums_have_closed_forms(module, parameters, sample, columns, measure))
         return sample_gradient_sums(
@@ -112,21 +113,21 @@ def fisher_diagonal(
     labels: FisherLabels = "empirical",
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    r"""Diagonal of the Fisher information of a task, over its whole training part.
+    r"""Diagonal of the Fisher information of a task, over all its training samples.
 
     .. math:: F = \frac{1}{N} \sum_n \sum_k w_k(x_n) \left(\partial \log p_k(x_n) / \partial\theta\right)^2
 
-    with p the softmax over the task's active columns. See :func:`mean_over_task` for what it leaves
-    alone.
+    with p the softmax over the task's active classes. See :func:`mean_over_task` for modes and side
+    effects.
 
     Args:
-        host: the module; every process sums its own share.
-        task_id: whose data, mode and columns.
+        host: the module; each process sums over its shard.
+        task_id: ID of the task.
         parameters: by name within the host.
-        labels: w is 1 for the ``empirical`` (true), the ``predicted`` or one ``sampled`` label and
-            p_k for all of them in ``exact``.
-        generator: for ``sampled``, on the host's device; the same on every process, which draws for
-            whole batches and uses its share.
+        labels: w is 1 for the ``empirical`` (true), the ``predicted`` or one ``sampled`` label, and
+            p_k for all labels with ``exact``.
+        generator: for ``sampled``, on the host's device; in the same state on every process, since each
+            draws for the global batch and uses its shard.
 
     Returns:
         One tensor per parameter, same shape.
@@ -150,9 +151,9 @@ def fisher_diagonal(
 def _label_choice(
     labels: FisherLabels, targets: Tensor, draws: Tensor
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Map logits ``(n, classes)`` to labels and their weights, both ``(n, labels per sample)``.
+    """A function of logits ``(n, classes)`` that returns labels and weights, ``(n, labels per sample)``.
 
-    ``draws`` are ``(n,)`` uniform numbers, for ``sampled`` only.
+    ``draws`` are ``(n,)`` uniform random numbers, for ``sampled`` only.
     """
 
     def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,16 +179,16 @@ def _label_choice(
 def output_sensitivity(
     host: ContinualHost, task_id: int, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    r"""How much the squared length of a task's logits follows each parameter.
+    r"""Sensitivity of the squared norm of a task's logits to each parameter.
 
     .. math:: \Omega = \frac{1}{N} \sum_n \left|\partial \|f(x_n)\|_2^2 / \partial\theta\right|
 
-    with f the task's active columns. Each sample's gradient before its absolute value; no labels. See
-    :func:`mean_over_task` for what it leaves alone.
+    with f the logits of the task's active classes. The absolute value is per sample; labels are not
+    used. See :func:`mean_over_task` for modes and side effects.
 
     Args:
-        host: the module; every process sums its own share.
-        task_id: whose data, mode and columns.
+        host: the module; each process sums over its shard.
+        task_id: ID of the task.
         parameters: by name within the host.
 
     Returns:
@@ -205,11 +206,11 @@ def output_sensitivity(
 
 
 def squared_lengths(logits: Tensor, _: Tensor) -> Tensor:
-    """``(n, columns)`` to ``(n,)``, whatever the labels."""
+    """Squared norms of logits, ``(n, classes)`` to ``(n,)``; labels are ignored."""
     return logits.square().sum(1)
 
 
 def _no_label(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """One scalar per sample, of weight 1."""
+    """A single dummy label per sample, with weight 1."""
     labels = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
     return labels, torch.ones_like(labels, dtype=logits.dtype)

@@ -17,22 +17,22 @@ __all__ = [
 def merged_quadratic(
     importance: Tensor, anchor: Tensor, added: Tensor, solution: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The sum of two penalties as one with a constant.
+    r"""Merge two quadratic penalties into one plus a constant.
 
     .. math:: A (\theta - \mu)^2 + F (\theta - \theta^*)^2
         = (A + F) (\theta - \mu')^2 + C, \quad \mu' = \mu + \frac{F}{A + F} (\theta^* - \mu)
 
-    As a moving mean, which keeps differences small where sums of F theta would cancel. Where nothing is
-    important the anchor is the last solution.
+    Computed as a running mean, which avoids the cancellation in sums of F theta. Where both importances
+    are 0 the anchor is the last solution.
 
     Args:
-        importance: A, at least 0, any shape, as all of them.
+        importance: A, at least 0, any shape, the same for all arguments.
         anchor: mu.
         added: F, at least 0.
         solution: theta*.
 
     Returns:
-        A + F and mu', in the precision of the arguments, and C summed, a scalar in double precision.
+        A + F and mu', in the precision of the arguments, and the sum of C, a scalar in double precision.
     """
     total, gap = importance.double() + added, solution.double() - anchor
     weight = torch.where(total > 0, added.double() / total, torch.ones_like(total))
@@ -44,13 +44,13 @@ def merged_quadratic(
 def gradient_coefficients(
     importances: Sequence[Tensor], strength: float, rates: Sequence[float] | None = None
 ) -> list[Tensor]:
-    r"""What gaps :math:`\theta - \mu` are multiplied by in the gradient: :math:`2 \lambda \Omega`.
+    r"""The coefficients of :math:`\theta - \mu` in the gradient: :math:`2 \lambda \Omega`.
 
     Args:
         importances: one tensor per parameter.
         strength: lambda.
-        rates: learning rates; with them, a coefficient is at most 1 / rate: one step of plain gradient descent
-            reaches the anchor and does not pass it.
+        rates: learning rates; if given, coefficients are limited to 1 / rate, so that one step of plain
+            gradient descent does not overshoot the anchor.
 
     >>> gradient_coefficients([torch.tensor([1.0, 9.0])], 0.5, [0.5])
     [tensor([1., 2.])]
@@ -66,12 +66,12 @@ def gradient_coefficients(
 def proximal_weights(
     importances: Sequence[Tensor], strength: float, rates: Sequence[float]
 ) -> list[Tensor]:
-    r"""The fraction of each gap that a proximal step on the penalty closes.
+    r"""The fraction of the distance to the anchor that a proximal step on the penalty covers.
 
     .. math:: \frac{2 \eta\lambda\Omega}{1 + 2 \eta\lambda\Omega}
 
-    The minimizer of :math:`\eta\lambda\Omega (\theta - \mu)^2 + \frac12 (\theta - \theta_0)^2` lies
-    so far from :math:`\theta_0` towards mu; at any strength it is between the two.
+    The minimizer of :math:`\eta\lambda\Omega (\theta - \mu)^2 + \frac12 (\theta - \theta_0)^2` is at
+    this fraction of the way from :math:`\theta_0` to mu; for any strength it is between the two.
 
     >>> proximal_weights([torch.tensor([1.0, 1.5])], 1.0, [0.5])
     [tensor([0.5000, 0.6000])]
@@ -86,7 +86,7 @@ def add_penalty_grad_(
     anchors: Sequence[Tensor],
     coefficients: Sequence[Tensor],
 ) -> None:
-    """Add coefficient times gap to each gradient, in place."""
+    """Add coefficient * (parameter - anchor) to each gradient, in place."""
     with torch.no_grad():
         gaps = torch._foreach_sub(list(parameters), list(anchors))
         torch._foreach_addcmul_(list(gradients), list(coefficients), gaps)
@@ -95,6 +95,6 @@ def add_penalty_grad_(
 def proximal_step_(
     parameters: Sequence[Tensor], anchors: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> None:
-    """Move each parameter that fraction of its way to the anchor, in place."""
+    """Move each parameter by this fraction of its distance to the anchor, in place."""
     with torch.no_grad():
         torch._foreach_lerp_(list(parameters), list(anchors), list(weights))

@@ -1,4 +1,4 @@
-"""The nearest gradient that lets no memory's loss rise: GEM's quadratic program in its dual."""
+"""GEM's projection: the nearest gradient that increases no memory's loss, by the dual quadratic program."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -25,8 +25,8 @@ MarginMode = Literal["constraint", "additive"]
 MARGIN_MODES = ("constraint", "additive")
 RIDGE = 1e-6
 
-#: Elements of gradients that are held in float64 at a time: 2 MB, which stays in a processor's cache,
-#: and on other devices 128 MB.
+#: Elements of gradients converted to float64 at a time: 2 MB on the CPU, which fits into its cache, and
+#: 128 MB on other devices.
 CHUNK, GPU_CHUNK = 2**18, 2**24
 
 
@@ -37,7 +37,7 @@ def project(
     margin_mode: MarginMode = "constraint",
     ridge: float = RIDGE,
 ) -> Tensor:
-    r"""The vector nearest to a gradient that makes no memory's loss rise, to first order.
+    r"""The vector nearest to a gradient that increases no memory's loss, to first order.
 
     .. math:: \tilde g = g + G^T v, \qquad v = \arg\min_{v \ge \gamma}
         \tfrac12 v^T (G G^T + R) v + (G g)^T v
@@ -49,10 +49,10 @@ def project(
         memory_gradients: G, ``(memories, parameters)``.
         margin: gamma, in units of v.
         margin_mode: see :func:`multipliers`.
-        ridge: R over the squared norms of the memories' gradients.
+        ridge: R as a fraction of the squared norms of the memories' gradients.
 
     Returns:
-        ``(parameters,)``; the very tensor that was given where nothing is violated.
+        ``(parameters,)``; the argument itself if no constraint is violated.
 
     >>> project(torch.tensor([-1.0, 2.0]), torch.tensor([[1.0, 0.0]]), margin=0, ridge=0)
     tensor([0., 2.])
@@ -65,11 +65,11 @@ def project(
 
 
 def violated(products: Tensor) -> bool:
-    """Whether a step against the gradient would raise a memory's loss.
+    """Whether a gradient step would increase a memory's loss.
 
     Args:
-        products: of the gradient with every memory's, ``(memories,)``. Of gradients that are not finite
-            nothing is said: a scaler is about to skip them, or training has diverged.
+        products: inner products of the gradient with every memory's, ``(memories,)``. False if they are
+            not finite: the gradient scaler will skip the update, or training has diverged.
     """
     return bool(products.isfinite().all() and (products < 0).any())
 
@@ -81,34 +81,35 @@ def multipliers(
     margin_mode: MarginMode = "constraint",
     ridge: float = RIDGE,
 ) -> Tensor:
-    r"""The dual's solution v, from inner products alone.
+    r"""The solution v of the dual problem, from inner products only.
 
     With D the norms of the memories' gradients, C = D^-1 G G^T D^-1 their cosines and
     C + ridge I = L L^T, the quadratic program in w = D v >= D gamma is the non-negative least squares
     problem :math:`\min_{u \ge 0} |L^T u + L^{-1} (D^{-1} G g + (C + ridge I) D \gamma)|` with
-    u = w - D gamma. In these units nothing depends on how long gradients are.
+    u = w - D gamma. In these units nothing depends on the norms of gradients.
 
     Args:
         products: G g, ``(memories,)`` float64.
         gram: G G^T, ``(memories, memories)`` float64.
         margin: gamma.
-        margin_mode: ``constraint`` solves under v >= gamma; ``additive`` under v >= 0 and then adds
-            gamma.
-        ridge: added to the cosines' diagonal, 1; it decides where gradients are linearly dependent.
+        margin_mode: ``constraint`` solves with v >= gamma; ``additive`` solves with v >= 0 and then
+            adds gamma.
+        ridge: added to the diagonal of the cosines, which is 1; it makes the solution unique if gradients
+            are linearly dependent.
 
     Returns:
         v, ``(memories,)`` float64 on the CPU.
     """
     floor = margin if margin_mode == "constraint" else 0.0
     norms = gram.diagonal().sqrt().cpu().numpy()
-    live = norms > 0  # a memory without gradient constrains nothing
+    live = norms > 0  # a zero gradient is no constraint
     norms = norms[live]
     cosines = gram.cpu().numpy()[np.ix_(live, live)] / np.outer(norms, norms)
     cosines += ridge * np.eye(len(norms))
     factor = np.linalg.cholesky(cosines)
     linear = products.cpu().numpy()[live] / norms + cosines @ (floor * norms)
     target = -solve_triangular(factor, linear, lower=True)
-    # The solver compares with fixed tolerances, and its problem is homogeneous.
+    # The solver uses absolute tolerances, and the problem is homogeneous: rescale it.
     scale = np.abs(target).max(initial=0) or 1.0
     solution, _ = nnls(factor.T, target / scale, maxiter=100 * len(norms))
     v = np.full(len(live), floor, dtype=np.float64)
@@ -119,7 +120,7 @@ def multipliers(
 
 
 def inner_products(gradient: Tensor, memory_gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a gradient with every memory's, and of those with each other, in float64.
+    """Inner products of a gradient with every memory's, and between those, in float64.
 
     Args:
         gradient: g, ``(parameters,)``.
@@ -137,7 +138,7 @@ def inner_products(gradient: Tensor, memory_gradients: Tensor) -> tuple[Tensor, 
 
 
 def combined(gradient: Tensor, memory_gradients: Tensor, v: Tensor) -> Tensor:
-    """The sum g + G^T v, added up in float64: large multiples of gradients may cancel.
+    """The sum g + G^T v, computed in float64 because large multiples of gradients may cancel.
 
     Args:
         gradient: g, ``(parameters,)``.
@@ -145,7 +146,7 @@ def combined(gradient: Tensor, memory_gradients: Tensor, v: Tensor) -> Tensor:
         v: ``(memories,)`` float64.
 
     Returns:
-        ``(parameters,)``, of the gradient's type.
+        ``(parameters,)``, in the gradient's dtype.
     """
     sums = [
         torch.addmv(part.double(), of_memories.double().T, v).to(gradient.dtype)
@@ -155,7 +156,7 @@ def combined(gradient: Tensor, memory_gradients: Tensor, v: Tensor) -> Tensor:
 
 
 def _pieces(gradient: Tensor, memory_gradients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some columns at a time: in float64 they are twice as large."""
+    """Convert to float64 in chunks of parameters, to save memory."""
     elements = CHUNK if gradient.device.type == "cpu" else GPU_CHUNK
     step = max(1, elements // (len(memory_gradients) + 1))
     return zip(torch.split(gradient, step), torch.split(memory_gradients, step, 1), strict=True)

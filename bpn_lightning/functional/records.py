@@ -1,9 +1,9 @@
-r"""What each layer of a network saw in one forward, and the gradient of what it put out.
+r"""The layer inputs of one forward pass, and the gradients of the layer outputs.
 
-What enters a layer, :math:`a_n`, and the gradient of its output, :math:`\delta_n`, hold the gradient
+The layer input :math:`a_n` and the gradient of the layer output :math:`\delta_n` determine the gradient
 of each sample n: for a linear layer :math:`y = W a + b` it is :math:`\delta_n a_n^T`. Convolutions and
-batch normalization have closed forms too. Whether they hold in a network is tried on one sample, and
-whether the layers' records are all that a batch made of their parameters is read from its graph.
+batch normalization have closed forms too. Their validity for a network is tested on one sample; the
+autograd graph shows whether the parameters were used outside the recorded layer calls.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,12 +30,12 @@ __all__ = [
 
 
 class Record(NamedTuple):
-    r"""One run of a layer.
+    r"""One call of a layer.
 
     Attributes:
-        layer: which.
-        layer_input: ``(n, ...)``, what its weights saw: its input, keyed where the layer has keys.
-        edge: of its output, for ``torch.autograd.grad``, which gives :math:`\delta`.
+        layer: the layer.
+        layer_input: ``(n, ...)``, the effective input of its weights: multiplied by the key if it has keys.
+        edge: of its output, from which ``torch.autograd.grad`` computes :math:`\delta`.
     """
 
     layer: nn.Module
@@ -45,11 +45,11 @@ class Record(NamedTuple):
 
 @contextmanager
 def recorded(layers: Iterable[nn.Module]) -> Iterator[list[Record]]:
-    """Note every run of some layers in the forwards inside."""
+    """Record every call of some layers inside the block."""
     records: list[Record] = []
 
     def note(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        # The edge, not the tensor: an in-place activation that follows changes the tensor's own.
+        # The edge, not the tensor, because an in-place activation changes the tensor's grad_fn.
         if output.requires_grad:
             layer_input = effective_input(layer, args[0].detach())
             records.append(Record(layer, layer_input, get_gradient_edge(output)))
@@ -68,19 +68,19 @@ def recorded_forward(
     inputs: Tensor,
     tasks: Tensor | None = None,
 ) -> tuple[Tensor, list[Record]] | None:
-    """Logits of some samples, and a record of each layer that has parameters asked for.
+    """Logits of a batch, and a record of each layer with one of the given parameters.
 
     Args:
         module: maps ``(n, ...)`` to logits, in evaluation mode.
         parameters: by name within the module.
         inputs: ``(n, ...)``.
-        tasks: ``(n,)``, each sample's task, for a module that takes them; None for the mode that holds.
+        tasks: ``(n,)``, the task ID of each sample, for a module that accepts them; None: the current
+            mode.
 
     Returns:
-        None where the records do not hold each sample's gradient: a layer of another kind, one that
-        runs twice, tied weights, samples that are not the first dimension, a parameter that something
-        else than its layer's recorded run has used. Weights that are made from others need a trial on
-        one sample.
+        None if the records do not determine per-sample gradients: unsupported layers, layers called
+        twice, tied weights, samples not along the first dimension, or parameters used outside their
+        layer's recorded call. Weights computed from others have to be tested on one sample.
     """
     names = sorted({name.rpartition(".")[0] for name in parameters})
     layers = [module.get_submodule(name) for name in names]
@@ -104,13 +104,13 @@ def recorded_forward(
 
 
 def logits_of(module: nn.Module, inputs: Tensor, tasks: Tensor | None) -> Tensor:
-    """What a module answers, ``(n, columns)``, each sample in its task's mode or all in the one that holds."""
+    """The logits of a module, ``(n, classes)``, each sample in its task's mode, or all in the current one."""
     logits: Tensor = module(inputs) if tasks is None else module(inputs, task=tasks)
     return logits
 
 
 def _has_closed_form(layer: nn.Module) -> bool:
-    """By exact type: a subclass may have a forward of its own."""
+    """Check the exact type: a subclass may override forward."""
     if type(layer) is nn.Conv2d:
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
@@ -121,7 +121,7 @@ def _has_closed_form(layer: nn.Module) -> bool:
 def differentiated(
     scalar: Tensor, records: Sequence[Record], retain_graph: bool = False
 ) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """Layer, what it saw, and the scalar's gradient by its output, of those that took part."""
+    """Layer, layer input and output gradient of the layers that contribute to a scalar."""
     edges = [record.edge for record in records]
     deltas = torch.autograd.grad(scalar, edges, retain_graph=retain_graph, allow_unused=True)
     pairs = zip(records, deltas, strict=True)
@@ -129,7 +129,7 @@ def differentiated(
 
 
 def vector_gradients(layer: nn.Module, layer_input: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """Each sample's gradient of the parameters that are vectors, ``(n, size)`` each."""
+    """Per-sample gradients of the parameters that are vectors, ``(n, size)`` each."""
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         if not layer.affine:
             return {}
@@ -149,15 +149,15 @@ def vector_gradients(layer: nn.Module, layer_input: Tensor, delta: Tensor) -> di
 
 
 def least_likely(logits: Tensor) -> Tensor:
-    """A label per sample, ``(n,)``, whose cross-entropy has a gradient in any network.
+    """The least likely label per sample, ``(n,)``, whose cross-entropy always has a gradient.
 
-    The likeliest one's has none in a network that is certain: 0 = 0 would prove nothing.
+    The gradient of the most likely one vanishes if the network is certain, and 0 = 0 proves nothing.
     """
     return logits.masked_fill(logits.isneginf(), float("inf")).argmin(1)
 
 
 def agree(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    """Whether tensors are those that are wanted, to a thousandth of each one's largest entry."""
+    """Whether tensors agree with a reference, up to a thousandth of its largest entry."""
     return all(
         bool((found[name] - value).abs().max() <= 1e-3 * value.abs().max())
         for name, value in wanted.items()

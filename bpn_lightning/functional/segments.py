@@ -1,8 +1,8 @@
-r"""The gradient of every group of samples from one forward and one backward.
+r"""Gradients of several groups of samples from one forward and one backward pass.
 
-For a linear layer the gradient of a group g is :math:`\delta_g^T a_g`, from what
-:mod:`bpn_lightning.functional.records` holds of its samples; where layers have no closed form, a forward and a
-backward for each group. Episodic memories ask for it, one group for each past task.
+For a linear layer the gradient of a group g is :math:`\delta_g^T a_g`, from the
+:mod:`bpn_lightning.functional.records` of its samples; layers without a closed form need one forward and
+backward pass per group. Used for episodic memories, with one group per past task.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +32,15 @@ def layer_segments(
     sizes: Sequence[int],
     into: Mapping[str, Tensor],
 ) -> None:
-    """Write the sums over each group of samples of their gradients.
+    """Write the sum of gradients over each group of samples.
 
     Args:
         layer: linear, convolution or batch normalization.
-        layer_input: ``(n, ...)``, what its weights saw.
-        delta: ``(n, ...)``, the gradient of the loss by its output.
-        sizes: samples of each group, which stand one group after another.
-        into: where they go, ``(groups, *the parameter's shape)``, by the parameter's name within the
-            layer; the others are not asked for.
+        layer_input: ``(n, ...)``, the effective input of its weights.
+        delta: ``(n, ...)``, the gradient of the loss with respect to its output.
+        sizes: number of samples of each group; samples are ordered by group.
+        into: output tensors, ``(groups, *parameter shape)``, by the parameter's name within the layer;
+            other parameters are skipped.
     """
     for name, gradients in vector_gradients(layer, layer_input, delta).items():
         if name in into:
@@ -85,25 +85,25 @@ def segment_gradients(
     tasks: Tensor | None = None,
     closed_forms: bool | None = None,
 ) -> Tensor:
-    r"""The gradient of each group's mean loss, of all groups for about the price of one.
+    r"""The gradient of each group's mean loss, for all groups at about the cost of one.
 
     .. math:: G_g = \frac{1}{n_g} \sum_{n \in g} \partial \ell_n / \partial \theta
 
-    One forward and one backward over all samples, in which a layer's gradient is summed group by
-    group; where the layers have no closed form, a forward and a backward for each group. Neither
-    ``.grad`` nor the reducer of several processes is touched. Samples must not influence one another,
-    so the module is to be in evaluation mode.
+    One forward and one backward pass over all samples, in which layer gradients are summed per group;
+    layers without a closed form need one forward and backward pass per group. ``.grad`` and the DDP
+    reducer are not involved. Samples must not influence one another, so the module has to be in
+    evaluation mode.
 
     Args:
-        module: maps ``(n, ...)`` to logits ``(n, columns)``.
-        parameters: what to differentiate by, by name within the module.
-        inputs: ``(n, ...)``, one group after another.
-        losses_of: maps the logits of some samples, and which of the n these are, to their losses:
-            ``(part, columns)`` and a slice to ``(part,)``.
-        sizes: samples of each group, at least 1; they add up to n.
-        tasks: ``(n,)``, each sample's task; None for the mode that holds.
-        closed_forms: whether they hold, as :func:`segments_have_closed_forms` said of this network;
-            None asks it, which costs a sample.
+        module: maps ``(n, ...)`` to logits ``(n, classes)``.
+        parameters: the parameters to differentiate, by name within the module.
+        inputs: ``(n, ...)``, ordered by group.
+        losses_of: maps the logits of some samples, ``(part, classes)``, and their slice of the n samples
+            to their losses, ``(part,)``.
+        sizes: number of samples of each group, at least 1; the sum is n.
+        tasks: ``(n,)``, the task ID of each sample; None: the current mode.
+        closed_forms: whether closed forms are valid, the result of :func:`segments_have_closed_forms` for
+            this network; None calls it, at the cost of one sample.
 
     Returns:
         ``(groups, P)``, the parameters flattened, in their order.
@@ -124,13 +124,13 @@ def segments_have_closed_forms(
     *,
     tasks: Tensor | None = None,
 ) -> bool:
-    """Whether one sample's gradient by the closed forms is autograd's.
+    """Whether the closed forms agree with autograd on one sample.
 
     Args:
         module: maps ``(n, ...)`` to logits, in evaluation mode.
         parameters: by name within the module.
         sample: ``(1, ...)``.
-        tasks: ``(1,)``, its task; None for the mode that holds.
+        tasks: ``(1,)``, its task ID; None: the current mode.
     """
 
     def loss(logits: Tensor, _: slice) -> Tensor:
@@ -158,7 +158,7 @@ def _closed_segments(
     sizes: Sequence[int],
     tasks: Tensor | None,
 ) -> Tensor | None:
-    """From one forward and one backward; None where a layer has no closed form."""
+    """From one forward and one backward pass; None if a layer has no closed form."""
     forward = recorded_forward(module, parameters, inputs, tasks)
     if forward is None:
         return None
@@ -189,7 +189,7 @@ def _segments_one_by_one(
     sizes: Sequence[int],
     tasks: Tensor | None,
 ) -> Tensor:
-    """By their definition: a forward and a backward for every group."""
+    """By definition: one forward and backward pass per group."""
     gradients, start = [], 0
     for size in sizes:
         part = slice(start, start + size)

@@ -1,1 +1,1 @@
-"""What is measured over a stream: the matrix of accuracies, metrics per task, tasks that did not settle."""
+"""Metrics of a stream: the accuracy matrix, metrics per task, tasks that did not converge."""

@@ -1,13 +1,13 @@
-r"""How well each task is known at each moment of a stream, and what that says about forgetting.
+r"""The accuracy matrix of a stream, and measures of forgetting and transfer.
 
-Everything is read off one accuracy matrix :math:`R` of shape ``(tasks + 1, tasks)``:
-:math:`R_{i,j}` is the accuracy on task j's test set when tasks 1 to i have been learned, a fraction
-of 1; row 0 is the untrained network. In formulas tasks count from 1, so :math:`R_{i,j}` is
+All measures are computed from the accuracy matrix :math:`R` of shape ``(tasks + 1, tasks)``:
+:math:`R_{i,j}` is the accuracy on task j's test set after training on tasks 1 to i, a fraction of 1;
+row 0 is the untrained network. In formulas tasks are numbered from 1, so :math:`R_{i,j}` is
 ``matrix[i, j - 1]``.
 
-NaN means "not measured". A value that needs an entry that was not measured is NaN itself: no mean is
-quietly taken over fewer tasks. A stream that ended after n of its T tasks leaves the rows below n
-unmeasured and is judged as the stream of its first n tasks (:func:`learned_part`).
+NaN means "not measured". Any result that depends on an unmeasured entry is NaN: means are never taken
+over fewer tasks. If a stream ended after n of its T tasks, later rows are unmeasured, and it is evaluated
+as the stream of its first n tasks (:func:`learned_part`).
 
 The functions take a tensor and return a tensor; :class:`AccuracyMatrix` holds the matrix of a run.
 """
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def tasks_learned(matrix: Tensor) -> int:
-    """How many tasks had been learned at the last measured moment.
+    """The number of tasks learned, from the last measured row.
 
     Args:
         matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
@@ -59,13 +59,13 @@ def tasks_learned(matrix: Tensor) -> int:
 
 
 def learned_part(matrix: Tensor) -> Tensor:
-    """The matrix of the stream that ended with the last measured row.
+    """The matrix up to the last measured row, and of the tasks learned by then.
 
     Args:
         matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
 
     Returns:
-        ``(n + 1, n)`` for n tasks learned; all of it when the stream was learned to its end.
+        ``(n + 1, n)`` for n tasks learned; the complete matrix after the last task.
 
     >>> nan = float("nan")
     >>> learned_part(torch.tensor([[0.5, 0.5], [0.9, 0.4], [nan, nan]]))
@@ -93,11 +93,11 @@ def average_accuracy(matrix: Tensor) -> Tensor:
 
 
 def retention(matrix: Tensor, task_id: int = 0) -> Tensor:
-    r"""What is left of one task after the last: :math:`R_{T,k}`, for task 1 by default.
+    r"""Accuracy on one task after the last task: :math:`R_{T,k}`, for task 1 by default.
 
-    The figure of Table I of Wen et al., "Beneficial Perturbation Network for designing general
-    adaptive artificial intelligence systems". It says nothing about how well later tasks were
-    learned: read it beside :func:`average_accuracy` and :func:`accuracy_after_learning`.
+    The measure of Table I of Wen et al., "Beneficial Perturbation Network for designing general
+    adaptive artificial intelligence systems". It does not depend on how well later tasks were learned:
+    report it with :func:`average_accuracy` and :func:`accuracy_after_learning`.
 
     Args:
         matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
@@ -111,7 +111,7 @@ def retention(matrix: Tensor, task_id: int = 0) -> Tensor:
 
 
 def accuracy_after_learning(matrix: Tensor) -> Tensor:
-    r"""Accuracy on each task when it has just been learned: :math:`R_{j,j}`.
+    r"""Accuracy on each task right after training on it: :math:`R_{j,j}`.
 
     Args:
         matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
@@ -126,7 +126,7 @@ def accuracy_after_learning(matrix: Tensor) -> Tensor:
 
 
 def backward_transfer(matrix: Tensor) -> Tensor:
-    r"""How later tasks changed earlier ones, on average; negative where they were forgotten.
+    r"""Mean change in accuracy on earlier tasks due to later ones; negative for forgetting.
 
     .. math:: \mathrm{BWT} = \frac{1}{T-1} \sum_{j=1}^{T-1} \left( R_{T,j} - R_{j,j} \right)
 
@@ -143,13 +143,13 @@ def backward_transfer(matrix: Tensor) -> Tensor:
 
 
 def forward_transfer(matrix: Tensor) -> Tensor:
-    r"""How the tasks before a task helped it before it was learned, on average.
+    r"""Mean gain in accuracy on each task, before training on it, due to the previous tasks.
 
     .. math:: \mathrm{FWT} = \frac{1}{T-1} \sum_{j=2}^{T} \left( R_{j-1,j} - b_j \right)
 
     Lopez-Paz & Ranzato (2017), https://arxiv.org/abs/1706.08840, Sec. 2. The baseline :math:`b_j` is
-    the accuracy of the very network that is trained, measured before training (row 0). NaN for a
-    single task, and where accuracies on tasks to come were not measured.
+    the accuracy of the same network before training (row 0). NaN for a single task, and if accuracies
+    on future tasks were not measured.
 
     Args:
         matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
@@ -162,13 +162,13 @@ def forward_transfer(matrix: Tensor) -> Tensor:
 
 
 def forgetting(matrix: Tensor) -> Tensor:
-    r"""How far each task fell from its best moment so far, on average over all but the last.
+    r"""Mean drop from each task's best accuracy so far, over all tasks but the last.
 
     .. math:: F = \frac{1}{T-1} \sum_{j=1}^{T-1} \left(
         \max_{l \in \{1, \dots, T-1\}} R_{l,j} - R_{T,j} \right)
 
     Chaudhry et al. (2018), https://arxiv.org/abs/1801.10112, Sec. 3. NaN for a single task.
-    Moments before a task was learned count where they were measured; those since must have been.
+    Accuracies before a task was learned are used if measured; those after it have to be measured.
 
     Args:
         matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
@@ -186,12 +186,12 @@ def forgetting(matrix: Tensor) -> Tensor:
 
 
 def intransigence(matrix: Tensor, reference: Tensor) -> Tensor:
-    r"""How much less well tasks are learned in the stream than by a reference, on average.
+    r"""Mean deficit in accuracy right after learning a task, compared with a reference.
 
     .. math:: I = \frac{1}{T} \sum_{j=1}^{T} \left( a^*_j - R_{j,j} \right)
 
     Chaudhry et al. (2018), https://arxiv.org/abs/1801.10112, Sec. 3, whose reference is trained
-    jointly on tasks 1 to j. One network per task is a stricter one; say which was taken.
+    jointly on tasks 1 to j. One network per task is a stricter one; report which one is used.
 
     Args:
         matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.
@@ -211,25 +211,23 @@ def intransigence(matrix: Tensor, reference: Tensor) -> Tensor:
 
 
 class AccuracyMatrix(Metric):
-    """The accuracy of every task at every moment of a stream, as a metric that a module can hold.
+    """The accuracy matrix of a stream as a torchmetrics metric.
 
-    Whoever fills it hands in values over the whole test set, already reduced over processes.
-    Therefore nothing is ever gathered or summed over processes here: computing needs no
-    communication, and any one process may do it alone.
+    Rows are accuracies over the complete test sets, already reduced over processes. Computing therefore
+    needs no communication, and any process can do it alone.
 
-    Differs from other metrics: the matrix stays on the CPU and in float64 whatever device and dtype
-    the module around it moves to. It is a small record, written once per task; half precision would
-    round it to three digits, and some devices know no float64. It is part of the ``state_dict``, so a
-    resumed stream keeps its rows. Log what :meth:`compute` returns, never the metric itself: Lightning
-    resets metrics that it is asked to log.
+    Differs from other metrics: the matrix stays on the CPU and in float64 when the module is moved to
+    another device or dtype. It is small and written once per task; half precision would round it to
+    three digits, and some devices do not support float64. It is part of the ``state_dict``, so a resumed
+    stream keeps its rows. Log the result of :meth:`compute`, not the metric itself: Lightning resets
+    logged metrics.
 
     Args:
-        num_tasks: tasks of the stream.
+        num_tasks: number of tasks of the stream.
 
     State:
-        ``accuracy`` ``(num_tasks + 1, num_tasks)`` float64: row 0 before training, row k when k tasks
-        have been learned, NaN where not measured; ``task_agnostic`` ``(num_tasks,)`` float64, NaN
-        until it is set.
+        ``accuracy`` ``(num_tasks + 1, num_tasks)`` float64: row 0 before training, row k after k tasks,
+        NaN where not measured; ``task_agnostic`` ``(num_tasks,)`` float64, NaN until it is set.
 
     Raises:
         ConfigurationError: ``num_tasks`` is below 1.
@@ -250,7 +248,7 @@ class AccuracyMatrix(Metric):
     def __init__(self, num_tasks: int) -> None:
         if num_tasks < 1:
             raise ConfigurationError(f"Expected num_tasks to be at least 1, but got {num_tasks}.")
-        # A cached result would outlive load_state_dict and update_task_agnostic.
+        # A cached result would be stale after load_state_dict and update_task_agnostic.
         super().__init__(sync_on_compute=False, compute_with_cache=False)
         self.num_tasks = num_tasks
         for name, shape in {
@@ -261,14 +259,14 @@ class AccuracyMatrix(Metric):
             self.add_state(name, nothing, dist_reduce_fx=_of_first_process, persistent=True)
 
     def update(self, row: int, accuracies: Tensor | Sequence[float]) -> None:
-        """Write one row.
+        """Set one row.
 
         Args:
-            row: how many tasks had been learned; 0 is before training.
-            accuracies: ``(num_tasks,)``, fractions of 1; NaN for a task that was not measured.
+            row: number of tasks learned; 0 is before training.
+            accuracies: ``(num_tasks,)``, fractions of 1; NaN for tasks that were not measured.
 
         Raises:
-            ConfigurationError: there is no such row, or these are not ``num_tasks`` fractions.
+            ConfigurationError: the row does not exist, or accuracies are not ``num_tasks`` fractions.
         """
         if not 0 <= row <= self.num_tasks:
             raise ConfigurationError(
@@ -278,18 +276,18 @@ class AccuracyMatrix(Metric):
         self.accuracy[row] = self._checked(accuracies)
 
     def update_task_agnostic(self, accuracies: Tensor | Sequence[float]) -> None:
-        """Set the accuracies that are reached when no task id is given.
+        """Set the accuracies without a given task ID (class-incremental).
 
         Args:
-            accuracies: ``(num_tasks,)``, fractions of 1; NaN for a task that was not measured.
+            accuracies: ``(num_tasks,)``, fractions of 1; NaN for tasks that were not measured.
 
         Raises:
-            ConfigurationError: these are not ``num_tasks`` fractions.
+            ConfigurationError: accuracies are not ``num_tasks`` fractions.
         """
         self.task_agnostic[:] = self._checked(accuracies)
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures of the stream so far as scalars, ready for ``log_dict``; NaN where unknown."""
+        """The measures of the stream so far as scalars, for ``log_dict``; NaN if unknown."""
         return {
             "average": average_accuracy(self.accuracy),
             "first_task": retention(self.accuracy),
@@ -301,10 +299,10 @@ class AccuracyMatrix(Metric):
         }
 
     def summary(self) -> Summary:
-        """The figures of the stream so far as plain numbers; None where unknown.
+        """The measures of the stream so far as plain numbers; None if unknown.
 
-        Lists have ``num_tasks`` entries, None for tasks that were not learned, so each average is
-        the mean of the numbers in its list.
+        Lists have ``num_tasks`` entries, None for tasks that were not learned; each average is the mean
+        of the numbers in its list.
         """
         learned = learned_part(self.accuracy)
         blind = self.task_agnostic
@@ -329,17 +327,17 @@ class AccuracyMatrix(Metric):
         }
 
     def intransigence(self, reference: Tensor | Sequence[float]) -> float | None:
-        """:func:`intransigence` against ``(num_tasks,)`` accuracies of a reference."""
+        """:func:`intransigence` with ``(num_tasks,)`` accuracies of a reference."""
         return _number(intransigence(self.accuracy, self._checked(reference)))
 
     @property
     def tasks_learned(self) -> int:
-        """How many tasks had been learned at the last measured moment."""
+        """The number of tasks learned, from the last measured row."""
         return tasks_learned(self.accuracy)
 
     @property
     def update_called(self) -> bool:
-        """Whether anything has been measured, in this process or in one that was resumed."""
+        """Whether anything has been measured, including before resuming."""
         return not bool(self.accuracy.isnan().all())
 
     def _per_task(self, values: Tensor) -> list[float | None]:
@@ -347,7 +345,7 @@ class AccuracyMatrix(Metric):
         return [_number(value) for value in values] + missing
 
     def _checked(self, accuracies: Tensor | Sequence[float]) -> Tensor:
-        # Two steps: not every device can turn what it holds into float64.
+        # In two steps, because not every device supports float64.
         values = accuracies.detach().cpu() if isinstance(accuracies, Tensor) else accuracies
         values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
         if values.shape != (self.num_tasks,):
@@ -366,7 +364,7 @@ class AccuracyMatrix(Metric):
     def _apply(
         self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
     ) -> "AccuracyMatrix":
-        # torchmetrics keeps the dtype in .half() but not in .to(dtype), which bf16-true calls.
+        # torchmetrics preserves the dtype in .half() but not in .to(dtype), which bf16-true calls.
         return self
 
     def _load_from_state_dict(
@@ -379,7 +377,7 @@ class AccuracyMatrix(Metric):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # torchmetrics takes any shape, dtype and device, and shares memory with the checkpoint.
+        # torchmetrics accepts any shape, dtype and device, and shares memory with the checkpoint.
         for name, state in (("accuracy", self.accuracy), ("task_agnostic", self.task_agnostic)):
             saved = state_dict.get(prefix + name)
             if saved is None:
@@ -388,7 +386,7 @@ class AccuracyMatrix(Metric):
                 del state_dict[prefix + name]
                 error_msgs.append(
                     f"Expected {prefix}{name} to be of shape {tuple(state.shape)}, but got "
-                    f"{tuple(saved.shape)}: the checkpoint is of a stream of other length."
+                    f"{tuple(saved.shape)}: the checkpoint is of a stream of another length."
                 )
             else:
                 state_dict[prefix + name] = saved.to("cpu", torch.float64, copy=True)
@@ -398,7 +396,7 @@ class AccuracyMatrix(Metric):
 
 
 def _of_first_process(stacked: Tensor) -> Tensor:
-    """Every process holds the same values; whoever syncs by hand must not add them up."""
+    """Reduce by selecting the first process: all have the same values, which must not be summed."""
     return stacked[0]
 
 

@@ -1,7 +1,6 @@
-"""The figures of a stream, as plain dictionaries.
+"""The measures of a stream as plain dictionaries, as in results.json.
 
-What an accuracy matrix says, results.json keeps and reports show. No torch here, so that a result can
-be read without it.
+Does not import torch, so that results can be read without it.
 """
 
 from typing import TypedDict
@@ -10,14 +9,14 @@ __all__ = ["AfterLearning", "Summary", "TaskAgnostic"]
 
 
 class AfterLearning(TypedDict):
-    """Accuracies on each task right after it was learned."""
+    """Accuracies on each task right after training on it."""
 
     average: float | None
     per_task: list[float | None]
 
 
 class TaskAgnostic(TypedDict):
-    """Accuracies at the stream's end where no task id is given (class-incremental)."""
+    """Accuracies at the end of the stream without a given task ID (class-incremental)."""
 
     average: float | None
     first_task: float | None
@@ -25,7 +24,7 @@ class TaskAgnostic(TypedDict):
 
 
 class Summary(TypedDict):
-    """What :meth:`AccuracyMatrix.summary` returns; fractions of 1, None where not measured."""
+    """The result of :meth:`AccuracyMatrix.summary`; fractions of 1, None if not measured."""
 
     average: float | None
     first_task: float | None

@@ -1,4 +1,4 @@
-"""Whether a task had settled when its training ended: its accuracy over its last two epochs."""
+"""Whether training on a task has converged, by comparing the accuracies of its last two epochs."""
 
 from typing import Any, NamedTuple
 
@@ -8,17 +8,17 @@ from torch import Tensor
 __all__ = ["MAX_FALL", "Settling", "Unsettled"]
 
 MAX_FALL = 0.1
-"""Fraction of the samples by which a settled task's accuracy may fall in its last epoch."""
+"""The drop in accuracy in the last epoch, as a fraction of the samples, that still counts as converged."""
 
 
 class Unsettled(NamedTuple):
-    """A task that lost accuracy in the last epoch of its own training.
+    """A task that has not converged: its accuracy dropped in the last epoch of its training.
 
     Attributes:
-        task: its number, from 0.
-        split: the samples that were counted: "train" in the updates themselves, or "val".
-        before: accuracy of the last epoch but one, a fraction of 1.
-        after: of the last epoch.
+        task: the task ID.
+        split: the samples that are counted: "train" (during the updates) or "val".
+        before: accuracy of the second-last epoch, a fraction of 1.
+        after: accuracy of the last epoch.
     """
 
     task: int
@@ -28,9 +28,9 @@ class Unsettled(NamedTuple):
 
 
 class Settling:
-    """Counts right answers over an epoch, and compares a task's last two epochs.
+    """Counts correct predictions over an epoch, and compares a task's last two epochs.
 
-    The count stays on the device: nothing waits for it before the epoch's end.
+    The count stays on the device, without synchronization before the end of the epoch.
 
     State: one number on the device, and the accuracies of two epochs.
     """
@@ -41,39 +41,39 @@ class Settling:
         self._right: Tensor | None = None  # of this process
         self._right_before = 0  # of all processes, before a checkpoint
         self._seen = 0  # samples of all processes
-        self._accuracies: list[float] = []  # of the open task, the last two
+        self._accuracies: list[float] = []  # of the current task, the last two
 
     def add(self, right: Tensor, batch_size: int) -> None:
         """Count a batch.
 
         Args:
-            right: ``()`` int64, this process's right answers.
-            batch_size: samples of all processes.
+            right: ``()`` int64, the number of this process's correct predictions.
+            batch_size: number of samples over all processes.
         """
         self._right = right if self._right is None else self._right.add_(right)
         self._seen += batch_size
 
     @property
     def right(self) -> Tensor:
-        """This process's right answers since the checkpoint, ``()`` int64."""
+        """The number of this process's correct predictions since the checkpoint, ``()`` int64."""
         return torch.zeros((), dtype=torch.int64) if self._right is None else self._right
 
     def accuracy(self, right: int) -> float | None:
-        """Of the epoch that was counted, which ends with this; None where nothing was.
+        """End the epoch and return its accuracy; None if no batch was counted.
 
         Args:
-            right: answers of all processes since the checkpoint.
+            right: number of correct predictions of all processes since the checkpoint.
         """
         right, seen = right + self._right_before, self._seen
         self._right, self._right_before, self._seen = None, 0, 0
         return right / seen if seen else None
 
     def end_epoch(self, accuracy: float) -> None:
-        """Keep the accuracy of an epoch of the open task."""
+        """Store the accuracy of an epoch of the current task."""
         self._accuracies = [*self._accuracies, accuracy][-2:]
 
     def end_task(self, task: int, split: str) -> None:
-        """Compare the last two epochs, and forget them."""
+        """Compare the last two epochs, and reset."""
         if len(self._accuracies) == 2:
             before, after = self._accuracies
             if before - after > MAX_FALL:
@@ -81,10 +81,10 @@ class Settling:
         self._accuracies = []
 
     def state(self, right: int) -> dict[str, Any]:
-        """What a checkpoint keeps.
+        """The state to save in a checkpoint.
 
         Args:
-            right: answers of all processes since the last checkpoint that was loaded.
+            right: number of correct predictions of all processes since the last loaded checkpoint.
         """
         return {
             "right": right + self._right_before,
@@ -94,7 +94,7 @@ class Settling:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over :meth:`state`."""
+        """Restore the result of :meth:`state`."""
         self._right, self._right_before, self._seen = None, state["right"], state["seen"]
         self._accuracies = list(state["accuracies"])
         self.unsettled = [Unsettled(**one) for one in state["unsettled"]]

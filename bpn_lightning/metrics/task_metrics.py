@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics on each task's answers, beside the accuracy."""
+"""Additional metrics of torchmetrics per task."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +13,14 @@ from bpn_lightning.errors import ConfigurationError
 __all__ = ["Metrics", "TaskMetrics", "named_metrics"]
 
 Metrics = dict[str, Metric] | list[Metric]
-"""By the names that results give them, or a list, in which a metric has the name of its class."""
+"""A dictionary by their names in results, or a list, in which the names are those of the classes."""
 
 
 def named_metrics(metrics: Metrics | None) -> dict[str, Metric]:
     """Metrics by name.
 
     Raises:
-        ConfigurationError: something else is among them, or two have one name.
+        ConfigurationError: one of them is not a metric, or two have the same name.
     """
     items: Sequence[tuple[Any, Any]]
     if isinstance(metrics, Mapping):
@@ -42,27 +42,26 @@ def named_metrics(metrics: Metrics | None) -> dict[str, Metric]:
             )
         if not isinstance(name, str) or not name or not name.isprintable():
             raise ConfigurationError(
-                f"Expected the names of metrics to be words, but got {name!r:.80}. They stand in results "
-                "and tables."
+                f"Expected the names of metrics to be words, but got {name!r:.80}. They are used in "
+                "results and tables."
             )
     twice = [name for name, count in Counter(name for name, _ in items).items() if count > 1]
     if twice:
         raise ConfigurationError(
-            f"Expected metrics to have names of their own, but got {twice[0]} twice. Pass a dictionary."
+            f"Expected metrics to have unique names, but got {twice[0]} twice. Pass a dictionary."
         )
     return dict(items)
 
 
 class TaskMetrics:
-    """A copy of each metric for every task, in one pass over their answers.
+    """A copy of each metric per task, updated in one pass over the test data.
 
-    A metric sees ``(probabilities, targets)`` of whole batches, ``(batch, num_classes)`` and
-    ``(batch,)``: of all classes of the stream, 0 for those that the mask leaves out. So one metric with
-    ``num_classes`` of the stream does for every task and mask. Its own means make one value of what
-    several processes saw.
+    A metric gets ``(probabilities, targets)`` of a batch, ``(batch, num_classes)`` and ``(batch,)``,
+    over all classes of the stream; masked classes have probability 0. One metric with the stream's
+    ``num_classes`` is therefore valid for every task and mask. torchmetrics reduces it over processes.
 
     Args:
-        metrics: by name; they stay as they are.
+        metrics: by name; they are copied, not changed.
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
@@ -73,42 +72,42 @@ class TaskMetrics:
         """Add a batch of a task's samples, which may be empty.
 
         Args:
-            task: its number.
-            logits: ``(batch, num_classes)``, -inf for what the mask leaves out.
+            task: the task ID.
+            logits: ``(batch, num_classes)``, -inf for masked classes.
             targets: ``(batch,)`` int64.
         """
         if task not in self._of_task:
             self._of_task[task] = {
                 name: _fresh(metric).to(logits.device) for name, metric in self._metrics.items()
             }
-        if not len(targets):  # which torchmetrics cannot count
+        if not len(targets):  # torchmetrics does not support empty batches
             return
         probabilities = logits.float().softmax(1)
         for metric in self._of_task[task].values():
             metric.update(probabilities, targets)
 
     def compute(self) -> dict[int, dict[str, Any]]:
-        """By task and name: numbers, and lists of them; every process gets the same."""
+        """The values by task and name, numbers or lists; the same on every process."""
         return {
             task: {name: _plain(metric.compute()) for name, metric in metrics.items()}
             for task, metrics in self._of_task.items()
         }
 
     def check(self, num_classes: int, batches: Iterable[int], processes: int) -> None:
-        """Try every metric on a few made-up answers.
+        """Evaluate every metric on a few artificial predictions.
 
         Args:
             num_classes: of the stream.
-            batches: samples of each task's first test batch, over all processes.
-            processes: how many; torchmetrics joins lists only where each of them has something.
+            batches: number of samples of each task's first test batch, over all processes.
+            processes: their number; torchmetrics can only concatenate lists that are not empty.
 
         Raises:
-            ConfigurationError: names the metric and what it said, or the task that is too small.
+            ConfigurationError: names the metric and its error, or the task that is too small.
         """
         small = next((n for n, size in enumerate(batches) if size < processes), None)
         if small is not None:
             raise ConfigurationError(
-                f"Expected every process to have test samples of every task where metrics are set, but task "
+                f"Expected every process to have test samples of every task when metrics are set, but task "
                 f"{small} has none for some of the {processes}. Use fewer processes, or a larger "
                 "eval_batch_size."
             )
@@ -119,29 +118,29 @@ class TaskMetrics:
                 trial.sync_on_compute = False
                 trial.update(torch.eye(num_classes), targets)
                 value = _plain(trial.compute())
-            except Exception as error:  # it may be anybody's
-                said = " ".join(str(error).split())
+            except Exception as error:  # a custom metric may raise any exception here
+                reason = " ".join(str(error).split())
                 raise ConfigurationError(
                     f"Expected metrics.{name} to take probabilities (batch, {num_classes}) and targets "
-                    f"(batch,) int64, but {type(metric).__name__} raised {type(error).__name__}: {said}. "
-                    f"Give it num_classes={num_classes}, or take one for several classes."
+                    f"(batch,) int64, but {type(metric).__name__} raised {type(error).__name__}: {reason}. "
+                    f"Set num_classes={num_classes}, or use a multiclass metric."
                 ) from error
             if value is None:
                 raise ConfigurationError(
-                    f"Expected metrics.{name} to give numbers, but {type(metric).__name__} gave "
-                    f"{type(trial.compute()).__name__}. Take one whose value is a tensor."
+                    f"Expected metrics.{name} to return numbers, but {type(metric).__name__} returned "
+                    f"{type(trial.compute()).__name__}. Use one whose value is a tensor."
                 )
 
 
 def _fresh(metric: Metric) -> Metric:
-    """A copy that has seen nothing."""
+    """A reset copy."""
     copy = metric.clone()
     copy.reset()
     return copy
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and lists of what a metric computed; None where it is something else."""
+    """Convert a metric's value to numbers and lists; None for other types."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, Mapping):

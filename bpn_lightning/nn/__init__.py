@@ -1,4 +1,4 @@
-"""Layers that behave differently for each task, backbones to put them in, and a loss that configs can name."""
+"""Layers with per-task parameters, backbones, and a loss that configs can name."""
 
 from bpn_lightning.losses import CrossEntropy
 from bpn_lightning.nn.backbones import MLP, torchvision_backbone

@@ -18,19 +18,19 @@ from bpn_lightning.untrusted import open_untrusted, refuse_deflated
 __all__ = ["MLP", "torchvision_backbone"]
 
 
-#: Classifiers halfway up, for training from scratch only.
+#: Auxiliary classifiers, for training from scratch only.
 _HALFWAY = ("aux1", "aux2", "AuxLogits")
 
 
 class HeLinear(nn.LazyLinear):
     """A linear layer with weights from N(0, 2 / inputs) and bias 0 (He et al., 2015).
 
-    Its input size is found at the first forward.
+    Its input size is inferred at the first forward pass.
     """
 
     def reset_parameters(self) -> None:
-        """Draw the weights."""
-        if self.in_features:  # 0 until the first forward
+        """Initialize the weights."""
+        if self.in_features:  # 0 until the first forward pass
             nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
@@ -40,7 +40,7 @@ class MLP(nn.Sequential):
     """Fully connected ReLU layers; the paper's networks are ``[300] * 5`` and ``[128] * 4``.
 
     Args:
-        hidden: units of each layer; the input size is found at the first forward.
+        hidden: units of each layer; the input size is inferred at the first forward pass.
 
     Raises:
         ConfigurationError: a width is not positive, or there is none.
@@ -62,7 +62,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(batch, ...)`` to ``(batch, hidden[-1])``."""
+        """The features of a batch, ``(batch, hidden[-1])``."""
         output: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
         return output
 
@@ -72,16 +72,16 @@ def torchvision_backbone(
 ) -> nn.Module:
     """A classification network of torchvision without its last linear layer.
 
-    The other fully connected layers stay: AlexNet keeps two, of 4096 units each.
+    Other fully connected layers are kept: AlexNet has two, of 4096 units each.
 
     Args:
         name: as in ``torchvision.models.list_models()``, for example ``"resnet18"``.
         weights: a name of torchvision's weights, ``"DEFAULT"`` or None for random weights.
         weights_file: a file with the network's ``state_dict``, such as the one that torchvision
-            downloads; nothing but tensors is loaded from it, and its last layer may have any size.
+            downloads; only tensors are loaded from it, and its last layer may have any size.
 
     Raises:
-        ConfigurationError: torchvision has no such network or weights, its classifier is no linear
+        ConfigurationError: torchvision has no such network or weights, its classifier is not a linear
             layer, or both kinds of weights are given.
         DataError: the file is missing, damaged, or of another network, or a download failed.
     """
@@ -91,7 +91,7 @@ def torchvision_backbone(
         raise ConfigurationError(
             f"Expected name to be a classification network of torchvision, but got {name!r}."
             f"{did_you_mean(name, models.list_models(module=models))} "
-            "torchvision.models.list_models() has them all."
+            "torchvision.models.list_models() lists them."
         )
     if weights is not None and weights_file is not None:
         raise ConfigurationError(
@@ -107,12 +107,12 @@ def torchvision_backbone(
             f"Expected weights of {name} to be null, 'DEFAULT' or one of {', '.join(known)}, but got "
             f"{weights!r}.{did_you_mean(str(weights), known)}"
         ) from error
-    except (OSError, RuntimeError, UnpicklingError) as error:  # among them URLError
+    except (OSError, RuntimeError, UnpicklingError) as error:  # includes URLError
         address = getattr(models.get_model_weights(name), str(weights)).url
         raise DataError(
-            f"Expected to fetch the weights of {name} from {address}, but got "
-            f"{type(error).__name__}: {why_unreadable(error)}. Fetch them by other means and name the "
-            "file with weights_file, or set weights to null for random ones."
+            f"Expected to download the weights of {name} from {address}, but got "
+            f"{type(error).__name__}: {why_unreadable(error)}. Download them by other means and set "
+            "weights_file to the file, or set weights to null for random ones."
         ) from error
     for part in _HALFWAY:
         if hasattr(network, part):
@@ -122,7 +122,7 @@ def torchvision_backbone(
     if not linears:
         raise ConfigurationError(
             f"Expected name to be a network that ends in a linear layer, but got {name!r}. "
-            "Cut its classifier off yourself and pass the module."
+            "Remove its classifier yourself and pass the module."
         )
     parent, _, leaf = linears[-1].rpartition(".")
     setattr(network.get_submodule(parent), leaf, nn.Identity())
@@ -133,7 +133,7 @@ def torchvision_backbone(
 
 @contextmanager
 def _nothing_but_tensors() -> Iterator[None]:
-    """Torch's own switch: torchvision unpickles its cached downloads whatever is in them."""
+    """Force weights_only, because torchvision unpickles cached downloads without it."""
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(key)
     os.environ[key] = "1"
@@ -146,7 +146,7 @@ def _nothing_but_tensors() -> Iterator[None]:
 
 
 def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> None:
-    """Load a whole network's weights into what is left of it."""
+    """Load the weights of a complete network into one without its classifier."""
     advice = f"Name a file that torch.save(torchvision.models.{name}().state_dict(), ...) wrote."
     try:
         with open_untrusted(path, max_bytes=None) as file:
@@ -158,7 +158,7 @@ def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> No
     # Missing, not readable, damaged, or with code in it: OSError, RuntimeError, UnpicklingError ...
     except Exception as error:
         raise DataError(
-            f"Expected weights_file to be a file of weights, but reading {path} ended with "
+            f"Expected weights_file to be a file of weights, but reading {path} failed with "
             f"{type(error).__name__}: {why_unreadable(error)}. {advice}"
         ) from error
     kept = network.state_dict()
@@ -170,7 +170,7 @@ def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> No
     wrong += [key for key in kept if key in found and kept[key].shape != found[key].shape]
     if wrong:
         raise DataError(
-            f"Expected {path} to hold the weights of {name}, but got another network's: "
+            f"Expected {path} to hold the weights of {name}, but got those of another network: "
             f"{wrong[0]!r} is missing, unknown or of another shape. {advice}"
         )
     network.load_state_dict(found)

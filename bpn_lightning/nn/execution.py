@@ -1,7 +1,7 @@
-"""How torch runs a network: compiled or eagerly, by fused kernels or layer by layer.
+"""How torch runs a network: compiled or eager, with fused kernels or layer by layer.
 
-Bias units, keys and hooks act where a layer is called. What runs a network without calling its layers
-would leave them out, and is switched off or found here.
+Bias units, keys and hooks take effect when a layer is called. Code that runs a network without calling
+its layers would bypass them; it is disabled or detected here.
 """
 
 from collections import Counter
@@ -30,13 +30,13 @@ __all__ = [
 
 
 def compiled_in_place(network: nn.Module) -> nn.Module:
-    """A network whose compiled parts keep their names, and run eagerly while hooks are on them.
+    """Compile parts of a network in place: names do not change, and parts with hooks run eagerly.
 
-    ``torch.compile(part)`` is a wrapper, which adds ``_orig_mod`` to every name below it;
-    ``part.compile()`` is none. And a graph does not see hooks that are put on after it was compiled.
+    ``torch.compile(part)`` is a wrapper, which adds ``_orig_mod`` to all names below it;
+    ``part.compile()`` is not. And a graph ignores hooks that are registered after compilation.
 
     Args:
-        network: compiled as a whole, in parts, or not at all; its parts are changed in place.
+        network: compiled completely, partly, or not at all; its parts are changed in place.
 
     Returns:
         The network without wrappers.
@@ -57,17 +57,17 @@ def compiled_in_place(network: nn.Module) -> nn.Module:
 
 
 def _unwrapped(wrapper: OptimizedModule) -> nn.Module:
-    """The module in a wrapper, compiled as the wrapper is."""
+    """The module inside a wrapper, compiled like the wrapper."""
     original: nn.Module = wrapper._orig_mod
     original._compiled_call_impl = wrapper.dynamo_ctx(original._call_impl)
     return original
 
 
 class _EagerWhereHooked:
-    """A compiled module's call, which a copy of the module does not take along: torch drops it.
+    """A compiled module's call, which runs eagerly if there are hooks; torch drops it in copies.
 
     Args:
-        module: that is called.
+        module: the module.
         compiled: its compiled call.
     """
 
@@ -84,13 +84,13 @@ class _EagerWhereHooked:
 
 @contextmanager
 def differentiable(network: nn.Module) -> Iterator[None]:
-    """Whatever runs inside can be differentiated in evaluation mode, and its layers are seen by hooks.
+    """Allow differentiation in evaluation mode, with hooks on all layers.
 
-    Nothing is compiled. cuDNN's recurrent layers are backpropagated through in training mode only, so
-    a network that has some on a GPU uses torch's own kernels.
+    Nothing runs compiled. cuDNN's recurrent layers support backpropagation in training mode only, so a
+    network with such layers on a GPU uses torch's own kernels.
 
     Args:
-        network: that is to be differentiated.
+        network: the network to differentiate.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -105,7 +105,7 @@ def _on_cuda(part: nn.Module) -> bool:
 
 
 def graph_uses(tensor: Tensor) -> Counter[Node]:
-    """How many edges of a tensor's graph lead to each of its nodes, itself among them.
+    """The number of edges to each node of a tensor's graph, including its own.
 
     A parameter's node is that of ``torch.autograd.graph.get_gradient_edge``: its edges are its uses.
     """
@@ -126,18 +126,18 @@ def graph_uses(tensor: Tensor) -> Counter[Node]:
 
 
 def leave_fast_paths(network: nn.Module) -> None:
-    """Let torch's transformer layers call their switchable layers in evaluation mode too.
+    """Make torch's transformer layers call their switchable layers in evaluation mode too.
 
-    Their fused kernel takes the weights of ``linear1`` and ``linear2`` itself. Other layers keep it.
+    Their fused kernel reads the weights of ``linear1`` and ``linear2`` directly. Other layers keep it.
     """
     for part in network.modules():
         if isinstance(part, nn.TransformerEncoderLayer | nn.TransformerEncoder):
             if not any(map(_is_switchable, part.modules())):
                 continue
             if isinstance(part, nn.TransformerEncoder):
-                part.use_nested_tensor = False  # which the fused kernel alone can take
+                part.use_nested_tensor = False  # supported by the fused kernel only
             else:
-                part.activation_relu_or_gelu = 0  # which it has a kernel for: none
+                part.activation_relu_or_gelu = 0  # 0 disables the fused kernel
 
 
 def _is_switchable(part: nn.Module) -> bool:
@@ -145,17 +145,17 @@ def _is_switchable(part: nn.Module) -> bool:
 
 
 def check_layers_are_called(network: nn.Module, inputs: Tensor) -> None:
-    """Refuse a network that takes weights out of a switchable layer, past its bias units and keys.
+    """Refuse a network that reads the weights of a switchable layer directly, bypassing bias units and keys.
 
-    Dry forwards in evaluation and in training mode, in which a layer's parameters are NaN but for its
-    own calls. Buffers and random states are left as they were.
+    Runs dry forward passes in evaluation and in training mode, in which a layer's parameters are NaN
+    except during its own calls. Buffers and random states are restored.
 
     Args:
-        network: in any mode; layers that nothing uses are left alone.
-        inputs: ``(samples, ...)``, prepared, at least two samples.
+        network: in any mode; unused layers are ignored.
+        inputs: ``(samples, ...)``, preprocessed, at least two samples.
 
     Raises:
-        ConfigurationError: names the layers; or the forward raises something in training mode.
+        ConfigurationError: names the layers; or the forward pass raises an error in training mode.
     """
     layers = {name: part for name, part in network.named_modules() if _is_switchable(part)}
     read = []
@@ -165,7 +165,7 @@ def check_layers_are_called(network: nn.Module, inputs: Tensor) -> None:
         except Exception as error:
             raise ConfigurationError(
                 f"Expected backbone to accept {len(inputs)} samples in "
-                f"{'training' if training else 'evaluation'} mode, but its forward raised "
+                f"{'training' if training else 'evaluation'} mode, but its forward pass raised "
                 f"{type(error).__name__}: {error}. Correct its forward."
             ) from error
         if _reaches_output(network, layers, inputs, plain, training):
@@ -179,7 +179,7 @@ def check_layers_are_called(network: nn.Module, inputs: Tensor) -> None:
         others = f" (and of {', '.join(rest)})" if rest else ""
         raise ConfigurationError(
             "Expected the network to call every layer that has bias units or keys, but it reads the "
-            f"weights of {first}{others} without a call, which would leave them out. Set layers to others, or call the layer in your forward."
+            f"weights of {first}{others} without a call, which would bypass them. Choose other layers, or call the layer in your forward."
         )
 
 
@@ -190,24 +190,24 @@ def _reaches_output(
     plain: Tensor,
     training: bool,
 ) -> bool:
-    """Whether parameters of some layers reach the output by another way than the layers' calls."""
+    """Whether parameters of some layers affect the output other than through the layers' calls."""
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(_hidden_parameters(layer))
         try:
             output = _dry_forward(network, inputs, training)
         except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError):
-            return True  # it takes no NaN
+            return True  # it rejects NaN
     return bool((output.isnan() & ~plain.isnan()).any())
 
 
 def _dry_forward(network: nn.Module, inputs: Tensor, training: bool) -> Tensor:
-    """The output in a mode; parameters, buffers, flags and random states stay what they are."""
+    """The output in a mode; parameters, buffers, flags and random states are restored."""
     flags = [(part, part.training) for part in network.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([inputs.device] if inputs.is_cuda else []))
-        stack.enter_context(torch.set_grad_enabled(training))  # as where they are in use
+        stack.enter_context(torch.set_grad_enabled(training))  # as in actual use
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         network.train(training)
         try:
@@ -223,7 +223,7 @@ def _dry_forward(network: nn.Module, inputs: Tensor, training: bool) -> Tensor:
 
 @contextmanager
 def _hidden_parameters(layer: nn.Module) -> Iterator[None]:
-    """Whoever reads a layer's parameters inside gets NaN, but for the layer itself while it runs."""
+    """Replace a layer's parameters by NaN, except while the layer itself runs."""
     owners = [part for part in layer.modules() if not isinstance(part, TaskModule)]
     real = [
         (owner, name, parameter)
@@ -237,14 +237,14 @@ def _hidden_parameters(layer: nn.Module) -> Iterator[None]:
 
     def exchange(old: list[nn.Parameter], new: list[nn.Parameter]) -> None:
         for (owner, name, _), this, other in zip(real, old, new, strict=True):
-            if getattr(owner, name) is this:  # functional_call has put in tensors of its own
+            if getattr(owner, name) is this:  # else functional_call has replaced it
                 setattr(owner, name, other)
 
     parameters = [parameter for *_, parameter in real]
     kind: Any = type(layer)
     running = 0
 
-    def as_it_is(method: Callable[..., Any]) -> Callable[..., Any]:
+    def with_real_parameters(method: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal running
             running += 1
@@ -258,8 +258,8 @@ def _hidden_parameters(layer: nn.Module) -> Iterator[None]:
 
         return run
 
-    # Not by hooks, which would be an end to fused kernels.
-    methods = {name: as_it_is(getattr(kind, name)) for name in ("__call__", "forward")}
+    # Not with hooks, which would disable fused kernels.
+    methods = {name: with_real_parameters(getattr(kind, name)) for name in ("__call__", "forward")}
     layer.__class__ = type(kind.__name__, (kind,), methods)
     exchange(parameters, decoys)
     try:

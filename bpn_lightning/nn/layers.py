@@ -1,4 +1,4 @@
-"""Layers that behave differently for each task, and the context in which networks are measured."""
+"""Layers with per-task parameters, and a context manager for evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +28,15 @@ __all__ = [
 
 
 class TaskModule(nn.Module):
-    """A part of a network that holds something for every task and uses one task's at a time.
+    """A part of a network with parameters or buffers per task, of which one task's are active.
 
-    The module that owns the network calls :meth:`switch` on each of them; nothing else does.
+    Only the module that owns the network calls :meth:`switch`.
 
     Args:
-        num_tasks: tasks of the stream.
+        num_tasks: number of tasks of the stream.
     """
 
-    #: Whether the samples of one batch may each have a task of their own.
+    #: Whether a batch may contain samples of different tasks.
     per_sample: ClassVar[bool] = True
 
     def __init__(self, num_tasks: int) -> None:
@@ -45,27 +45,27 @@ class TaskModule(nn.Module):
         self.active: int | Tensor = 0
 
     def switch(self, task: int | Tensor) -> None:
-        """Use this task from now on.
+        """Activate a task.
 
         Args:
-            task: a task id, or ``(batch,)`` int64, one task id for each sample of the next forward.
+            task: a task ID, or ``(batch,)`` int64, one task ID per sample of the next forward pass.
         """
         self.active = task
 
 
 class BiasUnits(TaskModule):
-    r"""The bias units of one layer: :math:`\mathrm{BIAS}_t = M_t W_t` while task t is learned.
+    r"""The bias units of one layer: :math:`\mathrm{BIAS}_t = M_t W_t` during training on task t.
 
-    Wen et al., section V. One pair M, W serves all tasks; :meth:`freeze` keeps the product.
+    Wen et al., section V. The same M and W are reused for all tasks; :meth:`freeze` stores the product.
 
     Args:
-        num_tasks: T, tasks of the stream.
+        num_tasks: T, number of tasks of the stream.
         rank: H, the width of the factorization.
         out_features: K, outputs of the layer.
 
     State:
-        M ``(1, H)`` and W ``(H, K)``, parameters; ``bank`` ``(T, K)``, the frozen biases, 4 K bytes for
-        each task; which task is live, if any.
+        M ``(1, H)`` and W ``(H, K)``, parameters; ``bank`` ``(T, K)``, the frozen biases, 4 K bytes per
+        task; the task in training, if any.
     """
 
     bank: Tensor
@@ -78,14 +78,14 @@ class BiasUnits(TaskModule):
         self.live: int | None = None
 
     def start(self, task_id: int, m: Tensor, w: Tensor) -> None:
-        """Make a task live, with these values of M and W, written in place."""
+        """Start training a task, with these values of M and W, copied in place."""
         with torch.no_grad():
             self.M.copy_(m)
             self.W.copy_(w)
         self.live = task_id
 
     def freeze(self) -> None:
-        """Keep the live task's product in the bank; no task is live afterwards."""
+        """Store the product of the task in training in the bank, and end its training."""
         if self.live is not None:
             with torch.no_grad():
                 self.bank[self.live] = self.product()
@@ -96,7 +96,7 @@ class BiasUnits(TaskModule):
         return self.M @ self.W
 
     def forward(self) -> Tensor:
-        """The bias of the active task: ``(1, K)``, or ``(batch, K)`` when every sample has its own."""
+        """The bias of the active task: ``(1, K)``, or ``(batch, K)`` with one task ID per sample."""
         if isinstance(self.active, Tensor):
             biases = self.bank[self.active]
             if self.live is None:
@@ -105,26 +105,26 @@ class BiasUnits(TaskModule):
         return self.product() if self.active == self.live else self.bank[self.active, None]
 
     def get_extra_state(self) -> dict[str, int | None]:
-        """Which task is live."""
+        """The task in training."""
         return {"live": self.live}
 
     def set_extra_state(self, state: dict[str, int | None]) -> None:
-        """Take over which task was live."""
+        """Restore the task in training."""
         self.live = state["live"]
 
 
 class Keys(TaskModule):
     r"""The keys of one layer: vectors :math:`k_t \in \{-1, 1\}^n` that its inputs are multiplied by.
 
-    Cheung et al. (2019), https://arxiv.org/abs/1902.05522. They are fixed: drawn once, never learned;
-    1 before that. A sign is exact in every precision.
+    Cheung et al. (2019), https://arxiv.org/abs/1902.05522. They are sampled once and never learned;
+    initially they are 1. Signs are exact in every precision.
 
     Args:
-        num_tasks: T, tasks of the stream.
+        num_tasks: T, number of tasks of the stream.
         size: n, inputs of the layer.
 
     State:
-        ``bank`` ``(T, n)`` int8, n bytes for each task.
+        ``bank`` ``(T, n)`` int8, n bytes per task.
     """
 
     kind: ClassVar[str] = "binary"
@@ -135,35 +135,35 @@ class Keys(TaskModule):
         self.register_buffer("bank", torch.ones(num_tasks, size, dtype=torch.int8))
 
     def write(self, task_id: int, key: Tensor) -> None:
-        """Give a task its key, ``(n,)``, in place."""
+        """Set the key of a task, ``(n,)``, in place."""
         self.bank[task_id] = key
 
     def forward(self) -> Tensor:
-        """The key of the active task: ``(n,)``, or ``(batch, n)`` when every sample has its own."""
+        """The key of the active task: ``(n,)``, or ``(batch, n)`` with one task ID per sample."""
         return self.bank[self.active]
 
 
 class KernelKeys(Keys):
-    """The keys of a convolution, n of :math:`C_{in} k_h k_w` signs; its weights are multiplied by them."""
+    """The keys of a convolution, n = :math:`C_{in} k_h k_w` signs that multiply its weights."""
 
     per_sample = False
 
     def switch(self, task: int | Tensor) -> None:
-        """Use the key of this task.
+        """Activate the key of a task.
 
         Raises:
-            TypeError: samples have tasks of their own; the network answers those group by group.
+            TypeError: one task ID per sample is given; the network runs such batches task by task.
         """
         if isinstance(task, Tensor):
-            raise TypeError("The keyed weights of a convolution serve a whole batch.")
+            raise TypeError("A convolution with keys needs one task ID for the whole batch.")
         super().switch(task)
 
 
 class ComplexKeys(Keys):
-    r"""The keys of a complex layer, :math:`k_t = e^{i \varphi_t}`, as their phases; 0 before they are drawn.
+    r"""The keys of a complex layer, :math:`k_t = e^{i \varphi_t}`, stored as phases, initially 0.
 
     State:
-        ``bank`` ``(T, n)``, phases in radians, 4 n bytes for each task.
+        ``bank`` ``(T, n)``, phases in radians, 4 n bytes per task.
     """
 
     kind = "complex"
@@ -174,54 +174,54 @@ class ComplexKeys(Keys):
 
 
 class WeightBank(TaskModule):
-    """A whole set of weights for every task, of which one is in the network at a time.
+    """A complete set of weights per task, of which one is loaded in the network at a time.
 
-    A task that was never started has the weights of the beginning.
+    Tasks that were never started use the initial weights.
 
     Args:
-        num_tasks: tasks of the stream.
-        network: whose parameters and buffers below ``parts`` are exchanged, in place.
+        num_tasks: number of tasks of the stream.
+        network: its parameters and buffers below ``parts`` are exchanged in place.
         parts: names of its children.
 
     State:
-        the weights of each learned task and of the beginning, as plain tensors: buffers would be sent
-        to all processes at every forward.
+        the weights of each learned task and the initial ones, as plain tensors, because DDP would
+        broadcast buffers at every forward pass.
     """
 
     per_sample = False
 
     def __init__(self, num_tasks: int, network: nn.Module, parts: tuple[str, ...]) -> None:
         super().__init__(num_tasks)
-        self._network = (network,)  # in a tuple, for it contains this module and not the reverse
+        self._network = (network,)  # in a tuple, so that it is not registered as a submodule
         self.parts = parts
         self.beginning: dict[str, Tensor] = {}
         self.learned: dict[int, dict[str, Tensor]] = {}
         self.live: int | None = None
-        self.inside = 0  # whose weights the network has
+        self.inside = 0  # the task whose weights are loaded
 
     def begin(self) -> None:
-        """Keep the network's weights as those that every task begins with."""
+        """Store the network's weights as the initial weights of all tasks."""
         self.beginning = self._copy()
 
     def start(self, task_id: int) -> None:
-        """Make a task live, with the weights of the beginning."""
+        """Start training a task, with the initial weights."""
         self._write(self.beginning)
         self.live = self.inside = task_id
 
     def freeze(self) -> None:
-        """Keep the live task's weights; no task is live afterwards."""
+        """Store the weights of the task in training, and end its training."""
         if self.live is not None:
             self.learned[self.live] = self._copy()
             self.live = None
 
     def switch(self, task: int | Tensor) -> None:
-        """Exchange the weights of the network.
+        """Load the weights of a task into the network.
 
         Raises:
-            TypeError: samples have tasks of their own; the network answers those group by group.
+            TypeError: one task ID per sample is given; the network runs such batches task by task.
         """
         if isinstance(task, Tensor):
-            raise TypeError("A set of weights serves a whole batch.")
+            raise TypeError("A weight bank needs one task ID for the whole batch.")
         super().switch(task)
         if task == self.inside or not self.beginning:
             return
@@ -247,10 +247,10 @@ class WeightBank(TaskModule):
         with torch.no_grad():
             for name, tensor in self._tensors().items():
                 tensor.copy_(values[name])
-        torch.clear_autocast_cache()  # it holds the weights of before in low precision
+        torch.clear_autocast_cache()  # it contains the previous weights in half precision
 
     def get_extra_state(self) -> dict[str, Any]:
-        """All sets of weights, and which one the network has."""
+        """All sets of weights, and the ID of the loaded one."""
         return {
             "beginning": self.beginning,
             "learned": dict(self.learned),
@@ -259,7 +259,7 @@ class WeightBank(TaskModule):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`get_extra_state` gave; the network's weights are loaded beside it."""
+        """Restore the result of :meth:`get_extra_state`; the network's own weights are loaded separately."""
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -267,8 +267,8 @@ class WeightBank(TaskModule):
 class SwitchableLinear(nn.Linear):
     r"""A linear layer with keys, bias units, or both: :math:`y = W (x \odot k_t) + b + \mathrm{BIAS}_t`.
 
-    Alg. 3 of Wen et al.; without keys it is their Eq. 1. :meth:`convert` turns an ``nn.Linear`` into
-    one in place, so its parameters, its name and every reference to it stay what they were.
+    Alg. 3 of Wen et al.; without keys it is their Eq. 1. :meth:`convert` converts an ``nn.Linear`` in
+    place, so its parameters, its name and all references to it remain valid.
     """
 
     bias_units: BiasUnits | None
@@ -278,11 +278,9 @@ class SwitchableLinear(nn.Linear):
     def convert(
         layer: nn.Linear, bias_units: BiasUnits | None = None, keys: Keys | None = None
     ) -> "SwitchableLinear":
-        """Give a linear layer bias units or keys, beside what it has."""
+        """Add bias units or keys to a linear layer, keeping those that it has."""
         if not isinstance(layer, SwitchableLinear):
-            kind = type(
-                layer
-            )  # of a parametrized layer a class of its own, where its weight is made
+            kind = type(layer)  # a parametrized layer has its own class, which computes the weight
             layer.__class__ = (
                 type(kind.__name__, (SwitchableLinear, kind), {})
                 if is_parametrized(layer)
@@ -297,38 +295,38 @@ class SwitchableLinear(nn.Linear):
             layer.keys = keys.to(layer.weight)
         return layer
 
-    def taken(self, input: Tensor) -> Tensor:
-        """What the weights see of an input."""
+    def effective_input(self, input: Tensor) -> Tensor:
+        """The input of the weights: multiplied by the key, if any."""
         keys = self.keys
         return input if keys is None else input * _aligned(keys(), input)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(batch, ..., in)`` to ``(batch, ..., out)``."""
-        return self._biased(self.taken(input), self.weight)
+        """The outputs ``(batch, ..., out)`` of inputs ``(batch, ..., in)``."""
+        return self._biased(self.effective_input(input), self.weight)
 
-    def _biased(self, taken: Tensor, weight: Tensor) -> Tensor:
+    def _biased(self, effective: Tensor, weight: Tensor) -> Tensor:
         """The linear map, with the layer's own bias and the active task's."""
         units = self.bias_units
         if units is None:
-            return F.linear(taken, weight, self.bias)
+            return F.linear(effective, weight, self.bias)
         shift: Tensor = units()
-        if shift.shape[0] == 1:  # len() would fix the size of a batch while a network is exported
-            # Adding two vectors of K before the product is cheaper than adding to a batch after it,
-            # and a row of a matrix serves as well: taking it out would cost as much again backwards.
+        if shift.shape[0] == 1:  # len() would fix the batch size when a network is exported
+            # Adding two vectors of size K before the product is cheaper than adding to a batch after it.
+            # Keep shape (1, K): indexing the row would add another backward operation.
             bias = shift if self.bias is None else self.bias + shift
-            return F.linear(taken, weight, bias)
-        return F.linear(taken, weight, self.bias) + _aligned(shift, taken)
+            return F.linear(effective, weight, bias)
+        return F.linear(effective, weight, self.bias) + _aligned(shift, effective)
 
 
 class ComplexLinear(SwitchableLinear):
     r"""A linear layer with complex weights and keys, :math:`y = W (x \odot e^{i \varphi_t}) + b + \mathrm{BIAS}_t`.
 
-    n complex numbers are 2 n real ones: all real parts, then all imaginary parts; so whatever works
-    element by element, such as ReLU or dropout, works on both parts separately. ``weight`` becomes the
-    real part of W. Biases are real, as the layer's own is: they shift the real part of y.
+    n complex numbers are stored as 2 n real ones, all real parts, then all imaginary parts; elementwise
+    operations, such as ReLU or dropout, therefore act on both parts separately. ``weight`` becomes the
+    real part of W. All biases are real: they shift the real part of y.
 
     State:
-        ``weight_imag`` ``(out, in)``, the imaginary part of W, a parameter; 0 at first.
+        ``weight_imag`` ``(out, in)``, the imaginary part of W, a parameter; initially 0.
     """
 
     keys: Keys
@@ -337,12 +335,12 @@ class ComplexLinear(SwitchableLinear):
 
     @staticmethod
     def make_complex(layer: nn.Linear, keys: ComplexKeys, real_output: bool) -> "ComplexLinear":
-        """Give a linear layer complex keys and weights.
+        """Add complex keys and weights to a linear layer.
 
         Args:
             layer: converted in place.
             keys: of size ``in``.
-            real_output: whether it answers with the real part of y alone, as a head does.
+            real_output: whether to return only the real part of y, as for a head.
         """
         layer = SwitchableLinear.convert(layer, keys=keys)
         imaginary = torch.zeros_like(layer.weight)
@@ -352,8 +350,8 @@ class ComplexLinear(SwitchableLinear):
         layer.real_output = real_output
         return layer
 
-    def taken(self, input: Tensor) -> Tensor:
-        """``(batch, ..., in)``, real, or ``(batch, ..., 2 in)`` to what the weights see, ``2 in``."""
+    def effective_input(self, input: Tensor) -> Tensor:
+        """The input of the weights, ``(batch, ..., 2 in)``, from real ``in`` or complex ``2 in``."""
         phases = _aligned(self.keys(), input)
         cos, sin = phases.cos(), phases.sin()
         if input.shape[-1] == self.in_features:
@@ -362,34 +360,34 @@ class ComplexLinear(SwitchableLinear):
         return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(batch, ..., in)`` or ``(batch, ..., 2 in)`` to ``(batch, ..., out)`` or ``(batch, ..., 2 out)``."""
-        taken = self.taken(input)
-        real = self._biased(taken, torch.cat([self.weight, -self.weight_imag], 1))
+        """Real ``(batch, ..., in)`` or complex ``2 in`` inputs to real ``out`` or complex ``2 out`` outputs."""
+        effective = self.effective_input(input)
+        real = self._biased(effective, torch.cat([self.weight, -self.weight_imag], 1))
         if self.real_output:
             return real
-        imaginary = F.linear(taken, torch.cat([self.weight_imag, self.weight], 1))
+        imaginary = F.linear(effective, torch.cat([self.weight_imag, self.weight], 1))
         return torch.cat([real, imaginary], -1)
 
 
 class SwitchableConv2d(nn.Conv2d):
-    r"""A convolution with keys: :math:`y = (W \odot k_t) * x + b`, a key for each place of its patches.
+    r"""A convolution with keys: :math:`y = (W \odot k_t) * x + b`, one sign per element of a patch.
 
-    Multiplying the weights is the same as multiplying every patch, and cheaper. :meth:`convert` turns
-    an ``nn.Conv2d`` into one in place.
+    Multiplying the weights is equivalent to multiplying every patch, and cheaper. :meth:`convert`
+    converts an ``nn.Conv2d`` in place.
     """
 
     keys: KernelKeys
 
     @staticmethod
     def convert(layer: nn.Conv2d, keys: KernelKeys) -> "SwitchableConv2d":
-        """Give a convolution keys, of size :math:`C_{in} k_h k_w`."""
+        """Add keys of size :math:`C_{in} k_h k_w` to a convolution."""
         layer.__class__ = SwitchableConv2d
         assert isinstance(layer, SwitchableConv2d)
         layer.keys = keys.to(layer.weight)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.Conv2d``."""
+        """Same shapes as ``nn.Conv2d``."""
         shape = self.weight.shape[1:]
         by_group = self.weight.view(self.groups, -1, *shape) * self.keys().view(
             self.groups, 1, *shape
@@ -399,9 +397,9 @@ class SwitchableConv2d(nn.Conv2d):
 
 
 def is_linear(part: nn.Module) -> bool:
-    """Whether a part is a linear layer, switchable or not, its weight parametrized or not.
+    """Whether a module is a linear layer, switchable or not, with a parametrized weight or not.
 
-    By exact type: a subclass may have a forward of its own, or none that is called.
+    Checks the exact type: a subclass may override forward, or never call it.
     """
     kind = type(part)
     if is_parametrized(part):
@@ -410,25 +408,25 @@ def is_linear(part: nn.Module) -> bool:
 
 
 def _aligned(vectors: Tensor, input: Tensor) -> Tensor:
-    """``(size,)``, or ``(batch, size)`` with as many dimensions as ``(batch, ..., size)`` has."""
+    """Reshape ``(batch, size)`` to broadcast over ``(batch, ..., size)``; ``(size,)`` is unchanged."""
     if vectors.dim() == 1:
         return vectors
     return vectors.reshape(vectors.shape[0], *(1,) * (input.dim() - 2), vectors.shape[1])
 
 
 def effective_input(layer: nn.Module, input: Tensor) -> Tensor:
-    """What a layer's weights see of an input: the input itself, but for keyed layers."""
-    return layer.taken(input) if isinstance(layer, SwitchableLinear) else input
+    """The input of a layer's weights: multiplied by the key if the layer has keys."""
+    return layer.effective_input(input) if isinstance(layer, SwitchableLinear) else input
 
 
 def full_precision(value: Tensor) -> Tensor:
-    """The same in float32, where it is in half precision: for logarithms, and for sums."""
+    """Convert half precision to float32, for logarithms and sums."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put every part of a module into ``eval()`` and give each its own flag back afterwards."""
+    """Put a module into evaluation mode, and restore the flag of each submodule afterwards."""
     flags = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,6 +1,6 @@
-"""What a run shows and leaves: console, loggers, metrics.csv, checkpoints, results and figures.
+"""The outputs of a run: console, loggers, metrics.csv, checkpoints, results and figures.
 
-A name below is imported from its file when it is first asked for: results are read without matplotlib.
+The names below are imported on first access, so that results can be read without matplotlib.
 """
 
 from importlib import import_module

@@ -1,8 +1,7 @@
-"""Checkpoint files: written whole, and checked before they are used.
+"""Checkpoint files: written atomically, and checked before they are used.
 
-A checkpoint is an ordinary one of Lightning, so ``trainer.fit(ckpt_path=...)`` reads it as well. The
-checksum is the one that is in there anyway: torch writes a zip archive with a CRC-32 of every record,
-which ``torch.load`` does not look at.
+Checkpoints have Lightning's format, so ``trainer.fit(ckpt_path=...)`` reads them as well. The checksums
+are those of the zip archive that torch writes, with a CRC-32 per record, which ``torch.load`` ignores.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from bpn_lightning.untrusted import is_bomb, open_untrusted, refuse_deflated
 
 __all__ = ["AtomicCheckpointIO", "callback_state", "read_checkpoint"]
 
-#: How deep values nest at most, and how many they are for each byte of the file.
+#: The maximum nesting depth of values, and their maximum number per byte of the file.
 _DEEPEST = 200
 _MOST_TIMES_LARGER = 100
 
@@ -30,14 +29,14 @@ _MOST_TIMES_LARGER = 100
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written by :func:`~bpn_lightning.files.write_atomically`.
 
-    Lightning's own keep the whole file in memory twice while they write it, and rename it before it
-    has reached the disk.
+    Lightning's own plugin needs twice the size of the file in memory, and renames it before it is flushed
+    to disk.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write it to a temporary name, flush, rename; elsewhere than on disk as Lightning does."""
+        """Write to a temporary file, flush, rename; on remote file systems as Lightning does."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -46,36 +45,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write_atomically(path, partial(torch.save, checkpoint))
         except RuntimeError as error:
-            # Torch closes its archive after a failed write, and fails in that.
+            # After a failed write, torch also fails when closing its archive.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint after a look at every record's checksum; its tensors stay on disk.
+    """Read a checkpoint after verifying all checksums; its tensors are memory-mapped.
 
     Raises:
-        CheckpointError: it is damaged, cut off, or something else than a checkpoint.
+        CheckpointError: it is damaged, truncated, or not a checkpoint.
     """
     try:
         with open_untrusted(path, max_bytes=None) as file, ZipFile(file) as archive:
             packed = refuse_deflated(file, archive)
             damaged = archive.testzip()
-    except Exception as error:  # zipfile raises whatever the damage leads it to
+    except Exception as error:  # zipfile may raise any exception on a damaged file
         raise _unreadable(path, why_unreadable(error)) from error
     if damaged is not None:
         raise _unreadable(path, f"{damaged} does not match its checksum")
     try:
         check_pickle(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # and so does torch, which finds code here, too
+    except Exception as error:  # so may torch, which also rejects code here
         raise _unreadable(path, why_unreadable(error)) from error
     if not isinstance(checkpoint, dict):
         raise _unreadable(path, f"it holds a {type(checkpoint).__name__}")
     if _unfolded(checkpoint, {}) > _MOST_TIMES_LARGER * packed:
         raise _unreadable(
-            path, "its lists hold themselves, nest too deeply, or repeat others too often"
+            path, "its lists contain themselves, are nested too deeply, or repeat others too often"
         )
     unpacked = sum(one.numel() * one.element_size() for one in _tensors(checkpoint, set()))
     if is_bomb(packed, unpacked):
@@ -84,20 +83,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _unfolded(tree: Any, known: dict[int, float], depth: int = 0) -> float:
-    """How many values nested mappings and lists have, counting again those that stand in several places.
+    """The number of values in nested mappings and lists, counting shared ones at each occurrence.
 
-    Whoever compares, prints or copies them goes through as many. Infinite if they hold themselves.
+    Comparing, printing or copying visits this number. Infinite if a container contains itself.
     """
     if depth > _DEEPEST:
         return float("inf")
     if id(tree) not in known:
-        known[id(tree)] = float("inf")  # until it is known, it holds itself
+        known[id(tree)] = float("inf")  # found again before it is computed: it contains itself
         known[id(tree)] = 1 + sum(_unfolded(one, known, depth + 1) for one in _values(tree))
     return known[id(tree)]
 
 
 def _tensors(tree: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor in nested mappings and lists, once; one of stride 0 is larger than what is saved of it."""
+    """All distinct tensors in nested mappings and lists; those of stride 0 are larger than their data."""
     if id(tree) in seen:
         return
     seen.add(id(tree))
@@ -112,7 +111,7 @@ def _values(tree: Any) -> Iterable[Any]:
         return [
             *dict.keys(tree),
             *dict.values(tree),
-        ]  # of an OrderedDict, whose own could be replaced
+        ]  # an OrderedDict's own method could be overridden
     return tree if isinstance(tree, list | tuple | set) else ()
 
 
@@ -121,7 +120,7 @@ def _unreadable(path: Path, reason: str) -> CheckpointError:
 
 
 def callback_state(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What a callback saved in a checkpoint; empty where there is none, or something else."""
+    """The state of a callback in a checkpoint; empty if there is none or it has another type."""
     callbacks = checkpoint.get("callbacks")
     state = callbacks.get(name) if isinstance(callbacks, Mapping) else None
     return state if isinstance(state, Mapping) else {}

@@ -1,4 +1,4 @@
-"""What a run shows: where it stands while it trains, and a table of accuracies at its end."""
+"""Console output of a run: progress bars during training, and a table of accuracies at the end."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,15 @@ from bpn_lightning.terminal import printable
 
 __all__ = ["StreamProgress", "final_table"]
 
-WIDE = 80  # columns from which on the bars are long
+WIDE = 80  # columns from which the long form of the bars is used
 
 
 class StreamProgress(ProgressBar):
-    """A bar for the task and one for the stream, and a lasting line for every task that was learned.
+    """A progress bar for the task and one for the stream, and a permanent line for each learned task.
 
-    Beside the bars stand epoch and batch, the accuracy of the last logged training batch, the time
-    since the start and, by the epochs that are left, the time until the end of the stream, and the
-    mean test accuracy of the tasks learned (ACC). Where the output is no terminal there are no bars,
-    only the lines.
+    The bars show epoch and batch, the accuracy of the last logged training batch, the elapsed and the
+    estimated remaining time of the stream, and the mean test accuracy of the learned tasks (ACC). If the
+    output is not a terminal there are only the lines.
 
     Args:
         console: where to write; by default standard output.
@@ -41,26 +40,26 @@ class StreamProgress(ProgressBar):
         self._console = console or Console()
         self._enabled = True
         self._bar: Progress | None = None
-        self._told = -1
+        self._last_shown = -1
         self._average: float | None = None  # over the tasks learned
-        self._drawn = 0.0  # when
-        self._begun, self._done_before = 0.0, 0.0  # when, and epochs of the stream by then
+        self._drawn = 0.0  # time of the last update of the bars
+        self._begun, self._done_before = 0.0, 0.0  # start time, and epochs done by then
 
     def disable(self) -> None:
         """Show nothing: for processes other than the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Show again."""
+        """Show progress again."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Write a lasting line above the bars."""
+        """Write a permanent line above the bars."""
         _line(self._console, *args, **kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, after the tasks that a resumed run has behind it."""
-        self._told = _host(pl_module).closed
+        """Start the bars, after the tasks that a resumed run has finished."""
+        self._last_shown = _host(pl_module).closed
         self._average = _host(pl_module).accuracy_matrix.summary()["average"]
         self._begun, self._done_before = time.monotonic(), float(trainer.current_epoch)
         if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -68,20 +67,20 @@ class StreamProgress(ProgressBar):
                 TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
                 BarColumn(bar_width=None, table_column=Column(ratio=1)),
                 TextColumn(
-                    "{task.fields[beside]}", markup=False, table_column=Column(no_wrap=True)
+                    "{task.fields[details]}", markup=False, table_column=Column(no_wrap=True)
                 ),
                 console=self._console,
                 transient=True,
                 expand=True,
             )
             for _ in range(2):
-                self._bar.add_task("", total=None, beside="")
+                self._bar.add_task("", total=None, details="")
             self._bar.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bars, ten times a second at most."""
+        """Update the bars, at most ten times per second."""
         if self._bar is None or time.monotonic() - self._drawn < 0.1:
             return
         self._drawn = time.monotonic()
@@ -89,45 +88,45 @@ class StreamProgress(ProgressBar):
         epoch, epochs = _epoch(pl_module)
         batch, batches = batch_idx + 1, int(self.total_train_batches)
         wide = self._console.width >= WIDE
-        beside = f"batch {batch:>{len(str(batches))}}/{batches}"
+        details = f"batch {batch:>{len(str(batches))}}/{batches}"
         accuracy = trainer.progress_bar_metrics.get("train/accuracy")
         if accuracy is not None:
-            beside += f", {'training accuracy' if wide else 'train'} {float(accuracy):.2f}"
+            details += f", {'training accuracy' if wide else 'train'} {float(accuracy):.2f}"
         task, stream = (one.id for one in self._bar.tasks)
         self._bar.update(
             task,
-            description=where(pl_module),
+            description=format_position(pl_module),
             total=epochs * batches,
             completed=epoch * batches + batch,
-            beside=beside,
+            details=details,
         )
         total, done = host.schedule.total, trainer.current_epoch + batch / batches
         passed = self._drawn - self._begun
         left = passed * (total - done) / (done - self._done_before)
-        beside = f"{_clock(passed)} passed, {_clock(left)} left"
+        details = f"{_clock(passed)} elapsed, {_clock(left)} left"
         if wide and self._average is not None:
-            beside += f", ACC {self._average:.2f}"
+            details += f", ACC {self._average:.2f}"
         self._bar.update(
             stream,
             description=f"stream, epoch {trainer.current_epoch + 1}/{total}",
             total=total,
             completed=done,
-            beside=beside,
+            details=details,
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say which task was finished by the epoch before."""
-        self._tell_learned(pl_module)
+        """Show the task that the previous epoch finished."""
+        self._show_learned(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that the last task is learned, and take the bar away."""
-        self._tell_learned(pl_module)
+        """Show the last task, and remove the bars."""
+        self._show_learned(pl_module)
         self._stop()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         self._stop()
 
     def _stop(self) -> None:
@@ -135,18 +134,18 @@ class StreamProgress(ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    def _tell_learned(self, pl_module: LightningModule) -> None:
+    def _show_learned(self, pl_module: LightningModule) -> None:
         host = _host(pl_module)
-        for task_id in range(self._told + 1, host.closed + 1):
+        for task_id in range(self._last_shown + 1, host.closed + 1):
             if self._enabled:
                 row = host.accuracy_matrix.accuracy[task_id + 1]
-                self.print(learned(host.tasks, task_id, row.tolist()))
+                self.print(format_task_line(host.tasks, task_id, row.tolist()))
             self._average = float(host.accuracy_matrix.accuracy[task_id + 1, : task_id + 1].mean())
-        self._told = host.closed
+        self._last_shown = host.closed
 
 
 def _clock(seconds: float) -> str:
-    """``1:02:03``, without what is zero in front: ``0:07``.
+    """Format seconds as ``1:02:03``, or without hours as ``0:07``.
 
     >>> _clock(7.2), _clock(3723)
     ('0:07', '1:02:03')
@@ -156,8 +155,8 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def where(module: LightningModule) -> str:
-    """``task 2/5, epoch 3/4``, with the phase's name unless it is the task's own training."""
+def format_position(module: LightningModule) -> str:
+    """``task 2/5, epoch 3/4``, with the name of the phase unless it is ``train``."""
     host = _host(module)
     position, (epoch, epochs) = host.position, _epoch(module)
     phase = "" if position.phase == "train" else f" ({position.phase})"
@@ -165,20 +164,20 @@ def where(module: LightningModule) -> str:
 
 
 def _epoch(module: LightningModule) -> tuple[int, int]:
-    """How many epochs of the task came before, and how many it has, over all its phases."""
+    """The index of the epoch in the task, and the task's number of epochs, over all its phases."""
     host = _host(module)
     task = host.position.task
     first = host.schedule.last_epoch(task - 1) + 1 if task else 0
     return host.position.epoch, host.schedule.last_epoch(task) + 1 - first
 
 
-def learned(tasks: Sequence[Task], task_id: int, row: Sequence[float]) -> str:
-    """One line about a task that has just been learned.
+def format_task_line(tasks: Sequence[Task], task_id: int, row: Sequence[float]) -> str:
+    """One line about a task that was just learned.
 
     Args:
         tasks: of the stream.
-        task_id: the one learned last.
-        row: ``(tasks,)``, test accuracies at this moment; NaN for what was not measured is not told.
+        task_id: ID of the task.
+        row: ``(tasks,)``, current test accuracies; NaN for tasks that were not measured, which are omitted.
     """
     seen = row[: task_id + 1]
     mean = sum(seen) / len(seen)
@@ -198,28 +197,28 @@ def final_table(
     folder: Path,
     unsettled: Sequence[Unsettled] = (),
 ) -> None:
-    """Show the accuracies of a run, three ways side by side, and where its files are.
+    """Show a table with three accuracies per task, and the paths of the run's files.
 
     Args:
-        console: where to write.
+        console: the output.
         title: of the table.
         tasks: of the stream.
         summary: of the accuracy matrix.
         bytes_per_task: ``measured``, and by the ``paper``'s accounting.
-        bytes_held: by all strategies in the end.
+        bytes_held: by all strategies at the end.
         folder: of the run.
-        unsettled: tasks that lost accuracy in their last epoch.
+        unsettled: tasks whose accuracy dropped in their last epoch.
     """
-    blind = summary["task_agnostic"]
+    agnostic = summary["task_agnostic"]
     after = summary["after_learning"]
     table = Table(title=Text(printable(title)), title_justify="left", show_footer=True)
     table.add_column("task", footer="mean", justify="right", min_width=4)
-    room = max(8, console.width - 56)  # what the numbers and the frame leave
+    room = max(8, console.width - 56)  # without the numbers and the frame
     table.add_column("classes", no_wrap=True, max_width=min(32, room), overflow="ellipsis")
     for name, average in {
         "final": summary["average"],
         "just learned": after["average"],
-        "final, no task id": blind and blind["average"],
+        "final, no task ID": agnostic and agnostic["average"],
     }.items():
         table.add_column(name, footer=_fraction(average), justify="right", min_width=5)
     for index, task in enumerate(tasks):
@@ -228,12 +227,12 @@ def final_table(
             Text(printable(task.name)),
             _fraction(summary["per_task"][index]),
             _fraction(after["per_task"][index]),
-            _fraction(blind and blind["per_task"][index]),
+            _fraction(agnostic and agnostic["per_task"][index]),
         )
     console.print(table)
     console.print(
-        "final: after the last task, with the task's id; just learned: right after its own training; "
-        "no task id: the network has to find the task by itself",
+        "final: after the last task, task ID given; just learned: right after training on the task; "
+        "no task ID: the network has to infer the task",
         highlight=False,
     )
     for one in unsettled:
@@ -253,34 +252,34 @@ def final_table(
             f"{'-' if count is None else format(count, ',')} {name}"
             for name, count in (
                 ("measured", stored["measured"]),
-                ("by the paper's count", stored["paper"]),
+                ("by the paper's accounting", stored["paper"]),
             )
         ),
         (
-            f"bytes held: {bytes_held.training:,} to go on learning, "
-            f"{bytes_held.inference:,} of them to use what was learned"
+            f"bytes held: {bytes_held.training:,} to continue training, "
+            f"{bytes_held.inference:,} of them for inference"
         ),
     ):
         _line(console, line)
     for line in (f"results: {folder / 'results.json'}", f"pictures: {folder / 'figures'}"):
-        _line(console, line, soft_wrap=True)  # a path stays whole
+        _line(console, line, soft_wrap=True)  # do not break paths
 
 
 def format_unsettled(one: Unsettled) -> str:
-    """One line about a task that had not settled.
+    """One line about a task that has not converged.
 
     >>> format_unsettled(Unsettled(2, "train", 0.981, 0.6))
-    'task 3 had not settled: its training accuracy fell from 0.981 to 0.600 in its last epoch'
+    'task 3 has not converged: its training accuracy fell from 0.981 to 0.600 in its last epoch'
     """
     samples = "training" if one.split == "train" else "validation"
     return (
-        f"task {one.task + 1} had not settled: its {samples} accuracy fell from {one.before:.3f} to "
+        f"task {one.task + 1} has not converged: its {samples} accuracy fell from {one.before:.3f} to "
         f"{one.after:.3f} in its last epoch"
     )
 
 
 def _line(console: Console, *args: Any, soft_wrap: bool = False, **kwargs: Any) -> None:
-    """One line; a terminal gets it broken between words, a file whole."""
+    """Print one line, wrapped between words on a terminal only."""
     soft_wrap = soft_wrap or not console.is_terminal
     args = tuple(printable(one) if isinstance(one, str) else one for one in args)
     console.print(*args, soft_wrap=soft_wrap, highlight=False, markup=False, **kwargs)
@@ -291,5 +290,5 @@ def _fraction(value: float | None) -> str:
 
 
 def _host(module: LightningModule) -> Any:
-    """A ContinualModule; any module that knows its tasks, schedule and accuracies will do."""
+    """The module as a ContinualModule, or as any module with tasks, schedule and accuracies."""
     return module

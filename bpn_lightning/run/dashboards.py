@@ -1,8 +1,7 @@
-"""What a run shows in the trainer's loggers beside its numbers.
+"""Images, tables and artifacts in the trainer's loggers.
 
-:class:`Dashboard` is an ordinary callback; a display per kind of logger knows how that one shows a
-picture or a table. Numbers that equal runs have in common are logged by the module itself, to every
-logger. ``docs/wandb.md`` lists all keys.
+:class:`Dashboard` is an ordinary callback; a logger adapter per kind of logger shows images and tables.
+Reproducible numbers are logged by the module itself, to all loggers. ``docs/wandb.md`` lists all keys.
 """
 
 import csv
@@ -33,13 +32,13 @@ Cell = str | float | int | None
 
 
 class LoggerAdapter:
-    """How one logger shows what is no number; this one shows nothing of it.
+    """Shows images, tables and files in a logger; this base class ignores them.
 
     Args:
         logger: of the trainer.
     """
 
-    #: Whether :meth:`image` does anything: pictures are drawn only where they are seen.
+    #: Whether :meth:`image` is supported; otherwise images are not drawn.
     draws = False
 
     def __init__(self, logger: Logger) -> None:
@@ -47,7 +46,7 @@ class LoggerAdapter:
 
     @property
     def position(self) -> int:
-        """Where the logger's own count of rows stands."""
+        """The logger's current row number."""
         return 0
 
     def begin(self, config: Mapping[str, Any], resumed_at: int | None) -> None:
@@ -55,12 +54,12 @@ class LoggerAdapter:
 
         Args:
             config: nested.
-            resumed_at: :attr:`position` when the checkpoint was taken; None in a new run.
+            resumed_at: :attr:`position` at the checkpoint; None in a new run.
         """
         self.logger.log_hyperparams(dict(config))
 
     def image(self, key: str, image: Image.Image, step: int) -> None:
-        """Show a picture."""
+        """Show an image."""
 
     def table(
         self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
@@ -68,14 +67,14 @@ class LoggerAdapter:
         """Show a table."""
 
     def files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
-        """Keep files with the run."""
+        """Upload files."""
 
     def end(self, exit_code: int) -> None:
-        """The run is over."""
+        """End the run."""
 
 
 class WandbAdapter(LoggerAdapter):
-    """Pictures, tables and artifacts of a Weights & Biases run."""
+    """Images, tables and artifacts of a Weights & Biases run."""
 
     draws = True
     logger: WandbLogger
@@ -86,13 +85,13 @@ class WandbAdapter(LoggerAdapter):
         return int(self.logger.experiment.step)
 
     def begin(self, config: Mapping[str, Any], resumed_at: int | None) -> None:
-        """Log the configuration, say over which axis what is drawn, and count rows on."""
+        """Log the configuration, define the axes of the metrics, and continue the row number."""
         super().begin(config, resumed_at)
         run = self.logger.experiment
         for prefix in OVER_TASKS:
             run.define_metric(f"{prefix}/*", step_metric="stream/tasks_learned")
         if resumed_at is not None and run.step < resumed_at:
-            run.log({}, step=resumed_at)  # offline, where the server does not say where it stands
+            run.log({}, step=resumed_at)  # offline, the server cannot provide the row number
 
     def image(self, key: str, image: Image.Image, step: int) -> None:
         """In the media panel ``key``, with a slider over the stream."""
@@ -116,14 +115,14 @@ class WandbAdapter(LoggerAdapter):
         self.logger.experiment.log_artifact(artifact)
 
     def end(self, exit_code: int) -> None:
-        """Let the run end here, and not when the process does; there may be none yet."""
+        """End the run, if there is one, now instead of at the exit of the process."""
         import wandb
 
         wandb.finish(exit_code=exit_code)
 
 
 class TensorBoardAdapter(LoggerAdapter):
-    """Pictures and, as text, tables of TensorBoard."""
+    """Images and, as text, tables of TensorBoard."""
 
     draws = True
     logger: TensorBoardLogger
@@ -137,18 +136,18 @@ class TensorBoardAdapter(LoggerAdapter):
     ) -> None:
         """Under Text, as Markdown."""
         lines = [list(columns), ["---"] * len(columns), *rows]
-        text = "\n".join(f"| {' | '.join(map(_written, line))} |" for line in lines)
+        text = "\n".join(f"| {' | '.join(map(_format_cell, line))} |" for line in lines)
         self.logger.experiment.add_text(key, text, step)
 
 
 class MLFlowAdapter(LoggerAdapter):
-    """Pictures, tables and files among the artifacts of an MLflow run."""
+    """Images, tables and files as artifacts of an MLflow run."""
 
     draws = True
     logger: MLFlowLogger
 
     def begin(self, config: Mapping[str, Any], resumed_at: int | None) -> None:
-        """Log the configuration once: a parameter of MLflow never changes."""
+        """Log the configuration once, because parameters of MLflow cannot be changed."""
         if resumed_at is None:
             super().begin(config, resumed_at)
 
@@ -159,18 +158,18 @@ class MLFlowAdapter(LoggerAdapter):
     def table(
         self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
     ) -> None:
-        """As a CSV file, which the web page shows as a table."""
+        """As a CSV file, which the web interface shows as a table."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([columns, *rows])
         self.logger.experiment.log_text(self.logger.run_id, text.getvalue(), f"{key}.csv")
 
     def files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
-        """In a folder of their kind."""
+        """In a folder named by their kind."""
         for path in paths:
             self.logger.experiment.log_artifact(self.logger.run_id, str(path), kind)
 
 
-#: Prefixes of what changes with the tasks learned only: W&B draws it over their number.
+#: Prefixes of metrics per task: W&B plots them over the number of learned tasks.
 OVER_TASKS = ("bytes_held", "bytes_per_task", "accuracy_after_learning", "accuracy_task_agnostic")
 
 _ADAPTERS: dict[type[Logger], type[LoggerAdapter]] = {
@@ -181,7 +180,7 @@ _ADAPTERS: dict[type[Logger], type[LoggerAdapter]] = {
 
 
 def adapter_of(logger: Logger) -> LoggerAdapter:
-    """The display of a logger; loggers of other kinds show numbers only."""
+    """The adapter of a logger; other kinds of loggers show numbers only."""
     for kind, shown in _ADAPTERS.items():
         if isinstance(logger, kind):
             return shown(logger)
@@ -189,19 +188,18 @@ def adapter_of(logger: Logger) -> LoggerAdapter:
 
 
 class Dashboard(Callback):
-    """Shows a stream in the trainer's loggers: pictures, tables, the configuration, the time of a step.
+    """Logs images, tables, the configuration and the time per step to the trainer's loggers.
 
-    After each task the accuracy matrix and the accuracies over the stream are shown as pictures, at
-    the end the matrix and the accuracies as tables. W&B, TensorBoard and MLflow show them; any logger
-    gets the configuration, with git commit and versions, and the time of a step. Only the first
-    process does anything. ``bpn-fit`` adds one by itself.
+    After each task the accuracy matrix and the accuracies over the stream are logged as images, at the end
+    the matrix and the accuracies as tables. W&B, TensorBoard and MLflow show them; every logger gets the
+    configuration, with git commit and versions, and the time per step. Only the first process is active.
+    ``bpn-fit`` adds this callback automatically.
 
     Args:
-        config: whatever is to be kept with the run, nested, of types that JSON knows.
+        config: the configuration to log, nested, of JSON types.
 
     State:
-        which task was shown last; class, version and position of each logger, by which a resumed run
-        goes on in them.
+        the last task shown; class, version and position of each logger, for resuming.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[Dashboard({"experiment": "digits"})], logger=False)
@@ -211,14 +209,14 @@ class Dashboard(Callback):
         self.config = dict(config or {})
         self._adapters: list[LoggerAdapter] = []
         self._shown = -1
-        # Of each logger, by class and version, when the checkpoint was taken.
+        # Of each logger, by class and version, at the checkpoint.
         self._positions: dict[tuple[str, Any], int] = {}
-        self._since: float | None = None  # when the clock was started, unless it stands
-        self._seconds = 0.0  # that it ran before
+        self._since: float | None = None  # start of the clock, if it is running
+        self._seconds = 0.0  # accumulated before
         self._counted_from = 0  # updates
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on."""
+        """Start the loggers, or continue them."""
         if not trainer.is_global_zero:
             return
         others = [logger for logger in trainer.loggers if not isinstance(logger, MetricsFile)]
@@ -232,7 +230,7 @@ class Dashboard(Callback):
             shown.begin(config, self._positions.get(_identity(shown.logger)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the clock to zero."""
+        """Reset the clock."""
         self._since, self._seconds, self._counted_from = None, 0.0, trainer.global_step
 
     # --- after a task ----------------------------------------------------------------------------
@@ -240,17 +238,17 @@ class Dashboard(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Show what was learned before, where a run resumes inside an epoch; start the clock."""
+        """Show the tasks learned before resuming inside an epoch; start the clock."""
         self._show_learned(trainer, pl_module)
         if self._since is None:
             self._since = perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the task that the epoch before finished."""
+        """Show the task that the previous epoch finished."""
         self._show_learned(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Show the last task, and the tables; the module may close its last task in on_fit_end."""
+        """Show the last task and the tables, after the module's on_fit_end, which may close the task."""
         if stage != "fit" or not self._adapters:
             return
         self._show_learned(trainer, pl_module)
@@ -272,13 +270,13 @@ class Dashboard(Callback):
 
     # --- the time of a step ----------------------------------------------------------------------
 
-    # Wall time from the first batch to the last, over the batches in between: nothing waits for the
-    # device in a step, and over many it cannot run ahead. What lies between epochs is left out.
+    # Mean wall time over many batches: a step does not synchronize with the device, but over many steps
+    # the host cannot run far ahead. The time between epochs is excluded.
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the mean time of an update since the last one that was logged."""
+        """Log the mean time per update since the last logged one."""
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not self._adapters or not every or step % every or step == self._counted_from:
             return
@@ -290,11 +288,11 @@ class Dashboard(Callback):
             shown.logger.log_metrics({"time/step": seconds}, step=step - 1)  # as Lightning counts
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave out what lies between epochs."""
+        """Stop the clock between epochs."""
         self._stop_clock()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave validation out."""
+        """Stop the clock during validation."""
         self._stop_clock()
 
     def _stop_clock(self) -> None:
@@ -305,12 +303,12 @@ class Dashboard(Callback):
     # --- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was shown, and where."""
+        """The last task shown, and the positions of the loggers."""
         loggers = [(*_identity(one.logger), one.position) for one in self._adapters]
         return {"shown": self._shown, "loggers": loggers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there."""
+        """Continue from there."""
         self._shown = state_dict["shown"]
         self._positions = {(kind, at): position for kind, at, position in state_dict["loggers"]}
 
@@ -318,7 +316,7 @@ class Dashboard(Callback):
 def upload_artifacts(
     loggers: Sequence[Logger], name: str, results: Sequence[Path], last: Path
 ) -> None:
-    """Keep a run's results, and its checkpoint if there is one, in the loggers that keep files.
+    """Upload a run's results, and its checkpoint if there is one, to the loggers that store files.
 
     Args:
         loggers: of the trainer.
@@ -333,7 +331,7 @@ def upload_artifacts(
 
 
 def close_adapters(loggers: Sequence[Logger], exit_code: int) -> None:
-    """End the run in the loggers that have to be told."""
+    """End the run in the loggers that require it."""
     for logger in loggers:
         adapter_of(logger).end(exit_code)
 
@@ -343,7 +341,7 @@ def _identity(logger: Logger) -> tuple[str, Any]:
 
 
 def _pictures(host: Any, task_id: int) -> dict[str, Image.Image]:
-    """What was known when a task had been learned."""
+    """The images after a task."""
     matrix: Tensor = host.accuracy_matrix.accuracy.clone()
     matrix[task_id + 2 :] = torch.nan
     curve = [point for point in host.curve if point["task"] <= task_id]
@@ -360,7 +358,7 @@ def _pictures(host: Any, task_id: int) -> dict[str, Image.Image]:
 def _tables(
     matrix: AccuracyMatrix, tasks: Sequence[Task]
 ) -> dict[str, tuple[list[str], list[list[Cell]]]]:
-    """Columns and rows of the matrix, and of the three accuracies side by side."""
+    """Columns and rows of the matrix, and of the three accuracies per task."""
     moments: list[list[Cell]] = [
         [moment, *(None if isnan(value) else value for value in row)]
         for moment, row in enumerate(matrix.accuracy.tolist())
@@ -388,7 +386,7 @@ def _tables(
     }
 
 
-def _written(cell: Cell) -> str:
+def _format_cell(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.4f}"
     return "" if cell is None else str(cell).replace("|", "\\|")

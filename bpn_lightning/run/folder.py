@@ -1,14 +1,14 @@
-"""A run's folder while a process writes to it: locked, and nothing in it lost before its time.
+"""A run's folder: locked while a process writes to it, with earlier results kept until they are replaced.
 
 ::
 
     <runs>/<experiment>/<method>/seed_<n>/
-    ├── .lock        the process that writes here, while it does
+    ├── .lock        the process that is writing here
     └── .replaced/   an earlier run that --overwrite replaces, until the new one has a checkpoint
 
-An earlier run is moved aside when training begins, and removed when the new one has something to go on
-from: its first checkpoint, or results. Where the new one ends before, by whatever, the earlier one is
-put back, by the same process or by the next one that takes the folder. Files of other names stay.
+An earlier run is moved aside when training begins, and removed when the new one can be resumed or is
+finished: at its first checkpoint, or results. If the new one ends before that, for any reason, the earlier
+one is restored, by the same process or by the next one that uses the folder. Other files are not touched.
 """
 
 import os
@@ -31,8 +31,8 @@ _FILES = (
 )
 _FOLDERS = ("figures", "checkpoints")
 
-# What a run writes, by whatever hand: --overwrite replaces these and nothing else. results.json
-# comes first, so that a folder never looks finished while its parts disappear.
+# All files of a run: --overwrite replaces only these. results.json comes first, so that a folder never
+# looks finished while its files are being moved.
 _WRITTEN = (
     *_FILES,
     "figures/accuracy_over_stream.*",
@@ -40,10 +40,10 @@ _WRITTEN = (
     "checkpoints/*.ckpt",
 )
 
-_UNFINISHED = (".*.tmp", "figures/.*.tmp", "checkpoints/.*.tmp")  # of writes that a crash ended
+_UNFINISHED = (".*.tmp", "figures/.*.tmp", "checkpoints/.*.tmp")  # of interrupted writes
 
 _ASIDE = ".replaced"
-_MOVING = ".replacing"  # not all of it has been moved, one way or the other
+_MOVING = ".replacing"  # while files are being moved in either direction
 _REMOVED = ".removed.tmp"
 
 
@@ -51,7 +51,7 @@ class RunFolder:
     """The folder of a run.
 
     Args:
-        path: of the folder.
+        path: the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,14 +59,14 @@ class RunFolder:
         self._lock = FolderLock(path)
 
     def acquire(self) -> bool:
-        """Take the folder for this process; it is made where it is missing.
+        """Lock the folder for this process, creating it if necessary.
 
         Returns:
-            Whether an earlier run was put back that an interrupted one had moved aside.
+            Whether an earlier run was restored that an interrupted one had moved aside.
 
         Raises:
-            ResultsError: another process has it, it cannot be written to, or something else lies where
-                results go.
+            ResultsError: another process has locked it, it is not writable, or a path of the results is
+                something else.
         """
         try:
             owner = self._lock.acquire()
@@ -78,20 +78,20 @@ class RunFolder:
         except OSError as error:
             self._lock.release()
             raise ResultsError(
-                f"Expected {self.path} to be a folder that can be written to, but got: {error}. "
+                f"Expected {self.path} to be a writable folder, but got: {error}. "
                 "Choose another with --runs."
             ) from error
         except ResultsError:
             self._lock.release()
             raise
         raise ResultsError(
-            f"Expected {self.path} to be free, but {owner} writes there. Wait for its end or stop it, or "
-            "choose another folder with --runs. If that process is on another machine and gone for "
-            f"good, remove {self._lock.path}."
+            f"Expected {self.path} to be unused, but {owner} is writing there. Wait for it to end or stop "
+            "it, or choose another folder with --runs. If that process was on another machine that is no "
+            f"longer running, remove {self._lock.path}."
         )
 
     def set_aside(self) -> None:
-        """Move what an earlier run wrote out of the way, all or nothing."""
+        """Move all files of an earlier run aside, or none."""
         files = _matching(self.path, _WRITTEN)
         if files:
             moving = self.path / _MOVING
@@ -100,15 +100,15 @@ class RunFolder:
             flush(self.path)
 
     def settle(self) -> None:
-        """Remove what was set aside if the new run has something to go on from."""
+        """Remove the earlier run if the new one has a checkpoint or results."""
         if (self.path / _ASIDE).is_dir() and self._has_begun():
             self._settle()
 
     def release(self) -> bool:
-        """Give the folder back.
+        """Unlock the folder.
 
         Returns:
-            Whether an earlier run was put back, since the new one left nothing to go on from.
+            Whether an earlier run was restored, because the new one has no checkpoint and no results.
         """
         try:
             return self._lock.is_held and self._settle()
@@ -116,10 +116,10 @@ class RunFolder:
             self._lock.release()
 
     def replaced(self, name: str) -> Path | None:
-        """Which file of an earlier run a path leads to, by whatever way, if it leads to one."""
+        """The file of an earlier run that a path resolves to, if any."""
         try:
             given = os.stat(name)
-        except (OSError, ValueError):  # no path at all, mostly
+        except (OSError, ValueError):  # mostly values that are not paths
             return None
         for written in _matching(self.path, _WRITTEN):
             for one in [written, *written.rglob("*")] if written.is_dir() else [written]:
@@ -132,7 +132,7 @@ class RunFolder:
         return (self.path / "results.json").exists() or any(path.exists() for path in last)
 
     def _settle(self) -> bool:
-        """Finish what was begun, whichever way: whether an earlier run was put back."""
+        """Complete an interrupted move in either direction; whether an earlier run was restored."""
         aside, moving = self.path / _ASIDE, self.path / _MOVING
         if aside.is_dir():
             if self._has_begun():
@@ -149,24 +149,24 @@ class RunFolder:
         return True
 
     def _check_places(self) -> None:
-        """Refuse before training what would be found out when the results are written."""
+        """Check before training that the results can be written."""
         for name in (*_FILES, *_FOLDERS):
             path = self.path / name
             if path.exists() and path.is_dir() != (name in _FOLDERS):
                 kind = "folder" if name in _FOLDERS else "file"
                 raise ResultsError(
-                    f"Expected {path} to be a {kind} of a run, but something else lies there. Move "
+                    f"Expected {path} to be a {kind} of a run, but it is something else. Move "
                     "it, or choose another folder with --runs."
                 )
             if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
                 raise ResultsError(
-                    f"Expected {path} to be a folder that can be written to, but it is not. Give write "
-                    "access, or choose another folder with --runs."
+                    f"Expected {path} to be a writable folder, but it is not. Grant write access, or "
+                    "choose another folder with --runs."
                 )
 
 
 def written_files(folder: Path) -> list[Path]:
-    """What a run left in its folder, without its checkpoints."""
+    """All files that a run wrote to its folder, without its checkpoints."""
     found = {path for path in _matching(folder, _WRITTEN) if path.is_file()}
     return sorted(path for path in found if path.suffix != ".ckpt")
 
@@ -180,7 +180,7 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _move(paths: Iterable[Path], here: Path, there: Path) -> None:
-    """Rename files and folders to the same places below another folder."""
+    """Move files and folders to the same relative paths below another folder."""
     for path in paths:
         target = there / path.relative_to(here)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""What makes a run the run that it is, and what two runs differ in."""
+"""The identity of a run, and the differences between two runs."""
 
 from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["OBSERVED", "decides", "defining", "differences", "flatten", "run_name", "run_names"]
 
-#: The keys that a run has in common with its checkpoints; docs/resume.md says of the others that they
-#: may differ.
+#: The keys that have to be the same in a run and its checkpoints; docs/resume.md lists those that may
+#: differ.
 DEFINING = (
     *("method", "model", "data", "strategies"),
     *(
@@ -22,18 +22,18 @@ DEFINING = (
     ),
 )
 
-#: Arguments of streams that say where their data lie.
+#: Arguments of streams for the location of their data.
 DATA_PLACES = ("root", "path", "cache_dir", "download")
 
-#: Keys that change when and where a result is looked at, and not the result.
+#: Keys that change when and where results are shown, but not the results.
 OBSERVED = ("model.evaluate_every", "model.task_agnostic")
 
 MOST = 10
-"""Differences that a message names."""
+"""The maximum number of differences that a message names."""
 
 
 def defining(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that decides what a run computes, by dotted keys.
+    """The part of a configuration that determines the results, by dotted keys.
 
     >>> defining({"runs": "here", "data": {"init_args": {"root": "there", "batch_size": 8}}})
     {'data.init_args.batch_size': 8}
@@ -42,25 +42,25 @@ def defining(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decides(key: str) -> bool:
-    """Whether a key of a configuration decides what a run computes."""
+    """Whether a key of a configuration affects the results."""
     if key.startswith("data.") and key.rpartition(".")[2] in DATA_PLACES:
         return False
     return any(key == part or key.startswith(f"{part}.") for part in DEFINING)
 
 
 def run_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Experiment, method and seed: the folder of a run."""
+    """Experiment, method and seed, which determine the folder of a run."""
     keys = {"experiment": "experiment", "method": "method", "seed": "seed_everything"}
     return {name: config.get(key) for name, key in keys.items()}
 
 
 def run_name(names: Mapping[str, Any]) -> str:
-    """The same for people."""
+    """The same as readable text."""
     return f"{names['experiment']}, method {names['method']}, seed {names['seed']}"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, its keys joined by dots.
+    """Flatten nested mappings, joining the keys by dots.
 
     >>> flatten({"model": {"mask": "all", "backbone": {"hidden": [64, 64]}}, "method": "ewc"})
     {'model.mask': 'all', 'model.backbone.hidden': [64, 64], 'method': 'ewc'}
@@ -75,21 +75,24 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], most: int = MOST) -> list[str]:
-    """Key by key, what a run and an earlier one do not have in common, in words.
+    """Describe the differences between the configurations of a run and an earlier one, per key.
 
     Args:
         here: of the run, by dotted keys.
         there: of the earlier one, or of its checkpoint.
-        most: how many keys are named; the others are counted.
+        most: maximum number of keys to name; the others are counted.
 
     >>> differences({"mask": "all", "rank": 8}, {"mask": "seen", "epsilon": 0.1, "rank": 8})
     ["mask is 'all' here and 'seen' there", 'epsilon is not here and 0.1 there']
     """
 
-    def say(side: Mapping[str, Any], key: str) -> str:
+    def describe(side: Mapping[str, Any], key: str) -> str:
         return repr(side[key]) if key in side else "not"
 
     missing = object()
     keys = [key for key in {**here, **there} if here.get(key, missing) != there.get(key, missing)]
-    found = [f"{key} is {say(here, key)} here and {say(there, key)} there" for key in keys[:most]]
+    found = [
+        f"{key} is {describe(here, key)} here and {describe(there, key)} there"
+        for key in keys[:most]
+    ]
     return [*found, f"and {len(keys) - most} more"] if len(keys) > most else found

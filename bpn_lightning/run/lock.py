@@ -1,9 +1,9 @@
-"""One process at a time writes into a folder.
+"""A lock that lets only one process at a time write to a folder.
 
-The lock is an ``flock`` on a file in the folder. The system gives it back when its process ends, by
-SIGKILL and a power cut too, so no lock is ever left behind; on NFS this is the server's business, which
-may take a minute or two after a machine was lost. What the file says (which process, on which host) is
-for messages only.
+The lock is an ``flock`` on a file in the folder. The operating system releases it when the process ends,
+also on SIGKILL or a power failure, so no stale locks are left; on NFS the server does this, which may take
+a minute or two after a machine is lost. The contents of the file (process and host) are only used in
+messages.
 """
 
 import errno
@@ -17,22 +17,22 @@ from types import TracebackType
 
 __all__ = ["FolderLock", "holder"]
 
-#: What the system says of a file system that knows no locks.
+#: Error codes of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-#: How often to try again what another process, at its end, removed in between.
-_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no waiting for who writes to a FIFO
+#: Number of retries if another process, at its end, removes the file or folder in between.
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK  # no links, and no waiting for the writer of a FIFO
 _ATTEMPTS = 100
 
 _held: set[int] = set()  # descriptors
 
 
 class FolderLock:
-    """A lock on a folder, which is made where it is missing.
+    """A lock on a folder, which is created if necessary.
 
     Args:
-        folder: any.
-        name: of the lock's file in it; locks of different names do not know each other.
+        folder: the folder.
+        name: name of the lock file in it; locks with different names are independent.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -53,24 +53,24 @@ class FolderLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this object has it."""
+        """Whether this object holds the lock."""
         return self._descriptor is not None
 
     def acquire(self) -> str | None:
-        """Take the lock, without waiting.
+        """Acquire the lock, without waiting.
 
         Returns:
-            None, or which process has it, in words.
+            None on success, else a description of the process that holds it.
 
         Raises:
-            OSError: the folder or the file cannot be made.
+            OSError: the folder or the file cannot be created.
         """
         self._made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(self.path, _FLAGS | os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # an empty folder goes with the run that made it
+            except FileNotFoundError:  # another run has removed the empty folder that it created
                 if attempt == _ATTEMPTS:
                     raise
                 continue
@@ -85,13 +85,13 @@ class FolderLock:
                     os.close(descriptor)
                     raise
                 warnings.warn(
-                    f"The file system of {self.folder} knows no locks, so nothing keeps a second run "
-                    "from writing there.",
+                    f"The file system of {self.folder} does not support locks, so a second run may write "
+                    "there at the same time.",
                     stacklevel=2,
                 )
             if self._is_file(descriptor):
                 break
-            os.close(descriptor)  # its holder removed the file between the two calls
+            os.close(descriptor)  # its holder has removed the file between the two calls
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()} {platform.node()}\n".encode())
         self._descriptor = descriptor
@@ -99,7 +99,7 @@ class FolderLock:
         return None
 
     def release(self) -> None:
-        """Give the lock back, if it was taken; folders that it made go, too, if they are still empty."""
+        """Release the lock if it is held, and remove the folders that it created if they are empty."""
         if self._descriptor is None:
             return
         if self._is_file(self._descriptor):
@@ -114,7 +114,7 @@ class FolderLock:
                 break
 
     def _is_file(self, descriptor: int) -> bool:
-        """Whether the file of this name is still the one that is locked."""
+        """Whether the file at this path is still the locked one."""
         try:
             return os.path.samestat(os.fstat(descriptor), os.lstat(self.path))
         except FileNotFoundError:
@@ -133,7 +133,7 @@ class FolderLock:
 
 
 def holder(folder: Path) -> str | None:
-    """Which process writes into a folder now, in words; None where none does."""
+    """Describe the process that is writing to a folder; None if there is none."""
     try:
         descriptor = os.open(folder / ".lock", _FLAGS | os.O_RDONLY)
     except OSError:
@@ -150,12 +150,12 @@ def holder(folder: Path) -> str | None:
 
 
 def _owner(descriptor: int) -> str:
-    said = re.fullmatch(rb"(\d+) ([\w.-]+)\n", os.pread(descriptor, 300, 0))
-    return f"process {said[1].decode()} on {said[2].decode()}" if said else "another process"
+    match = re.fullmatch(rb"(\d+) ([\w.-]+)\n", os.pread(descriptor, 300, 0))
+    return f"process {match[1].decode()} on {match[2].decode()}" if match else "another process"
 
 
 def _forget() -> None:
-    """A forked process, such as a data loader's, would hold the lock beyond the end of its parent."""
+    """Close the locks in a forked process, such as a data loader's, which may outlive its parent."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -1,9 +1,8 @@
-"""Which loggers a run has: their short names, what the run is called in them, and how it goes on.
+"""The loggers of a run: their short names, default arguments, and how they are resumed.
 
-``bpn-fit`` takes Lightning's loggers as they are. What their constructors were not told is filled in
-here, for ``--logger wandb`` and for ``--trainer.logger WandbLogger`` alike: a place in the run's
-folder, a group for its experiment and method, a name with its seed; and, where a run is resumed,
-which run of the logger it was.
+``bpn-fit`` uses Lightning's loggers. Arguments that are not set are filled in here, for ``--logger wandb``
+as well as ``--trainer.logger WandbLogger``: a location in the run's folder, a group with experiment and
+method, a name with the seed; and, when resuming, the ID of the logger's run.
 """
 
 import os
@@ -24,7 +23,7 @@ from bpn_lightning.errors import ConfigurationError, did_you_mean
 
 __all__ = ["LOGGERS", "RunName", "SavedLogger", "complete_loggers", "go_offline", "offline_reason"]
 
-#: Lightning's classes by their short names, which are also those of our extras.
+#: Lightning's classes by their short names, which are also the names of our extras.
 LOGGERS = {
     "wandb": "WandbLogger",
     "tensorboard": "TensorBoardLogger",
@@ -32,16 +31,16 @@ LOGGERS = {
     "mlflow": "MLFlowLogger",
 }
 
-#: A logger of the run that is resumed: the name of its class, and its version (W&B's id, MLflow's run).
+#: A logger of the resumed run: the name of its class, and its version (W&B's ID, MLflow's run).
 SavedLogger = tuple[str, Any]
 
 _PACKAGE = "lightning.pytorch.loggers"
-_SECONDS = 3  # to wait for an answer of W&B's server
+_SECONDS = 3  # to wait for a response of W&B's server
 
 
 @dataclass(frozen=True)
 class RunName:
-    """What a run is called, and where it lies.
+    """The name and location of a run.
 
     Attributes:
         experiment: name of the experiment.
@@ -72,13 +71,13 @@ def complete_loggers(
     """The loggers of a run as jsonargparse's ``class_path`` and ``init_args``.
 
     Args:
-        names: short ones.
-        spelled_out: the parsed ``trainer.logger``; what it says is kept.
-        run: what they are to call it.
-        saved: the loggers of the run that is resumed.
-        step: updates that it had done.
-        first: whether this is the first process. The others do without those of Lightning's loggers
-            that log on the first one only: two of them making one data base would collide.
+        names: short names.
+        spelled_out: the parsed ``trainer.logger``; its values are kept.
+        run: name and location of the run.
+        saved: the loggers of the resumed run.
+        step: number of updates before resuming.
+        first: whether this is the first process. The others do not create Lightning's loggers that log
+            on the first process only, as creating the same database twice would fail.
 
     Raises:
         ConfigurationError: a name is unknown, or a logger's package is not installed.
@@ -87,14 +86,14 @@ def complete_loggers(
     specs = [spec for spec in specs if spec not in (None, True)]
     if names and False in specs:
         raise ConfigurationError(
-            f"Expected trainer.logger not to be false where loggers are asked for, but got false and "
+            f"Expected trainer.logger not to be false when loggers are given, but got false and "
             f"logger {', '.join(names)}. Leave one of the two out."
         )
     for name in names:
         if name not in LOGGERS:
             raise ConfigurationError(
                 f"Expected logger to be one of {', '.join(LOGGERS)}, but got {name!r}."
-                f"{did_you_mean(name, LOGGERS)} Other loggers go by --trainer.logger and their class."
+                f"{did_you_mean(name, LOGGERS)} Use --trainer.logger CLASS for other loggers."
             )
         path = f"{_PACKAGE}.{LOGGERS[name]}"
         specs.append(Namespace(class_path=path, init_args=Namespace()))  # type: ignore[no-untyped-call]
@@ -110,10 +109,10 @@ def complete_loggers(
 
 
 def go_offline(specs: Sequence[Namespace]) -> str | None:
-    """Let W&B log offline where it can do nothing else, and say why.
+    """Set W&B to offline mode if necessary, and return the reason.
 
     Args:
-        specs: of :func:`complete_loggers`; those of W&B are changed.
+        specs: the result of :func:`complete_loggers`; those of W&B are changed.
     """
     undecided = [
         spec
@@ -129,9 +128,9 @@ def go_offline(specs: Sequence[Namespace]) -> str | None:
 
 
 def offline_reason() -> str | None:
-    """Why W&B can only log offline here, in words; None where it can do better, or is told what to do.
+    """Why W&B can only log offline; None if it can log online, or if its mode is configured.
 
-    Without this look W&B asks for a key, or waits a minute and a half for its server and fails.
+    Without this check W&B prompts for a key, or waits 90 seconds for its server and fails.
     """
     import wandb
 
@@ -144,7 +143,7 @@ def offline_reason() -> str | None:
         known = wandb.login(prompt=False, verify=False)
     except wandb.errors.AuthenticationError as error:
         return str(error)
-    return None if known else "there is no API key (`wandb login` keeps one)"
+    return None if known else "there is no API key (`wandb login` stores one)"
 
 
 def _answers(url: str) -> bool:
@@ -152,9 +151,11 @@ def _answers(url: str) -> bool:
         with urlopen(url, timeout=_SECONDS):
             return True
     except HTTPError:
-        return True  # it answers
+        return True  # an HTTP error is also a response
     except URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # so does this one; W&B has its own settings
+        return isinstance(
+            error.reason, ssl.SSLError
+        )  # also a response; W&B has its own SSL settings
     except OSError:
         return False
 
@@ -168,13 +169,13 @@ def _need(logger: str, *packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ConfigurationError(
-            f"Expected {', '.join(missing)} to be installed where logger is {logger!r}, but it is not. "
+            f"Expected {', '.join(missing)} to be installed for logger {logger!r}, but it is not. "
             f"Install it: pip install 'bpn_lightning[{logger}]'"
         )
 
 
 def _fill(spec: Namespace, kind: str, arguments: dict[str, Any]) -> None:
-    """Set what the user left at its default."""
+    """Set arguments that the user left at their defaults."""
     parameters = signature(getattr(loggers, kind)).parameters
     for name, value in arguments.items():
         default = parameters[name].default if name in parameters else None
@@ -192,12 +193,12 @@ def _of_wandb(run: RunName, version: Any, step: int) -> dict[str, Any]:
         "save_dir": ("WANDB_DIR", str(run.folder)),
     }
     arguments = {name: os.environ.get(key, value) for name, (key, value) in chosen.items()}
-    # Lightning's default is "allow"; a parser that knows the argument from wandb.init passes None.
+    # Lightning's default is "allow", but the parser passes None, the default of wandb.init.
     return {**arguments, "version": version, "resume": "allow"}
 
 
 def _of_tensorboard(run: RunName, version: Any, step: int) -> dict[str, Any]:
-    if find_spec("tensorboardX") is None:  # which Lightning takes as well
+    if find_spec("tensorboardX") is None:  # Lightning supports either
         _need("tensorboard", "tensorboard")
     arguments = {"save_dir": str(run.folder), "name": "tensorboard", "default_hp_metric": False}
     if version is None:
@@ -206,7 +207,7 @@ def _of_tensorboard(run: RunName, version: Any, step: int) -> dict[str, Any]:
 
 
 def _of_csv(run: RunName, version: Any, step: int) -> dict[str, Any]:
-    # A new version even where a run is resumed: Lightning deletes the file of an old one.
+    # A new version even when resuming, because Lightning deletes the file of an old one.
     return {"save_dir": str(run.folder), "name": "csv"}
 
 
@@ -223,7 +224,7 @@ def _of_mlflow(run: RunName, version: Any, step: int) -> dict[str, Any]:
         _need("mlflow", "sqlalchemy", "alembic")
         run.runs.mkdir(parents=True, exist_ok=True)
         runs = run.runs.resolve()
-        # MLflow 3 refuses a folder of files.
+        # MLflow 3 does not support a folder of files.
         uri = f"sqlite:///{runs / 'mlflow.db'}"
         arguments["artifact_location"] = (runs / "mlflow").as_uri()
     return {**arguments, "tracking_uri": uri}

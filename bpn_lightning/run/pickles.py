@@ -1,9 +1,9 @@
-"""What a checkpoint's pickle asks for, looked at before anything of it is made.
+"""Check of a checkpoint's pickle before any object is created.
 
-``torch.load(weights_only=True)`` runs no program, but calls some classes with any arguments:
-``bytearray(3 << 30)`` and ``torch.UntypedStorage(1 << 40)`` fill the memory, and so do a few calls of
-``codecs.encode`` on what the one before has made. So its instructions are followed here with a stack of
-descriptions in the place of values, which takes as long as reading them.
+``torch.load(weights_only=True)`` does not run arbitrary code, but calls some classes with any arguments:
+``bytearray(3 << 30)`` and ``torch.UntypedStorage(1 << 40)`` fill the memory, as do a few nested calls of
+``codecs.encode``. Its instructions are therefore interpreted here with a stack of descriptions instead of
+values, in linear time.
 """
 
 import pickletools
@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["check_pickle"]
 
-#: What checkpoints hold beside plain values: tensors, their parts, and the types of those.
+#: Allowed globals besides plain values: tensors, their parts, and their dtypes.
 _PARTS = frozenset(
     {
         "collections.OrderedDict",
@@ -28,42 +28,42 @@ _PARTS = frozenset(
         "builtins.complex",
         "__builtin__.set",
         "builtins.set",
-        "_codecs.encode",  # as bytes are written
+        "_codecs.encode",  # for bytes
     }
 )
 
-#: Named as the type of a tensor's storage, and by nothing else.
+#: Allowed only as the type of a tensor's storage.
 _STORAGES = frozenset(
     {"torch.storage.UntypedStorage", "torch.UntypedStorage"}
     | {f"torch.{one.__name__}" for one in torch._storage_classes if one.__module__ == "torch"}
 )
 
-#: How many values a key may have, each of which is hashed whenever the key is looked up.
+#: The maximum number of values in a key, all of which are hashed at every lookup.
 _LARGEST_KEY = 1000
 
 
 class _Value(NamedTuple):
-    """What the stack has in a value's place."""
+    """The description of a value on the stack."""
 
     size: float = 1
-    """Of a tuple: itself and all in it, again wherever it stands; of all else 1, which is no key or small."""
+    """For a tuple, the number of its values, counted at each occurrence; 1 for anything else."""
     name: str = ""
-    """What a global is called."""
+    """The name of a global."""
     parts: tuple[Any, ...] = ()
-    """Of a tuple; of a text that is short, its one."""
+    """The elements of a tuple; for a short text, the text itself."""
 
 
 def check_pickle(content: bytes) -> None:
-    """Refuse a pickle that calls something else than what checkpoints consist of.
+    """Refuse a pickle with calls that checkpoints do not contain.
 
-    Classes that were registered by ``torch.serialization.add_safe_globals`` are allowed as well.
+    Classes registered by ``torch.serialization.add_safe_globals`` are allowed as well.
 
     Args:
         content: of the record ``data.pkl``.
 
     Raises:
-        UnpicklingError: it has an instruction of another kind.
-        ValueError: it is no pickle.
+        UnpicklingError: it has another instruction.
+        ValueError: it is not a pickle.
     """
     users = {f"{one.__module__}.{one.__qualname__}" for one in _registered()}
     largest = 0.0
@@ -81,7 +81,7 @@ def check_pickle(content: bytes) -> None:
             name = ".".join(argument.split(" ", 1))
             dtype = isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
             if name not in _PARTS | _STORAGES | users and not (dtype and name.startswith("torch.")):
-                raise UnpicklingError(f"{name} is no part of a checkpoint")
+                raise UnpicklingError(f"{name} is not allowed in a checkpoint")
             stack.append(_Value(name=name))
         else:
             taken = _taken(code, stack)
@@ -90,7 +90,7 @@ def check_pickle(content: bytes) -> None:
             if code.name == "REDUCE":
                 _check_call(taken[0].name, taken[1].parts, users, largest)
             if code.name == "NEWOBJ" and taken[0].name not in users:
-                raise UnpicklingError(f"{taken[0].name} is made without being called")
+                raise UnpicklingError(f"{taken[0].name} is created without a call")
             if code.name.startswith("TUPLE"):
                 stack.append(_Value(1 + sum(one.size for one in taken), parts=tuple(taken)))
                 largest = max(largest, stack[-1].size)
@@ -108,9 +108,9 @@ def _registered() -> list[Any]:
 
 
 def _taken(code: pickletools.OpcodeInfo, stack: list[Any]) -> list[_Value]:
-    """What an instruction takes from the stack, in its order and without the mark."""
+    """Pop the arguments of an instruction from the stack, in order and without the mark."""
     marked = pickletools.markobject in code.stack_before
-    fixed = len(code.stack_before) - (2 if marked else 0)  # the mark, and all above it
+    fixed = len(code.stack_before) - (2 if marked else 0)  # the mark, and everything above it
     taken: list[_Value] = []
     if marked:
         while (value := stack.pop()) is not None:
@@ -118,26 +118,29 @@ def _taken(code: pickletools.OpcodeInfo, stack: list[Any]) -> list[_Value]:
     for _ in range(fixed):
         taken.append(stack.pop())
     if None in taken:
-        raise ValueError("a mark stands where a value should")
+        raise ValueError("a mark in place of a value")
     return taken[::-1]
 
 
 def _check_keys(keys: list[_Value]) -> None:
     if any(key.size > _LARGEST_KEY for key in keys):
-        raise UnpicklingError("a key holds too much")
+        raise UnpicklingError("a key has too many values")
 
 
 def _check_call(name: str, arguments: tuple[Any, ...], users: set[str], largest: float) -> None:
-    """Refuse calls that make more than they are given, or hash what they are given."""
+    """Refuse calls that create more than their arguments, or that hash them."""
     if name == "_codecs.encode":
         wrong = len(arguments) != 2 or arguments[1].parts != ("latin1",)
     elif name == "collections.OrderedDict":
         wrong = bool(arguments)
-    elif name in ("__builtin__.set", "builtins.set"):  # of a list, which may hold any tuple so far
+    elif name in (
+        "__builtin__.set",
+        "builtins.set",
+    ):  # of a list, which may contain any tuple so far
         wrong = largest > _LARGEST_KEY
     else:
         wrong = not name or name in _STORAGES
     if wrong and name not in users:
         raise UnpicklingError(
-            f"{name or 'a value'} is called with something else than a checkpoint has"
+            f"{name or 'a value'} is called with arguments that checkpoints do not contain"
         )

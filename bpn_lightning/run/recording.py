@@ -1,7 +1,7 @@
-"""What a run leaves behind while it trains: metrics.csv and the checkpoints that it resumes from.
+"""Files written during training: metrics.csv, and the checkpoints for resuming.
 
-They belong together. A checkpoint knows how many rows metrics.csv had, so a resumed run continues
-writing where the checkpoint was taken and ends with the file of a run that was never stopped.
+A checkpoint stores the number of rows of metrics.csv, so a resumed run continues the file from there, and
+ends with the same file as an uninterrupted run.
 """
 
 import csv
@@ -32,17 +32,16 @@ from bpn_lightning.untrusted import read_text
 __all__ = ["Intervals", "LastCheckpoint", "MetricsFile"]
 
 
-_MAX_BYTES = 2**30  # of metrics.csv, which has a row for every logged step
+_MAX_BYTES = 2**30  # of metrics.csv, which has one row per logged step
 
 
 class MetricsFile(Logger):
-    """Logs to one CSV file, a row per call, each on disk at once.
+    """Logs to one CSV file, with one row per call, written immediately.
 
-    Lightning's CSVLogger deletes an earlier metrics.csv, so a resumed run would lose its beginning.
+    Lightning's CSVLogger deletes an existing metrics.csv, so a resumed run would lose its earlier rows.
 
     Args:
-        path: of the file; one from an earlier run is overwritten by the first row, unless
-            :meth:`resume` was called.
+        path: the file; an existing one is overwritten by the first row, unless :meth:`resume` was called.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +58,7 @@ class MetricsFile(Logger):
 
     @property
     def version(self) -> str:
-        """There is one version: the file."""
+        """Empty: the file has no versions."""
         return ""
 
     @property
@@ -71,11 +70,11 @@ class MetricsFile(Logger):
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing: config.yaml has them."""
+        """Do nothing: they are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row; a metric that is new gets a column, empty in the rows before."""
+        """Append a row; a new metric adds a column, which is empty in earlier rows."""
         row = {"step": step, **metrics}
         if set(row) <= set(self._columns):
             with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -90,14 +89,14 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def resume(self, rows: int, global_step: int, source: Path | None = None) -> None:
-        """Keep what a checkpoint has behind it: its first rows, and what those steps still logged.
+        """Keep the rows up to a checkpoint, and those of its steps that were logged after it.
 
-        Lightning logs a step after the checkpoint of that step is taken and does not log it again
-        after a resume; it numbers the row by the updates before it. Nothing is written until
-        :meth:`begin`, or the next row. A file that is no such table is moved to ``<name>.damaged``.
+        Lightning logs a step after the checkpoint of that step is taken, and does not log it again
+        after resuming; the row number is the number of updates before it. Nothing is written until
+        :meth:`begin`, or the next row. A file that cannot be read is moved to ``<name>.damaged``.
 
         Args:
-            rows: that the file had when the checkpoint was taken.
+            rows: number of rows of the file at the checkpoint.
             global_step: of the checkpoint.
             source: the file of the run that took it; by default this one.
         """
@@ -110,7 +109,7 @@ class MetricsFile(Logger):
         self.rows = len(self._resumed)
 
     def _found(self, source: Path, rows: int) -> list[dict[str, Any]]:
-        """The rows of a file, with a warning if they are fewer than they should be."""
+        """The rows of a file, with a warning if some are missing."""
         damaged = False
         try:
             found = _read(source)
@@ -119,24 +118,24 @@ class MetricsFile(Logger):
             kept = _move_away(source) if source == self.path else source
             state = f"cannot be read ({why_unreadable(error)}) and is kept as {kept}"
         else:
-            state = f"has {len(found)}" if source.is_file() else "is not there"
+            state = f"has {len(found)}" if source.is_file() else "does not exist"
         if damaged or len(found) < rows:
             warnings.warn(
                 f"Expected {source} to have {rows} rows of metrics, but it {state}. {self.path} continues "
-                f"with {'those' if found else 'what comes now'}; nothing else of the run depends on it.",
+                f"with {'those' if found else 'new rows only'}; nothing else in the run depends on it.",
                 stacklevel=3,
             )
         return found
 
     @rank_zero_only
     def begin(self) -> None:
-        """Write the rows that a resumed run has behind it: training is about to begin."""
+        """Write the earlier rows of a resumed run, at the start of training."""
         if self._resumed:
             self._write(self._resumed)
 
     @rank_zero_only
     def flush(self) -> None:
-        """Let the rows reach the disk: no checkpoint may know of rows that a power cut took."""
+        """Flush the rows to disk, so that a checkpoint never counts rows that are lost in a power failure."""
         if self.path.is_file():
             flush(self.path)
 
@@ -159,14 +158,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """The complete rows of a file.
 
     Raises:
-        ValueError: it is no table, or no text.
+        ValueError: it is not a table, or not text.
     """
     text = read_text(path, max_bytes=_MAX_BYTES) if path.is_file() else ""
-    complete = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
+    complete = text[: text.rfind("\n") + 1]  # a crash may have truncated the last line
     rows = list(csv.DictReader(io.StringIO(complete), strict=True))
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise ValueError(f"line {line} has other columns than the first")
+            raise ValueError(f"line {line} does not have the columns of the first line")
         if row["step"] and not row["step"].isdecimal():
             raise ValueError(f"line {line} has no step")
     return rows
@@ -181,16 +180,16 @@ def _move_away(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Intervals:
-    """When checkpoints are taken; None: not by this measure. A stream's end has one anyway.
+    """Intervals between checkpoints; None disables one. There is always a checkpoint at the stream's end.
 
     Args:
-        steps: updates between checkpoints inside an epoch.
-        epochs: epochs between checkpoints at an epoch's end.
-        tasks: tasks between checkpoints at a task's end.
-        minutes: minutes between checkpoints, whatever their reason.
+        steps: updates between checkpoints within an epoch.
+        epochs: epochs between checkpoints at the end of an epoch.
+        tasks: tasks between checkpoints at the end of a task.
+        minutes: minutes between checkpoints of any kind.
 
     Raises:
-        ConfigurationError: a number is not above 0, or no whole one where things are counted.
+        ConfigurationError: a number is not positive, or a count is not a whole number.
     """
 
     steps: int | None = 500
@@ -205,35 +204,34 @@ class Intervals:
             if value is not None and (value <= 0 if unit == "minutes" else value < 1):
                 raise ConfigurationError(
                     f"Expected checkpoint_every_n_{unit} to be {least}, but got {value}. "
-                    "null takes no checkpoints by this measure."
+                    "null disables this interval."
                 )
 
 
 class _Learner(Protocol):
-    """What is asked of a ContinualModule: its tasks, and the last one that is closed."""
+    """The required part of ContinualModule: its tasks, and the last closed one."""
 
     tasks: Sequence[Task]
     closed: int
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves the run to one file, and keeps the one before it next to it as ``previous.ckpt``.
+    """Saves the run to one file, and keeps the previous checkpoint as ``previous.ckpt``.
 
-    Lightning's ModelCheckpoint keeps to one moment, numbers a second ``last.ckpt``, and stores absolute
-    paths.
+    Lightning's ModelCheckpoint saves only at one kind of event, numbers a second ``last.ckpt``, and stores
+    absolute paths.
 
     A checkpoint is taken after an update or after the module has finished an epoch, never between the
-    batches of one update, whose gradients no checkpoint holds. Lightning logs such a step afterwards and
-    would not do so again after a resume, so the checkpoint is ``next.ckpt`` until training continues.
+    batches of an update, whose gradients are not in checkpoints. Lightning logs such a step afterwards and
+    would not do so again after resuming, so the checkpoint is named ``next.ckpt`` until training continues.
 
     Args:
-        path: of the checkpoint; written atomically.
-        every: when it is written.
-        run: what a resumed run must have in common with the one that saved: its names, and the keys
-            of its configuration.
-        metrics: the file whose position is saved along.
+        path: the checkpoint; written atomically.
+        every: the intervals.
+        run: the identity that a resumed run has to share: its names, and the keys of its configuration.
+        metrics: the file whose position is saved in the checkpoint.
         resumed: the checkpoint that this run resumes.
-        on_saved: is called on the first process when there is a new checkpoint.
+        on_saved: called on the first process after each new checkpoint.
     """
 
     def __init__(
@@ -255,46 +253,46 @@ class LastCheckpoint(Checkpoint):
         self._next = path.with_name("next.ckpt")
         self._resumed = resumed
         self._on_saved = on_saved
-        # What is there is intact, so that it may become the previous one.
+        # Whether the existing checkpoint is intact and may become the previous one.
         self._intact = resumed is not None and path.exists() and path.samefile(resumed)
         self._trainer: Trainer | None = None
-        self._step = 0  # updates when a batch was last seen
+        self._step = 0  # number of updates at the last batch
         self._due = False
         self._stopping = False
         self._unpublished = False
         self._saved_at = time.monotonic()
-        self._closed = -1  # tasks closed when it was last saved
+        self._closed = -1  # last closed task at the last checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember whose progress to save."""
+        """Store the module whose progress is saved."""
         self._trainer = trainer
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has a checkpoint of what it begins with."""
+        """Use the resumed checkpoint as the current one."""
         self._closed = _closed(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here, and listen for requests to stop."""
+        """Reset the counters, and start handling requests to stop."""
         self._step = trainer.global_step
         self._saved_at = time.monotonic()
         self.requests.listen(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training continues."""
+        """Publish the pending checkpoint, since training continues."""
         self._publish(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Training continues."""
+        """Publish the pending checkpoint, since training continues."""
         self._publish(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Save after every few updates, and at the last one of a run that ends early."""
+        """Save at the interval of updates, and after the last update of a run that ends early."""
         step = trainer.global_step
-        if step == self._step:  # the batches of an update are not complete
+        if step == self._step:  # the update is not complete
             return
         self._step = step
         self._stopping = self.requests.agreed(trainer)
@@ -307,7 +305,7 @@ class LastCheckpoint(Checkpoint):
             or trainer.should_stop
             or self._late(trainer)
         )
-        if self._due and not is_last_batch(trainer):  # after which the epoch's end is near
+        if self._due and not is_last_batch(trainer):  # the end of the epoch has its own checkpoint
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -326,11 +324,11 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """No more is logged."""
+        """Publish the pending checkpoint, since nothing more is logged."""
         self._publish(trainer, stop=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the end of a stream that has no checkpoint of it."""
+        """Save the end of the stream, unless there is a checkpoint of it."""
         complete = _closed(pl_module) + 1 == len(cast(_Learner, pl_module).tasks)
         if stage == "fit" and complete and self._closed != _closed(pl_module):
             self._save(trainer, pl_module)
@@ -349,7 +347,7 @@ class LastCheckpoint(Checkpoint):
         self._saved_at, self._closed = time.monotonic(), _closed(pl_module)
 
     def _publish(self, trainer: Trainer, stop: bool = True) -> None:
-        """Give the checkpoint its name, keep the one before it, and stop if that was asked for."""
+        """Rename the checkpoint, keep the previous one, and stop the run if requested."""
         if not self._unpublished:
             return
         self._unpublished = False

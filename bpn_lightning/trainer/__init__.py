@@ -1,1 +1,1 @@
-"""What a stream asks of Lightning's Trainer: rules for its flags, callbacks, optimizers and processes."""
+"""Requirements on Lightning's Trainer: flags, callbacks, optimizers and processes."""

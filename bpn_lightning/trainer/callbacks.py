@@ -1,6 +1,6 @@
-"""Lightning's callbacks over a stream: which act on the whole of it as on one task, and are refused.
+"""Callbacks of Lightning that are refused because they treat the whole stream as a single task.
 
-``docs/trainer_flags.md`` has the table of all of them.
+``docs/trainer_flags.md`` lists all callbacks.
 """
 
 from collections.abc import Mapping
@@ -25,17 +25,17 @@ from bpn_lightning.errors import ConfigurationError
 
 __all__ = ["REFUSED", "check_callbacks", "check_rate_monitor"]
 
-#: Callbacks that cannot be right over a stream, with the classes derived from them: why, and what instead.
+#: Callbacks that are invalid over a stream, including subclasses: the reason and the alternative.
 REFUSED: Mapping[type[Callback], tuple[str, str]] = MappingProxyType(
     {
         BaseFinetuning: (
             (
-                "It edits the groups of the first task's optimizer, and would set the whole network's "
-                "learning rate in those of later tasks."
+                "It edits the parameter groups of the first task's optimizer, and would set the learning rate "
+                "of the whole network in those of later tasks."
             ),
             (
-                "Freeze layers with requires_grad_(False), or give them groups of their own in the function "
-                "that makes the optimizer."
+                "Freeze layers with requires_grad_(False), or use separate parameter groups in the function "
+                "that creates the optimizer."
             ),
         ),
         BatchSizeFinder: (
@@ -48,25 +48,25 @@ REFUSED: Mapping[type[Callback], tuple[str, str]] = MappingProxyType(
         ),
         GradientAccumulationScheduler: (
             (
-                "It counts the epochs of the stream, so that tasks would be learned by updates of different "
+                "It counts epochs over the whole stream, so that tasks would be trained with different batch "
                 "sizes."
             ),
             "Use accumulate_grad_batches.",
         ),
         LearningRateFinder: (
             (
-                "It would train on the first task to try rates before the stream begins, and what it finds "
-                "would end with that task's optimizer."
+                "It would train on the first task to try rates before the stream begins, and its result "
+                "would apply to that task's optimizer only."
             ),
             "Compare runs with several learning rates.",
         ),
         ModelPruning: (
-            "It puts other parameters in the place of those that strategies hold.",
-            "Prune the network that was learned.",
+            "It replaces the parameters that strategies refer to.",
+            "Prune the network after training.",
         ),
         SpikeDetection: (
-            "The loss jumps whenever a task begins, which it would take for a fault.",
-            "Watch the logged train/loss.",
+            "The loss jumps at the start of every task, which it would report as a spike.",
+            "Monitor the logged train/loss.",
         ),
         StochasticWeightAveraging: (
             "It would average the weights of different tasks, and set the learning rate of the last.",
@@ -74,20 +74,20 @@ REFUSED: Mapping[type[Callback], tuple[str, str]] = MappingProxyType(
         ),
         WeightAveraging: (
             (
-                "It would average the weights of different tasks, and put the average in the place of what "
-                "was evaluated and consolidated."
+                "It would average the weights of different tasks, and replace the weights that were "
+                "evaluated and consolidated."
             ),
             "IncrementalMomentMatching merges the weights of tasks.",
         ),
     }
 )
 
-#: Of what is logged while a task is learned: no two tasks' values can be compared.
+#: Prefixes of metrics of the current task, whose values are not comparable between tasks.
 OF_OPEN_TASK = ("bias_norm/", "loss/", "memories/", "penalty/", "train/", "val/")
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """Refuse, by name, callbacks that act on the whole stream as if it were one task.
+    """Refuse callbacks that treat the whole stream as a single task.
 
     Args:
         trainer: before its fit begins.
@@ -105,16 +105,16 @@ def check_callbacks(trainer: Trainer) -> None:
         monitor = callback.monitor if isinstance(callback, ModelCheckpoint) else None
         if monitor and monitor.startswith(OF_OPEN_TASK):
             raise ConfigurationError(
-                f"Expected {type(callback).__name__} to monitor nothing that is measured on the task "
-                f"being learned, but got {monitor!r}. The best model by it is one of an easy or an early "
-                "task, and knows no later one. Leave monitor out: the newest checkpoint knows most tasks."
+                f"Expected {type(callback).__name__} not to monitor a metric of the current task, but got "
+                f"{monitor!r}. Its best model would be that of an easy or early task, which has not "
+                "learned later ones. Leave monitor out: the newest checkpoint has learned most tasks."
             )
 
 
 def check_rate_monitor(trainer: Trainer) -> None:
-    """Refuse a LearningRateMonitor that would log the rate of the task before.
+    """Refuse a LearningRateMonitor that would log the learning rate of the previous task.
 
-    An epoch's start reaches callbacks before the module, which then makes the next task's optimizer.
+    At the start of an epoch, callbacks are called before the module creates the next task's optimizer.
 
     Args:
         trainer: with the optimizer and scheduler of the first task.
@@ -131,6 +131,6 @@ def check_rate_monitor(trainer: Trainer) -> None:
         if schedulers and (interval == "epoch" or (interval is None and by_epoch)):
             raise ConfigurationError(
                 "Expected LearningRateMonitor to have logging_interval 'step' with a scheduler, but got "
-                f"{interval!r}. At an epoch's start it would read the last rate of the task before. "
+                f"{interval!r}. At an epoch's start it would log the last rate of the previous task. "
                 "Pass logging_interval='step'."
             )

@@ -1,7 +1,7 @@
-"""Which strategies may run together, over which stream, and with which Trainer.
+"""Which strategies can be combined, on which stream, and with which Trainer.
 
-Strategies declare what they are (``projects``, ``needs_task_id``, ...), and what cannot be right together is
-refused before training.
+Strategies declare their properties (``projects``, ``needs_task_id``, ...); invalid combinations are refused
+before training.
 """
 
 import warnings
@@ -20,7 +20,7 @@ __all__ = ["check_composition", "check_phases", "check_precision"]
 
 
 def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrategy]) -> None:
-    """Refuse strategies that contradict each other or the stream, by what they declare.
+    """Refuse strategies that are incompatible with each other or with the stream.
 
     Raises:
         ConfigurationError: names them, the rule and the remedy.
@@ -32,11 +32,11 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
             f"Expected every strategy once, but got {twice[0]} {len(twice)} times. "
             "Remove all but one."
         )
-    alone = _names(s for s in strategies if s.exclusive)
-    if alone and len(strategies) > 1:
+    exclusive = _names(s for s in strategies if s.exclusive)
+    if exclusive and len(strategies) > 1:
         raise ConfigurationError(
-            f"Expected {alone[0]} to be the only strategy, but got {' and '.join(_names(strategies))}. "
-            f"Remove {alone[0]}, or all the others."
+            f"Expected {exclusive[0]} to be the only strategy, but got {' and '.join(_names(strategies))}. "
+            f"Remove {exclusive[0]}, or all the others."
         )
     for what, several in (
         ("projects gradients", _names(s for s in strategies if s.projects)),
@@ -51,13 +51,13 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
     correcting = _names(s for s in strategies if s.corrects_weights)
     if projecting and correcting:
         raise ConfigurationError(
-            f"Expected no strategy to move weights after the step beside {projecting[0]}, which makes "
-            f"sure of the step's direction, but got {correcting[0]} with update 'proximal'. "
+            f"Expected no strategy to change weights after the step with {projecting[0]}, which constrains "
+            f"the step's direction, but got {correcting[0]} with update 'proximal'. "
             "Set its update to 'clamped' or 'gradient'."
         )
     if len(correcting) > 1:
         raise ConfigurationError(
-            "Expected at most one strategy to move shared weights after the step, as each would undo part "
+            "Expected at most one strategy to change shared weights after the step, as each would undo part "
             f"of the other's, but got {' and '.join(correcting)} with update 'proximal'. "
             "Set the update of all but one to 'clamped' or 'gradient'."
         )
@@ -68,7 +68,7 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
             "stream has task_id_at_inference=False. Set it to True, or choose another method."
         )
     _warn_of_forgetting(host, strategies)
-    _warn_of_lone_classes(host)
+    _warn_of_single_classes(host)
 
 
 def _warn_of_forgetting(host: ContinualHost, strategies: Sequence[ContinualStrategy]) -> None:
@@ -79,15 +79,15 @@ def _warn_of_forgetting(host: ContinualHost, strategies: Sequence[ContinualStrat
             return
         warnings.warn(
             f"{' and '.join(_names(strategies))} with one head over the classes of all tasks and no "
-            f"task id is expected to forget all but the last task, and to end near 1/{number} = "
-            f"{1 / number:.2f} of accuracy. mask='task' or --method bd+... use the task's id.",
+            f"task ID is expected to forget all but the last task, with a final accuracy near 1/{number} = "
+            f"{1 / number:.2f}. mask='task' or --method bd+... use the task ID.",
             ExpectedForgettingWarning,
             stacklevel=2,
         )
 
 
-def _warn_of_lone_classes(host: ContinualHost) -> None:
-    """Where only one class can be the answer, it is always right."""
+def _warn_of_single_classes(host: ContinualHost) -> None:
+    """With a single active class, every prediction is correct."""
     one = [
         task.name
         for task in host.network.tasks
@@ -99,14 +99,14 @@ def _warn_of_lone_classes(host: ContinualHost) -> None:
             remedy = "Add classes"
         warnings.warn(
             f"With mask={host.network.mask!r}, {len(one)} of {len(host.network.tasks)} tasks, such as {one[0]!r}, have one "
-            f"class to choose from: their loss is 0 and their accuracy 1.0 before and after any training, "
-            f"and mean nothing. {remedy}, or give each task two or more classes.",
+            f"class to choose from: their loss is always 0 and their accuracy always 1.0, which is "
+            f"meaningless. {remedy}, or give each task two or more classes.",
             stacklevel=2,
         )
 
 
 def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -> None:
-    """Refuse weights in half precision with strategies that sum numbers too small for it.
+    """Refuse weights in half precision with strategies that accumulate small numbers.
 
     Raises:
         ConfigurationError: names the strategies and the remedy.
@@ -121,7 +121,7 @@ def check_precision(trainer: Trainer, strategies: Sequence[ContinualStrategy]) -
 
 
 def check_phases(schedule: Schedule, stream: ContinualStream, trainer: Trainer) -> None:
-    """Refuse a schedule whose phases cannot be told apart, have no updates, or do not suit the trainer.
+    """Refuse a schedule with duplicate or empty phases, or phases that the trainer does not support.
 
     Raises:
         ConfigurationError: names the phase, the rule and the remedy.
@@ -131,7 +131,7 @@ def check_phases(schedule: Schedule, stream: ContinualStream, trainer: Trainer) 
         for phase in phases:
             if names[phase.name] > 1:
                 raise ConfigurationError(
-                    f"Expected the phases of a task to have names of their own, but task {task} has "
+                    f"Expected the phases of a task to have unique names, but task {task} has "
                     f"{phase.name!r} {names[phase.name]} times. Remove one of the strategies."
                 )
             if phase.epochs < 1:
@@ -141,8 +141,8 @@ def check_phases(schedule: Schedule, stream: ContinualStream, trainer: Trainer) 
                 )
             if phase.trains == "strategy" and stream.reset_optimizer == "never":
                 raise ConfigurationError(
-                    "Expected reset_optimizer to be 'always' where a phase has an optimizer of its own, "
-                    f"as {phase.name!r} of task {task} has, but got 'never'. "
+                    "Expected reset_optimizer to be 'always' when a phase has a separate optimizer, "
+                    f"such as {phase.name!r} of task {task}, but got 'never'. "
                     "Set it to 'always'."
                 )
             if (
@@ -151,9 +151,9 @@ def check_phases(schedule: Schedule, stream: ContinualStream, trainer: Trainer) 
                 and ddp_options(trainer).get("find_unused_parameters")
             ):
                 raise ConfigurationError(
-                    "Expected trainer.strategy to be without find_unused_parameters where gradients "
-                    f"accumulate and a phase trains a strategy, as {phase.name!r} of task {task} does: "
-                    "torch would take every parameter as unused, twice. Use 'ddp'."
+                    "Expected trainer.strategy to be without find_unused_parameters when gradients "
+                    f"accumulate and a phase trains a strategy, such as {phase.name!r} of task {task}: "
+                    "torch would mark every parameter as unused twice. Use 'ddp'."
                 )
 
 

@@ -1,7 +1,7 @@
-"""Which of the Trainer's flags suit a stream.
+"""Which flags of the Trainer are valid for a stream.
 
-One fit runs the whole stream, so a flag that cuts or repeats the stream would silently make another
-experiment of it; ``docs/trainer_flags.md`` has the table.
+One fit runs the whole stream, so a flag that shortens or repeats it would silently change the experiment;
+``docs/trainer_flags.md`` lists all flags.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ __all__ = ["check_lengths", "check_trainer"]
 
 
 def check_trainer(trainer: Trainer, total_epochs: int) -> None:
-    """Refuse, by name, every flag that contradicts the stream.
+    """Refuse flags that are incompatible with the stream.
 
     Args:
         trainer: before its fit begins.
-        total_epochs: of the stream.
+        total_epochs: number of epochs of the stream.
 
     Raises:
         ConfigurationError: names the flag, its rule, its value and the remedy.
@@ -30,7 +30,7 @@ def check_trainer(trainer: Trainer, total_epochs: int) -> None:
 
 
 def _rules(trainer: Trainer, total: int) -> list[Rule]:
-    flags: Any = trainer  # Lightning sets most of them elsewhere, unseen by type checkers
+    flags: Any = trainer  # Lightning sets most of them dynamically, invisible to type checkers
     epochs, several = trainer.max_epochs, trainer.accumulate_grad_batches
     clip, seconds = trainer.gradient_clip_val, max_seconds(trainer)
     every, within = trainer.check_val_every_n_epoch, val_check_interval(trainer)
@@ -54,7 +54,7 @@ def _rules(trainer: Trainer, total: int) -> list[Rule]:
             "min_epochs",
             trainer.min_epochs,
             f"at most the stream's {total} epochs",
-            "The stream would end before. Leave it out, or raise epochs_per_task.",
+            "The stream would end earlier. Leave it out, or increase epochs_per_task.",
         ),
         (
             trainer.max_steps == 0,
@@ -117,7 +117,7 @@ def _rules(trainer: Trainer, total: int) -> list[Rule]:
             "reload_dataloaders_every_n_epochs",
             flags.reload_dataloaders_every_n_epochs,
             "0 or 1",
-            "Every epoch has its own loader, in the order of its task. Leave it out.",
+            "Every epoch needs its own loader. Leave it out.",
         ),
     ]
 
@@ -125,13 +125,13 @@ def _rules(trainer: Trainer, total: int) -> list[Rule]:
 def check_lengths(
     trainer: Trainer, batches: Sequence[int], updates: int, validation_batches: int
 ) -> None:
-    """Refuse what Lightning would find out when a later task begins, or never.
+    """Refuse limits that Lightning would detect only when a later task begins, or never.
 
     Args:
         trainer: before its fit begins.
-        batches: of an epoch of each task.
-        updates: of the whole stream.
-        validation_batches: of the first task; 0 where nothing is held out.
+        batches: number of batches per epoch, for each task.
+        updates: number of updates in the whole stream.
+        validation_batches: of the first task; 0 without a validation split.
 
     Raises:
         ConfigurationError: names the flag, the task and the remedy.
@@ -145,23 +145,23 @@ def check_lengths(
             (
                 shortest == 0,
                 "limit_train_batches",
-                f"{limit}, which leaves it none",
-                f"a number that leaves task {task} a batch",
-                "Raise it, or lower batch_size.",
+                f"{limit}, which leaves none",
+                f"a number that leaves task {task} at least one batch",
+                "Increase it, or lower batch_size.",
             ),
             (
                 0 < validation_batches * trainer.limit_val_batches < 1,
                 "limit_val_batches",
-                f"{trainer.limit_val_batches}, which leaves it none",
-                "0, or a number that leaves task 0 a batch",
-                "Raise it, or lower eval_batch_size.",
+                f"{trainer.limit_val_batches}, which leaves none",
+                "0, or a number that leaves task 0 at least one batch",
+                "Increase it, or lower eval_batch_size.",
             ),
             (
                 least > updates,
                 "min_steps",
                 least,
                 f"at most the stream's {updates} updates",
-                "The stream would end before. Leave it out, or raise epochs_per_task.",
+                "The stream would end earlier. Leave it out, or increase epochs_per_task.",
             ),
             (
                 bool(checks) and isinstance(within, int) and within > shortest,

@@ -1,4 +1,4 @@
-"""How many processes a run may have, what starts them, and what each of them holds."""
+"""Checks of the number of processes, how they are started, and what each of them stores."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,17 +30,17 @@ from bpn_lightning.trainer.lightning import (
 
 __all__ = ["Rule", "check_batches", "check_launch", "refuse"]
 
-#: Whether a rule is broken, then flag, value, rule and remedy.
+#: Whether a rule is violated, then flag, value, rule and remedy.
 Rule = tuple[bool, str, object, str, str]
 
 PRECISIONS = ("64-true", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
 
 def check_launch(trainer: Trainer) -> None:
-    """Refuse, by name, what concerns how many processes there are and what each of them holds.
+    """Refuse unsupported strategies, launchers, numbers of processes and precisions.
 
-    Lightning asks no module before it starts processes of its own: whoever makes a trainer may ask here
-    before that.
+    Lightning calls no hook of a module before it starts processes; code that creates a trainer can call
+    this earlier.
 
     Args:
         trainer: before its fit begins.
@@ -52,7 +52,7 @@ def check_launch(trainer: Trainer) -> None:
 
 
 def refuse(rules: Iterable[Rule]) -> None:
-    """Refuse the first flag that breaks its rule.
+    """Refuse the first flag that violates its rule.
 
     Raises:
         ConfigurationError: names the flag, its rule, its value and the remedy.
@@ -65,14 +65,14 @@ def refuse(rules: Iterable[Rule]) -> None:
 
 
 def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
-    """In this order: a later one may presuppose an earlier one."""
+    """The rules in order, since later ones may depend on earlier ones."""
     strategy = trainer.strategy
     yield (
         isinstance(strategy, XLAStrategy | SingleDeviceXLAStrategy),
         "strategy",
         type(strategy).__name__,
         "one for a CPU or GPUs",
-        "XLA compiles whole updates, and no method was tried on it. Use accelerator 'cpu' or 'cuda'.",
+        "XLA compiles whole updates, and no method was tested on it. Use accelerator 'cpu' or 'cuda'.",
     )
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
     yield (
@@ -80,7 +80,7 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "strategy",
         type(strategy).__name__,
         "'auto' or 'ddp'",
-        "Sharded parameters cannot be penalized, biased or restored one by one.",
+        "Strategies need access to complete, unsharded parameters.",
     )
     method = start_method(trainer)
     yield (
@@ -89,8 +89,8 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         f"one that starts processes by {method!r}",
         "'auto' or 'ddp'",
         (
-            "Their memories, importances and accuracies would be lost when they end: of what such processes "
-            "learn, Lightning brings back the weights alone. Run a script with 'ddp'; in a notebook use "
+            "Memories, importances and accuracies would be lost when the processes end, since Lightning "
+            "returns only the weights from them. Run a script with 'ddp'; in a notebook use "
             "devices=1."
         ),
     )
@@ -99,8 +99,8 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         started > 1 and started != trainer.num_devices * trainer.num_nodes,
         "devices * num_nodes",
         f"{trainer.num_devices} * {trainer.num_nodes}",
-        f"{started}, as many processes as were started",
-        "Set devices to the processes of a machine, num_nodes to the machines, and strategy to 'ddp'.",
+        f"{started}, the number of processes that were started",
+        "Set devices to the processes per machine, num_nodes to the machines, and strategy to 'ddp'.",
     )
     period = model_averaging_period(trainer)
     yield (
@@ -109,7 +109,7 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         f"DDPStrategy(model_averaging_period={period})",
         "one that averages gradients",
         (
-            "Between averages every process would have weights, memories and importances of its own. "
+            "Between averages, weights, memories and importances would differ between processes. "
             "Leave it out."
         ),
     )
@@ -119,14 +119,14 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "strategy",
         f"DDPStrategy(ddp_comm_hook={getattr(hook, '__name__', hook)})",
         "one without a communication hook",
-        "Processes would not follow the gradient that one process follows. Leave it out.",
+        "The gradient would differ from that of a single process. Leave it out.",
     )
     yield (
         bool(ddp_options(trainer).get("static_graph")) and trainer.accumulate_grad_batches > 1,
         "strategy",
         "DDPStrategy(static_graph=True)",
-        "without a static graph where gradients accumulate",
-        "torch stops on an internal assertion. Leave static_graph or accumulate_grad_batches out.",
+        "without a static graph when gradients accumulate",
+        "torch fails with an internal assertion. Leave static_graph or accumulate_grad_batches out.",
     )
     yield (
         isinstance(layer_sync(trainer), TorchSyncBatchNorm)
@@ -142,12 +142,12 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "precision",
         trainer.precision,
         f"one of {', '.join(PRECISIONS)}",
-        "Others put layers of their own in the place of those that strategies know.",
+        "Others replace layers, which strategies do not support.",
     )
 
 
 def _started_processes() -> int:
-    """How many torchrun or srun has started; 0 where neither has, so that Lightning may start some."""
+    """The number of processes started by torchrun or srun; 0 if Lightning may start them itself."""
     if TorchElasticEnvironment.detect():
         return int(os.environ["WORLD_SIZE"])
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "0"))
@@ -160,14 +160,14 @@ def check_batches(
     tasks: int,
     smallest_batch: Callable[[int], int],
 ) -> None:
-    """Refuse batches of which some process could not take the statistics.
+    """Refuse batches that are too small for batch normalization on some process.
 
     Args:
         trainer: before its fit begins.
-        network: which may normalize batches.
-        inputs: ``(1, ...)``, for a dry forward.
-        tasks: how many.
-        smallest_batch: samples, over all processes, of the smallest batch of a task.
+        network: the network, with or without batch normalization.
+        inputs: ``(1, ...)``, for a dry forward pass.
+        tasks: number of tasks.
+        smallest_batch: maps a task to the number of samples, over all processes, in its smallest batch.
 
     Raises:
         ConfigurationError: names the layer, the task, its batch and the remedy.
@@ -188,8 +188,8 @@ def check_batches(
             smallest = smallest_batch(task)
             if smallest // processes < needed:
                 raise ConfigurationError(
-                    f"Expected batch_size to leave every process {needed} or more samples of each batch "
-                    f"where a layer (backbone.{name}) normalizes batches, but task {task} has one of "
+                    f"Expected batch_size to leave every process at least {needed} samples of each batch "
+                    f"when a layer (backbone.{name}) normalizes batches, but task {task} has a batch of "
                     f"{smallest} for {processes} process{'es' if processes > 1 else ''}. Choose another "
                     "batch_size, or a layer that normalizes each sample."
                 )
@@ -198,14 +198,14 @@ def check_batches(
 def _values_per_channel(
     network: nn.Module, inputs: Tensor, layers: Mapping[str, nn.Module]
 ) -> dict[str, int]:
-    """How many values each layer gets of a sample and channel: 1 of features, many of an image."""
+    """The number of values per sample and channel for each layer: 1 for features, many for images."""
     found = {}
 
-    def look(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def count(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         found[name] = args[0][:, 0].numel()
 
     handles = [
-        layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()
+        layer.register_forward_pre_hook(partial(count, name)) for name, layer in layers.items()
     ]
     try:
         with torch.no_grad(), evaluation_mode(network):

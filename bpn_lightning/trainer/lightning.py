@@ -1,9 +1,9 @@
-"""The door to Lightning: all that is read from, or written to, what Lightning does not document.
+"""All access to undocumented internals of Lightning.
 
-Everything else in this project keeps to Lightning's public interface; ``tests/trainer/test_lightning.py``
-reads all other files for that. Each function says in which version it was seen and why nothing public does.
-None has a default for what is not there: a name that vanishes is an AttributeError, in the test of its
-function first.
+All other files use only Lightning's public interface, which ``tests/trainer/test_lightning.py`` checks. Each
+function states the version in which the internal was seen and why no public interface is sufficient. None
+has a default for a missing name: if a name disappears, the function's own test fails first, with an
+AttributeError.
 """
 
 import sys
@@ -51,36 +51,36 @@ __all__ = [
 
 
 def set_max_epochs(trainer: Trainer, epochs: int) -> None:
-    """Set after how many epochs the fit ends, also while it runs.
+    """Set the number of epochs of the fit, also during the fit.
 
-    Seen in 2.6.6: ``Trainer.max_epochs`` reads ``fit_loop.max_epochs`` and has no setter; the loop asks it
+    Seen in 2.6.6: ``Trainer.max_epochs`` reads ``fit_loop.max_epochs`` and has no setter; the loop reads it
     before every epoch.
     """
     trainer.fit_loop.max_epochs = epochs
 
 
 def reload_train_loader_every_epoch(trainer: Trainer) -> None:
-    """Have the datamodule asked for a train loader before every epoch.
+    """Request a new train loader from the datamodule before every epoch.
 
-    Seen in 2.6.6: the flag is read before every epoch, and can be set by the constructor only.
+    Seen in 2.6.6: the flag is read before every epoch, but can be set only by the constructor.
     """
     trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
 
 def batches_processed(trainer: Trainer) -> int:
-    """How many batches of this epoch are trained on.
+    """The number of batches of this epoch used in training so far.
 
-    Seen in 2.6.6: a loader's own count of what it gave out would include batches that were fetched ahead.
+    Seen in 2.6.6: a loader's own count would include prefetched batches.
     """
     current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(current.processed)
 
 
 def is_last_batch(trainer: Trainer) -> bool:
-    """Whether the epoch has had all its batches, or has the last one now.
+    """Whether the current batch is the last one of the epoch, or all are done.
 
-    Seen in 2.6.6: hooks are given a batch's index alone, and ``is_last_batch`` is set by a fetcher that may
-    not know a loader's length; the count of batches is known in every case.
+    Seen in 2.6.6: hooks get only a batch's index, and ``is_last_batch`` is set by a fetcher that may not
+    know a loader's length; the number of batches is always known.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
@@ -96,29 +96,29 @@ def stopped_mid_epoch(trainer: Trainer) -> bool:
 
 
 def progress_in_update(trainer: Trainer) -> tuple[int, int] | None:
-    """Where inside an update the fit is.
+    """The position of the fit within an update.
 
-    Seen in 2.6.6: a step that raised leaves ``started`` ahead of ``processed``, and nothing else shows it.
+    Seen in 2.6.6: only ``started`` being ahead of ``processed`` shows that a step raised an error.
 
     Returns:
-        How many of how many batches the update has had; None between two updates.
+        The number of batches processed in the update, and their total; None between two updates.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     current: Any = progress.current
     done, needed = current.processed, trainer.accumulate_grad_batches
     last = progress.is_last_batch or done == trainer.num_training_batches
     between = done % needed == 0 or (last and done == current.ready)
-    if between and current.started == done:  # else half of a step may be done
+    if between and current.started == done:  # else a step may be half done
         return None
     return done % needed, needed
 
 
 def start_next_epoch(trainer: Trainer) -> None:
-    """Where a run resumes from an epoch's last batch, let the next epoch start like any other.
+    """When resuming after the last batch of an epoch, start the next epoch normally.
 
-    Seen in 2.6.6: Lightning has the next epoch's loader by then, and compares the old count of batches with
-    its length; and it takes the next epoch for one that has begun, so that this one would have no start,
-    be counted nowhere, and leave checkpoints of its own whose counts contradict each other.
+    Seen in 2.6.6: Lightning already has the next epoch's loader, and compares the old count of batches with
+    its length; and it treats the next epoch as started, so that the epoch would have no start hooks, would
+    not be counted, and would write checkpoints with inconsistent counts.
 
     Args:
         trainer: in ``on_train_start``.
@@ -127,17 +127,17 @@ def start_next_epoch(trainer: Trainer) -> None:
     batches = loop.epoch_loop.batch_progress
     if loop.epoch_loop.restarted_on_train_batch_end and batches.is_last_batch:
         batches.current.completed = sys.maxsize
-        loop.reset_restart_stage()  # the stage of the epochs; that of the batches stays
+        loop.reset_restart_stage()  # the stage of the epoch loop only, not of the batch loop
 
 
 def mark_epoch_unfinished(checkpoint: dict[str, Any]) -> None:
-    """Let a checkpoint's newest epoch be one to resume inside of.
+    """Mark a checkpoint's current epoch as unfinished, so that it is resumed.
 
-    Seen in 2.6.6: an epoch that ``stopped_mid_epoch`` is counted as done, and a resumed run would lose its
-    rest. In a checkpoint of an epoch that continues, this changes nothing.
+    Seen in 2.6.6: an epoch that ``stopped_mid_epoch`` is counted as done, and a resumed run would skip its
+    remaining batches. No effect on a checkpoint of an epoch that continues.
 
     Args:
-        checkpoint: while it is saved; one of weights alone has no loops, and stays as it is.
+        checkpoint: being saved; weights-only checkpoints have no loops and are not changed.
     """
     if "loops" not in checkpoint:
         return
@@ -150,9 +150,9 @@ def mark_epoch_unfinished(checkpoint: dict[str, Any]) -> None:
 
 
 def max_seconds(trainer: Trainer) -> float | None:
-    """The shortest time of a Timer, which is what ``max_time`` becomes; None without one.
+    """The shortest time limit of the Timer callbacks, which implement ``max_time``; None without one.
 
-    Seen in 2.6.6: ``Timer.time_remaining`` is a float only where there is a limit, and needs a stage.
+    Seen in 2.6.6: ``Timer.time_remaining`` is a float only if there is a limit, and needs a stage.
     """
     timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
     limits = [timer._duration for timer in timers]
@@ -160,18 +160,18 @@ def max_seconds(trainer: Trainer) -> float | None:
 
 
 def val_check_interval(trainer: Trainer) -> int | float | None:
-    """Batches, or a fraction of an epoch; None where it is a time.
+    """Batches, or a fraction of an epoch; None if it is a time.
 
-    Seen in 2.6.6: the trainer has no ``val_check_interval`` at all where it is a time.
+    Seen in 2.6.6: the trainer has no attribute ``val_check_interval`` if it is a time.
     """
-    flags: Any = trainer  # Lightning sets them elsewhere, unseen by type checkers
+    flags: Any = trainer  # Lightning sets them dynamically, invisible to type checkers
     return None if flags._val_check_time_interval is not None else flags.val_check_interval
 
 
 def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
-    """The datamodule that the trainer was given.
+    """The datamodule passed to the trainer.
 
-    Seen in 2.6.6: the trainer's data connector sets it, unseen by type checkers.
+    Seen in 2.6.6: the trainer's data connector sets it, invisible to type checkers.
     """
     datamodule: LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
     return datamodule
@@ -181,62 +181,62 @@ def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first of all, also before a trainer is made.
+    """Whether this process has global rank 0, also before a trainer is created.
 
-    Seen in 2.6.6: Lightning keeps the rank as an attribute of ``rank_zero_only``, set at import from what
-    torchrun, SLURM or Lightning's own launcher left in the environment.
+    Seen in 2.6.6: Lightning keeps the rank as an attribute of ``rank_zero_only``, set at import from the
+    environment variables of torchrun, SLURM or Lightning's own launcher.
     """
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
     return rank == 0
 
 
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
-    """SLURM's or another environment, on one device too.
+    """The cluster environment, such as SLURM's, also with a single device.
 
-    Seen in 2.6.6: ``trainer.strategy.cluster_environment`` is there on several devices only.
+    Seen in 2.6.6: ``trainer.strategy.cluster_environment`` exists only with several devices.
     """
     environment: ClusterEnvironment | None = trainer._accelerator_connector.cluster_environment
     return environment
 
 
 def start_method(trainer: Trainer) -> str | None:
-    """How Lightning would start processes by multiprocessing, such as ``"fork"``; None if it would not.
+    """The multiprocessing start method that Lightning would use, such as ``"fork"``; None if none.
 
-    Seen in 2.6.6: ``strategy.launcher`` is public, its classes and what they were given are not.
+    Seen in 2.6.6: ``strategy.launcher`` is public, its classes and their arguments are not.
     """
     launcher = trainer.strategy.launcher
     return launcher._start_method if isinstance(launcher, _MultiProcessingLauncher) else None
 
 
 def model_averaging_period(trainer: Trainer) -> int | None:
-    """Of ``DDPStrategy(model_averaging_period=...)``; None without it.
+    """The value of ``DDPStrategy(model_averaging_period=...)``; None without it.
 
-    Seen in 2.6.6: the strategy keeps what it was given in private attributes.
+    Seen in 2.6.6: the strategy stores its arguments in private attributes.
     """
     strategy = trainer.strategy
     return strategy._model_averaging_period if isinstance(strategy, DDPStrategy) else None
 
 
 def ddp_communication_hook(trainer: Trainer) -> Callable[..., Any] | None:
-    """Of ``DDPStrategy(ddp_comm_hook=...)``; None without it.
+    """The value of ``DDPStrategy(ddp_comm_hook=...)``; None without it.
 
-    Seen in 2.6.6: the strategy keeps what it was given in private attributes.
+    Seen in 2.6.6: the strategy stores its arguments in private attributes.
     """
     strategy = trainer.strategy
     return strategy._ddp_comm_hook if isinstance(strategy, DDPStrategy) else None
 
 
 def ddp_options(trainer: Trainer) -> Mapping[str, Any]:
-    """What a DDPStrategy passes on to torch's DistributedDataParallel; empty without one.
+    """The options that a DDPStrategy passes to torch's DistributedDataParallel; empty without one.
 
-    Seen in 2.6.6: the strategy keeps what it was given in private attributes.
+    Seen in 2.6.6: the strategy stores its arguments in private attributes.
     """
     strategy = trainer.strategy
     return strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
 
 
 def layer_sync(trainer: Trainer) -> LayerSync | None:
-    """What makes layers normalize over all processes' samples, such as ``sync_batchnorm=True`` does; or None.
+    """The plugin that synchronizes batch normalization, as set by ``sync_batchnorm=True``, or None.
 
     Seen in 2.6.6: the flag becomes a private attribute of strategies for several devices.
     """
@@ -250,16 +250,16 @@ def layer_sync(trainer: Trainer) -> LayerSync | None:
 def grad_scaler(trainer: Trainer) -> Any:
     """The GradScaler of 16-mixed precision, None without one.
 
-    Seen in 2.6.6: of the precision plugins that a stream may have, MixedPrecision alone has a scaler.
+    Seen in 2.6.6: of the supported precision plugins, only MixedPrecision has a scaler.
     """
     plugin = trainer.precision_plugin
     return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
 
 def handles_unscaling(optimizer: Optimizer) -> bool:
-    """Whether an optimizer takes off the loss scale in its own step, as fused ones do.
+    """Whether an optimizer unscales gradients in its own step, as fused ones do.
 
-    Seen in 2.6.6, which asks the same before it clips gradients: torch has no public name for it.
+    Seen in 2.6.6, which checks the same before it clips gradients: torch has no public name for it.
     """
     return _optimizer_handles_unscaling(optimizer)
 
@@ -270,28 +270,28 @@ def handles_unscaling(optimizer: Optimizer) -> bool:
 def is_attached(module: LightningModule) -> bool:
     """Whether a module has a trainer.
 
-    Seen in 2.6.6: ``module.trainer`` raises where there is none.
+    Seen in 2.6.6: ``module.trainer`` raises an error if there is none.
     """
     return module._trainer is not None
 
 
 def is_compiled(module: LightningModule) -> bool:
-    """Whether the module was passed through ``torch.compile`` before the trainer got it.
+    """Whether the module was compiled by ``torch.compile`` before it was passed to the trainer.
 
-    Seen in 2.6.6: Lightning unwraps what it is given and keeps the compiler's context.
+    Seen in 2.6.6: Lightning unwraps the module and keeps the compiler's context.
     """
     return module._compiler_ctx is not None
 
 
 class HookNameAsPlainAttribute(LightningModule):
-    """A module on which Lightning may note the running hook's name at no cost.
+    """A module on which Lightning can set the name of the running hook at low cost.
 
-    Seen in 2.6.6: it does so forty-odd times per update, and ``nn.Module`` looks each time whether the name
-    is a parameter, a module or a buffer.
+    Seen in 2.6.6: it does so more than forty times per update, and ``nn.Module`` checks each time whether
+    the value is a parameter, a module or a buffer.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; the name of the running hook is no parameter."""
+        """Set an attribute; the name of the running hook bypasses ``nn.Module``."""
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:

@@ -1,4 +1,4 @@
-"""Which optimizers may run with which flags and strategies."""
+"""Which optimizers are compatible with which flags and strategies."""
 
 from collections.abc import Sequence
 from inspect import Parameter, signature
@@ -20,7 +20,7 @@ def check_optimizer(
     strategies: Sequence[ContinualStrategy],
     stream: ContinualStream,
 ) -> None:
-    """Refuse an optimizer that would do something else than it says with these flags and strategies.
+    """Refuse an optimizer that would not work as documented with these flags and strategies.
 
     Raises:
         ConfigurationError: names the optimizer, the rule and the remedy.
@@ -28,12 +28,12 @@ def check_optimizer(
     scaled = grad_scaler(trainer) is not None
     if scaled and handles_unscaling(optimizer) and trainer.gradient_clip_val:
         raise ConfigurationError(
-            "Expected the optimizer not to be fused where gradients are clipped in 16-mixed precision, "
+            "Expected an optimizer without fused=True when gradients are clipped in 16-mixed precision, "
             f"but got a fused {type(optimizer).__name__}. Set fused to False, or use bf16-mixed."
         )
     if scaled and _needs_closure(optimizer):
         raise ConfigurationError(
-            "Expected the optimizer to step without a closure in 16-mixed precision, whose scaler looks at "
+            "Expected the optimizer to step without a closure in 16-mixed precision, whose scaler checks "
             f"the gradients once per update, but got {type(optimizer).__name__}. Use bf16-mixed."
         )
     if isinstance(optimizer, LBFGS):
@@ -41,7 +41,7 @@ def check_optimizer(
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:
-    """Whether its step has an argument without a default: nothing but a closure can be meant."""
+    """Whether its step has an argument without a default, which can only be a closure."""
     first = next(iter(signature(optimizer.step).parameters.values()), None)
     named = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     return first is not None and first.kind in named and first.default is Parameter.empty
@@ -53,7 +53,7 @@ def _check_lbfgs(
     strategies: Sequence[ContinualStrategy],
     stream: ContinualStream,
 ) -> None:
-    """LBFGS compares gradients, and losses where it searches a line, from one point to the next."""
+    """Refuse LBFGS if the gradients, or losses in a line search, are not comparable between evaluations."""
     search = optimizer.param_groups[0]["line_search_fn"]
     projecting = [type(s).__name__ for s in strategies if s.projects]
     penalizing = [
@@ -65,17 +65,17 @@ def _check_lbfgs(
         (
             trainer.accumulate_grad_batches > 1,
             f"accumulate_grad_batches={trainer.accumulate_grad_batches}",
-            "After its first look at an update's batches it would see the last of them only.",
+            "After the first evaluation of an update it would use only the last of its batches.",
         ),
         (
             bool(trainer.gradient_clip_val),
             f"gradient_clip_val={trainer.gradient_clip_val}",
-            "It would take the curvature from clipped gradients.",
+            "It would estimate the curvature from clipped gradients.",
         ),
         (
             stream.reset_optimizer == "never",
             "reset_optimizer='never'",
-            "What it remembers of the loss is of the task before.",
+            "Its history would be from the loss of the previous task.",
         ),
         (
             bool(projecting),
@@ -85,7 +85,7 @@ def _check_lbfgs(
         (
             bool(search and penalizing),
             f"{' and '.join(penalizing)} with line_search_fn={search!r}",
-            "It would search along a penalized gradient for the least of a loss without the penalty.",
+            "Its line search would minimize a loss without the penalty along a gradient with the penalty.",
         ),
     ):
         if broken:
@@ -96,9 +96,9 @@ def _check_lbfgs(
 
 
 def check_repeated_evaluation(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuse an optimizer that asks for an update's gradients again where they accumulate.
+    """Refuse an optimizer that evaluates its closure repeatedly while gradients accumulate.
 
-    Only LBFGS can be told before its first update; nothing is learned by then.
+    Other optimizers than LBFGS are only recognized in their first update, before any weights change.
 
     Raises:
         ConfigurationError: names the optimizer, the flag and the remedy.
@@ -107,6 +107,6 @@ def check_repeated_evaluation(trainer: Trainer, optimizer: Optimizer) -> None:
         raise ConfigurationError(
             "Expected trainer.accumulate_grad_batches to be 1 with an optimizer that evaluates its "
             f"closure several times, but got {trainer.accumulate_grad_batches} with "
-            f"{type(optimizer).__name__}. It would see an update's last batch only. Use a larger "
+            f"{type(optimizer).__name__}. It would use only an update's last batch. Use a larger "
             "batch_size."
         )

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: noted when they come, answered where it can stop.
+"""Signals that request a stop: recorded on arrival, handled at the next safe point.
 
-Lightning saves in the middle of whatever it is doing when SLURM's signal arrives, an update
-included, and its handler of SIGTERM talks to the other processes there and then, which may be waiting
-for something else. Here a handler notes the signal and does no more.
+Lightning saves a checkpoint as soon as SLURM's signal arrives, even within an update, and its handler of
+SIGTERM communicates with other processes immediately, which may be waiting in another collective. Here
+the handler only records the signal.
 """
 
 import os
@@ -20,11 +20,11 @@ __all__ = ["StopRequests"]
 
 
 class StopRequests:
-    """Notes SIGTERM and, under SLURM with ``auto_requeue``, the signal before a time limit.
+    """Records SIGTERM and, under SLURM with ``auto_requeue``, the signal before a time limit.
 
     Attributes:
-        asked: whether this process was asked to stop.
-        requeue: whether to be started again.
+        asked: whether a stop was requested from this process.
+        requeue: whether the job should be requeued.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StopRequests:
         self.requeue = False
 
     def listen(self, trainer: Trainer) -> None:
-        """Take the place of Lightning's handlers until it restores those from before the fit."""
+        """Replace Lightning's handlers until it restores those from before the fit."""
         self.asked = self.requeue = False
         if threading.current_thread() is not threading.main_thread():
             return
@@ -46,7 +46,7 @@ class StopRequests:
         self.requeue = self.requeue or number != signal.SIGTERM
 
     def agreed(self, trainer: Trainer) -> bool:
-        """Whether any process was asked; called on all of them at the same update."""
+        """Whether a stop was requested from any process; called on all of them at the same update."""
         if trainer.world_size == 1:
             return self.asked
         decide = trainer.strategy.reduce_boolean_decision
@@ -56,7 +56,7 @@ class StopRequests:
         return self.asked
 
     def answer(self, trainer: Trainer) -> None:
-        """Once a checkpoint is on disk: have the job queued again, if SLURM's signal asked for it."""
+        """Requeue the job if SLURM's signal requested it; called when a checkpoint is on disk."""
         if not (self.requeue and trainer.is_global_zero):
             return
         job = os.environ.get("SLURM_JOB_ID", "")
@@ -65,4 +65,4 @@ class StopRequests:
         try:
             subprocess.run(["scontrol", "requeue", job], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"bpn-fit: SLURM did not queue job {job} again: {error}.", file=sys.stderr)
+            print(f"bpn-fit: SLURM did not requeue job {job}: {error}.", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Whether the processes of a run hold the same: compared leaf by leaf, by hash.
+"""Check that the state is the same on all processes, by comparing hashes.
 
-Every process sees its own share of the samples, and all of them must come to the same weights, keys,
-memories and importances. A method that forgets to reduce something goes wrong silently, so a run can
-be asked to look (``ContinualModule(check_processes=True)``).
+Every process sees its own shard of the samples, but weights, keys, memories and importances have to be
+the same. A method that forgets a reduction fails silently, so a run can check this
+(``ContinualModule(check_processes=True)``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from bpn_lightning.errors import ProcessesError
 
 __all__ = ["check_processes", "disagreements", "fingerprints", "leaves"]
 
-#: Places that an error names; the others are counted.
+#: Number of differences that an error names; the others are counted.
 NAMED = 3
 
 
@@ -38,7 +38,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
-    """A hash of every leaf by its path: of a tensor's type, shape and bits, else of its text.
+    """A hash of every leaf by its path: of a tensor's dtype, shape and bits, else of its repr.
 
     >>> one, other = (fingerprints({"w": torch.tensor([value])}) for value in (0.5, 0.5 + 2**-24))
     >>> one == other
@@ -57,10 +57,10 @@ def _fingerprint(leaf: Any) -> str:
 
 
 def disagreements(found: Sequence[Mapping[str, str]]) -> dict[str, list[int]]:
-    """Where processes differ from the first, and which ones.
+    """The leaves in which processes differ from the first, and the ranks of these processes.
 
     Args:
-        found: of each process, :func:`fingerprints` of what it holds.
+        found: the :func:`fingerprints` of each process.
 
     >>> disagreements([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1"}])
     {'b': [1, 2]}
@@ -74,14 +74,14 @@ def disagreements(found: Sequence[Mapping[str, str]]) -> dict[str, list[int]]:
 
 
 def check_processes(held: Mapping[str, Any], moment: str) -> None:
-    """Compare what all processes hold; each of them calls this.
+    """Compare the state of all processes; called on each of them.
 
     Args:
         held: nested mappings and lists, by their owner's name.
-        moment: when, for the message.
+        moment: the time of the check, for the message.
 
     Raises:
-        ProcessesError: in every process, naming the places, their owners and who differs.
+        ProcessesError: on every process, naming the leaves, their owners and the ranks that differ.
     """
     mine = {
         f"{path} of {owner}": value
@@ -97,8 +97,8 @@ def check_processes(held: Mapping[str, Any], moment: str) -> None:
         ]
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         raise ProcessesError(
-            f"Expected every process to hold the same {moment}, but some differ from process 0 in "
-            f"{', '.join(named[:NAMED])}{more}. host.batches gives a process its share of the samples: "
+            f"Expected every process to have the same state {moment}, but some differ from process 0 in "
+            f"{', '.join(named[:NAMED])}{more}. host.batches gives a process its shard of the samples: "
             "sum over it, then host.all_reduce; draw random numbers from "
             "random_state.seeded_generator."
         )

@@ -1,4 +1,4 @@
-"""Learning rate schedulers over one task: how long they are, and what a plateau is measured on."""
+"""Learning rate schedulers over one task: their length, and the metric of a plateau scheduler."""
 
 import sys
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from bpn_lightning.errors import ConfigurationError
 
 __all__ = ["LENGTHS", "MONITORS", "build_scheduler", "plateau_monitor", "scheduler_config"]
 
-#: The arguments of schedulers that say how often they step.
+#: The arguments of schedulers for the number of steps.
 LENGTHS = ("num_steps", "total_steps", "T_max", "total_iters")
 
-#: What stands for no value: no default, or None.
+#: Values that count as unset: no default, or None.
 UNSET = (Parameter.empty, None)
 
 MONITORS = ("val/loss", "train/loss")
@@ -25,16 +25,16 @@ MONITORS = ("val/loss", "train/loss")
 def build_scheduler(
     make: Callable[..., LRScheduler], optimizer: Optimizer, steps: int, longest: int
 ) -> LRScheduler:
-    """A scheduler for so many steps.
+    """Create a scheduler for a number of steps.
 
-    An argument of the name ``num_steps``, ``total_steps``, ``T_max`` or ``total_iters`` that has no
-    value, or -1, gets that number.
+    An argument named ``num_steps``, ``total_steps``, ``T_max`` or ``total_iters`` that is unset or -1 is
+    set to this number.
 
     Args:
         make: called with the optimizer.
-        optimizer: whose rate it sets.
-        steps: that it will be asked for until the optimizer is replaced; at most.
-        longest: the same of the longest task or phase.
+        optimizer: the optimizer whose learning rate it sets.
+        steps: the maximum number of steps until the optimizer is replaced.
+        longest: the same for the longest task or phase.
 
     Raises:
         ConfigurationError: the scheduler refuses its arguments, or is too short.
@@ -47,8 +47,8 @@ def build_scheduler(
     [40, 9]
     """
     given = {name: parameter.default for name, parameter in signature(make).parameters.items()}
-    given |= getattr(make, "keywords", {})  # of a partial of any function, as a config makes it
-    # OneCycleLR takes epochs and steps_per_epoch in the place of total_steps.
+    given |= getattr(make, "keywords", {})  # of a partial, as created from a config
+    # OneCycleLR accepts epochs and steps_per_epoch instead of total_steps.
     own = given.get("epochs") is not None and given.get("steps_per_epoch") is not None
     filled = {
         name: steps
@@ -65,7 +65,7 @@ def build_scheduler(
     if isinstance(made, OneCycleLR) and made.total_steps < longest:
         raise ConfigurationError(
             f"Expected total_steps of OneCycleLR to be at least the {longest} steps of a task, but got "
-            f"{made.total_steps}. Leave it out, and every task has a cycle of its own length."
+            f"{made.total_steps}. Leave it out to use a cycle of the length of each task."
         )
     return made
 
@@ -76,37 +76,37 @@ def plateau_monitor(
     has_validation: bool,
     reset_optimizer: Literal["always", "never"],
 ) -> str:
-    """The loss of the open task that a plateau is found in.
+    """The loss of the current task that a plateau scheduler monitors.
 
-    What is wanted, or the ``monitor`` that Lightning's class of that name has; else the validation loss
-    where a part is held out, and the training loss where none is.
+    The configured one, or the ``monitor`` of Lightning's class; by default the validation loss if there is
+    a validation split, else the training loss.
 
     Args:
         scheduler: torch's, or Lightning's.
         wanted: ``val/loss``, ``train/loss``, or None.
-        has_validation: whether the stream holds a part out.
+        has_validation: whether the stream has a validation split.
         reset_optimizer: of the stream.
 
     Raises:
-        ConfigurationError: the value is not known, does not fall while a task is learned, goes on over
-            tasks, or two are wanted.
+        ConfigurationError: the metric is unknown or not a loss of the current task, the scheduler would
+            continue over tasks, or two metrics are given.
     """
     default = "val/loss" if has_validation else "train/loss"
     own: str | None = getattr(scheduler, "monitor", None)
     if wanted and own and wanted != own:
         raise ConfigurationError(
-            f"Expected scheduler_monitor to be what ReduceLROnPlateau monitors, {own!r}, but got "
+            f"Expected scheduler_monitor to equal the monitor of ReduceLROnPlateau, {own!r}, but got "
             f"{wanted!r}. Leave one of the two out."
         )
     monitor = wanted or own or default
     if monitor not in MONITORS:
         raise ConfigurationError(
-            f"Expected monitor of ReduceLROnPlateau to be one of {', '.join(MONITORS)}, of the task "
-            f"being learned, but got {monitor!r}. Without it, it is {default!r} here."
+            f"Expected monitor of ReduceLROnPlateau to be one of {', '.join(MONITORS)}, of the "
+            f"current task, but got {monitor!r}. The default here is {default!r}."
         )
     if monitor == "val/loss" and not has_validation:
         raise ConfigurationError(
-            "Expected validation_fraction to be more than 0 where ReduceLROnPlateau monitors 'val/loss', "
+            "Expected validation_fraction to be more than 0 when ReduceLROnPlateau monitors 'val/loss', "
             "but the stream has no validation split. Set it, or monitor 'train/loss'."
         )
     if scheduler.mode != "min":
@@ -117,7 +117,7 @@ def plateau_monitor(
     if reset_optimizer == "never":
         raise ConfigurationError(
             "Expected reset_optimizer to be 'always' with ReduceLROnPlateau, but got 'never'. The loss "
-            "of the next task begins higher than that of the last one ended."
+            "of the next task starts higher than that of the previous one ended."
         )
     return monitor
 
@@ -125,10 +125,10 @@ def plateau_monitor(
 def scheduler_config(
     scheduler: LRScheduler, interval: Literal["step", "epoch"], monitor: str | None
 ) -> LRSchedulerConfigType:
-    """What Lightning is told of a scheduler, so that it saves it, and steps it unless it is a plateau's.
+    """Lightning's configuration of a scheduler, so that it saves it, and steps it unless it is a plateau's.
 
-    Lightning steps those after the hook in which checkpoints are taken: a run that resumes would leave
-    one out. The module steps them, when it has finished an epoch.
+    Lightning steps plateau schedulers after the hook in which checkpoints are taken, so that a resumed run
+    would skip a step. The module steps them itself at the end of an epoch.
     """
     config: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
     if isinstance(scheduler, ReduceLROnPlateau):

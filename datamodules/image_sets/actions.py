@@ -82,7 +82,7 @@ class VOCActions(ImageSet):
         if not 1 <= self.context <= 10:
             raise ConfigurationError(
                 "Expected context of actions to be a factor from 1 to 10, but got "
-                f"{self.context!r}. 1 cuts the box itself out, 1.5 half as much around it."
+                f"{self.context!r}. 1 crops the box itself, 1.5 enlarges it by half."
             )
 
     @property

@@ -38,7 +38,7 @@ class StanfordCars(ImageSet):
     )
     download_hint = (
         "The authors' page, https://ai.stanford.edu/~jkrause/cars/car_dataset.html, no longer serves "
-        "the files; copies are held by others, such as Kaggle, in either layout."
+        "the files; copies in either layout are available elsewhere, such as on Kaggle."
     )
     paper_counts = "16,185 images in 196 classes"
 

@@ -135,8 +135,8 @@ class ImageSet(ABC):
         wrong = self.count_faults(listing)
         if wrong and expect_counts:
             raise DataError(
-                f"Expected {self.title} in {self.folder} to have {wrong[0]}. Fetch the set again, or "
-                "set expect_counts to false to use what is there."
+                f"Expected {self.title} in {self.folder} to have {wrong[0]}. Download the set again, or "
+                "set expect_counts to false to use it as it is."
             )
         return listing
 
@@ -161,7 +161,7 @@ class ImageSet(ABC):
             more = f" and {len(missing) - MAX_NAMED:,} more" if len(missing) > MAX_NAMED else ""
             verb = "is" if len(missing) == 1 else "are"
             raise DataError(
-                f"Expected every image that the lists of {self.title} name, but {named}{more} {verb} "
+                f"Expected all images in the lists of {self.title}, but {named}{more} {verb} "
                 f"missing. {self.download_hint}"
             )
 
@@ -200,12 +200,12 @@ class ImageSet(ABC):
         except Exception as error:
             if not path.exists():
                 raise DataError(
-                    f"Expected {path}, a file of {self.title}, but there is none. The folder has to "
+                    f"Expected {path}, a file of {self.title}, but it does not exist. The folder has to "
                     f"hold {self.required_files}. {self.download_hint}"
                 ) from error
             raise DataError(
-                f"Expected {path} to be a whole file of {self.title}, but got "
-                f"{type(error).__name__}: {error}. Fetch it again. {self.download_hint}"
+                f"Expected {path} to be an intact file of {self.title}, but got "
+                f"{type(error).__name__}: {error}. Download it again. {self.download_hint}"
             ) from error
 
     def lines(self, path: Path) -> list[str]:
@@ -243,8 +243,8 @@ class ImageSet(ABC):
             if odd:
                 having = path if lacking is other else other
                 raise DataError(
-                    f"Expected {path} and {other} to have the same ids, but {min(odd)} is in "
-                    f"{having.name} and not in {lacking.name}. Fetch {self.title} again."
+                    f"Expected {path} and {other} to have the same IDs, but {min(odd)} is in "
+                    f"{having.name} and not in {lacking.name}. Download {self.title} again."
                 )
 
     def number(self, path: Path, text: Any, low: int, high: int, what: str) -> int:
@@ -260,7 +260,7 @@ class ImageSet(ABC):
     def fault(self, path: Path, wanted: str, got: str) -> DataError:
         """The error for a file with unexpected contents."""
         return DataError(
-            f"Expected {path} to hold {wanted}, but got {got}. Fetch {self.title} again."
+            f"Expected {path} to hold {wanted}, but got {got}. Download {self.title} again."
         )
 
     def read_mat(self, path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:

@@ -19,7 +19,7 @@ __all__ = ["Replay"]
 
 
 class Replay(ContinualStrategy):
-    r"""Experience replay: some samples of every past class are trained on beside each batch.
+    r"""Experience replay: each update also trains on some samples of every past class.
 
     .. math:: \frac{1}{|B|} \sum_{i \in B} \ell_i + \frac{1}{|B|} \sum_{j \in R} \ell_j, \qquad |R| = |B|
 

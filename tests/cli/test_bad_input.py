@@ -288,8 +288,8 @@ def test_a_run_never_writes_out_of_its_root(place: str, capsys: Said) -> None:
     shown = link if link.suffix else FOLDER
     inside = target if link.suffix else target / "finetune/seed_0"
     wanted = (
-        f"Expected {shown} to lie in runs, but a link leads to {inside}. Remove the link, or name the "
-        "other place with --runs."
+        f"Expected {shown} to be in runs, but a link leads to {inside}. Remove the link, or set the "
+        "other location with --runs."
     )
     assert refused(cli, SHORT, capsys) == f"bpn-fit: error: {wanted}"
     Path("g.yaml").write_text("experiments: [{config: digits_inc, methods: [finetune]}]")

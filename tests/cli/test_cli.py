@@ -200,8 +200,7 @@ def test_a_run_without_a_tuned_method_says_so_in_one_line(
 ) -> None:
     assert main(["--config", "digits_inc.yaml", "--method", "bd", "--print_config"]) == 0
     assert capsys.readouterr().err == (
-        "bpn-fit: There are no tuned values of bd for digits_inc: "
-        "its strategies run on their defaults.\n"
+        "bpn-fit: There are no tuned values of bd for digits_inc: its strategies use their defaults.\n"
     )
 
 
@@ -278,7 +277,10 @@ def test_a_stream_that_max_steps_ended_goes_on(capsys: pytest.CaptureFixture[str
 def test_last_starts_afresh_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--ckpt_path", "last") == 0
     last = RUN / "checkpoints" / "last.ckpt"
-    assert capsys.readouterr().err == f"bpn-fit: There is no {last} yet: this run starts afresh.\n"
+    assert (
+        capsys.readouterr().err
+        == f"bpn-fit: There is no {last} yet: this run starts from scratch.\n"
+    )
 
 
 def test_a_checkpoint_of_another_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ def test_a_config_that_names_an_experiment_keeps_its_methods_under_another_name(
     stated = write("copy.yaml", "experiment: digits_inc\nmethod: ewc")
     command = read_command(["--config", stated, "--experiment", "mine"])
     assert configs(command)[1:] == [str(CONFIGS / "methods" / "digits_inc" / "ewc.yaml")]
-    with pytest.raises(ConfigurationError, match="Expected experiment to be a name for a folder"):
+    with pytest.raises(ConfigurationError, match="Expected experiment to be the name of a folder"):
         read_command(["--config", write("x.yaml", "experiment: ../y"), "--experiment", "z"])
 
 
@@ -98,7 +98,7 @@ def test_a_method_without_tuned_values_says_so_and_takes_its_parts_in_order() ->
     assert list(command.strategies) == ["ewc", "bd"]
     (notice,) = command.notices
     assert notice == (
-        "There are no tuned values of ewc+bd for digits_inc: its strategies run on their defaults."
+        "There are no tuned values of ewc+bd for digits_inc: its strategies use their defaults."
     )
 
 
@@ -126,7 +126,7 @@ def test_another_method_leaves_the_strategies_of_files_out() -> None:
     command = read_command(["--config", old, "--method", "ewc"])
     assert list(command.strategies) == ["ewc"]
     assert [layer.text for layer in command.layers] == ["method: bd+ewc\nseed_everything: 7\n"]
-    assert "--method ewc leaves out the `strategies:` of old.yaml." in command.notices
+    assert "--method ewc overrides the `strategies:` of old.yaml." in command.notices
 
 
 def test_a_strategy_of_ones_own_comes_by_its_class_path() -> None:
@@ -171,7 +171,7 @@ def test_a_class_path_may_have_the_name_of_a_built_in_strategy() -> None:
 
 
 NOT_HERE = "Expected --config to be a file or a packaged config, but got "
-LIST = " `bpn-fit --list` shows"
+LIST = " `bpn-fit --list` lists"
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,7 @@ LIST = " `bpn-fit --list` shows"
             "--config digits_inc --method bd+ewk",
             (
                 "Expected --method to be strategies joined by '+', but got 'bd+ewk' with the unknown "
-                f"'ewk'. Did you mean 'ewc'?{LIST} methods and strategies; "
-                "a class of your own is named by its whole path, package.module.Class."
+                f"'ewk'. Did you mean 'ewc'?{LIST} methods and strategies; use the full import path of your own class, package.module.Class."
             ),
         ),
         (
@@ -197,9 +196,8 @@ LIST = " `bpn-fit --list` shows"
         (
             "--method a.Mine+b.Mine",
             (
-                "Expected --method to name classes of different names, but got 'a.Mine+b.Mine' with "
-                "'Mine' twice. Leave one out, or give one a name of its own: "
-                "`strategies: {other: {class_path: b.Mine}}`."
+                "Expected --method to list classes with different names, but got 'a.Mine+b.Mine' with "
+                "'Mine' twice. Leave one out, or give one another name: `strategies: {other: {class_path: b.Mine}}`."
             ),
         ),
         (
@@ -230,8 +228,7 @@ LIST = " `bpn-fit --list` shows"
         (
             "--config",
             (
-                "Expected -c/--config to be followed by a value, but got none. `bpn-fit --help` shows "
-                "how it is called."
+                "Expected -c/--config to be followed by a value, but got none. `bpn-fit --help` shows the usage."
             ),
         ),
         (
@@ -245,8 +242,7 @@ LIST = " `bpn-fit --list` shows"
             "--method bd --data SplitDigit",
             (
                 "Expected data.class_path to be a stream, but got 'SplitDigit'. Did you mean "
-                f"'SplitDigits'?{LIST} them; a class of your own is named by its whole path, "
-                "package.module.Class."
+                f"'SplitDigits'?{LIST} them; use the full import path of your own class, package.module.Class."
             ),
         ),
     ],

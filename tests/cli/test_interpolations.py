@@ -86,13 +86,16 @@ def test_what_is_counted_is_never_below_what_omegaconf_makes() -> None:
 @pytest.mark.parametrize(
     ("config", "part"),
     [
-        ({"a": "${b}", "b": "${a}"}, "but got a circle: a -> b -> a. Give one of them a value."),
-        ({"a": {"b": "${a}"}}, "but got a circle: a.b -> a -> a.b."),
-        ({f"k{i}": f"${{k{i + 1}}}" for i in range(5000)}, "over at most 50 others"),
-        ({"a": {"x": 1}, "b": "${a}", "c": "${b.x}"}, "which leads through '${a}'"),
-        ({"a": "${oc.create:{x:1}}"}, "but got '${oc.create:{x:1}}' in a. Nothing else is put in"),
+        ({"a": "${b}", "b": "${a}"}, "but got a cycle: a -> b -> a. Set one of them to a value."),
+        ({"a": {"b": "${a}"}}, "but got a cycle: a.b -> a -> a.b."),
+        ({f"k{i}": f"${{k{i + 1}}}" for i in range(5000)}, "in at most 50 steps"),
+        ({"a": {"x": 1}, "b": "${a}", "c": "${b.x}"}, "which goes through '${a}'"),
+        ({"a": "${oc.create:{x:1}}"}, "but got '${oc.create:{x:1}}' in a. Other resolvers"),
         ({"a": "${oc.decode:1}"}, "an environment variable, but got '${oc.decode:1}' in a."),
-        ({"a": {"b": "${oc.dict.values:a}"}}, "in a.b. Nothing else is put in, and nothing nests."),
+        (
+            {"a": {"b": "${oc.dict.values:a}"}},
+            "in a.b. Other resolvers and nesting are not supported.",
+        ),
         ({"a": "${${b}}", "b": "a"}, "but got '${${b}}' in a."),
         ({"a": "${oc.env:X,${b}}", "b": "a"}, "but got '${oc.env:X,${b}}' in a."),
         ({"a": "x", "b": "${c.d}"}, "error in b: Interpolation key 'c.d' not found."),
@@ -120,11 +123,11 @@ BAR = "trainer: {callbacks: {class_path: lightning.pytorch.callbacks.RichProgres
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        (BAR % BOMB, "to make at most 100,000 characters, but got more by trainer.callbacks"),
-        (BAR % "a: '${.b}', b: '${.a}'", "but got a circle: trainer.callbacks"),
+        (BAR % BOMB, "to expand to at most 100,000 characters, but got more in trainer.callbacks"),
+        (BAR % "a: '${.b}', b: '${.a}'", "but got a cycle: trainer.callbacks"),
         ("data: {class_path: SplitDigits, init_args: bomb.yaml}", "SplitDigits"),
-        ("data: bomb.yaml", "no config includes another"),
-        ("trainer: {callbacks: [bomb.yaml]}", "no config includes another"),
+        ("data: bomb.yaml", "configs cannot include others"),
+        ("trainer: {callbacks: [bomb.yaml]}", "configs cannot include others"),
         (BAR.replace("{%s}", "bomb.yaml"), "console_kwargs to be dict"),
     ],
 )

@@ -72,7 +72,7 @@ def said(
             "--model.backbone.init_args.hiden [3]",
             "MLP has no argument 'hiden' (model.backbone). Did you mean 'hidden'? It takes hidden.",
         ),
-        ("digits", "Expected an option, but got 'digits'. Options begin with --."),
+        ("digits", "Expected an option, but got 'digits'. Options start with --."),
         ("--trainer.max_steps q", "Expected trainer.max_steps to be int, but got q."),
         ("--data.num_tasks q", "Expected data.init_args.num_tasks to be int or null, but got q."),
         (
@@ -90,34 +90,34 @@ def said(
         (
             "--model.backbone.class_path bpn_lightning.nn.backbones.MPL",
             (
-                "Expected model.backbone to fit its type, but got an error: module "
+                "Expected model.backbone to match its type, but got an error: module "
                 "'bpn_lightning.nn.backbones' has no attribute 'MPL'. Did you mean 'MLP'?" + ALL
             ),
         ),
         (
             "--model.backbone.class_path not_there.MLP",
             (
-                "Expected model.backbone to fit its type, but got an error: No module named 'not_there'."
+                "Expected model.backbone to match its type, but got an error: No module named 'not_there'."
                 + ALL
             ),
         ),
         (
             "--model.optimizer SDG",
             (
-                "Expected model.optimizer to fit its type, but got an error: Expected a dot import path "
+                "Expected model.optimizer to match its type, but got an error: Expected a dot import path "
                 "string: SDG. Did you mean 'SGD'?" + ALL
             ),
         ),
         (
             "--data lightning.Trainer",
             (
-                "Expected data to fit its type, but got 'lightning.Trainer': Import path does not "
+                "Expected data to match its type, but got 'lightning.Trainer': Import path does not "
                 "correspond to a subclass of ContinualDataModule." + ALL
             ),
         ),
         (
             "--strategies.bd 3",
-            'Expected strategies.bd to fit its type, but got an error: Unable to load config "3".'
+            'Expected strategies.bd to match its type, but got an error: Unable to load config "3".'
             + ALL,
         ),
         (
@@ -137,8 +137,7 @@ def said(
         (
             "--checkpoint_every_n_steps 0",
             (
-                "Expected checkpoint_every_n_steps to be at least 1, but got 0. null takes no checkpoints "
-                "by this measure."
+                "Expected checkpoint_every_n_steps to be at least 1, but got 0. null disables this interval."
             ),
         ),
     ],
@@ -155,7 +154,7 @@ def test_workers_are_not_taken_for_tasks(
 ) -> None:
     message = said(["--config", "digits_inc.yaml", flag, "4"], capsys, tmp_path)
     assert message.startswith(
-        "SplitDigits has no argument 'num_workers' (data): a stream has its samples"
+        "SplitDigits has no argument 'num_workers' (data): a stream keeps its samples"
     )
     assert "num_tasks" not in message
 
@@ -192,7 +191,7 @@ def test_workers_are_not_taken_for_tasks(
             "trainer: {max_epochs: '${data.init_args.num_taks}'}",
             (
                 "Expected every ${...} to name another key, but got an error in trainer.max_epochs: "
-                "Interpolation key 'data.init_args.num_taks' not found. `--print_config` shows the keys."
+                "Interpolation key 'data.init_args.num_taks' not found. `--print_config` shows all keys."
             ),
         ),
     ],
@@ -216,7 +215,7 @@ def test_a_wrong_key_in_a_file(
         ("--strategies.ewc.strength -1", "Expected strength to be 0 or a positive number"),
         (
             "--trainer.accelerator gqu",
-            "Expected the trainer's flags to fit this machine and each other, but Lightning says: You",
+            "Expected the trainer's flags to be valid on this machine, but Lightning reports: You",
         ),
     ],
 )

@@ -105,17 +105,15 @@ def test_what_is_replaced_is_not_what_the_run_begins_with(
         "previous": (LAST.with_name("previous.ckpt"),) * 2,
     }[way]
     assert refused("--overwrite", "--ckpt_path", str(path), capsys=capsys) == (
-        f"Expected ckpt_path to be a file that --overwrite leaves alone, but got {path}, which is {found} "
-        "of the run to be replaced. Copy it to another place, or leave --overwrite out."
+        f"Expected ckpt_path to be a file that --overwrite does not replace, but got {path}, which is {found} "
+        "of the run to be replaced. Copy it to another folder, or leave --overwrite out."
     )
 
 
 def test_nor_data_or_weights(capsys: pytest.CaptureFixture[str]) -> None:
     stream = ["--data", "SplitArrays", "--data.init_args.path", str(RUN / "metrics.csv")]
     said = refused("--overwrite", *stream, capsys=capsys)
-    assert said.startswith(
-        "Expected data.init_args.path to be a file that --overwrite leaves alone"
-    )
+    assert said.startswith("Expected data.init_args.path to be a file that --overwrite does alone")
 
 
 def test_a_run_may_be_repeated_from_its_own_config() -> None:
@@ -136,7 +134,7 @@ def test_an_earlier_run_is_kept_until_the_new_one_has_a_checkpoint(
     crash = ["--trainer.callbacks", "crashing_code.Crash", f"--trainer.callbacks.step={step}"]
     with pytest.raises(ZeroDivisionError):
         run("--overwrite", "--model.mask", "seen", *crash)
-    said = "bpn-fit: The run had no checkpoint yet, so what was in {} before is back.\n"
+    said = "bpn-fit: The run had no checkpoint yet, so the earlier one in {} before is back.\n"
     assert (said.format(RUN) in capsys.readouterr().err) == back
     assert (files() == before) == back
     if not back:
@@ -156,7 +154,7 @@ def test_without_checkpoints_it_is_kept_until_there_are_results(
     assert files() == before
     assert capsys.readouterr().err == (
         "bpn-fit: Interrupted. It had no checkpoint yet.\n"
-        f"bpn-fit: The run had no checkpoint yet, so what was in {RUN} before is back.\n"
+        f"bpn-fit: The run had no checkpoint yet, so the earlier one in {RUN} before is back.\n"
     )
     assert run(*off) == 0
     assert "checkpoints/last.ckpt" not in files()
@@ -190,8 +188,7 @@ def test_results_are_whole_where_a_logger_cannot_keep_them(
     assert run("--runs", "new", "--log_artifacts") == 2
     here = Path("new", *RUN.parts[1:])
     assert capsys.readouterr().err == (
-        "bpn-fit: error: Expected the loggers to keep the run's files, but got: no server. Its results "
-        f"are whole in {here}: upload them by hand.\n"
+        "bpn-fit: error: Expected the loggers to upload the run's files, but got: no server. Its results are complete in {here}: upload them manually.\n"
     )
     assert files(here).keys() == files().keys()
 
@@ -273,8 +270,7 @@ def test_a_run_of_another_configuration_is_named(
     if not finished:
         (RUN / "results.json").unlink()
     assert refused(*flags, capsys=capsys) == (
-        f"Expected {RUN} to hold no run of another configuration, but got one: {different}. Keep both by "
-        "another --experiment or --runs, or replace it with --overwrite."
+        f"Expected {RUN} to hold no run of another configuration, but got one: {different}. Keep both with another --experiment or --runs, or replace it with --overwrite."
     )
 
 

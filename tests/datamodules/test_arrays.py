@@ -371,7 +371,7 @@ def test_deep_images_are_read_by_their_upper_bits(tmp_path: Path) -> None:
         (iris(train_features=np.full((100, 4), 1e300)), "finite in 32 bits, but 100 of 100"),
         (
             iris(train_features=1.6e9 + np.random.default_rng(0).random((100, 4))),
-            r"feature 0 is 1.6e\+09 give or take 0.\d+. Subtract its mean",
+            r"feature 0 is 1.6e\+09 \+- 0.\d+. Subtract its mean",
         ),
         (iris(train_features=np.array([["x"] * 4] * 100)), "<U1 .* Turn categories into numbers"),
         (
@@ -391,7 +391,7 @@ def test_deep_images_are_read_by_their_upper_bits(tmp_path: Path) -> None:
         ),
         (
             {"train_labels": np.zeros(3), "x": 1},
-            "but got train_labels, x. Add train_images, test_images, test_labels. Features and tokens",
+            "but got train_labels, x. Add train_images, test_images, test_labels. For features or tokens",
         ),
         (
             sentences() | {"train_tokens": np.zeros((40, 6))},
@@ -408,7 +408,7 @@ def test_deep_images_are_read_by_their_upper_bits(tmp_path: Path) -> None:
         (
             {f"{p}_images": np.zeros((4, 3)) for p in ("train", "test")}
             | {f"{p}_labels": np.arange(4) for p in ("train", "test")},
-            "Rows of numbers are named train_features",
+            "Name rows of numbers train_features",
         ),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_matlab_file_that_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "x.mat"
     savemat(path, {"a": np.random.default_rng(0).random(1000)}, do_compression=True)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(DataError, match="to be a whole file of MIT Indoor-67"):
+    with pytest.raises(DataError, match="to be an intact file of MIT Indoor-67"):
         Indoor67(tmp_path).read_mat(path, dict)
 
 

@@ -98,7 +98,7 @@ def test_a_broken_image_is_named(
     write_tree(tmp_path, ("a", "b"))
     file = tmp_path / "test" / "b" / "1.png"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(DataError, match=rf"{file} to be a whole image .* Replace the file"):
+    with pytest.raises(DataError, match=rf"{file} to be an intact image .* Replace the file"):
         SplitImageFolder(str(tmp_path)).setup()
 
 
@@ -108,11 +108,13 @@ def test_every_broken_image_is_named(tmp_path: Path, write_tree: Write) -> None:
     broken.append(tmp_path / "test" / "a" / "0.png")
     for file in broken:
         file.write_text("no image")
-    with pytest.raises(DataError, match=rf"{broken[0]} to be a whole image .* 12 more: ") as error:
+    with pytest.raises(
+        DataError, match=rf"{broken[0]} to be an intact image .* 12 more: "
+    ) as error:
         SplitImageFolder(str(tmp_path)).setup()
     named = [file for file in broken if f"{file} (Unidentified" in str(error.value)]
     assert named == broken[1:10]
-    assert "and 3 that are not named here. Replace the file" in str(error.value)
+    assert "and 3 more. Replace the file" in str(error.value)
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
@@ -154,7 +156,7 @@ def test_pixels_of_other_depths_are_refused(tmp_path: Path, write_tree: Write) -
     [
         (["train/a"], ".", "There is {root}/train: move a part .* to {root}/test/<class>/"),
         (["test/a"], ".", "There is {root}/test: move a part .* to {root}/train/<class>/"),
-        (["a", "b"], ".", "The classes a, b lie in {root} itself: move each one's images to"),
+        (["a", "b"], ".", "The classes a, b are in {root} itself: move the images of each to"),
         (["train/a", "test/a"], "train", "Name {root} instead, the folder that holds train and"),
         (["x/train/a", "x/test/a"], ".", "Name {root}/x instead, which holds train and test"),
         ([], "none", "There is no folder {root}/none: name the one that holds train and test"),
@@ -253,7 +255,7 @@ def broken(change: Callable[[dict[str, np.ndarray]], object]) -> dict[str, np.nd
         ),
         (
             broken(lambda a: a.update(test_labels=np.array(["a"] * 6))),
-            "of one kind, but got int64 and <U1. Let both be integers, or both strings",
+            "of one kind, but got int64 and <U1. Make both integers, or both strings",
         ),
         (
             broken(lambda a: a.update(train_labels=a["train_labels"] / 3)),
@@ -298,7 +300,7 @@ def test_a_truncated_archive_is_named(tmp_path: Path, left: int, save: Callable[
     file = tmp_path / "a.npz"
     save(file, **arrays())
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(DataError, match=rf"{file} to be a whole \.npz archive"):
+    with pytest.raises(DataError, match=rf"{file} to be an intact \.npz archive"):
         SplitArrays(str(file)).setup()
 
 
@@ -308,13 +310,13 @@ def test_flipped_bytes_in_an_archive_are_found(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[300:310] = bytes(255 - byte for byte in data[300:310])
     file.write_bytes(data)
-    with pytest.raises(DataError, match=rf"{file} to be a whole \.npz archive"):
+    with pytest.raises(DataError, match=rf"{file} to be an intact \.npz archive"):
         SplitArrays(str(file)).setup()
 
 
 def test_a_single_array_and_a_missing_file_are_no_archives(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(DataError, match=r"a\.npy to be a whole \.npz archive"):
+    with pytest.raises(DataError, match=r"a\.npy to be an intact \.npz archive"):
         SplitArrays(str(tmp_path / "a.npy")).setup()
     with pytest.raises(DataError, match=r"none\.npz to be readable, but got FileNotFoundError"):
         SplitArrays(str(tmp_path / "none.npz")).setup()

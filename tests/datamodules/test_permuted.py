@@ -163,8 +163,8 @@ def test_what_is_held_out_is_not_drawn(make: Any) -> None:
     [
         ({"num_tasks": 0}, "num_tasks"),
         ({"train_samples": 0}, "train_samples"),
-        ({"train_samples": 61}, "at most the 60 images"),
-        ({"test_samples": 61}, "at most the 60 images"),
+        ({"train_samples": 61}, "at most the 60 available images"),
+        ({"test_samples": 61}, "at most the 60 available images"),
         ({"num_tasks": 3, "epochs_per_task": [1, 2]}, "epochs_per_task"),
     ],
 )

@@ -171,7 +171,7 @@ def test_bad_lists_are_refused(toy: Make) -> None:
         StreamOf([toy(), Gaussians()]).setup()
     with pytest.raises(ConfigurationError, match="share columns"):
         StreamOf([toy(), toy(num_tasks=1)], shared_columns=True).setup()
-    with pytest.raises(ConfigurationError, match="Take its streams"):
+    with pytest.raises(ConfigurationError, match="Use its streams"):
         StreamOf([toy()]).read()
 
 

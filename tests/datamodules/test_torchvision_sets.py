@@ -228,7 +228,7 @@ def test_no_data_and_no_network_is_one_clear_error(
         "no network in tests" if download else "download is off",
         "--data.init_args.root DIR",
         "export BPN_DATA=DIR",
-        "fetch them from http",
+        "download them from http",
     ]:
         assert part in message
     assert "damaged" not in message
@@ -257,7 +257,7 @@ def test_packed_files_are_not_fetched_again(
         (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
     with pytest.raises(DataError, match=said.format(root=tmp_path)) as error:
         SplitMNIST(str(tmp_path / root), download=False).setup()
-    assert "fetch them from" not in str(error.value)
+    assert "download them from" not in str(error.value)
 
 
 def test_unpacked_files_in_another_place_are_found(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_unpacked_files_in_another_place_are_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"set the root with `--data.init_args.root {tmp_path}`"):
         SplitMNIST(str(tmp_path / "MNIST"), download=False).setup()
     with pytest.raises(
-        DataError, match="fetch them from"
+        DataError, match="download them from"
     ):  # other images, whose files' names are equal
         SplitFashionMNIST(str(tmp_path), download=False).setup()
 

@@ -262,7 +262,7 @@ def test_result_is_not_stale_after_loading(matrix: AccuracyMatrix) -> None:
 
 
 def test_checkpoint_of_another_stream_is_refused(matrix: AccuracyMatrix) -> None:
-    with pytest.raises(RuntimeError, match="stream of other length"):
+    with pytest.raises(RuntimeError, match="stream of another length"):
         AccuracyMatrix(2).load_state_dict(matrix.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         AccuracyMatrix(2).load_state_dict({})

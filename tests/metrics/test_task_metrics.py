@@ -130,8 +130,8 @@ class Words(Metric):
         ({"a\nb": MulticlassF1Score(4)}, r"to be words, but got 'a\nb'"),
         ({"f1": MulticlassF1Score(3)}, "Expected metrics.f1 to take probabilities (batch, 4) and targets"),
         ({"b": BinaryF1Score()}, "Expected metrics.b to take probabilities (batch, 4) and targets (batch,)"),
-        ({"e": MeanSquaredError()}, "Give it num_classes=4, or take one for several classes."),
-        ({"w": Words()}, "Expected metrics.w to give numbers, but Words gave str."),
+        ({"e": MeanSquaredError()}, "Set num_classes=4, or use a multiclass metric."),
+        ({"w": Words()}, "Expected metrics.w to return numbers, but Words returned str."),
     ],
     ids=str,
 )  # fmt: skip

@@ -93,7 +93,7 @@ def test_the_files_say_what_is_in_them(exported: Path) -> None:
         assert tensors.get_tensor("backbone.1.bias_units.bank").shape == (2, 16)
 
 
-ADVICE = " Export the module again, or pass the backbone that it had."
+ADVICE = " Export the module again, or pass its backbone that it had."
 
 
 def refused(folder: Path, backbone: nn.Module | None = None) -> str:
@@ -262,8 +262,7 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(ResultsError) as caught:
         export_module(module, tmp_path / "full")
     assert str(caught.value) == (
-        f"Expected to write {tmp_path / 'full'}, but got: [Errno 28] No space left on device. Make "
-        "room or give write access."
+        f"Expected to write {tmp_path / 'full'}, but got: [Errno 28] No space left on device. Free some space or grant write access."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -298,8 +297,7 @@ def test_a_run_is_exported(run: Path, capsys: Said) -> None:
 
     assert export_command.main([str(run), "out"]) == 2
     assert capsys.readouterr().err == (
-        "bpn-export: error: Expected out to be a new folder, but it is there. Name another one, or "
-        "remove it.\n"
+        "bpn-export: error: Expected out to be a new folder, but it exists. Name another one, or remove it.\n"
     )
 
 
@@ -307,7 +305,7 @@ def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.Mon
     config = run / "config.yaml"
     for backbone, said in {
         "evil.Net": "Expected model.backbone in config.yaml to name what needs no trust",
-        "os.system": "Nothing of the standard library or of an installer can be named",
+        "os.system": "The standard library or of an installer can be named",
         "torch.optim.SGD": "path torch.optim.SGD does not correspond to a subclass of Module",
     }.items():
         Path("evil.py").write_text("open('owned', 'w')")

@@ -311,12 +311,12 @@ def test_a_scheduler_is_made_for_the_updates_of_its_phase(fit):
         (
             [Center()],
             {"reset_optimizer": "never"},
-            "Expected reset_optimizer to be 'always' where a phase has an optimizer of its own, as 'ce",
+            "Expected reset_optimizer to be 'always' when a phase has a separate optimizer, such as 'ce",
         ),
         (
             [Center(name="train")],
             {},
-            "Expected the phases of a task to have names of their own, but task 0 has 'train' 2 times",
+            "Expected the phases of a task to have unique names, but task 0 has 'train' 2 times",
         ),
     ],
 )

@@ -286,7 +286,7 @@ def test_wrong_inputs_are_named_and_not_answered(digits: ContinualModule) -> Non
         (
             images[:, 0],
             0,
-            "(batch, 1, 8, 8) or (1, 8, 8), as the stream's raw ones are, but got (3, 8, 8)",
+            "(batch, 1, 8, 8) or (1, 8, 8), like the stream's raw inputs, but got (3, 8, 8)",
         ),
         (images, 2, "Expected task to be an id from 0 to 1, but got 2"),
         (images, torch.tensor([0, 1]), "one for each of the 3 inputs, but got the shape (2,)"),

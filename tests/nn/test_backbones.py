@@ -105,8 +105,7 @@ def test_refuses_a_network_without_a_linear_layer() -> None:
     with pytest.raises(ConfigurationError) as error:
         torchvision_backbone("squeezenet1_0")
     assert str(error.value) == (
-        "Expected name to be a network that ends in a linear layer, but got 'squeezenet1_0'. "
-        "Cut its classifier off yourself and pass the module."
+        "Expected name to be a network that ends in a linear layer, but got 'squeezenet1_0'. Remove its classifier yourself and pass the module."
     )
 
 
@@ -121,7 +120,7 @@ def test_refuses_what_torchvision_does_not_classify_with(name: str, hint: str | 
     assert message.startswith(
         f"Expected name to be a classification network of torchvision, but got {name!r}."
     )
-    assert message.endswith(" torchvision.models.list_models() has them all.")
+    assert message.endswith(" torchvision.models.list_models() lists them.")
     assert hint is None or hint in message
 
 
@@ -155,8 +154,8 @@ class Code:
     [
         (None, "FileNotFoundError"),
         (Code(), "UnpicklingError"),
-        ({"a": torch.ones(1)}, "another network's: 'a' is missing"),
-        ([1], "another network's"),
+        ({"a": torch.ones(1)}, "those of another network: 'a' is missing"),
+        ([1], "another network"),
     ],
     ids=["missing", "code", "keys", "list"],
 )
@@ -229,8 +228,7 @@ TO_FEATURES = "Expected backbone to map (batch, 1, 8, 8) to (batch, features), b
         (
             Raising(),
             (
-                "Expected backbone to accept inputs of shape (batch, 1, 8, 8), but its forward "
-                "raised ValueError: no such thing. Pass a network for inputs of this shape."
+                "Expected backbone to accept inputs of shape (batch, 1, 8, 8), but its forward raised ValueError: no such thing. Pass a network for inputs of this shape."
             ),
         ),
     ],

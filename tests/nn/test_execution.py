@@ -266,7 +266,7 @@ def test_a_forward_that_fails_in_training_mode_is_refused_before_training(fit: A
         return m.fc(m.flat(x))
 
     with pytest.raises(
-        ConfigurationError, match="in training mode, but its forward raised ValueError"
+        ConfigurationError, match="in training mode, but its forward pass raised ValueError"
     ):
         fit([BeneficialPerturbation()], backbone=Function(forward, **linear()))
 

@@ -192,10 +192,10 @@ def test_signs_are_exact_in_every_precision(kind: torch.dtype) -> None:
     x = torch.randn(9, INPUTS).to(kind)
     for task in range(TASKS):
         layer.keys.switch(task)
-        once = layer.taken(x)
+        once = layer.effective_input(x)
         assert once.dtype == kind
         assert torch.equal(once.abs(), x.abs())
-        assert torch.equal(layer.taken(once), x)
+        assert torch.equal(layer.effective_input(once), x)
         weight = layer.weight * layer.keys()
         assert torch.equal(weight * layer.keys(), layer.weight)
     assert layer.keys.bank.dtype == torch.int8
@@ -633,7 +633,7 @@ def test_a_bank_serves_no_batch_of_several_tasks() -> None:
     _, bank = banked()
     bank.begin()
     assert not bank.per_sample
-    with pytest.raises(TypeError, match="serves a whole batch"):
+    with pytest.raises(TypeError, match="one task ID for the whole batch"):
         bank.switch(torch.tensor([0, 1]))
     assert bank.active == 0
 

@@ -215,7 +215,7 @@ def test_what_is_no_number_is_named(make_run: Make, tmp_path: Path) -> None:
     folder = make_run()
     path = folder / "results.json"
     path.write_text(path.read_text().replace('"average": 0.3', '"average": NaN'))
-    assert "NaN is no finite number of 64 bits" in only_problem(folder).why
+    assert "NaN is not a finite 64-bit number" in only_problem(folder).why
     (folder / "accuracy_matrix.csv").write_text("after_task,task_1,task_2\n1,inf,0\n")
     assert find_runs(folder).runs == []
 
@@ -227,12 +227,12 @@ def with_tasks(count: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("key", "value", "why"),
     [
-        ("accuracy.average", "9" * 400, "is no finite number of 64 bits"),
-        ("accuracy.average", "1e400", "is no finite number of 64 bits"),
-        ("accuracy.average", "Infinity", "is no finite number of 64 bits"),
+        ("accuracy.average", "9" * 400, "is not a finite 64-bit number"),
+        ("accuracy.average", "1e400", "is not a finite 64-bit number"),
+        ("accuracy.average", "Infinity", "is not a finite 64-bit number"),
         ("accuracy.average", "1e308", "accuracy.average is 1e+308"),
         ("accuracy.forgetting", "-7", "accuracy.forgetting is -7"),
-        ("accuracy_task_agnostic.average", "NaN", "is no finite number of 64 bits"),
+        ("accuracy_task_agnostic.average", "NaN", "is not a finite 64-bit number"),
         ("provenance.seconds", "1e300", "provenance.seconds is 1e+300"),
         ("bytes_held.inference", "-1", "bytes_held.inference is -1"),
         ("tasks", json.dumps(with_tasks(2001)["tasks"]), "2,000 at most, but got 2001"),

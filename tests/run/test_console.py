@@ -12,7 +12,7 @@ from bpn_lightning import AccuracyMatrix
 from bpn_lightning.cli.main import main
 from bpn_lightning.costs import Bytes
 from bpn_lightning.run import console
-from bpn_lightning.run.console import StreamProgress, final_table, learned
+from bpn_lightning.run.console import StreamProgress, final_table, format_task_line
 from bpn_lightning.tasks import Task
 
 TASKS = [
@@ -39,11 +39,13 @@ def table(matrix: AccuracyMatrix, width: int, **kwargs: object) -> str:
 
 
 def test_a_learned_task_takes_one_line() -> None:
-    assert learned(TASKS, 0, [0.9, 0.4]) == "task 1/2 (apple, aquarium_fish) learned: 0.900"
-    assert learned(TASKS, 1, [0.6, 0.8]).endswith(
+    assert (
+        format_task_line(TASKS, 0, [0.9, 0.4]) == "task 1/2 (apple, aquarium_fish) learned: 0.900"
+    )
+    assert format_task_line(TASKS, 1, [0.6, 0.8]).endswith(
         "learned: 0.800; first task now 0.600, mean of 2 tasks 0.700"
     )
-    assert learned(TASKS, 1, [float("nan"), 0.8]).endswith("learned: 0.800")
+    assert format_task_line(TASKS, 1, [float("nan"), 0.8]).endswith("learned: 0.800")
 
 
 def test_the_table_has_the_three_accuracies_side_by_side(matrix: AccuracyMatrix) -> None:
@@ -56,8 +58,8 @@ def test_the_table_has_the_three_accuracies_side_by_side(matrix: AccuracyMatrix)
     assert rows[1][2:] == ["0.800", "0.800", "0.750"]
     assert rows[2] == ["mean", "", "0.700", "0.850", "0.500"]
     assert "ACC 0.700  BWT -0.300  FWT -0.100  forgetting 0.300  first task 0.600" in shown
-    assert "bytes per task: 6,040 measured, - by the paper's count" in shown
-    assert "bytes held: 1,200 to go on learning, 7 of them to use what was learned" in shown
+    assert "bytes per task: 6,040 measured, - by the paper's accounting" in shown
+    assert "bytes held: 1,200 to continue training, 7 of them for inference" in shown
     assert "results: runs/t/results.json" in shown
     assert "pictures: runs/t/figures" in shown
 
@@ -100,8 +102,8 @@ def test_a_terminal_gets_bars_and_leaves_lasting_lines(
     (task,) = {line for line in shown if re.match("task 2/2, epoch 1/2 .* batch 3/5", line)}
     assert re.search(rf"batch 3/5, {train} [01]\.\d\d$", task)
     # 13 of 20 batches, 10 seconds each.
-    (stream,) = {line for line in shown if "2:10 passed" in line}
-    assert re.match("stream, epoch 3/4 .* 2:10 passed, 1:10 left", stream)
+    (stream,) = {line for line in shown if "2:10 elapsed" in line}
+    assert re.match("stream, epoch 3/4 .* 2:10 elapsed, 1:10 left", stream)
     assert ("ACC 0" in stream or "ACC 1" in stream) == (width == 120)
 
 

@@ -249,8 +249,7 @@ def test_two_damaged_checkpoints_are_an_error(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == (
         f"bpn-fit: error: Expected {CHECKPOINTS / 'last.ckpt'} to be a checkpoint, but it cannot be "
         f"read: File is not a zip file. Expected {CHECKPOINTS / 'previous.ckpt'} to be a checkpoint, but "
-        "it cannot be read: File is not a zip file. Start afresh with --overwrite in the place of "
-        "--ckpt_path.\n"
+        "it cannot be read: File is not a zip file. Start from scratch with --overwrite instead of --ckpt_path.\n"
     )
 
 

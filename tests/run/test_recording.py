@@ -58,7 +58,7 @@ def test_a_resumed_run_ends_with_the_file_of_one_that_was_never_stopped(tmp_path
 
 def test_a_checkpoint_from_elsewhere_begins_a_new_file(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.csv")
-    with pytest.warns(UserWarning, match="to have 7 rows of metrics, but it is not there"):
+    with pytest.warns(UserWarning, match="to have 7 rows of metrics, but it does not exist"):
         metrics.resume(rows=7, global_step=70)
     metrics.log_metrics({"loss": 1.0}, step=70)
     assert rows(metrics.path) == [{"step": "70", "loss": "1.0"}]
@@ -73,8 +73,14 @@ def test_a_checkpoint_from_elsewhere_begins_a_new_file(tmp_path: Path) -> None:
         (b"a,b\n1,2\n", "but it cannot be read ('step')"),
         (b"step,a\nx,2\n", "but it cannot be read (line 2 has no step)"),
         (b'step,a\n"1,2\n', "but it cannot be read ("),
-        (b"step,a\n1,2,3\n", "but it cannot be read (line 2 has other columns than the first)"),
-        (b"step,a\n1\n", "but it cannot be read (line 2 has other columns than the first)"),
+        (
+            b"step,a\n1,2,3\n",
+            "but it cannot be read (line 2 does not have the columns of the first line)",
+        ),
+        (
+            b"step,a\n1\n",
+            "but it cannot be read (line 2 does not have the columns of the first line)",
+        ),
     ],
 )
 def test_what_is_missing_is_said_and_what_is_no_table_is_kept(

@@ -68,9 +68,7 @@ def test_a_folder_has_one_process_until_it_ends_by_whatever(tmp_path: Path) -> N
         with pytest.raises(ResultsError) as caught:
             RunFolder(folder).acquire()
         assert str(caught.value) == (
-            f"Expected {folder} to be free, but {said} writes there. Wait for its end or stop it, or "
-            "choose another folder with --runs. If that process is on another machine and gone for "
-            f"good, remove {folder / '.lock'}."
+            f"Expected {folder} to be unused, but {said} is writing there. Wait for it to end or stop it, or choose another folder with --runs. If that process was on another machine that is no longer running, remove {folder / '.lock'}."
         )
         other.kill()
         other.wait()
@@ -140,7 +138,7 @@ def test_without_locks_a_run_says_so_and_goes_on(
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.warns(UserWarning, match="knows no locks"):
+    with pytest.warns(UserWarning, match="does not support locks"):
         taken(tmp_path).release()
 
 
@@ -299,7 +297,7 @@ def test_what_lies_where_results_go_is_found_before_training(tmp_path: Path, nam
     else:
         (tmp_path / name).write_text("")
     with pytest.raises(
-        ResultsError, match=rf"Expected \S+{name} to be a f\w+ of a run, but something"
+        ResultsError, match=rf"Expected \S+{name} to be a f\w+ of a run, but it is something"
     ):
         RunFolder(tmp_path).acquire()
     assert holder(tmp_path) is None
@@ -308,9 +306,9 @@ def test_what_lies_where_results_go_is_found_before_training(tmp_path: Path, nam
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ResultsError, match=r"can be written to, but got: .*--runs"):
+        with pytest.raises(ResultsError, match=r"to be a writable folder, but got: .*--runs"):
             RunFolder(folder).acquire()
     (tmp_path / "run" / "figures").mkdir(parents=True)
     monkeypatch.setattr(run_folder.os, "access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(ResultsError, match=r"figures to be a folder that can be written to"):
+    with pytest.raises(ResultsError, match=r"figures to be a writable folder"):
         RunFolder(tmp_path / "run").acquire()

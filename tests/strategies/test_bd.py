@@ -632,8 +632,7 @@ def test_bytes_with_twenty_outputs(prepare: Any, hidden: int, measured: int) -> 
         (
             {"direction": "frozen", "m_start": "zero"},
             (
-                "Expected m_start to be 'normal' where direction is 'frozen', but got 'zero'. "
-                "A frozen M of 0 is a network without bias units: leave the strategy out instead."
+                "Expected m_start to be 'normal' when direction is 'frozen', but got 'zero'. A frozen M of 0 is a network without bias units: leave the strategy out instead."
             ),
         ),
         (

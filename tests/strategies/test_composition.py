@@ -141,8 +141,7 @@ def test_an_exclusive_strategy_beside_anything(
 def test_a_correction_of_weights_beside_a_projection(refusal: Any, first: bool) -> None:
     both = [Corrects(), Projects()]
     assert refusal(both if first else both[::-1]) == (
-        "Expected no strategy to move weights after the step beside Projects, which makes sure of the "
-        "step's direction, but got Corrects with update 'proximal'. "
+        "Expected no strategy to change weights after the step with Projects, which constrains the step's direction, but got Corrects with update 'proximal'. "
         "Set its update to 'clamped' or 'gradient'."
     )
 
@@ -153,8 +152,7 @@ def test_two_corrections_of_weights(refusal: Any, first: bool) -> None:
     both = [Corrects(), EWC(update="proximal")]
     names = "Corrects and EWC" if first else "EWC and Corrects"
     assert refusal(both if first else both[::-1]) == (
-        "Expected at most one strategy to move shared weights after the step, as each would undo part of "
-        f"the other's, but got {names} with update 'proximal'. "
+        f"Expected at most one strategy to change shared weights after the step, as each would undo part of the other's, but got {names} with update 'proximal'. "
         "Set the update of all but one to 'clamped' or 'gradient'."
     )
 
@@ -219,7 +217,7 @@ def test_what_needs_no_task_id_runs_where_nobody_tells_it(fit: Any, strategy: An
 def test_two_phases_of_one_name(refusal: Any) -> None:
     phase = Phase("warm_up", 1, "head")
     assert refusal([Declares(phase), Numbered(1), DeclaresToo(phase)]) == (
-        "Expected the phases of a task to have names of their own, but task 1 has 'warm_up' 2 times. "
+        "Expected the phases of a task to have unique names, but task 1 has 'warm_up' 2 times. "
         "Remove one of the strategies."
     )
 
@@ -238,8 +236,8 @@ def test_a_phase_without_epochs(refusal: Any) -> None:
 def test_a_phase_with_an_optimizer_of_its_own_where_the_optimizer_goes_on(refusal: Any) -> None:
     phase = Phase("autoencoder", 1, "strategy")
     assert refusal([Declares(phase)], stream={"reset_optimizer": "never"}) == (
-        "Expected reset_optimizer to be 'always' where a phase has an optimizer of its own, as "
-        "'autoencoder' of task 1 has, but got 'never'. Set it to 'always'."
+        "Expected reset_optimizer to be 'always' when a phase has a separate optimizer, such as "
+        "'autoencoder' of task 1, but got 'never'. Set it to 'always'."
     )
 
 

@@ -468,14 +468,14 @@ def test_stores_nothing_for_use_after_training(learn: Any) -> None:
 # --- refusals ------------------------------------------------------------------------------------
 
 STRENGTH = " 0 is fine-tuning; the paper uses 2000."
-GAMMA = " 1 keeps all of the past importances; None gives every task an anchor of its own."
+GAMMA = " 1 keeps past importances without decay; None keeps one anchor per task."
 
 
 def test_proximal_refuses_adam(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(EWC(), optimizer=Adam)
     assert str(error.value) == (
-        "Expected the optimizer to be torch.optim.SGD without momentum where EWC's update is "
+        "Expected the optimizer to be torch.optim.SGD without momentum when EWC's update is "
         "'proximal', but got Adam. Set update to 'clamped'."
     )
 
@@ -489,7 +489,7 @@ def test_proximal_names_the_momentum_that_it_refuses(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(EWC(), optimizer=partial(SGD, lr=0.01, momentum=0.9))
     assert str(error.value) == (
-        "Expected the optimizer to be torch.optim.SGD without momentum where EWC's update is "
+        "Expected the optimizer to be torch.optim.SGD without momentum when EWC's update is "
         "'proximal', but got SGD with momentum 0.9. Set update to 'clamped'."
     )
 
@@ -506,7 +506,7 @@ def test_fused_optimizers_are_refused_beside_a_scaler(prepare: Any, update: Any)
     with pytest.raises(ConfigurationError) as error:
         EWC(update=update).check(scaled, fused)
     assert str(error.value) == (
-        "Expected the optimizer not to be fused where EWC runs in 16-mixed precision, but got a fused "
+        "Expected an optimizer without fused=True for EWC in 16-mixed precision, but got a fused "
         "SGD. Set fused to False, or use bf16-mixed."
     )
 

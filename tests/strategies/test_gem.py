@@ -807,7 +807,7 @@ def test_refuses_corrections_after_the_step(learn: Any) -> None:
     class Correcting(FineTuning):
         corrects_weights = True
 
-    with pytest.raises(ConfigurationError, match="no strategy to move weights after the step"):
+    with pytest.raises(ConfigurationError, match="no strategy to change weights after the step"):
         learn(GradientEpisodicMemory(20), Correcting())
 
 
@@ -927,10 +927,7 @@ def test_logs_how_many_memories_objected_and_how_much(learn: Any, watch: Any) ->
     ],
 )
 def test_warns_where_a_step_is_not_the_gradient(learn: Any, optimizer: Any, what: str) -> None:
-    wanted = (
-        f"GradientEpisodicMemory projects gradients, and {what} makes other steps of them, which need "
-        "not satisfy its constraints. torch.optim.SGD without momentum takes them as they are."
-    )
+    wanted = f"GradientEpisodicMemory projects gradients, but {what} does not step along them, so its steps may violate the constraints. torch.optim.SGD without momentum satisfies them."
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         learn(GradientEpisodicMemory(20), optimizer=optimizer)
@@ -943,8 +940,7 @@ def test_refuses_clipping_by_value(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(AveragedGEM(20), trainer=arguments)
     assert str(error.value) == (
-        "Expected trainer.gradient_clip_algorithm to be 'norm' beside AveragedGEM, but got 'value'. "
-        "Clipping each value turns a gradient away from where it was projected to."
+        "Expected trainer.gradient_clip_algorithm to be 'norm' with AveragedGEM, but got 'value'. Clipping by value changes the direction of the projected gradient."
     )
 
 
@@ -989,9 +985,7 @@ def test_takes_a_memory_of_the_whole_task(learn: Any) -> None:
 
 
 MARGIN = "0 projects onto the constraints; 0.5 is the authors' value."
-RIDGE = (
-    "Without it, memories with the same gradient have no unique solution; 1e-06 is small enough."
-)
+RIDGE = "Without it, the solution is not unique for memories with equal gradients; 1e-06 is small enough."
 WHOLE = "to be a whole number of at least 1, but got"
 
 
@@ -1001,22 +995,22 @@ WHOLE = "to be a whole number of at least 1, but got"
         (
             GradientEpisodicMemory,
             {"memory_size": 0},
-            f"Expected memory_size {WHOLE} 0. Without memories it is fine-tuning: leave it out.",
+            f"Expected memory_size {WHOLE} 0. Without a memory it is fine-tuning: leave GEM out.",
         ),
         (
             AveragedGEM,
             {"memory_size": -3},
-            f"Expected memory_size {WHOLE} -3. Without memories it is fine-tuning: leave it out.",
+            f"Expected memory_size {WHOLE} -3. Without a memory it is fine-tuning: leave GEM out.",
         ),
         (
             GradientEpisodicMemory,
             {"replay_batch_size": 0},
-            f"Expected replay_batch_size {WHOLE} 0. null takes all at once.",
+            f"Expected replay_batch_size {WHOLE} 0. null uses all at once.",
         ),
         (
             AveragedGEM,
             {"sample_size": 0},
-            f"Expected sample_size {WHOLE} 0. null takes the whole memory.",
+            f"Expected sample_size {WHOLE} 0. null uses the whole memory.",
         ),
         (
             GradientEpisodicMemory,

@@ -732,8 +732,8 @@ def test_size_does_not_grow_with_tasks(learn: Any) -> None:
     assert sizes[0] == sizes[1]
 
 
-L2 = " It is the lambda of the L2-transfer; 0 switches it off."
-DROP = " It is the rate of the drop-transfer; 0 switches it off."
+L2 = " It is the lambda of the L2-transfer; 0 disables it."
+DROP = " It is the rate of the drop-transfer; 0 disables it."
 ALPHAS = " They are the alphas up to a common factor; leave them out for equal ones."
 
 
@@ -770,9 +770,7 @@ def test_fused_optimizers_are_refused_beside_a_scaler(prepare: Any) -> None:
     scaled = SimpleNamespace(loss_scale=65536.0)
     IMM().check(SimpleNamespace(loss_scale=1.0), fused)
     IMM(strength=0.0).check(scaled, fused)
-    with pytest.raises(
-        ConfigurationError, match="fused where IncrementalMomentMatching runs in 16"
-    ):
+    with pytest.raises(ConfigurationError, match="fused=True for IncrementalMomentMatching in 16"):
         IMM().check(scaled, fused)
 
 
@@ -789,6 +787,5 @@ def test_refuses_drop_transfer_where_nothing_would_be_dropped(learn: Any) -> Non
     with pytest.raises(ConfigurationError) as error:
         learn(IMM(drop=0.5), backbone=nn.Flatten)
     assert str(error.value) == (
-        "Expected the backbone to have linear layers where drop is set, but it has none. "
-        "Set drop to 0."
+        "Expected the backbone to have linear layers when drop is set, but it has none. Set drop to 0."
     )

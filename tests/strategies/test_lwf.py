@@ -550,8 +550,8 @@ def test_a_resumed_run_records_the_same_again(prepare: Any, same: Any, tmp_path:
 
 # --- refusals ------------------------------------------------------------------------------------
 
-STRENGTH = " 0 is fine-tuning; 1 weighs an old task as the new one."
-TEMPERATURE = " The paper's is 2; 1 leaves the outputs as they are."
+STRENGTH = " 0 is fine-tuning; 1 gives each old task the weight of the new one."
+TEMPERATURE = " The paper uses 2; 1 leaves the softmax unchanged."
 
 
 def test_no_teacher_before_a_task_is_learned(prepare: Any) -> None:
@@ -559,8 +559,7 @@ def test_no_teacher_before_a_task_is_learned(prepare: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         lwf.teacher.forward(run.module, torch.zeros(1, 1, 8, 8))
     assert str(error.value) == (
-        "Expected a teacher to be run after a first task, but no task is learned yet. The first task "
-        "has nothing to be distilled: run it from the second task's start on."
+        "Expected a snapshot before the teacher is run, but none was taken. Call snapshot at the start of the second task; in the first task there is nothing to distill."
     )
 
 
@@ -636,14 +635,14 @@ def test_of_one_class_each_all_old_ones_are_distilled_together(prepare: Any, wat
 @pytest.mark.parametrize("mask", ["all", "seen", "task"])
 def test_a_softmax_over_one_class_is_refused(prepare: Any, make: Any, mask: Any) -> None:
     """With it the run would be fine-tuning bit for bit."""
-    said = "Expected heads to be 'joint' where every old task has one class, but got 'per_task'"
+    said = "Expected heads to be 'joint' when every old task has one class, but got 'per_task'"
     with pytest.raises(ConfigurationError, match=said):
         prepare(make(), stream=ONE_EACH, mask=mask).fit()
 
 
 @pytest.mark.parametrize("heads", ["per_task", "joint"])
 def test_one_old_class_is_refused(prepare: Any, heads: Any) -> None:
-    said = "Expected the tasks before the last to have more than one class together .* but got one"
+    said = "Expected the tasks before the last to have at least two classes in total .* but got one"
     with pytest.raises(ConfigurationError, match=said):
         prepare(LearningWithoutForgetting(heads=heads), stream={**ONE_EACH, "num_tasks": 2}).fit()
 

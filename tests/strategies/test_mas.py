@@ -231,7 +231,7 @@ def test_the_implicit_step_refuses_adam(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(MemoryAwareSynapses(update="proximal"), optimizer=Adam)
     assert str(error.value) == (
-        "Expected the optimizer to be torch.optim.SGD without momentum where MemoryAwareSynapses's "
+        "Expected the optimizer to be torch.optim.SGD without momentum when MemoryAwareSynapses's "
         "update is 'proximal', but got Adam. Set update to 'clamped'."
     )
 

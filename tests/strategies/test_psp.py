@@ -625,8 +625,7 @@ def test_refuses_networks_that_mix_real_and_imaginary_parts(
     with pytest.raises(ConfigurationError) as error:
         check_elementwise(network, torch.rand(2, 2, 3))
     assert str(error.value) == (
-        "Expected a network that works element by element between linear layers where keys are "
-        f"'complex', but {named} does not. Set keys to 'binary', or use activations and dropout only."
+        f"Expected only elementwise operations between linear layers when keys are 'complex', but {named} is not. Set keys to 'binary', or use activations and dropout only."
     )
     assert not any(part._forward_pre_hooks for part in network.modules())
 
@@ -643,7 +642,7 @@ class Functions(nn.Module):
 
 
 def test_refuses_networks_whose_functions_expect_real_shapes(learn: Any) -> None:
-    with pytest.raises(ConfigurationError, match="its forward raised RuntimeError"):
+    with pytest.raises(ConfigurationError, match="the forward pass raised RuntimeError"):
         learn(ParameterSuperposition("complex"), backbone=Functions)
 
 
@@ -779,31 +778,26 @@ def test_measured_bytes_are_declared_bytes(
         (
             {"layers": []},
             (
-                "Expected layers to name at least one layer, but got none. "
-                "Leave it out to key every linear layer."
+                "Expected layers to name at least one layer, but got none. Leave it out to use keys in every linear layer."
             ),
         ),
         (
             {"layers": ["head"], "key_output": False},
             (
-                "Expected key_output to be true where layers are named, but got false. "
-                "Leave the layer out of layers."
+                "Expected key_output to be true when layers are named, but got false. Leave the layer out of layers."
             ),
         ),
         (
             {"layers": ["head"], "key_input": False},
             (
-                "Expected key_input to be true where layers are named, but got false. "
-                "Leave the layer out of layers."
+                "Expected key_input to be true when layers are named, but got false. Leave the layer out of layers."
             ),
         ),
         *(
             (
                 {**COMPLEX, argument: value},
                 (
-                    "Expected layers, key_input and key_output to be left alone where keys are "
-                    "'complex', since a layer that follows a complex one has to be complex too. "
-                    "Set keys to 'binary'."
+                    "Expected layers, key_input and key_output to have their defaults when keys are 'complex', since a layer that follows a complex one has to be complex too. Set keys to 'binary'."
                 ),
             )
             for argument, value in (
@@ -833,8 +827,7 @@ def test_refuses_to_leave_every_layer_out(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(ParameterSuperposition(key_input=False), backbone=nn.Flatten)
     assert str(error.value) == (
-        "Expected key_input and key_output to leave at least one layer with keys, but the network's "
-        "linear layers are head. Set one of them to true."
+        "Expected at least one layer with keys, but key_input and key_output exclude all linear layers of the network: head. Set one of them to true."
     )
 
 

@@ -461,14 +461,14 @@ def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
 # --- refusals ------------------------------------------------------------------------------------
 
 STRENGTH = " 0 is fine-tuning; the authors use 0.1 and 1."
-NEGATIVE = "an implicit step needs importances of at least 0. Set update to 'clamped'."
+NEGATIVE = "a proximal step needs importances of at least 0. Set update to 'clamped'."
 
 
 def test_the_implicit_step_refuses_adam(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(SynapticIntelligence(update="proximal"), optimizer=Adam)
     assert str(error.value) == (
-        "Expected the optimizer to be torch.optim.SGD without momentum where SynapticIntelligence's "
+        "Expected the optimizer to be torch.optim.SGD without momentum when SynapticIntelligence's "
         "update is 'proximal', but got Adam. Set update to 'clamped'."
     )
 
@@ -504,7 +504,7 @@ def test_any_optimizer_by_default(learn: Any) -> None:
         ),
         (
             {"update": "proximal", "clamp": "none"},
-            "Expected clamp to be cumulative or per_task where update is 'proximal', but got 'none': "
+            "Expected clamp to be cumulative or per_task when update is 'proximal', but got 'none': "
             + NEGATIVE,
         ),
     ],

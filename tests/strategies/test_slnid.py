@@ -191,10 +191,10 @@ def test_wrong_arguments_are_errors(arguments: dict[str, Any], message: str) -> 
             MLP,
             "Expected layers to be modules of the backbone, but got 'backbone.22'",
         ),
-        (None, None, "but no ReLU does"),
-        (["backbone.0"], None, r"put out \(batch, units\), but 'backbone.0' does not"),
-        (["backbone.1"], MLP, r"activations, which have no weights, .* but 'backbone.1' does not"),
-        (["backbone.0"], MLP, r"activations, .* but 'backbone.0' does not"),
+        (None, None, "but no ReLU is"),
+        (["backbone.0"], None, r"output \(batch, units\), but 'backbone.0' is not"),
+        (["backbone.1"], MLP, r"activations without weights .* but 'backbone.1' is not"),
+        (["backbone.0"], MLP, r"activations .* but 'backbone.0' is not"),
     ],
 )
 def test_layers_that_are_not_there_are_errors(

@@ -381,6 +381,6 @@ def test_refuses_an_optimizer_that_goes_on(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(STL(), stream={"reset_optimizer": "never"})
     assert str(error.value) == (
-        "Expected reset_optimizer to be 'always' where every task has a network of its own, but got "
+        "Expected reset_optimizer to be 'always' if each task has its own network, but got "
         "'never'. Set it to 'always'."
     )

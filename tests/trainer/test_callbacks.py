@@ -193,9 +193,8 @@ def test_no_checkpoint_is_best_by_what_one_task_has(fit, tmp_path, monitor):
     with pytest.raises(ConfigurationError) as error:
         learn(fit, save, trainer={"enable_checkpointing": True})
     assert str(error.value) == (
-        "Expected ModelCheckpoint to monitor nothing that is measured on the task being learned, but got "
-        f"{monitor!r}. The best model by it is one of an easy or an early task, and knows no later one. "
-        "Leave monitor out: the newest checkpoint knows most tasks."
+        "Expected ModelCheckpoint not to monitor a metric of the current task, but got "
+        f"{monitor!r}. Its best model would be that of an easy or early task, which has not learned later ones. Leave monitor out: the newest checkpoint has learned most tasks."
     )
 
 
@@ -252,6 +251,5 @@ def test_the_commands_own_checkpoints_are_not_written_beside(tmp_path, capsys):
     plugin = "lightning.pytorch.plugins.AsyncCheckpointIO"
     assert main([*command, "--trainer.plugins", plugin]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "bpn-fit: error: Expected trainer.plugins to be without AsyncCheckpointIO, but got it. A checkpoint "
-        "gets its name once it is on disk. Leave it out; checkpoint_every_n_steps says how often one is taken."
+        "bpn-fit: error: Expected trainer.plugins to be without AsyncCheckpointIO, but got it. A checkpoint is renamed once it is on disk. Leave it out; checkpoint_every_n_steps sets the interval."
     )

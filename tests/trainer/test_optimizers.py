@@ -156,21 +156,21 @@ def test_a_penalty_is_part_of_every_look(fit):
             {"accumulate_grad_batches": 2},
             {},
             "accumulate_grad_batches=2",
-            "After its first look at an update's batches it would see the last of them only.",
+            "After the first evaluation of an update it would use only the last of its batches.",
         ),
         (
             FineTuning(),
             {"gradient_clip_val": 0.5},
             {},
             "gradient_clip_val=0.5",
-            "It would take the curvature from clipped gradients.",
+            "It would estimate the curvature from clipped gradients.",
         ),
         (
             FineTuning(),
             {},
             {"stream": {"reset_optimizer": "never"}},
             "reset_optimizer='never'",
-            "What it remembers of the loss is of the task before.",
+            "Its history would be from the loss of the previous task.",
         ),
         (
             GradientEpisodicMemory(8),
@@ -184,7 +184,7 @@ def test_a_penalty_is_part_of_every_look(fit):
             {},
             {"optimizer": partial(LBFGS, line_search_fn="strong_wolfe")},
             "SynapticIntelligence with line_search_fn='strong_wolfe'",
-            "It would search along a penalized gradient for the least of a loss without the penalty.",
+            "Its line search would minimize a loss without the penalty along a gradient with the penalty.",
         ),
     ],
 )
@@ -211,8 +211,7 @@ def test_a_scaler_gives_no_closure(fit, optimizer):
     with pytest.raises(ConfigurationError) as error:
         fit(optimizer=optimizer, trainer={"plugins": [scaled]})
     assert str(error.value) == (
-        "Expected the optimizer to step without a closure in 16-mixed precision, whose scaler looks at the "
-        f"gradients once per update, but got {optimizer.func.__name__}. Use bf16-mixed."
+        f"Expected the optimizer to step without a closure in 16-mixed precision, whose scaler checks the gradients once per update, but got {optimizer.func.__name__}. Use bf16-mixed."
     )
 
 
@@ -237,6 +236,5 @@ def test_an_unknown_optimizer_that_looks_twice_is_refused_where_gradients_accumu
         fit(optimizer=OPTIMIZERS["sharpness-aware"], trainer={"accumulate_grad_batches": 2})
     assert str(error.value) == (
         "Expected trainer.accumulate_grad_batches to be 1 with an optimizer that evaluates its closure "
-        "several times, but got 2 with SharpnessAware. It would see an update's last batch only. Use a "
-        "larger batch_size."
+        "several times, but got 2 with SharpnessAware. It would use only an update's last batch. Use a larger batch_size."
     )

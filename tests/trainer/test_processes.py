@@ -280,9 +280,8 @@ def test_a_process_that_goes_astray_is_named(ranks: Any, name: str) -> None:
     mine, theirs = ranks(go_astray, name)
     assert mine == theirs, "every process stops, for the same reason"
     assert mine == (
-        f"Expected every process to hold the same after task 1, but some differ from process 0 in "
-        f"{SPOILED[name][2]} (process 1). host.batches gives a process its share of the samples: sum over it, then "
-        "host.all_reduce; draw random numbers from random_state.seeded_generator."
+        f"Expected every process to have the same state after task 1, but some differ from process 0 in "
+        f"{SPOILED[name][2]} (process 1). host.batches gives a process its shard of the samples: sum over it, then host.all_reduce; draw random numbers from random_state.seeded_generator."
     )
 
 

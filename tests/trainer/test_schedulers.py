@@ -254,32 +254,28 @@ def test_a_resumed_scheduler_is_one_that_was_never_left(fit, tmp_path, make, sav
             partial(once, total_steps=5),
             {},
             (
-                "Expected total_steps of OneCycleLR to be at least the 6 steps of a task, but got 5. Leave it "
-                "out, and every task has a cycle of its own length."
+                "Expected total_steps of OneCycleLR to be at least the 6 steps of a task, but got 5. Leave it out to use a cycle of the length of each task."
             ),
         ),
         (
             partial(once, total_steps=4),
             {"epochs_per_task": [1, 3]},
             (
-                "Expected total_steps of OneCycleLR to be at least the 6 steps of a task, but got 4. Leave it "
-                "out, and every task has a cycle of its own length."
+                "Expected total_steps of OneCycleLR to be at least the 6 steps of a task, but got 4. Leave it out to use a cycle of the length of each task."
             ),
         ),
         (
             partial(LightningsPlateau, monitor="val/accuracy", mode="max"),
             {},
             (
-                "Expected monitor of ReduceLROnPlateau to be one of val/loss, train/loss, of the task being "
-                "learned, but got 'val/accuracy'. Without it, it is 'train/loss' here."
+                "Expected monitor of ReduceLROnPlateau to be one of val/loss, train/loss, of the current task, but got 'val/accuracy'. The default here is 'train/loss'."
             ),
         ),
         (
             partial(LightningsPlateau, monitor="val/loss"),
             {},
             (
-                "Expected validation_fraction to be more than 0 where ReduceLROnPlateau monitors 'val/loss', "
-                "but the stream has no validation split. Set it, or monitor 'train/loss'."
+                "Expected validation_fraction to be more than 0 when ReduceLROnPlateau monitors 'val/loss', but the stream has no validation split. Set it, or monitor 'train/loss'."
             ),
         ),
         (
@@ -294,8 +290,7 @@ def test_a_resumed_scheduler_is_one_that_was_never_left(fit, tmp_path, make, sav
             PLATEAU,
             {"reset_optimizer": "never"},
             (
-                "Expected reset_optimizer to be 'always' with ReduceLROnPlateau, but got 'never'. The loss of "
-                "the next task begins higher than that of the last one ended."
+                "Expected reset_optimizer to be 'always' with ReduceLROnPlateau, but got 'never'. The loss of the next task starts higher than that of the previous one ended."
             ),
         ),
     ],
@@ -311,7 +306,7 @@ def test_two_monitors_are_one_too_many(fit):
     with pytest.raises(ConfigurationError) as error:
         fit(stream=stream(), scheduler=make, scheduler_monitor="val/loss")
     assert str(error.value) == (
-        "Expected scheduler_monitor to be what ReduceLROnPlateau monitors, 'train/loss', but got 'val/loss'. "
+        "Expected scheduler_monitor to equal the monitor of ReduceLROnPlateau, 'train/loss', but got 'val/loss'. "
         "Leave one of the two out."
     )
     with pytest.raises(

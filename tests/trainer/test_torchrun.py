@@ -139,9 +139,8 @@ def test_processes_that_were_started_are_used(
         monkeypatch.setenv(name, value)
     assert main([*FLAGS, *flags, "--runs", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "bpn-fit: error: Expected trainer.devices * num_nodes to be 4, as many processes as were started, "
-        f"but got {got}. Set devices to the processes of a machine, num_nodes to the machines, and "
-        "strategy to 'ddp'."
+        "bpn-fit: error: Expected trainer.devices * num_nodes to be 4, the number of processes that were started, "
+        f"but got {got}. Set devices to the processes per machine, num_nodes to the machines, and strategy to 'ddp'."
     )
     assert not list(tmp_path.iterdir())
 

@@ -21,7 +21,7 @@ from bpn_lightning.strategies import EWC
 PAGE = Path(__file__).parent.parent.parent / "docs" / "trainer_flags.md"
 
 NOTHING = "Nothing would be learned. Leave it out."
-EARLY = "The stream would end before. Leave it out, or raise epochs_per_task."
+EARLY = "The stream would end earlier. Leave it out, or increase epochs_per_task."
 #: Flag, value, and what is said. A stream of two tasks of two epochs of two batches.
 REFUSED = [
     (
@@ -58,18 +58,18 @@ REFUSED = [
         "limit_train_batches",
         0.4,
         (
-            "a number that leaves task 0 a batch",
-            "0.4, which leaves it none",
-            "Raise it, or lower batch_size.",
+            "a number that leaves task 0 at least one batch",
+            "0.4, which leaves none",
+            "Increase it, or lower batch_size.",
         ),
     ),
     (
         "limit_val_batches",
         0.5,
         (
-            "0, or a number that leaves task 0 a batch",
-            "0.5, which leaves it none",
-            "Raise it, or lower eval_batch_size.",
+            "0, or a number that leaves task 0 at least one batch",
+            "0.5, which leaves none",
+            "Increase it, or lower eval_batch_size.",
         ),
     ),
     (
@@ -119,7 +119,7 @@ REFUSED = [
     (
         "reload_dataloaders_every_n_epochs",
         2,
-        ("0 or 1", 2, "Every epoch has its own loader, in the order of its task. Leave it out."),
+        ("0 or 1", 2, "Every epoch needs its own loader. Leave it out."),
     ),
 ]
 

@@ -113,7 +113,9 @@ def test_a_damaged_image_is_named_and_leaves_no_cache(entries: list[Entry]) -> N
     entries[1].path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError) as error:
         cached(entries)
-    assert str(error.value).startswith(f"Expected {entries[1].path} to be a whole image, but got ")
+    assert str(error.value).startswith(
+        f"Expected {entries[1].path} to be an intact image, but got "
+    )
     assert str(error.value).endswith(
         "Replace the file, or set on_corrupt to skip to leave damaged images out."
     )

@@ -103,7 +103,7 @@ def test_a_corrupt_image_is_an_error_or_left_out(trees: Trees) -> None:
     tree = trees("flowers")
     damaged = Path(tree.parts["flowers"]["train"][3][0])
     damaged.write_bytes(damaged.read_bytes()[:200])
-    with pytest.raises(DataError, match="to be a whole image") as error:
+    with pytest.raises(DataError, match="to be an intact image") as error:
         stream_of(Flowers102(tree.root))
     assert str(damaged) in str(error.value)
     with pytest.warns(UserWarning, match="1 of the 6 train images of Oxford Flowers are damaged"):
