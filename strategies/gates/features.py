@@ -361,7 +361,8 @@ class FeatureGate(TaskGate):
                 f"Expected gate {self.name} to be asked after a task was learned, but got features "
                 "before any was. Fit it on a task first."
             )
-        return self.scores(self._projected(features), self.rows)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.scores(self._projected(features), self.rows)
 
     def task_scores(self, seen: Tensor) -> Tensor:
         """Log-scores of tasks, ``(n, tasks)``: over rows of a task, at the temperature, summed."""

@@ -172,6 +172,15 @@ def test_projection_keeps_distances(digits: Digits) -> None:
     assert ratio.std() < 0.03
 
 
+@every_gate
+def test_half_precision_around_it_changes_nothing(name: str, learn: Learn, digits: Digits) -> None:
+    (x, y), (held, _) = digits
+    gate = learn(CHOSEN[name](project=20), x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gate.log_scores(held)
+    assert torch.equal(inside, gate.log_scores(held))
+
+
 # --- restarts and costs --------------------------------------------------------------------------
 
 
