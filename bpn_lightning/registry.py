@@ -23,13 +23,17 @@ from typing import Any
 from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.strategies import STRATEGIES
+from bpn_lightning.strategies.table import GATES
 
 __all__ = [
     "ALIASES",
     "BUILT_IN",
     "CLASS_PATH",
+    "FRONTS",
     "Registered",
     "by_class_path",
+    "fronts",
+    "gates",
     "is_class_path",
     "strategies",
     "streams",
@@ -44,10 +48,19 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen": ("bd", {"direction": "frozen"}),
 }
 
+#: Fixed feature extractors that stand before a network, and where the class is.
+FRONTS: dict[str, str] = {
+    "frozen": "bpn_lightning.nn.fronts:FrozenNetwork",
+    "patches": "bpn_lightning.nn.patches:Patches",
+    "random": "bpn_lightning.nn.fronts:RandomFeatures",
+}
+
 IMPORTABLE = "be importable"
 
 #: The base class of each kind.
 BASES = {
+    "front": "bpn_lightning.nn.fronts:Front",
+    "gate": "bpn_lightning.strategies.gates.base:TaskGate",
     "strategy": "bpn_lightning.strategies.base:ContinualStrategy",
     "stream": "bpn_lightning.datamodules.base:ContinualDataModule",
 }
@@ -58,7 +71,7 @@ class Registered:
     """A class that configs and the command line may name.
 
     Args:
-        kind: ``"strategy"`` or ``"stream"``.
+        kind: ``"strategy"``, ``"stream"``, ``"gate"`` or ``"front"``.
         name: the name in configs, and the key of its arguments.
         target: ``"module:Class"``.
         origin: ``"built in"``, ``"class path"``, or the distribution that registers it.
@@ -158,6 +171,16 @@ def strategies() -> dict[str, Registered]:
 def streams() -> dict[str, Registered]:
     """All registered streams, built-in ones first."""
     return _registered("stream", DATAMODULES, "bpn_lightning.datamodules")
+
+
+def gates() -> dict[str, Registered]:
+    """Everything that names tasks and has a name, built-in ones first."""
+    return _registered("gate", GATES, "bpn_lightning.gates")
+
+
+def fronts() -> dict[str, Registered]:
+    """Every front that has a name, built-in ones first."""
+    return _registered("front", FRONTS, "bpn_lightning.fronts")
 
 
 def is_class_path(name: str) -> bool:

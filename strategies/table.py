@@ -1,6 +1,6 @@
-"""The built-in strategies and their names on the command line, in configs and in checkpoints."""
+"""The built-in strategies and gates and their names on the command line, in configs and in checkpoints."""
 
-__all__ = ["STRATEGIES"]
+__all__ = ["GATES", "STRATEGIES"]
 
 #: Names on the command line, in configs and in checkpoints, and the import path of each class.
 STRATEGIES: dict[str, str] = {
@@ -18,4 +18,17 @@ STRATEGIES: dict[str, str] = {
     "si": "bpn_lightning.strategies.si:SynapticIntelligence",
     "slnid": "bpn_lightning.strategies.slnid:SLNID",
     "stl": "bpn_lightning.strategies.stl:IndependentNetworks",
+}
+
+#: What names the task of an input, by the same rule.
+GATES: dict[str, str] = {
+    "confidence": "bpn_lightning.strategies.gates.logits:Confidence",
+    "energy": "bpn_lightning.strategies.gates.logits:Energy",
+    "entropy": "bpn_lightning.strategies.gates.logits:Entropy",
+    "fecam": "bpn_lightning.strategies.gates.fecam:FeCAM",
+    "ncm": "bpn_lightning.strategies.gates.ncm:NearestClassMean",
+    "ppca": "bpn_lightning.strategies.gates.ppca:ProbabilisticPCA",
+    "ranpac": "bpn_lightning.strategies.gates.ranpac:RanPAC",
+    "slda": "bpn_lightning.strategies.gates.slda:SLDA",
+    "supsup": "bpn_lightning.strategies.gates.supsup:SupSup",
 }

@@ -439,3 +439,31 @@ def test_a_class_that_nobody_registered_works_as_a_callback(fit: Callable[..., A
     without, _ = fit([])
     assert with_it.network.head.weight.norm() < without.network.head.weight.norm()
     assert [type(one) for one in with_it.host.strategies] == [Mine]
+
+
+# --- gates and fronts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("registered", "names"),
+    [
+        (
+            registry.gates,
+            "confidence energy entropy fecam ncm ppca ranpac slda supsup",
+        ),
+        (registry.fronts, "frozen patches random"),
+    ],
+)
+def test_gates_and_fronts_have_names_that_load(
+    registered: Callable[[], dict[str, registry.Registered]], names: str
+) -> None:
+    assert sorted(registered()) == names.split()
+    for name, one in registered().items():
+        assert one.problem() is None
+        assert issubclass(one.load(), registry.Registered(one.kind, name, one.target, "x").load())
+
+
+def test_a_gate_is_named_as_in_the_table() -> None:
+    for name, one in registry.gates().items():
+        gate = one.load()()
+        assert (gate.name, gate.state_key) == (name, f"gate {name}")

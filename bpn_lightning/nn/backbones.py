@@ -15,7 +15,7 @@ from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
 from bpn_lightning.files import why_unreadable
 from bpn_lightning.untrusted import open_untrusted, refuse_deflated
 
-__all__ = ["MLP", "torchvision_backbone"]
+__all__ = ["MLP", "read_state_dict", "torchvision_backbone"]
 
 
 #: Auxiliary classifiers, for training from scratch only.
@@ -145,9 +145,16 @@ def _nothing_but_tensors() -> Iterator[None]:
             os.environ[key] = before
 
 
-def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> None:
-    """Load the weights of a complete network into one without its classifier."""
-    advice = f"Name a file that torch.save(torchvision.models.{name}().state_dict(), ...) wrote."
+def read_state_dict(path: Path, advice: str) -> dict[str, Tensor]:
+    """Weights from a file that may come from anywhere; nothing but tensors is loaded from it.
+
+    Args:
+        path: where it lies.
+        advice: what to do instead, for the message.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds something else.
+    """
     try:
         with open_untrusted(path, max_bytes=None) as file:
             if is_zipfile(file):  # torch had another format once, which many weights still have
@@ -161,8 +168,14 @@ def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> No
             f"Expected weights_file to be a file of weights, but reading {path} failed with "
             f"{type(error).__name__}: {why_unreadable(error)}. {advice}"
         ) from error
+    return dict(state) if isinstance(state, dict) else {}
+
+
+def _load_weights(network: nn.Module, name: str, path: Path, cut_off: str) -> None:
+    """Load the weights of a complete network into one without its classifier."""
+    advice = f"Name a file that torch.save(torchvision.models.{name}().state_dict(), ...) wrote."
+    found = read_state_dict(path, advice)
     kept = network.state_dict()
-    found = dict(state) if isinstance(state, dict) else {}
     for left_out in [key for key in found if key not in kept]:
         if left_out.startswith(f"{cut_off}.") or left_out.partition(".")[0] in _HALFWAY:
             del found[left_out]

@@ -1,0 +1,383 @@
+"""Fixed feature extractors that stand before a network: fitted once on the first task, never trained."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
+from bpn_lightning.nn.backbones import read_state_dict
+from bpn_lightning.random_state import seeded_generator
+
+__all__ = ["Front", "FrozenNetwork", "Images", "RandomFeatures", "check_whole_numbers"]
+
+#: Begins to yield batches of images, ``(n, *input_shape)`` floats, anew at each call.
+Images = Callable[[], Iterable[Tensor]]
+
+
+class Front(nn.Module):
+    """Maps inputs to features that are the same for all tasks.
+
+    A front is in evaluation mode whatever is asked, takes no part in gradients, and works in full
+    precision. Its features have mean 0 and deviation 1 over the images that it was fitted on. What was
+    fitted depends neither on their order nor on how they are divided among processes, but for
+    rounding.
+
+    Write one by overriding :meth:`width`, :meth:`extract` and, for what is measured on images,
+    :meth:`allocate` and :meth:`fit_extractor`.
+
+    State:
+        ``mean`` and ``deviation`` of the features, ``(width,)`` float32.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.input_shape: tuple[int, ...] | None = None
+        super().train(False)
+
+    # --- what a front says -----------------------------------------------------------------------
+
+    @abstractmethod
+    def width(self, input_shape: Sequence[int]) -> int:
+        """How many features an input of this shape has; from arguments alone.
+
+        Raises:
+            ConfigurationError: it takes no inputs of this shape.
+        """
+
+    @abstractmethod
+    def extract(self, inputs: Tensor) -> Tensor:
+        """Features before they are standardized, ``(n, width)``, of ``(n, *input_shape)`` floats."""
+
+    def fit_extractor(self, images: Images, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Measure on images what :meth:`extract` needs."""
+
+    def allocate(self, input_shape: Sequence[int]) -> None:
+        """Make room for what is fitted, before it is fitted or loaded."""
+        self.input_shape = tuple(input_shape)
+        width = self.width(input_shape)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    # --- fitting ---------------------------------------------------------------------------------
+
+    def fit(
+        self, images: Images, all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+    ) -> None:
+        """Measure what is fitted, then the mean and deviation of the features.
+
+        Args:
+            images: a process's own; they are read several times.
+            all_reduce: gives sums over all processes.
+
+        Raises:
+            DataError: there are no images, or their features are not finite or all constant.
+        """
+        first = next(iter(images()), None)
+        if first is None:
+            raise DataError(
+                f"Expected images to fit the front {type(self).__name__} on, but got none. Fit it on "
+                "the training part of the first task."
+            )
+        self.allocate(first.shape[1:])
+        self.to(first.device)
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            self.fit_extractor(images, all_reduce)
+            self._standardize(images, all_reduce)
+
+    def _standardize(self, images: Images, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        sums = torch.zeros(3, len(self.mean), dtype=torch.float64, device=self.mean.device)
+        for batch in images():
+            features = self._features(batch).double()
+            sums += torch.stack(
+                (
+                    features.new_full(sums.shape[1:], len(features)),
+                    features.sum(0),
+                    features.square().sum(0),
+                )
+            )
+        count, first, second = all_reduce(sums)
+        mean = first / count
+        square = second / count
+        variance = square - mean.square()
+        varies = variance > 1e-10 * square
+        if not (bool(second.isfinite().all()) and bool(varies.any())):
+            what = "constant ones only" if second.isfinite().all() else "NaN or infinite values"
+            raise DataError(
+                f"Expected the features of the front {type(self).__name__} to be finite and to vary, but "
+                f"got {what}. Look at the images of the first task."
+            )
+        self.mean.copy_(mean)
+        self.deviation.copy_(torch.where(varies, variance, 1.0).sqrt())
+
+    # --- inference -------------------------------------------------------------------------------
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Standardized features, ``(n, width)``, of ``(n, *input_shape)`` floats.
+
+        Raises:
+            ConfigurationError: it was not fitted, or the inputs have another shape.
+        """
+        if self.input_shape is None:
+            raise ConfigurationError(
+                f"Expected the front {type(self).__name__} to be fitted before it is used. Call fit, or "
+                "load what was fitted."
+            )
+        if tuple(inputs.shape[1:]) != self.input_shape:
+            raise ConfigurationError(
+                f"Expected inputs of shape (n, {', '.join(map(str, self.input_shape))}) for the front "
+                f"{type(self).__name__}, but got {tuple(inputs.shape)}. Bring them to that shape."
+            )
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            return (self._features(inputs) - self.mean) / self.deviation
+
+    def _features(self, inputs: Tensor) -> Tensor:
+        features = self.extract(inputs.float())
+        if features.shape != (len(inputs), len(self.mean)):
+            raise ConfigurationError(
+                f"Expected the front {type(self).__name__} to give a vector of {len(self.mean)} features for "
+                f"each input, but got {tuple(features.shape)} for {len(inputs)}. Flatten its output."
+            )
+        return features
+
+    def train(self, mode: bool = True) -> "Front":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    # --- record ----------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """Its arguments and the shape of its inputs, as plain values; ``state_dict`` has the rest."""
+        return {**self.arguments, "input_shape": list(self.input_shape or ())}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], **more: Any) -> "Front":
+        """A front with room for the state that :meth:`record` was written beside.
+
+        Args:
+            record: of the same class.
+            more: arguments that are no plain values, such as a network.
+
+        Raises:
+            ConfigurationError: the record has arguments that the front does not take.
+        """
+        arguments = dict(record)
+        shape = arguments.pop("input_shape")
+        made = cls(**arguments, **more)
+        if shape:
+            made.allocate(shape)
+        return made
+
+    def fingerprint(self) -> str:
+        """A hash of the arguments and of every bit that was fitted or loaded."""
+        digest = blake2b(repr((type(self).__name__, sorted(self.record().items()))).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(bits.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def check_whole_numbers(**values: object) -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    for argument, value in values.items():
+        if type(value) is not int or value < 1:
+            raise ConfigurationError(
+                f"Expected {argument} of a front to be a whole number of at least 1, but got {value!r}. "
+                "Leave it out for the default."
+            )
+
+
+class RandomFeatures(Front):
+    r"""Random features: half of them 0, or those of a Gaussian kernel.
+
+    .. math:: \max(0, x R / \sqrt d) \qquad\text{or}\qquad
+        \sqrt{2 / M} \cos(x R / \ell + b), \quad R_{ij} \sim N(0, 1),\ b_j \sim U(0, 2 \pi)
+
+    The products of the cosines go to :math:`\exp(-|x - y|^2 / 2 \ell^2)` with their number (Rahimi and
+    Recht, 2007, Alg. 1). RanDumb (Prabhu et al., 2024, https://arxiv.org/abs/2402.08823) is a shared
+    Gaussian, the gate ``slda``, on them.
+
+    Args:
+        features: M, how many.
+        kind: ``cosine``, or ``relu`` for those of the first formula.
+        length: l over the root of the inputs' summed variances, which is measured.
+        seed: of R and b, which are never stored.
+
+    State:
+        ``scale``, one float32, next to mean and deviation: 8 M + 4 bytes.
+
+    Raises:
+        ConfigurationError: an argument breaks a rule.
+    """
+
+    matrix: Tensor
+    phase: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        features: int = 2000,
+        kind: Literal["cosine", "relu"] = "cosine",
+        *,
+        length: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        check_whole_numbers(features=features)
+        if kind not in ("cosine", "relu"):
+            raise ConfigurationError(
+                f"Expected kind of a front to be one of cosine, relu, but got {kind!r}."
+                f"{did_you_mean(str(kind), ('cosine', 'relu'))}"
+            )
+        if not (isinstance(length, int | float) and 0 < length < float("inf")):
+            raise ConfigurationError(
+                f"Expected length of a front to be a number above 0, but got {length!r}. 1 is the size of "
+                "the inputs' deviation."
+            )
+        super().__init__(features=features, kind=kind, length=length, seed=seed)
+        self.features, self.kind, self.length, self.seed = features, kind, length, seed
+
+    def width(self, input_shape: Sequence[int]) -> int:
+        """As many as was asked for."""
+        return self.features
+
+    def allocate(self, input_shape: Sequence[int]) -> None:
+        """Draw R and b."""
+        super().allocate(input_shape)
+        generator = seeded_generator("random front", self.seed)
+        size = prod(input_shape)
+        matrix = torch.randn(size, self.features, generator=generator)
+        phase = torch.rand(self.features, generator=generator) * 2 * torch.pi
+        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("phase", phase, persistent=False)
+        self.register_buffer("scale", torch.tensor(size**-0.5))
+
+    def fit_extractor(self, images: Images, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Measure the size of the inputs, for cosines."""
+        if self.kind == "relu":
+            return
+        size = len(self.matrix)
+        sums = torch.zeros(3, size, dtype=torch.float64, device=self.matrix.device)
+        for batch in images():
+            x = batch.flatten(1).double()
+            sums += torch.stack((x.new_full((size,), len(x)), x.sum(0), x.square().sum(0)))
+        count, first, second = all_reduce(sums)
+        variance = (second / count - (first / count).square()).sum().clamp(min=0)
+        # Inputs that do not vary are refused where their features are standardized.
+        self.scale.copy_(torch.where(variance > 0, self.length * variance.sqrt(), 1.0).reciprocal())
+
+    def extract(self, inputs: Tensor) -> Tensor:
+        """The formula."""
+        products: Tensor = inputs.flatten(1) @ self.matrix * self.scale
+        if self.kind == "relu":
+            return products.relu()
+        waves: Tensor = (products + self.phase).cos()
+        return waves.mul((2 / self.features) ** 0.5)
+
+
+class FrozenNetwork(Front):
+    """The features of a network that was trained elsewhere, and never is here.
+
+    Args:
+        network: maps ``(n, channels, height, width)`` to ``(n, features)``.
+        weights_file: a file with its ``state_dict``; nothing but tensors is loaded from it.
+        size: images are resized to ``size`` x ``size`` (bilinear, antialiased); None leaves them.
+        mean: of each channel, taken off the inputs, in their units; None takes off nothing.
+        std: of each channel, which divides them then; None divides by 1.
+
+    State:
+        the network's, next to mean and deviation of its features.
+
+    Raises:
+        ConfigurationError: an argument breaks a rule.
+        DataError: the file is missing, damaged, or of another network.
+    """
+
+    shift: Tensor
+    divisor: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights_file: str | None = None,
+        *,
+        size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        if size is not None:
+            check_whole_numbers(size=size)
+        if std is not None and not all(value > 0 for value in std):
+            raise ConfigurationError(
+                f"Expected std of a front to be above 0 for each channel, but got {list(std)}. Leave it "
+                "out to divide by 1."
+            )
+        numbers = {
+            "mean": None if mean is None else [float(value) for value in mean],
+            "std": None if std is None else [float(value) for value in std],
+        }
+        super().__init__(size=size, **numbers)
+        self.size = size
+        self.network = network.requires_grad_(False).eval()
+        channels = [
+            torch.tensor(value or [default])
+            for value, default in zip(numbers.values(), (0.0, 1.0), strict=True)
+        ]
+        self.register_buffer("shift", channels[0].view(-1, 1, 1), persistent=False)
+        self.register_buffer("divisor", channels[1].view(-1, 1, 1), persistent=False)
+        if weights_file is not None:
+            self._load(Path(weights_file).expanduser())
+
+    def _load(self, path: Path) -> None:
+        advice = "Name a file that torch.save(network.state_dict(), ...) wrote."
+        found, kept = read_state_dict(path, advice), self.network.state_dict()
+        wrong = sorted(kept.keys() ^ found.keys())
+        wrong += [key for key in kept if key in found and kept[key].shape != found[key].shape]
+        if wrong:
+            raise DataError(
+                f"Expected {path} to hold the weights of the front's network, but got another's: "
+                f"{wrong[0]!r} is missing, unknown or of another shape. {advice}"
+            )
+        self.network.load_state_dict(found)
+
+    def width(self, input_shape: Sequence[int]) -> int:
+        """Found by a forward of zeros.
+
+        Raises:
+            ConfigurationError: the network takes no such inputs, or gives no vectors.
+        """
+        remedy = "Pass a network that gives vectors, or set size."
+        rule = f"Expected the front's network to map (n, {', '.join(map(str, input_shape))}) to (n, features), but"
+        try:
+            with torch.no_grad():
+                features = self.extract(torch.zeros(1, *input_shape, device=self.shift.device))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"{rule} its forward raised {type(error).__name__}: {error}. {remedy}"
+            ) from error
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ConfigurationError(f"{rule} got {got} for one input. {remedy}")
+        return features.shape[1]
+
+    def extract(self, inputs: Tensor) -> Tensor:
+        """Resize, normalize, forward."""
+        if self.size is not None:
+            size = (self.size, self.size)
+            inputs = F.interpolate(inputs, size, mode="bilinear", antialias=True)
+        features: Tensor = self.network((inputs - self.shift) / self.divisor)
+        return features

@@ -1,0 +1,1 @@
+"""What names the task of an input: one paper, one file."""

@@ -1,0 +1,126 @@
+"""What gates have in common: they name the task of an input, by scores that are larger where it is likelier."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from math import isfinite
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.table import GATES
+
+__all__ = [
+    "TaskGate",
+    "check_choice",
+    "check_gate_names",
+    "check_number",
+    "check_optional",
+    "check_positive",
+]
+
+
+class TaskGate(ContinualStrategy):
+    """Names the task of an input: an ordinary strategy, of which a run may have several.
+
+    Args:
+        name: its column in results, and its name in checkpoints; by default its own in the table.
+    """
+
+    #: What it looks at: features of an input, or the logits of every learned task's mode.
+    looks_at: ClassVar[Literal["features", "logits"]] = "features"
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = self._registered_name() if name is None else name
+        self.reset()
+
+    def _registered_name(self) -> str:
+        module, qualname = type(self).__module__, type(self).__qualname__
+        registered = {target: key for key, target in GATES.items()}
+        return registered.get(f"{module}:{qualname}", f"{module}.{qualname}")
+
+    @property
+    def state_key(self) -> str:
+        """The name of this gate's state in checkpoints."""
+        return f"gate {self.name}"
+
+    @abstractmethod
+    def task_scores(self, seen: Tensor) -> Tensor:
+        """Log-scores of the learned tasks, ``(n, tasks)``, up to a number of each sample's own.
+
+        Args:
+            seen: what ``looks_at`` says: features ``(n, d)``, or logits ``(tasks, n, classes)``.
+        """
+
+    def task_log_probabilities(self, seen: Tensor) -> Tensor:
+        """Logs of the probabilities of the learned tasks, ``(n, tasks)``, which add up to 1."""
+        return self.task_scores(seen).log_softmax(1)
+
+    def tasks(self, seen: Tensor) -> Tensor:
+        """The likeliest task of each sample, ``(n,)`` int64."""
+        return self.task_scores(seen).argmax(1)
+
+
+def check_choice(argument: str, value: object, known: Sequence[str]) -> None:
+    """Refuse what is none of some words.
+
+    Raises:
+        ConfigurationError: names the argument and what is known.
+    """
+    if value not in known:
+        raise ConfigurationError(
+            f"Expected {argument} to be one of {', '.join(known)}, but got {value!r}."
+            f"{did_you_mean(str(value), known)}"
+        )
+
+
+def check_positive(argument: str, value: object, remedy: str = "Raise it.") -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(
+            f"Expected {argument} to be a whole number of at least 1, but got {value!r}. {remedy}"
+        )
+
+
+def check_number(argument: str, value: object, most: float, remedy: str = "") -> None:
+    """Refuse what is no number from 0 to a limit.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    if not (isinstance(value, int | float) and isfinite(value) and 0 <= value <= most):
+        limit = f"from 0 to {most:g}" if isfinite(most) else "of at least 0"
+        raise ConfigurationError(
+            f"Expected {argument} to be a number {limit}, but got {value!r}. "
+            f"{remedy or 'Leave it out for the default.'}"
+        )
+
+
+def check_optional(argument: str, value: float | None, most: float) -> None:
+    """Refuse what is no number from 0 to a limit; None is left to be chosen.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    if value is not None:
+        check_number(argument, value, most, "Null chooses it on held-out samples.")
+
+
+def check_gate_names(gates: Sequence[TaskGate]) -> None:
+    """Refuse two gates of one name in a run.
+
+    Raises:
+        ConfigurationError: names it.
+    """
+    names = [gate.name for gate in gates]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(
+                f"Expected the gates of a run to have names of their own, but got {names.count(name)} "
+                f"of the name {name!r}. Give one of them another by its argument name."
+            )

@@ -1,0 +1,493 @@
+"""Gates that are fitted on features: sums while a task is read, rows when it ends.
+
+A gate never stores a sample. What it holds of a task is written once, when the task ends, or solved
+again from sums that are exact.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensors_in
+from bpn_lightning.errors import CheckpointError, ConfigurationError, DataError
+from bpn_lightning.functional.moments import Moments, SecondMoments, draw_held_out
+from bpn_lightning.functional.task_scores import (
+    TEMPERATURES,
+    by_task,
+    temperature_log_likelihoods,
+)
+from bpn_lightning.host import ContinualHost
+from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.strategies.gates.base import TaskGate, check_choice, check_positive
+from bpn_lightning.tasks import Batch, ContinualStream, Task
+
+__all__ = ["FLOAT32", "FeatureGate", "Features", "Per"]
+
+Features = Literal["front"]
+Per = Literal["class", "task"]
+
+FLOAT32, FLOAT64 = 4, 8
+
+#: What is left of a sum of squares in float64 where nothing varies.
+ROUNDING = 1e-12
+
+
+class _Part(NamedTuple):
+    """What was summed of one task: of the samples to fit, and of those held out."""
+
+    task: Task
+    fit: Moments
+    held: Moments
+
+    def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> "_Part":
+        return _Part(self.task, self.fit.reduced(all_reduce), self.held.reduced(all_reduce))
+
+
+class FeatureGate(TaskGate):
+    """A gate that is fitted on features, one row for each class of each task, or for each task.
+
+    A task is fitted at its end: :meth:`add` sums its samples, :meth:`reduce` the processes,
+    :meth:`calibrate` looks at the samples that were held out, and :meth:`finish` writes the task's
+    rows from the sums of all its samples. Nothing depends on the order of samples, batches and
+    processes but for the rounding of float64.
+
+    Held-out samples are a draw of the task's own training samples, by their numbers. They choose what
+    a method leaves open (:meth:`choose`) and the temperature, which is the one among 61 at which the
+    tasks of all held-out samples so far were likeliest, each when its own task had just been learned.
+
+    Args:
+        features: what it looks at: ``front``, which is what the network's front gives, or the prepared
+            inputs where there is none.
+        project: dimensions of a random projection of the features, drawn from the stream's seed and
+            the gate's name and never stored; None for none.
+        per: whether a row stands for a ``class`` or for a whole ``task``.
+        held_out: fraction of a task's samples to choose and to calibrate with; 0 for none.
+        name: see :class:`TaskGate`.
+
+    State:
+        ``rows``, what the method says of each row and of all, float32, for inference; while learning,
+        float64 sums of all rows, where a method needs those of earlier tasks (``retained``).
+
+    Raises:
+        ConfigurationError: an argument breaks a rule.
+    """
+
+    #: Whose second moments it needs.
+    second_moments: ClassVar[SecondMoments] = "none"
+    #: Samples of a group below which it has no row.
+    least: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        *,
+        features: Features = "front",
+        project: int | None = None,
+        per: Per = "class",
+        held_out: float = 0.1,
+        name: str | None = None,
+    ) -> None:
+        check_choice("features", features, ("front",))
+        check_choice("per", per, ("class", "task"))
+        if project is not None:
+            check_positive("project", project, "Leave it out for no projection.")
+        if not (isinstance(held_out, int | float) and 0 <= held_out < 1):
+            raise ConfigurationError(
+                f"Expected held_out to be a fraction from 0 to below 1, but got {held_out!r}. "
+                "0 holds out nothing."
+            )
+        self.features: Features = features
+        self.project = project
+        self.per: Per = per
+        self.held_out = float(held_out)
+        super().__init__(name)
+
+    def reset(self) -> None:
+        """Forget every task."""
+        self.seed = 0
+        self.inputs = 0  # width of the features as they come
+        self.row_tasks: list[int] = []
+        self.row_columns: list[int] = []
+        self.rows: dict[str, Tensor] = {}
+        self.chosen: float | None = None
+        self.retained: tuple[Moments, Moments] | None = None
+        self.likelihoods = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+        self._part: _Part | None = None
+        self._projection: Tensor | None = None
+
+    # --- what a method says ----------------------------------------------------------------------
+
+    @abstractmethod
+    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+        """What is stored, float32: of the rows whose moments these are, rows first, or of all of them.
+
+        With second moments of each group's own, the rows of a new task are asked for and appended;
+        else all rows of all tasks, and what they share.
+        """
+
+    @abstractmethod
+    def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Log-scores of rows, ``(n, rows)``, of projected features ``(n, d)``."""
+
+    @abstractmethod
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row at inference."""
+
+    def shared_bytes(self, width: int) -> int:
+        """Bytes of what all rows share at inference."""
+        return 0
+
+    def choose(self, fit: Moments, held: Moments) -> float:
+        """What the held-out samples prefer, for a method that leaves something open.
+
+        Args:
+            fit: of the samples that are fitted; each group has as many as ``least``.
+            held: of those held out, of the same groups; of some group at least one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves nothing open.")
+
+    @property
+    def open_argument(self) -> str | None:
+        """The argument that :meth:`choose` answers for; None where nothing was left open."""
+        return None
+
+    # --- fitting ---------------------------------------------------------------------------------
+
+    def add(
+        self, task: Task, features: Tensor, columns: Tensor, held_out: Tensor | None = None
+    ) -> None:
+        """Sum a batch of a task's samples.
+
+        Args:
+            task: which; those before it are finished.
+            features: ``(n, d)``.
+            columns: ``(n,)`` int64, the column of each sample's class.
+            held_out: ``(n,)`` bool, which of them are held out; by default none.
+
+        Raises:
+            DataError: features are not finite, or of another width.
+        """
+        projected = self._projected(features)
+        if not projected.isfinite().all():
+            raise DataError(
+                f"Expected the features of task {task.id} to be finite for gate {self.name}, but got "
+                "NaN or infinite values. Look at the inputs, and at the front that made them."
+            )
+        if self._part is None:
+            zero = Moments.zero(
+                self._groups(task), projected.shape[1], self.second_moments, projected.device
+            )
+            self._part = _Part(task, zero, Moments(*(value.clone() for value in zero)))
+        groups = columns - task.columns[0] if self.per == "class" else torch.zeros_like(columns)
+        held = torch.zeros_like(groups, dtype=torch.bool) if held_out is None else held_out
+        self._part.fit.add_(projected[~held], groups[~held])
+        if held.any():
+            self._part.held.add_(projected[held], groups[held])
+
+    def discard(self) -> None:
+        """Forget what was summed of a task that is not finished."""
+        self._part = None
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Sum the open task over all processes."""
+        self._part = self._open_part().reduced(all_reduce)
+        self._check_counts()
+
+    def trial_rows(self) -> dict[str, Tensor] | None:
+        """All rows, those of the open task without its held-out samples; chooses what is open.
+
+        Returns:
+            None where too few samples are left for that.
+        """
+        part = self._open_part()
+        held_enough = bool(part.held.counts.sum() > 0)
+        if not held_enough or part.fit.counts.min() < self.least:
+            return None
+        self._choose(part)
+        return self._all_rows(part.fit)
+
+    def calibrate(self, trial: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        """What held-out samples of the open task say of each temperature.
+
+        Args:
+            trial: of :meth:`trial_rows`.
+            features: of held-out samples, ``(n, d)``.
+
+        Returns:
+            ``(61,)`` float64, sums over the samples, for :meth:`finish`.
+        """
+        task = self._open_part().task
+        scores = self.scores(self._projected(features), trial)
+        tasks = torch.tensor([*self.row_tasks, *[task.id] * self._groups(task)]).to(scores.device)
+        return temperature_log_likelihoods(scores, tasks, tasks.new_full((len(scores),), task.id))
+
+    def finish(self, likelihoods: Tensor | None = None) -> None:
+        """Write the rows of the open task, from the sums of all its samples.
+
+        Args:
+            likelihoods: sums of :meth:`calibrate`, over all processes; None leaves the temperature.
+
+        Raises:
+            DataError: a class has too few samples, or features do not vary.
+            ConfigurationError: a covariance cannot be inverted, or nothing was held out to choose with.
+        """
+        part = self._open_part()
+        self._check_counts()
+        if self.open_argument is not None and self.chosen is None:
+            self._choose(part)
+        rows = self._all_rows(part.fit.plus(part.held))
+        retained = self._with_retained(part.fit, part.held)
+        # From here on nothing fails, so that a task is either finished or not.
+        self.rows = rows
+        self.retained = retained if self.second_moments != "group" else None
+        self.row_tasks += [part.task.id] * self._groups(part.task)
+        self.row_columns += list(range(*part.task.columns)) if self.per == "class" else [-1]
+        if likelihoods is not None:
+            self.likelihoods = self.likelihoods.to(likelihoods.device) + likelihoods
+        self._part = None
+
+    def on_task_end(self, host: ContinualHost, task: Task) -> None:
+        """Fit the task: one pass over its samples, and one over those that are held out."""
+        self.discard()
+        for batch in host.batches(task.id, "train"):
+            self.add(task, self.read(host, batch.inputs), batch.targets, self._held_out(batch))
+        self.reduce(host.all_reduce)
+        likelihoods, trial = None, self.trial_rows() if self.held_out else None
+        if trial is not None:
+            total = torch.zeros(len(TEMPERATURES), dtype=torch.float64, device=host.device)
+            for batch in host.batches(task.id, "train"):
+                held = batch.inputs[self._held_out(batch)]
+                if len(held):
+                    total += self.calibrate(trial, self.read(host, held))
+            likelihoods = host.all_reduce(total)
+        self.finish(likelihoods)
+
+    def read(self, host: ContinualHost, inputs: Tensor) -> Tensor:
+        """What this gate sees of prepared inputs, ``(n, d)``."""
+        return inputs.flatten(1)
+
+    def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
+        """Take the seed of the projection from the stream."""
+        self.seed = stream.seed
+
+    def _held_out(self, batch: Batch) -> Tensor:
+        places = batch.samples
+        if places is None:  # a loader of somebody else's: number them within the batch
+            places = batch.start + torch.arange(len(batch.targets))
+        return draw_held_out(places.to(batch.targets.device), self.held_out, self.seed)
+
+    def _groups(self, task: Task) -> int:
+        return task.num_classes if self.per == "class" else 1
+
+    def _open_part(self) -> _Part:
+        if self._part is None:
+            raise DataError(
+                f"Expected samples of a task for gate {self.name}, but got none. Add them first."
+            )
+        return self._part
+
+    def _check_counts(self) -> None:
+        """Refuse groups of too few samples, by the name of their class."""
+        task, fit, held = self._open_part()
+        count = fit.counts + held.counts
+        if count.min() >= self.least:
+            return
+        rarest = int(count.argmin())
+        whose = f"class {task.class_names[rarest]!r} of task" if self.per == "class" else "task"
+        raise DataError(
+            f"Expected {whose} {task.id} to have at least {self.least} training samples for gate "
+            f"{self.name}, but got {int(count[rarest])}. Add samples, or leave the gate out."
+        )
+
+    def _choose(self, part: _Part) -> None:
+        """Let the held-out samples of all tasks so far choose what is open."""
+        argument = self.open_argument
+        if argument is None:
+            return
+        if not part.held.counts.sum() > 0 or part.fit.counts.min() < self.least:
+            raise ConfigurationError(
+                f"Expected {argument} of gate {self.name} to be a number where no samples of task "
+                f"{part.task.id} can be held out to choose it, but got null. Set {argument}, or raise "
+                "held_out."
+            )
+        self.chosen = self.choose(*self._with_retained(part.fit, part.held))
+
+    def _with_retained(self, fit: Moments, held: Moments) -> tuple[Moments, Moments]:
+        """Those of earlier tasks, where they are kept, and the open task's."""
+        if self.retained is None:
+            return fit, held
+        kind = self.second_moments
+        return self.retained[0].append(fit, kind), self.retained[1].append(held, kind)
+
+    def _all_rows(self, moments: Moments) -> dict[str, Tensor]:
+        """What is stored of all tasks, with these of the open one."""
+        if self.second_moments == "group":
+            new = self.fitted(moments)
+            return {
+                key: torch.cat((self.rows[key], value)) if self.rows else value
+                for key, value in new.items()
+            }
+        if self.retained is not None:
+            moments = self.retained[0].plus(self.retained[1]).append(moments, self.second_moments)
+        return self.fitted(moments)
+
+    # --- inference -------------------------------------------------------------------------------
+
+    @property
+    def class_columns(self) -> Tensor:
+        """The column of each row's class, ``(rows,)`` int64; -1 where a row is a whole task."""
+        return torch.tensor(self.row_columns, dtype=torch.int64)
+
+    @property
+    def temperature(self) -> float:
+        """What scores are divided by; 1 until a second task was calibrated."""
+        if not self.likelihoods.any():
+            return 1.0
+        return TEMPERATURES[int(self.likelihoods.argmax())]
+
+    def log_scores(self, features: Tensor) -> Tensor:
+        """Log-scores of all rows, ``(n, rows)``: row r is class ``row_columns[r]`` of ``row_tasks[r]``.
+
+        Args:
+            features: ``(n, d)``.
+
+        Raises:
+            ConfigurationError: no task is learned yet.
+            DataError: features are of another width than those that it was fitted on.
+        """
+        if not self.rows:
+            raise ConfigurationError(
+                f"Expected gate {self.name} to be asked after a task was learned, but got features "
+                "before any was. Fit it on a task first."
+            )
+        with torch.autocast(features.device.type, enabled=False):
+            return self.scores(self._projected(features), self.rows)
+
+    def task_scores(self, seen: Tensor) -> Tensor:
+        """Log-scores of tasks, ``(n, tasks)``: over rows of a task, at the temperature, summed."""
+        scores = self.log_scores(seen) / self.temperature
+        tasks = torch.tensor(self.row_tasks, device=scores.device)
+        return by_task(scores, tasks, max(self.row_tasks) + 1)
+
+    def own_columns(self, features: Tensor) -> Tensor:
+        """The column of the likeliest row's class, ``(n,)`` int64; -1 where rows are tasks."""
+        scores = self.log_scores(features)
+        return self.class_columns.to(scores.device)[scores.argmax(1)]
+
+    def _projected(self, features: Tensor) -> Tensor:
+        """Features through the projection, float32."""
+        if self.inputs == 0:
+            self.inputs = features.shape[1]
+        if features.ndim != 2 or features.shape[1] != self.inputs:
+            raise DataError(
+                f"Expected features of shape (n, {self.inputs}) for gate {self.name}, but got "
+                f"{tuple(features.shape)}. Use the front that it was fitted with."
+            )
+        features = features.float()
+        if self.project is None:
+            return features
+        if self._projection is None or self._projection.device != features.device:
+            generator = seeded_generator("projection", self.seed, self.name)
+            drawn = torch.randn(self.inputs, self.project, generator=generator)
+            self._projection = (drawn / self.project**0.5).to(features.device)
+        return features @ self._projection
+
+    # --- state and costs -------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """Dimensions of what is summed; 0 before the first batch."""
+        return self.project if self.project is not None and self.inputs else self.inputs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a restart needs."""
+        retained = () if self.retained is None else self.retained
+        return {
+            "seed": self.seed,
+            "inputs": self.inputs,
+            "row_tasks": list(self.row_tasks),
+            "row_columns": list(self.row_columns),
+            "rows": dict(self.rows),
+            "chosen": self.chosen,
+            "retained": [list(moments) for moments in retained],
+            "likelihoods": self.likelihoods,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            CheckpointError: it is of another method's gate, or of other rows.
+        """
+        self.discard()
+        self.seed, self.inputs = int(state_dict["seed"]), int(state_dict["inputs"])
+        self.row_tasks = [int(task) for task in state_dict["row_tasks"]]
+        self.row_columns = [int(column) for column in state_dict["row_columns"]]
+        self.rows = dict(state_dict["rows"])
+        self.chosen = state_dict["chosen"]
+        retained = [Moments(*moments) for moments in state_dict["retained"]]
+        self.retained = (retained[0], retained[1]) if retained else None
+        self.likelihoods = state_dict["likelihoods"]
+        self._projection = None
+        if self._inference_bytes() != sum(v.numel() * FLOAT32 for v in self.rows.values()):
+            raise CheckpointError(
+                f"Expected the state of gate {self.name} to hold {len(self.row_tasks)} rows of width "
+                f"{self.width}, but got {[tuple(v.shape) for v in self.rows.values()]}. Load it into "
+                "a gate with the arguments that wrote it."
+            )
+
+    def move_state(self, host: ContinualHost) -> None:
+        """Move rows and sums to the host's device."""
+        self.rows = {key: value.to(host.device) for key, value in self.rows.items()}
+        self.likelihoods = self.likelihoods.to(host.device)
+        if self.retained is not None:
+            fit, held = self.retained
+            self.retained = fit.to(host.device), held.to(host.device)
+
+    def held_tensors(self, host: ContinualHost) -> HeldTensors:
+        """The rows, for inference, and the sums that later tasks are added to."""
+        training = tensors_in([list(moments) for moments in self.retained or ()])
+        return HeldTensors(training=[*training, self.likelihoods], inference=self.rows.values())
+
+    def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
+        """Rows and what they share, at 4 bytes a number; the sums of both parts, at 8."""
+        inference = self._inference_bytes()
+        sums = 0
+        if self.retained is not None:
+            matrices = self.width**2 if self.second_moments == "shared" else 0
+            sums = 2 * FLOAT64 * (len(self.row_tasks) * (self.width + 1) + matrices)
+        training = inference + sums + FLOAT64 * len(TEMPERATURES)
+        return DeclaredBytes(training, inference, self._bytes_of_first_task())
+
+    def _inference_bytes(self) -> int:
+        if not self.row_tasks:
+            return 0
+        rows = len(self.row_tasks) * self.row_bytes(self.width)
+        return rows + self.shared_bytes(self.width)
+
+    def _bytes_of_first_task(self) -> int:
+        return self.row_tasks.count(0) * self.row_bytes(self.width)
+
+    def singular(self, argument: str, value: float | None, remedy: str) -> ConfigurationError:
+        """The error where a covariance cannot be inverted."""
+        return ConfigurationError(
+            f"Expected {argument} of gate {self.name} to make the covariance of {self.width} features "
+            f"invertible, but got {value}. {remedy}"
+        )
+
+    def check_spread(self, moments: Moments) -> None:
+        """Refuse features that are constant within every group.
+
+        Raises:
+            DataError: they are.
+        """
+        scatter = moments.scatter()
+        scale = moments.second.diagonal(dim1=1, dim2=2).sum(1)
+        spread = scatter.diagonal(dim1=1, dim2=2).sum(1)
+        if bool((spread <= scale * ROUNDING).any()):
+            raise DataError(
+                f"Expected the features of gate {self.name} to vary within a class, but got {self.width} "
+                "constant ones. Use other features, or a front that was fitted on these inputs."
+            )

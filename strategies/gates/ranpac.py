@@ -1,0 +1,121 @@
+"""Ridge regression on random features."""
+
+from collections.abc import Mapping
+from math import inf
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.functional.moments import Moments, SecondMoments
+from bpn_lightning.functional.ridge import held_out_errors, ridge_weights
+from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.strategies.gates.base import check_optional, check_positive
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Features, Per
+
+__all__ = ["RIDGES", "RanPAC"]
+
+#: What held-out samples choose among, as in the paper.
+RIDGES = tuple(10.0**power for power in range(-8, 9))
+
+
+class RanPAC(FeatureGate):
+    r"""Ridge regression of the classes on random features, from sums.
+
+    .. math:: h = \max(0, x R), \qquad s = h\, (G + \lambda I)^{-1} C, \quad
+        G = \sum h^T h, \quad C = \sum h^T y
+
+    McDonnell, Gong, Parvaneh, Abbasnejad, van den Hengel, "RanPAC: Random projections and pre-trained
+    models for continual learning" (2023), https://arxiv.org/abs/2307.02251, eq. 5 and Alg. 1; y has a
+    1 at the sample's own row. RanDumb (Prabhu et al., 2024, https://arxiv.org/abs/2402.08823) is
+    :class:`~bpn_lightning.strategies.gates.slda.SLDA` on a ``random`` front of cosines.
+
+    Differs from the paper: R has variance 1 / d, so that the features keep their size; lambda is
+    chosen among the same 17 on held-out samples of all tasks so far.
+
+    Args:
+        width: M, how many random features.
+        ridge: lambda, at least 0; None is the one at which the squared error of held-out samples is
+            smallest, chosen again at each task.
+        features, project, per, held_out, name: see :class:`FeatureGate`.
+
+    State:
+        ``weights`` (rows, M) float32: 4 M bytes for each row, solved again at each task; R is drawn
+        from the seed and never stored. To go on learning, 16 (M + 1) for each row and 16 M^2.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or G cannot be inverted.
+    """
+
+    second_moments: ClassVar[SecondMoments] = "shared"
+
+    def __init__(
+        self,
+        width: int = 1000,
+        ridge: float | None = None,
+        *,
+        features: Features = "front",
+        project: int | None = None,
+        per: Per = "class",
+        held_out: float = 0.1,
+        name: str | None = None,
+    ) -> None:
+        check_positive("width", width)
+        check_optional("ridge", ridge, inf)
+        self.random_width = width
+        self.ridge = ridge
+        super().__init__(features=features, project=project, per=per, held_out=held_out, name=name)
+
+    def reset(self) -> None:
+        """Forget every task."""
+        super().reset()
+        self._random: Tensor | None = None
+
+    def _projected(self, features: Tensor) -> Tensor:
+        """The random features, after the projection."""
+        projected = super()._projected(features)
+        if self._random is None or self._random.device != projected.device:
+            size = projected.shape[1]
+            generator = seeded_generator("random features", self.seed, self.name)
+            drawn = torch.randn(size, self.random_width, generator=generator)
+            self._random = (drawn / size**0.5).to(projected.device)
+        return (projected @ self._random).relu()
+
+    @property
+    def width(self) -> int:
+        """Dimensions of what is summed; 0 before the first batch."""
+        return self.random_width if self.inputs else 0
+
+    @property
+    def open_argument(self) -> str | None:
+        """Ridge, unless it was given."""
+        return "ridge" if self.ridge is None else None
+
+    def choose(self, fit: Moments, held: Moments) -> float:
+        """The ridge at which the squared error of held-out samples is smallest."""
+        errors = held_out_errors(
+            fit.second[0], fit.first, held.second[0], held.first, float(held.counts.sum()), RIDGES
+        )
+        return RIDGES[int(errors.argmin())]
+
+    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+        """The weights of all rows."""
+        self.check_spread(moments)
+        ridge = self.chosen if self.ridge is None else self.ridge
+        weights = ridge_weights(moments.second[0], moments.first, ridge or 0.0)
+        if weights is None:
+            raise self.singular("ridge", ridge, "Raise it, leave it out, or lower width.")
+        return {"weights": weights.float()}
+
+    def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """The regression's outputs."""
+        return features @ rows["weights"].T
+
+    def row_bytes(self, width: int) -> int:
+        """One row of weights."""
+        return FLOAT32 * width
+
+    def load_state_dict(self, state_dict: dict) -> None:  # type: ignore[type-arg]
+        """Take over what was saved, and draw the features anew."""
+        super().load_state_dict(state_dict)
+        self._random = None

@@ -1,0 +1,109 @@
+"""Linear discriminant analysis with one covariance for all classes of all tasks."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from bpn_lightning.functional.gaussians import (
+    LOG_2PI,
+    shrink,
+    shrinkage_log_likelihoods,
+    squared_distances,
+    whitening,
+)
+from bpn_lightning.functional.moments import Moments, SecondMoments
+from bpn_lightning.strategies.gates.base import check_optional
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Features, Per
+
+__all__ = ["SHRINKAGES", "SLDA"]
+
+#: What held-out samples choose among.
+SHRINKAGES = (*(10 ** (step / 4) for step in range(-24, 0)), 1.0)
+
+
+class SLDA(FeatureGate):
+    r"""Gaussian classes that share one covariance, which all samples so far are summed for.
+
+    .. math:: \log N(x; \mu_c, \Sigma), \quad \Sigma = (1 - \alpha) S + \alpha \frac{\operatorname{tr} S}{d} I,
+        \quad S = \frac1n \sum_c \sum_{x \in c} (x - \mu_c)(x - \mu_c)^T
+
+    Hayes and Kanan, "Lifelong machine learning with deep streaming linear discriminant analysis"
+    (2020), https://arxiv.org/abs/1909.01520, section 3.
+
+    Differs from the paper: the covariance is that about the final means, from sums, so that it does
+    not depend on the order of samples; shrinkage is relative to the features' mean variance, and all
+    classes count as equally frequent.
+
+    Args:
+        shrinkage: alpha, 0 to 1; None is the one of 25 between 1e-6 and 1 at which held-out samples of
+            all tasks so far are likeliest, chosen again at each task.
+        features, project, per, held_out, name: see :class:`FeatureGate`.
+
+    State:
+        ``means`` (rows, d), ``whitening`` (d, d) and ``log_determinant`` (1,), float32: 4 d bytes for
+        each row, 4 d^2 + 4 shared; to go on learning, 16 (d + 1) for each row and 16 d^2.
+
+    Raises:
+        ConfigurationError: shrinkage is no fraction, or too small for the covariance to be inverted.
+    """
+
+    second_moments: ClassVar[SecondMoments] = "shared"
+
+    def __init__(
+        self,
+        shrinkage: float | None = None,
+        *,
+        features: Features = "front",
+        project: int | None = None,
+        per: Per = "class",
+        held_out: float = 0.1,
+        name: str | None = None,
+    ) -> None:
+        check_optional("shrinkage", shrinkage, 1)
+        self.shrinkage = shrinkage
+        super().__init__(features=features, project=project, per=per, held_out=held_out, name=name)
+
+    @property
+    def open_argument(self) -> str | None:
+        """Shrinkage, unless it was given."""
+        return "shrinkage" if self.shrinkage is None else None
+
+    def choose(self, fit: Moments, held: Moments) -> float:
+        """The shrinkage at which held-out samples are likeliest."""
+        self.check_spread(fit)
+        covariance = fit.scatter()[0] / fit.counts.sum()
+        scatter, count = held.scatter(fit.means)[0], float(held.counts.sum())
+        likelihoods = shrinkage_log_likelihoods(covariance, scatter, count, SHRINKAGES)
+        return SHRINKAGES[int(likelihoods.argmax())]
+
+    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+        """The means of all rows, and what whitens the covariance."""
+        self.check_spread(moments)
+        shrinkage = self.chosen if self.shrinkage is None else self.shrinkage
+        covariance = moments.scatter()[0] / moments.counts.sum()
+        whitened = whitening(shrink(covariance, shrinkage or 0.0))
+        if whitened is None:
+            raise self.singular(
+                "shrinkage", shrinkage, "Raise it, leave it out, or project to fewer dimensions."
+            )
+        return {
+            "means": moments.means.float(),
+            "whitening": whitened.matrix.float(),
+            "log_determinant": whitened.log_determinant.float()[None],
+        }
+
+    def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Log-likelihoods."""
+        matrix, middle = rows["whitening"], rows["means"].mean(0)
+        centered, means = features - middle, rows["means"] - middle
+        distances = squared_distances(centered @ matrix.T, means @ matrix.T)
+        return -0.5 * (distances + rows["log_determinant"] + len(matrix) * LOG_2PI)
+
+    def row_bytes(self, width: int) -> int:
+        """One mean."""
+        return FLOAT32 * width
+
+    def shared_bytes(self, width: int) -> int:
+        """The whitening matrix and a determinant."""
+        return FLOAT32 * (width * width + 1)

@@ -1,0 +1,236 @@
+"""Fixed feature extractors: closed forms, what is fitted over any division of images, and records."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
+
+from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.nn.fronts import Front, FrozenNetwork, RandomFeatures
+from bpn_lightning.nn.patches import Patches
+
+SHAPE = (3, 9, 8)
+
+
+def images(count: int = 24, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, *SHAPE, generator=generator) * torch.linspace(0.2, 1, 8)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(7)
+    parts = (nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout(), nn.AdaptiveAvgPool2d(2))
+    return nn.Sequential(*parts, nn.Flatten())
+
+
+FRONTS: dict[str, Callable[..., Front]] = {
+    "patches": lambda **_: Patches(5, 3, samples=200, iterations=3),
+    "cosine": lambda **_: RandomFeatures(30),
+    "relu": lambda **_: RandomFeatures(30, "relu"),
+    "frozen": lambda **_: FrozenNetwork(network(), mean=[0.1, 0.2, 0.3], std=[1, 2, 3]),
+}
+every_front = pytest.mark.parametrize("name", FRONTS)
+
+
+def fitted(name: str, parts: list[int] | None = None) -> Front:
+    front = FRONTS[name]()
+    front.fit(lambda: images().split(parts or 24))
+    return front
+
+
+# --- what all of them promise --------------------------------------------------------------------
+
+
+@every_front
+def test_features_are_standardized_over_the_images_of_the_fit(name: str) -> None:
+    front = fitted(name)
+    features = front(images())
+    assert features.shape == (24, front.width(SHAPE))
+    expected = StandardScaler().fit_transform(front.extract(images()).double().numpy())
+    np.testing.assert_allclose(features, expected, atol=1e-3)
+
+
+@every_front
+def test_how_images_come_does_not_matter(name: str) -> None:
+    front, other = FRONTS[name](), fitted(name, [1, 7, 0, 16])
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    front.fit(lambda: [images()[order]])
+    torch.testing.assert_close(front(images()), other(images()), rtol=1e-3, atol=1e-3)
+
+
+def fit_a_share(name: str) -> dict[str, Tensor]:
+    """The state of a front that each process fits on images of its own."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def all_reduce(sums: Tensor) -> Tensor:
+        sums = sums.clone()
+        torch.distributed.all_reduce(sums)
+        return sums
+
+    front = FRONTS[name]()
+    front.fit(lambda: [images()[rank::size]], all_reduce)
+    return dict(front.state_dict())
+
+
+@every_front
+def test_two_processes_fit_what_one_fits(ranks: Any, name: str) -> None:
+    first, second = ranks(fit_a_share, name)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, dict(fitted(name).state_dict()), rtol=1e-4, atol=1e-4)
+
+
+@every_front
+def test_a_front_stays_in_evaluation_and_out_of_gradients(name: str) -> None:
+    front = fitted(name).train()
+    assert not any(part.training for part in front.modules())
+    assert not any(parameter.requires_grad for parameter in front.parameters())
+    inputs = images().requires_grad_()
+    before = {key: value.clone() for key, value in front.state_dict().items()}
+    assert not front(inputs).requires_grad
+    torch.testing.assert_close(dict(front.state_dict()), before, rtol=0, atol=0)
+
+
+@every_front
+def test_half_precision_around_it_changes_nothing(name: str) -> None:
+    front = fitted(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = front(images())
+    assert torch.equal(inside, front(images()))
+
+
+@every_front
+def test_the_features_of_an_image_do_not_depend_on_its_batch(name: str) -> None:
+    front = fitted(name)
+    torch.testing.assert_close(front(images())[3:5], front(images()[3:5]), rtol=1e-4, atol=1e-4)
+    assert front(images()[:0]).shape == (0, front.width(SHAPE))
+
+
+@every_front
+def test_record_and_state_are_the_whole_front(name: str) -> None:
+    front, file = fitted(name), io.BytesIO()
+    torch.save({"record": front.record(), "state": front.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    more = {"network": network()} if name == "frozen" else {}
+    other = type(front).of_record(saved["record"], **more)
+    other.load_state_dict(saved["state"])
+    assert torch.equal(other(images()), front(images()))
+    assert other.fingerprint() == front.fingerprint()
+    assert other.record() == saved["record"]
+
+
+@every_front
+def test_a_fingerprint_is_of_every_bit(name: str) -> None:
+    front = fitted(name)
+    before = front.fingerprint()
+    for value in front.state_dict().values():
+        if value.is_floating_point():
+            value.view(-1)[0] += 1
+            assert front.fingerprint() != before
+            value.view(-1)[0] -= 1
+    assert fitted(name).fingerprint() == before
+    if name in ("cosine", "relu"):
+        other = RandomFeatures(30, name, seed=1)  # type: ignore[arg-type]
+        other.fit(lambda: [images()])
+        assert other.fingerprint() != before
+
+
+# --- random features -----------------------------------------------------------------------------
+
+
+def test_products_of_cosines_are_the_gaussian_kernel() -> None:
+    front = RandomFeatures(60_000, length=1.5)
+    front.fit(lambda: [images()])
+    waves, x = front.extract(images()), images().flatten(1).double()
+    length = 1.5 * x.var(0, correction=0).sum().sqrt()
+    kernel = (-torch.cdist(x, x).square() / (2 * length**2)).exp()
+    torch.testing.assert_close(waves @ waves.T, kernel.float(), rtol=0, atol=0.02)
+
+
+def test_products_of_rectified_features_are_the_arc_cosine_kernel() -> None:
+    """Cho and Saul (2009), of degree 1: |x| |y| (sin t + (pi - t) cos t) / 2 pi, over d."""
+    front = RandomFeatures(60_000, "relu")
+    front.fit(lambda: [images()])
+    x = images().flatten(1)
+    found = front.extract(images()) @ front.extract(images()).T / 60_000
+    norms = x.norm(dim=1)
+    outer = torch.outer(norms, norms)
+    angle = (x @ x.T / outer).clamp(-1, 1).acos()
+    expected = outer * (angle.sin() + (torch.pi - angle) * angle.cos()) / (2 * torch.pi)
+    torch.testing.assert_close(found, expected / x.shape[1], rtol=0.03, atol=0)
+
+
+# --- frozen networks -----------------------------------------------------------------------------
+
+
+def test_a_frozen_network_sees_resized_and_normalized_images() -> None:
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0])
+    front = FrozenNetwork(network(), size=6, mean=mean.tolist(), std=std.tolist())
+    front.fit(lambda: [images()])
+    small = resize(images(), [6, 6], antialias=True)
+    expected = network().eval()((small - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    torch.testing.assert_close(front.extract(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_come_from_a_file(tmp_path: Any) -> None:
+    other = network()
+    nn.init.normal_(other[0].weight)
+    torch.save(other.state_dict(), tmp_path / "weights.pt")
+    front = FrozenNetwork(network(), str(tmp_path / "weights.pt"))
+    assert torch.equal(front.network[0].weight, other[0].weight)  # type: ignore[index]
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(
+        DataError, match="hold the weights of the front's network, but got another's"
+    ):
+        FrozenNetwork(network(), str(tmp_path / "weights.pt"))
+    with pytest.raises(
+        DataError, match="Expected weights_file to be a file of weights, but reading"
+    ):
+        FrozenNetwork(network(), str(tmp_path / "none.pt"))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Patches(0), "Expected num_patches of a front to be a whole number of at least 1, but got 0."),
+        (lambda: Patches(stride=1.5), "Expected stride of a front to be a whole number"),  # type: ignore[arg-type]
+        (lambda: Patches(contrast=0), "Expected contrast of a front to be a number above 0, but got 0."),
+        (lambda: RandomFeatures(-3), "Expected features of a front to be a whole number"),
+        (lambda: RandomFeatures(3, "cosin"), "Expected kind of a front to be one of cosine, relu, but got 'cosin'. Did you mean 'cosine'?"),  # type: ignore[arg-type]
+        (lambda: RandomFeatures(3, length=0), "Expected length of a front to be a number above 0"),
+        (lambda: FrozenNetwork(network(), std=[0, 1, 1]), "Expected std of a front to be above 0 for each channel"),
+        (lambda: Patches(5, 10).width(SHAPE), "Expected inputs of the front Patches to be images of at least 10 x 10 pixels, (channels, height, width), but got (3, 9, 8)."),
+        (lambda: Patches(5).width((64,)), "Expected inputs of the front Patches to be images of at least 6 x 6"),
+        (lambda: Patches(5)(images()), "Expected the front Patches to be fitted before it is used."),
+        (lambda: fitted("relu")(images()[:, :, 1:]), "Expected inputs of shape (n, 3, 9, 8) for the front RandomFeatures, but got (24, 3, 8, 8)."),
+        (lambda: FrozenNetwork(nn.Conv2d(3, 1, 1)).width(SHAPE), "Expected the front's network to map (n, 3, 9, 8) to (n, features), but got (1, 1, 9, 8) for one input."),
+        (lambda: FrozenNetwork(nn.Linear(3, 1)).width(SHAPE), "Expected the front's network to map (n, 3, 9, 8) to (n, features), but its forward raised RuntimeError"),
+    ],
+)  # fmt: skip
+def test_arguments_and_shapes(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        make()
+    assert str(error.value).startswith(message)
+
+
+@every_front
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_images_that_are_constant_or_not_finite(name: str, value: float) -> None:
+    flat = torch.full((6, *SHAPE), value)
+    with pytest.raises(DataError, match="finite and to vary"):
+        FRONTS[name]().fit(lambda: [flat])
+
+
+@every_front
+def test_no_images(name: str) -> None:
+    with pytest.raises(DataError, match=r"Expected images to fit the front .* on, but got none"):
+        FRONTS[name]().fit(list)
