@@ -149,7 +149,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     patience = loop.early_stopping.patience
     if patience and not stream.has_validation:
         raise ConfigurationError(
-            f"Expected validation_fraction to be more than 0 where patience is set, but "
+            f"Expected validation_fraction to be more than 0 when patience is set, but "
             f"patience is {patience} and the stream has no validation split."
         )
     total = host.cursor.schedule.total
