@@ -305,7 +305,7 @@ def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.Mon
     config = run / "config.yaml"
     for backbone, said in {
         "evil.Net": "Expected model.backbone in config.yaml to be a name that needs no trust",
-        "os.system": "The standard library or of an installer can be named",
+        "os.system": "The standard library and installers cannot be used",
         "torch.optim.SGD": "path torch.optim.SGD does not correspond to a subclass of Module",
     }.items():
         Path("evil.py").write_text("open('owned', 'w')")
