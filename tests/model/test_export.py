@@ -93,7 +93,7 @@ def test_the_files_say_what_is_in_them(exported: Path) -> None:
         assert tensors.get_tensor("backbone.1.bias_units.bank").shape == (2, 16)
 
 
-ADVICE = " Export the module again, or pass its backbone that it had."
+ADVICE = " Export the module again, or pass its original backbone."
 
 
 def refused(folder: Path, backbone: nn.Module | None = None) -> str:
@@ -244,7 +244,7 @@ def test_what_does_not_belong_together(exported: Path, tmp_path: Path) -> None:
 def test_an_earlier_folder_stays(exported: Path, fit: Fit) -> None:
     before = (exported / "model.json").read_bytes()
     module = load_exported(exported, MLP([16, 16]))
-    with pytest.raises(ConfigurationError, match="to be a new folder, but it is there"):
+    with pytest.raises(ConfigurationError, match="to be a new folder, but it exists"):
         export_module(module, exported)
     assert (exported / "model.json").read_bytes() == before
     with pytest.raises(ConfigurationError, match="but it has no head yet"):
@@ -304,8 +304,8 @@ def test_a_run_is_exported(run: Path, capsys: Said) -> None:
 def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run / "config.yaml"
     for backbone, said in {
-        "evil.Net": "Expected model.backbone in config.yaml to name what needs no trust",
-        "os.system": "The standard library or of an installer can be named",
+        "evil.Net": "Expected model.backbone in config.yaml to be a name that needs no trust",
+        "os.system": "The standard library and installers cannot be used",
         "torch.optim.SGD": "path torch.optim.SGD does not correspond to a subclass of Module",
     }.items():
         Path("evil.py").write_text("open('owned', 'w')")

@@ -297,7 +297,7 @@ def test_wrong_inputs_are_named_and_not_answered(digits: ContinualModule) -> Non
         ConfigurationError, match=r"but got uint8. module.predict\(images\) prepares"
     ):
         digits(images)
-    with pytest.raises(ConfigurationError, match="it has learned no stream"):
+    with pytest.raises(ConfigurationError, match="it has no stream yet"):
         ContinualModule(MLP([8])).predict(images)
     assert digits.predict(images[:0], 0).shape == (0, 4)
 
@@ -498,7 +498,7 @@ def test_the_trainer_predicts_raw_images_of_plain_loaders(
     used: Any = digits.trainer  # which has had the stream
     (found,) = used.predict(digits, loader)
     assert torch.equal(found, wanted)
-    with pytest.raises(ConfigurationError, match="has learned no stream"):
+    with pytest.raises(ConfigurationError, match="has no stream yet"):
         trainer(tmp_path).predict(ContinualModule(MLP([8])), loader)
     with pytest.raises(ConfigurationError, match="tuples that begin with one, but got dict"):
         trainer(tmp_path).predict(again, DataLoader([{"a": 1}]))  # type: ignore[list-item]
