@@ -19,13 +19,12 @@ from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.metrics.scores import AfterLearning, TaskAgnostic
 from bpn_lightning.run.identity import defining, differences
-from bpn_lightning.run.results import (
+from bpn_lightning.run.results import read_matrix_rows, read_results
+from bpn_lightning.run.schema import (
     MAX_TASKS,
     Accuracy,
     BytesHeld,
     BytesPerTask,
-    read_matrix_rows,
-    read_results,
     read_schema,
     violations,
 )

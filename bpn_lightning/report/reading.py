@@ -22,7 +22,8 @@ from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.report.labels import setting_labels
 from bpn_lightning.run.identity import OBSERVED, decides
-from bpn_lightning.run.results import MAX_TASKS, read_matrix_rows, read_results
+from bpn_lightning.run.results import read_matrix_rows, read_results
+from bpn_lightning.run.schema import MAX_TASKS
 from bpn_lightning.untrusted import is_inside
 
 __all__ = ["Curve", "Found", "Problem", "Run", "find_runs"]
