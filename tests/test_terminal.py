@@ -28,7 +28,7 @@ from bpn_lightning.datamodules import SplitImageFolder
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
 from bpn_lightning.report import cli as report
 from bpn_lightning.run.console import StreamProgress, final_table, format_task_line
-from bpn_lightning.run.figures import save_figure
+from bpn_lightning.run.drawing import save_figure
 from bpn_lightning.tasks import Task
 from bpn_lightning.terminal import command, is_utf8, printable
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from bpn_lightning.bench.tables import Table
 from bpn_lightning.files import write_atomically
-from bpn_lightning.run.figures import save_figure
+from bpn_lightning.run.drawing import save_figure
 
 __all__ = ["Artifact"]
 

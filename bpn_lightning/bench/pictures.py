@@ -1,4 +1,4 @@
-"""The kinds of pictures that the report is made of, in the style of :mod:`bpn_lightning.run.figures`."""
+"""The kinds of pictures that the report is made of, in the style of :mod:`bpn_lightning.run.drawing`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
 from bpn_lightning.bench.statistics import Interval
-from bpn_lightning.run.figures import COLOURS, DASHES, MARKERS
+from bpn_lightning.run.drawing import COLORS, DASHES, MARKERS
 
 __all__ = ["Dots", "Line", "dot_chart", "line_chart"]
 
@@ -60,8 +60,8 @@ def dot_chart(
                 [y for y, _ in shown],
                 xerr=[value.half or 0.0 for _, value in shown],
                 fmt="D" if series.hollow else MARKERS[index],
-                color=COLOURS[2 if series.hollow else index],
-                markerfacecolor="white" if series.hollow else COLOURS[index],
+                color=COLORS[2 if series.hollow else index],
+                markerfacecolor="white" if series.hollow else COLORS[index],
                 markersize=5,
                 capsize=2,
                 elinewidth=1,
@@ -174,7 +174,7 @@ def _plain(legend: Legend) -> None:
 def _draw(axes: Axes, line: Line, number: int, band: bool) -> None:
     shown = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
     x, means = [x for x, _ in shown], [y.mean for _, y in shown]
-    color = COLOURS[number % len(COLOURS)]
+    color = COLORS[number % len(COLORS)]
     every = max(1, len(x) // 12)
     axes.plot(
         x,

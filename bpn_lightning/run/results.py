@@ -89,7 +89,8 @@ def write_results(
         ConfigurationError: there is not one task per column of the matrix.
         ResultsError: a file cannot be written.
     """
-    from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap, save_figure
+    from bpn_lightning.run.drawing import save_figure
+    from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap
 
     if len(tasks) != matrix.num_tasks:
         raise ConfigurationError(
