@@ -16,9 +16,9 @@ from PIL import Image
 from rich.console import Console
 
 from bpn_lightning import AccuracyMatrix, errors
-from bpn_lightning.bench.pictures import Line, line_chart
+from bpn_lightning.analysis.pictures import Line, line_chart
+from bpn_lightning.analysis.statistics import Interval
 from bpn_lightning.bench.runner import _say
-from bpn_lightning.bench.statistics import Interval
 from bpn_lightning.cli import data as data_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.cli.command import read_command

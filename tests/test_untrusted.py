@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.bench.collection import read_collection
+from bpn_lightning.analysis.collection import read_collection
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.runner import _learned_all
 from bpn_lightning.cli import main as cli

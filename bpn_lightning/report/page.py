@@ -14,16 +14,12 @@ from importlib.resources import files
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from bpn_lightning.bench.statistics import Interval
-from bpn_lightning.report.comparison import (
-    TESTED,
-    Comparison,
-    Row,
-    Setting,
-    differing_settings,
-)
+from bpn_lightning.analysis.comparison import SCORES, Comparison, MethodRow
+from bpn_lightning.analysis.record import RunRecord
+from bpn_lightning.analysis.statistics import Interval
 from bpn_lightning.report.metric_tables import metric_tables
-from bpn_lightning.report.reading import Found, Run
+from bpn_lightning.report.reading import Found
+from bpn_lightning.report.settings import DifferingSetting, differing_settings
 from bpn_lightning.report.summary import summarize
 
 __all__ = ["MOST_VALUES", "render"]
@@ -283,11 +279,11 @@ def _methods(comparison: Comparison, places: Sequence[str]) -> list[Child]:
     return children
 
 
-def _row(row: Row) -> list[ET.Element]:
+def _row(row: MethodRow) -> list[ET.Element]:
     scores = row.scores
     seconds = row.seconds
     return [
-        _head(row.method),
+        _head(row.name),
         _cell(_lane(scores["average"], scores["average_task_agnostic"])),
         *(
             _interval(scores[score])
@@ -344,8 +340,8 @@ def _tests(comparison: Comparison) -> list[Child]:
     ]
     rows = [
         [
-            _head(f"{test.first} - {test.second}"),
-            _cell(TESTED[test.score]),
+            _head(f"{test.first.name} - {test.second.name}"),
+            _cell(SCORES[test.score].title),
             _interval(test.difference.interval),
             _number(test.difference.p, _p(test.difference.p)),
             _number(test.corrected, _p(test.corrected)),
@@ -365,7 +361,7 @@ def _p(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _bytes(rows: Sequence[Row], places: Sequence[str]) -> list[Child]:
+def _bytes(rows: Sequence[MethodRow], places: Sequence[str]) -> list[Child]:
     known = [row.place for row in rows if row.bytes_per_task is not None]
     with_bytes = {place for place in known if known.count(place) > 1}
     if not with_bytes:
@@ -386,7 +382,7 @@ def _bytes(rows: Sequence[Row], places: Sequence[str]) -> list[Child]:
     return children
 
 
-def _stream(runs: Sequence[Run], drawn: Sequence[Run]) -> list[Child]:
+def _stream(runs: Sequence[RunRecord], drawn: Sequence[RunRecord]) -> list[Child]:
     if not runs:
         return []
     options = []
@@ -394,7 +390,7 @@ def _stream(runs: Sequence[Run], drawn: Sequence[Run]) -> list[Child]:
         group = _e("optgroup", label=place)
         for index, run in enumerate(drawn):
             if run.place == place:
-                group.append(_e("option", f"{run.method}, seed {run.seed}", value=str(index)))
+                group.append(_e("option", f"{run.setup}, seed {run.seed}", value=str(index)))
         options.append(group)
     note = None
     if len(drawn) < len(runs):
@@ -479,7 +475,7 @@ def _picture(key: str, label: str, reading: str) -> ET.Element:
     )
 
 
-def _metrics(runs: Sequence[Run]) -> list[Child]:
+def _metrics(runs: Sequence[RunRecord]) -> list[Child]:
     tables, left_out = metric_tables(runs)
     if not tables:
         return []
@@ -503,10 +499,10 @@ def _metrics(runs: Sequence[Run]) -> list[Child]:
     return children
 
 
-def _settings(rows: Sequence[Row]) -> list[Child]:
-    if sum(len(row.runs) for row in rows) < 2:
+def _settings(rows: Sequence[MethodRow]) -> list[Child]:
+    if sum(len(row.records) for row in rows) < 2:
         return []
-    if all(run.settings is None for row in rows for run in row.runs):
+    if all(run.settings is None for row in rows for run in row.records):
         return [_e("p", "No config.yaml was kept with these runs.")]
     found = differing_settings(rows)
     if not found:
@@ -524,7 +520,7 @@ def _settings(rows: Sequence[Row]) -> list[Child]:
     return children
 
 
-def _setting_table(caption: str, found: Sequence[Setting]) -> ET.Element:
+def _setting_table(caption: str, found: Sequence[DifferingSetting]) -> ET.Element:
     rows = []
     for setting in found:
         key = _e("th", setting.key, scope="rowgroup", rowspan=str(len(setting.values)))
@@ -534,7 +530,7 @@ def _setting_table(caption: str, found: Sequence[Setting]) -> ET.Element:
     return _table(caption, [("setting", ""), ("value", ""), ("methods", "")], rows)
 
 
-def _provenance(runs: Sequence[Run]) -> list[Child]:
+def _provenance(runs: Sequence[RunRecord]) -> list[Child]:
     if not runs:
         return []
     facts = [_facts(run) for run in runs]
@@ -560,7 +556,7 @@ def _provenance(runs: Sequence[Run]) -> list[Child]:
     ]
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: RunRecord) -> dict[str, str]:
     """What provenance says, as texts."""
     seconds = run.at("provenance", "seconds")
     found = {
@@ -599,27 +595,29 @@ def _left_out(found: Found) -> list[Child]:
 # ---- data for the pictures ------------------------------------------------------------------------
 
 
-def _drawn(rows: Sequence[Row]) -> list[Run]:
+def _drawn(rows: Sequence[MethodRow]) -> list[RunRecord]:
     """The runs whose pictures the page can hold: first seeds first, then in order."""
-    first = [row.runs[0] for row in rows]
-    others = [run for row in rows for run in row.runs[1:]]
+    first = [row.records[0] for row in rows]
+    others = [run for row in rows for run in row.records[1:]]
     kept: set[int] = set()
     total = 0
     for run in [*first, *others]:
         total += sum(len(row) for row in run.matrix)
-        total += sum(len(row) for row in run.curve.accuracy) if _finer(run) else 0
+        total += sum(len(row) for row in run.moments.accuracy) if _finer(run) else 0
         if total > MOST_VALUES and kept:
             break
         kept.add(id(run))
-    return [run for row in rows for run in row.runs if id(run) in kept]
+    return [run for row in rows for run in row.records if id(run) in kept]
 
 
-def _finer(run: Run) -> bool:
+def _finer(run: RunRecord) -> bool:
     """Whether the curve has more than the matrix."""
-    return len(run.curve.at) != run.learned
+    return len(run.moments.at) != run.learned + 1
 
 
-def _data(comparison: Comparison, places: Sequence[str], drawn: Sequence[Run]) -> dict[str, Any]:
+def _data(
+    comparison: Comparison, places: Sequence[str], drawn: Sequence[RunRecord]
+) -> dict[str, Any]:
     streams = list(dict.fromkeys(tuple(run.task_names) for run in drawn))
     return {
         "streams": streams,
@@ -630,10 +628,10 @@ def _data(comparison: Comparison, places: Sequence[str], drawn: Sequence[Run]) -
                 "learned": run.learned,
                 "matrix": _rounded(run.matrix),
                 "curve": {
-                    "unit": run.curve.unit,
-                    "at": run.curve.at,
-                    "starts": run.curve.starts,
-                    "y": _rounded(run.curve.accuracy) if _finer(run) else None,
+                    "unit": run.moments.unit,
+                    "at": run.moments.at,
+                    "starts": run.moments.starts,
+                    "y": _rounded(run.moments.accuracy),
                 },
             }
             for run in drawn
@@ -641,7 +639,7 @@ def _data(comparison: Comparison, places: Sequence[str], drawn: Sequence[Run]) -
         "rows": [
             {
                 "place": places.index(row.place),
-                "method": row.method,
+                "method": row.name,
                 "bytes": row.bytes_per_task,
                 "told": _point(row.scores["average"]),
                 "alone": _point(row.scores["average_task_agnostic"]),

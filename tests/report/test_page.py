@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from bpn_lightning.analysis.comparison import compare
 from bpn_lightning.report import page
-from bpn_lightning.report.comparison import compare
 from bpn_lightning.report.page import render
 from bpn_lightning.report.reading import find_runs
 

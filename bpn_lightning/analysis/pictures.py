@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
-from bpn_lightning.bench.statistics import Interval
+from bpn_lightning.analysis.statistics import Interval
 from bpn_lightning.run.drawing import COLORS, DASHES, MARKERS
 
 __all__ = ["Dots", "Line", "dot_chart", "line_chart"]
