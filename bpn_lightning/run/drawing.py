@@ -43,8 +43,9 @@ FORMATS: tuple[Format, ...] = ("png", "svg")
 FEW = 10
 """Up to so many tasks, each has a line that can be told from the others."""
 
-# Okabe & Ito's colors for the color-blind, without their yellow, which is too pale for a line.
-COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe & Ito's colors for the color-blind, without their yellow, which is too pale for a line; their
+# orange and light blue are darker here, so that each color has a contrast of 3 to white (WCAG 2.2).
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#B87F00", "#3A94C8")
 DASHES = ("-", "--", "-.", (0, (1, 1.2)))
 MARKERS = "osD^vP*X<>"
 
