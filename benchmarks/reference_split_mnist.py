@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bpn_lightning.analysis.statistics import interval
 from bpn_lightning.bench.grid import Cell
 from bpn_lightning.bench.runner import Runner
-from bpn_lightning.bench.statistics import interval
 from bpn_lightning.run.results import read_results
 
 CONFIG = Path(__file__).with_name("split_mnist.yaml")

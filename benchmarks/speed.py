@@ -36,7 +36,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bpn_lightning.run.figures import save_figure
+from bpn_lightning.run.drawing import save_figure
 
 CONTESTANTS = Path(__file__).parent / "contestants"
 sys.path.insert(0, str(CONTESTANTS))

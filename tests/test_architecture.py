@@ -28,7 +28,9 @@ LAYERS = [
     {"export"},
     {"cli"},
     {"conformance"},
-    {"bench", "paper"},
+    {"analysis"},
+    {"paper"},
+    {"bench"},
     {"report"},
     {""},  # the root: `import bpn_lightning` is for users, not for files in here
 ]

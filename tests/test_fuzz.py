@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.bench.collection import read_collection
+from bpn_lightning.analysis.collection import read_collection
+from bpn_lightning.analysis.comparison import compare
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.cli import main as cli
 from bpn_lightning.cli.command import read_command
@@ -34,7 +35,6 @@ from bpn_lightning.datamodules.image_sets import IMAGE_SETS, make_image_set
 from bpn_lightning.errors import BPNLightningError
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.nn import MLP
-from bpn_lightning.report.comparison import compare
 from bpn_lightning.report.page import render
 from bpn_lightning.report.reading import find_runs
 from bpn_lightning.run.results import read_matrix_csv, read_results

@@ -16,9 +16,9 @@ from PIL import Image
 from rich.console import Console
 
 from bpn_lightning import AccuracyMatrix, errors
-from bpn_lightning.bench.pictures import Line, line_chart
+from bpn_lightning.analysis.pictures import Line, line_chart
+from bpn_lightning.analysis.statistics import Interval
 from bpn_lightning.bench.runner import _say
-from bpn_lightning.bench.statistics import Interval
 from bpn_lightning.cli import data as data_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.cli.command import read_command
@@ -28,7 +28,7 @@ from bpn_lightning.datamodules import SplitImageFolder
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
 from bpn_lightning.report import cli as report
 from bpn_lightning.run.console import StreamProgress, final_table, format_task_line
-from bpn_lightning.run.figures import save_figure
+from bpn_lightning.run.drawing import save_figure
 from bpn_lightning.tasks import Task
 from bpn_lightning.terminal import command, is_utf8, printable
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.bench.collection import read_collection
+from bpn_lightning.analysis.collection import read_collection
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.runner import _learned_all
 from bpn_lightning.cli import main as cli
@@ -355,7 +355,7 @@ EXEMPT = {
     ("bpn_lightning/bench/ray_executor.py", "read_text"): "a file that it has just written",
     ("bpn_lightning/bench/ray_executor.py", "file.read_text"): "a file that it has just written",
     ("bpn_lightning/report/page.py", "read_text"): "a file of the package",
-    ("bpn_lightning/run/results.py", "read_text"): "/proc/cpuinfo, of the system",
+    ("bpn_lightning/run/provenance.py", "read_text"): "/proc/cpuinfo, of the system",
     ("bpn_lightning/run/dashboards.py", "Image.open"): "a picture drawn in memory",
     (
         "bpn_lightning/run/checkpoints.py",

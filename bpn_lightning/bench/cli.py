@@ -82,7 +82,7 @@ def _run(argv: Sequence[str]) -> int:
     cells = only(grid.cells, options.only) if options.only else list(grid.cells)
     root = Path(options.runs or Path("runs", "bench", grid.name))
     if options.out and Path(options.out).is_dir():
-        from bpn_lightning.bench.collection import check_kept  # torch comes with it
+        from bpn_lightning.bench.collect import check_kept
 
         check_kept(grid.name, None, Path(options.out))
     with _executor(options, root) as executor:
@@ -116,7 +116,8 @@ def _collect(argv: Sequence[str]) -> int:
 
 def _finish(grid: Grid, root: Path, out: str | None) -> None:
     """Keep what is finished, make the report, and print its tables."""
-    from bpn_lightning.bench.collection import check_kept, collect, write_collection
+    from bpn_lightning.analysis.collection import write_collection
+    from bpn_lightning.bench.collect import check_kept, collect
     from bpn_lightning.bench.report import REPORT, write_report
 
     folder = Path(out) if out else root / "report"

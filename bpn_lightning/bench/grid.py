@@ -31,27 +31,27 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from bpn_lightning.analysis.collection import NotRun
 from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
+from bpn_lightning.run.identity import short
 
 __all__ = [
-    "ARTEFACTS",
+    "ARTIFACTS",
     "OPTIONS",
     "PROBES",
     "Cell",
     "Grid",
-    "NotRun",
     "check_key",
     "find_grid",
     "only",
     "packaged_grids",
     "read_grid",
-    "short",
 ]
 
-ARTEFACTS = (
+ARTIFACTS = (
     "accuracy",
     "table_1",
     "table_2",
@@ -142,15 +142,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class NotRun:
-    """An entry that stands in the tables without results, and why."""
-
-    experiment: str
-    methods: tuple[str, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
 class Grid:
     """A checked grid.
 
@@ -161,7 +152,7 @@ class Grid:
         cells: the runs, in the order of the file.
         not_run: entries without runs.
         compare: pairs of methods for the paired tests.
-        report: names of :data:`ARTEFACTS`.
+        report: names of :data:`ARTIFACTS`.
     """
 
     name: str
@@ -171,11 +162,6 @@ class Grid:
     not_run: tuple[NotRun, ...]
     compare: tuple[tuple[str, str], ...]
     report: tuple[str, ...]
-
-
-def short(key: str) -> str:
-    """``rank`` of ``strategies.bd.rank``."""
-    return key.rpartition(".")[2]
 
 
 def check_key(key: str, where: str) -> None:
@@ -445,10 +431,10 @@ def _pairs(value: Any, methods: Iterable[str], where: str) -> tuple[tuple[str, s
 def _report(value: Any, where: str) -> tuple[str, ...]:
     names = value if isinstance(value, list) else [value]
     for name in names:
-        if name not in ARTEFACTS:
+        if name not in ARTIFACTS:
             raise ConfigurationError(
-                f"Expected report of {where} to name some of {', '.join(ARTEFACTS)}, but got {name!r}."
-                f"{did_you_mean(str(name), ARTEFACTS)}"
+                f"Expected report of {where} to name some of {', '.join(ARTIFACTS)}, but got {name!r}."
+                f"{did_you_mean(str(name), ARTIFACTS)}"
             )
     return tuple(names)
 

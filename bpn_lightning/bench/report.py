@@ -4,15 +4,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bpn_lightning.bench.artifact import Artifact
-from bpn_lightning.bench.collection import CELLS, Collection, read_collection
+from bpn_lightning.analysis.artifact import Artifact
+from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
+from bpn_lightning.bench.sweeps import gains, sweeps
+from bpn_lightning.bench.tables import accuracy, paired_tests
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.paper.accuracy import accuracy, paired_tests, parameters, table_1, table_2
 from bpn_lightning.paper.curves import figure_6
 from bpn_lightning.paper.many_tasks import figure_7
 from bpn_lightning.paper.mechanism import drift, figure_5
-from bpn_lightning.paper.sweeps import gains, sweeps
+from bpn_lightning.paper.tables import parameters, table_1, table_2
 from bpn_lightning.terminal import printable
 
 __all__ = ["MAKERS", "make", "report_all", "write_report"]
@@ -102,8 +103,8 @@ HEAD = """\
 
 What the experiments of Wen et al. give here, beside the paper's own numbers. Every number is of a run
 of `bpn-fit`; each grid is trained, and its section made, by the command under its title. Intervals
-are 95 % intervals of Student's t over seeds. The task oracle tells a network which task an image is
-from; the paper's single-head scores have it, and the scores without it stand beside them."""
+are 95 % intervals of Student's t over seeds. "Task ID given" means that the network is told which task
+a test image is from, as for the paper's single-head scores; the scores without the task ID (class-incremental) stand beside them."""
 
 # The paper's order; what the project adds comes after.
 _ORDER = ("digits", "incremental", "toy", "permuted", "eight_datasets")

@@ -1,71 +1,78 @@
-"""A table as Markdown and as CSV."""
+"""Tables over all methods of an experiment, and the tests between them."""
 
-import csv
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from io import StringIO
+from bpn_lightning.analysis.artifact import Artifact, seeds_text, slug
+from bpn_lightning.analysis.collection import Collection
+from bpn_lightning.analysis.comparison import SCORES, compare, method_rows
+from bpn_lightning.analysis.pictures import Dots, dot_chart
+from bpn_lightning.analysis.statistics import p_text
+from bpn_lightning.analysis.table import Cell, Table
 
-from bpn_lightning.bench.statistics import Interval
+__all__ = ["accuracy", "paired_tests"]
 
-__all__ = ["Table"]
+_ACC = ("average", "average_task_agnostic")
+_SHOWN = ("first_task", "average", "after_learning", "average_task_agnostic")
 
-Cell = str | int | float | Interval | None
+
+def accuracy(collection: Collection) -> list[Artifact]:
+    """What every method reached in each experiment, what it stored, and how long it took."""
+    return [_accuracy(collection, place) for place in collection.places()]
 
 
-@dataclass(frozen=True)
-class Table:
-    """Named columns, and rows of texts, numbers and intervals; None is a dash.
-
-    Args:
-        columns: names.
-        rows: one cell for each column.
-        digits: after the point of a number, in Markdown; CSV has them all.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    digits: int = 3
-
-    def markdown(self) -> str:
-        """A pipe table; what could be taken for a column's end is escaped."""
-        rows = ([self._text(cell) for cell in row] for row in self.rows)
-        lines = [self.columns, ["---"] * len(self.columns), *rows]
-        cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-    def csv(self) -> str:
-        """Comma-separated; a column of intervals is followed by one of their half widths."""
-        wide = [
-            any(isinstance(row[index], Interval) for row in self.rows)
-            for index in range(len(self.columns))
+def _accuracy(collection: Collection, place: str) -> Artifact:
+    rows = method_rows(collection.records, place)
+    body: list[list[Cell]] = [
+        [
+            row.name,
+            *(row.scores[score] for score in _SHOWN),
+            row.bytes_per_task,
+            None if row.seconds is None else round(row.seconds),
         ]
-        names = [
-            [name, f"{name}, ±"] if w else [name]
-            for name, w in zip(self.columns, wide, strict=True)
+        for row in rows
+    ]
+    columns = ["method", *(SCORES[score].title for score in _SHOWN), "bytes per task", "seconds"]
+    picture = dot_chart(
+        [row.name for row in rows],
+        [Dots(SCORES[score].title, [row.scores[score] for row in rows]) for score in _ACC],
+        title=place,
+    )
+    seeds = [record.seed for record in collection.of(place)]
+    caption = (
+        f"{place}, {seeds_text(seeds)}. ACC is the mean over tasks after the last one. Task ID "
+        "given: the network is told which task each test image is from. A dash without the task ID: "
+        "not measured, or every task has outputs of its own, which cannot be chosen without it."
+    )
+    return Artifact(f"accuracy_{slug(place)}", place, caption, Table(columns, body), picture)
+
+
+def paired_tests(collection: Collection) -> list[Artifact]:
+    """Student's paired t-tests between methods, seed by seed, corrected for their number."""
+    scores = ("average", "first_task")
+    pairs = collection.compare
+    tests = compare(collection.records, pairs, scores=scores).tests if pairs else []
+    named = [(test, f"{test.first.name} - {test.second.name}") for test in tests]
+    body: list[list[Cell]] = [
+        [
+            test.place,
+            difference,
+            SCORES[test.score].title,
+            test.difference.interval,
+            test.difference.n,
+            p_text(test.difference.p),
+            p_text(test.corrected),
         ]
-        text = StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([name for pair in names for name in pair])
-        for row in self.rows:
-            writer.writerow(list(_values(row, wide)))
-        return text.getvalue()
-
-    def _text(self, cell: Cell) -> str:
-        if cell is None:
-            return "-"
-        if isinstance(cell, Interval):
-            return cell.text(self.digits)
-        if isinstance(cell, float):
-            return f"{cell:.{self.digits}f}"
-        return f"{cell:,}" if isinstance(cell, int) else cell
-
-
-def _values(row: Sequence[Cell], wide: Sequence[bool]) -> Iterator[object]:
-    for cell, has_width in zip(row, wide, strict=True):
-        if isinstance(cell, Interval):
-            yield cell.mean
-            yield cell.half
-        else:
-            yield cell
-            if has_width:
-                yield None
+        for test, difference in named
+    ]
+    columns = ("experiment", "difference", "of", "mean", "seeds", "p", "p, corrected")
+    picture = dot_chart(
+        [f"{test.place} · {name}, {SCORES[test.score].title}" for test, name in named],
+        [Dots("difference over seeds", [test.difference.interval for test in tests])],
+        title="Differences between methods",
+        xlabel="difference in accuracy",
+        limits=None,
+    )
+    caption = (
+        "Differences seed by seed, with the 95 % interval of their mean and p of the two-sided "
+        "paired t-test, before and after Holm's correction for the number of tests here. Without a "
+        "p, all seeds differ alike, or there is one only."
+    )
+    return [Artifact("paired_tests", "Paired tests", caption, Table(columns, body), picture)]

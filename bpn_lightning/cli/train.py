@@ -22,7 +22,8 @@ from bpn_lightning.errors import ResultsError
 from bpn_lightning.run.console import final_table
 from bpn_lightning.run.dashboards import close_adapters, upload_artifacts
 from bpn_lightning.run.folder import written_files
-from bpn_lightning.run.results import collect_provenance, write_results
+from bpn_lightning.run.provenance import collect_provenance
+from bpn_lightning.run.results import write_results
 from bpn_lightning.terminal import INTERRUPTED
 from bpn_lightning.untrusted import read_text
 

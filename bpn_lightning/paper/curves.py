@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from itertools import accumulate
 
-from bpn_lightning.bench.artifact import Artifact
-from bpn_lightning.bench.collection import Collection, Record
-from bpn_lightning.bench.pictures import Line, line_chart
-from bpn_lightning.bench.statistics import Interval, interval
-from bpn_lightning.bench.tables import Cell, Table
-from bpn_lightning.paper.accuracy import rows, slug
+from bpn_lightning.analysis.artifact import Artifact, slug
+from bpn_lightning.analysis.collection import Collection
+from bpn_lightning.analysis.comparison import MethodRow, method_rows
+from bpn_lightning.analysis.pictures import Line, line_chart
+from bpn_lightning.analysis.record import RunRecord
+from bpn_lightning.analysis.statistics import Interval, interval
+from bpn_lightning.analysis.table import Cell, Table
 
 __all__ = ["figure_6", "over_epochs"]
 
@@ -22,48 +23,40 @@ def figure_6(collection: Collection) -> list[Artifact]:
     """For each experiment: every task over epochs (a, b), and task 1 over tasks (c)."""
     found = []
     for place in collection.places():
-        methods = [
-            (name, records)
-            for name, records in rows(collection, place)
-            if name in _SHOWN or len(rows(collection, place)) < len(_SHOWN)
-        ]
-        methods.sort(key=lambda one: _SHOWN.index(one[0]) if one[0] in _SHOWN else len(_SHOWN))
-        tasks = min(len(record.matrix) for _, records in methods for record in records)
+        every = method_rows(collection.records, place)
+        rows = [row for row in every if row.name in _SHOWN or len(every) < len(_SHOWN)]
+        rows.sort(key=lambda row: _SHOWN.index(row.name) if row.name in _SHOWN else len(_SHOWN))
+        tasks = min(record.tasks for row in rows for record in row.records)
         if tasks < _MANY:
-            found.append(_over_epochs(place, methods, tasks))
-        found.append(_first_task(place, methods, tasks))
+            found.append(_over_epochs(place, rows, tasks))
+        found.append(_first_task(place, rows, tasks))
     return found
 
 
-def over_epochs(record: Record, task: int) -> list[tuple[float, float]]:
+def over_epochs(record: RunRecord, task: int) -> list[tuple[float, float]]:
     """Epochs done and accuracy on a task (from 0), since that task began to be learned."""
-    ends = list(accumulate(record.results["epochs"]))
-    if record.curve:
-        points = [(point["epoch"], point["task"], point["accuracy"]) for point in record.curve]
-    else:
-        points = [
-            (end, moment, row)
-            for moment, (end, row) in enumerate(zip(ends, record.matrix, strict=False))
-        ]
+    over_stream = record.moments
+    if task >= len(over_stream.starts):
+        return []
     return [
-        (float(epoch), row[task])
-        for epoch, moment, row in points
-        if epoch > 0 and moment >= task and task < len(row) and row[task] is not None
+        (x, value)
+        for x, row in zip(over_stream.at, over_stream.accuracy, strict=True)
+        if x > over_stream.starts[task] and (value := row[task]) is not None
     ]
 
 
-def _over_epochs(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artifact:
+def _over_epochs(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
     panels = []
     body: list[list[Cell]] = []
     for task in range(tasks):
         lines = []
-        for name, records in methods:
-            x, y = _together([over_epochs(record, task) for record in records])
-            lines.append(Line(name, x, y))
-            body += [[task + 1, name, epoch, value] for epoch, value in zip(x, y, strict=True)]
+        for row in rows:
+            x, y = _together([over_epochs(record, task) for record in row.records])
+            lines.append(Line(row.name, x, y))
+            body += [[task + 1, row.name, epoch, value] for epoch, value in zip(x, y, strict=True)]
         panels.append((f"task {task + 1}", lines))
-    ends = list(accumulate(methods[0][1][0].results["epochs"]))
-    starts = [[0.0, *map(float, ends[: tasks - 1])]] * tasks
+    ends = accumulate(map(float, rows[0].records[0].epochs))
+    starts = [[0.0, *ends][:tasks]] * tasks
     figure = line_chart(
         panels, title=f"{place}: accuracy on each task", xlabel="epochs", starts=starts
     )
@@ -75,22 +68,23 @@ def _over_epochs(place: str, methods: Sequence[tuple[str, list[Record]]], tasks:
     )
     ends_only = Table(
         ("method", *(f"task {task + 1} after task {tasks}" for task in range(tasks))),
-        [[name, *(_last(panels[task][1], name) for task in range(tasks))] for name, _ in methods],
+        [[row.name, *(_last(panels[task][1], row.name) for task in range(tasks))] for row in rows],
     )
     return Artifact(
         f"figure_6_{slug(place)}", f"Fig. 6, {place}", caption, ends_only, figure, data=table
     )
 
 
-def _first_task(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artifact:
+def _first_task(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
     lines = []
     body: list[list[Cell]] = []
-    for name, records in methods:
+    for row in rows:
         values = [
-            interval([record.matrix[moment][0] for record in records]) for moment in range(tasks)
+            interval([record.matrix[moment][0] for record in row.records])
+            for moment in range(1, tasks + 1)
         ]
-        lines.append(Line(name, [moment + 1.0 for moment in range(tasks)], values))
-        body.append([name, *values])
+        lines.append(Line(row.name, [moment + 1.0 for moment in range(tasks)], values))
+        body.append([row.name, *values])
     figure = line_chart(
         [("", lines)],
         title=f"{place}: what is left of task 1",

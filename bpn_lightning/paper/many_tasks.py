@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean
 
-from bpn_lightning.bench.artifact import Artifact
-from bpn_lightning.bench.collection import Collection, Record
-from bpn_lightning.bench.pictures import Line, line_chart
-from bpn_lightning.bench.statistics import Interval, holm, interval, paired, two_sample
-from bpn_lightning.bench.tables import Cell, Table
+from bpn_lightning.analysis.artifact import Artifact, slug
+from bpn_lightning.analysis.collection import Collection
+from bpn_lightning.analysis.comparison import MethodRow, method_rows
+from bpn_lightning.analysis.pictures import Line, line_chart
+from bpn_lightning.analysis.statistics import Interval, holm, interval, p_text, paired, two_sample
+from bpn_lightning.analysis.table import Cell, Table
 from bpn_lightning.paper import published as paper
-from bpn_lightning.paper.accuracy import rows, slug
+from bpn_lightning.run.moments import mean_of_known
 
 __all__ = ["averages_so_far", "figure_7", "groups"]
 
@@ -23,7 +24,7 @@ def averages_so_far(matrix: Sequence[Sequence[float | None]]) -> list[float | No
     >>> averages_so_far([[1.0], [0.5, 0.75]])
     [1.0, 0.625]
     """
-    return [_mean(row) for row in matrix]
+    return [mean_of_known(row) for row in matrix]
 
 
 def groups(row: Sequence[float | None], size: int = GROUP) -> list[list[float]]:
@@ -40,19 +41,19 @@ def figure_7(collection: Collection) -> list[Artifact]:
     """The average over the tasks so far (a), groups of ten (b), and the t-tests between methods."""
     found = []
     for place in collection.places():
-        methods = rows(collection, place)
-        tasks = min(len(record.matrix) for record in collection.of(place))
-        found += [_so_far(place, methods, tasks), _grouped(place, methods, tasks)]
-        found.append(_tests(place, methods, tasks, collection.compare))
+        rows = method_rows(collection.records, place)
+        tasks = min(record.tasks for record in collection.of(place))
+        found += [_so_far(place, rows, tasks), _grouped(place, rows, tasks)]
+        found.append(_tests(place, rows, tasks, collection.compare))
     return found
 
 
-def _so_far(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artifact:
+def _so_far(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
     lines = []
-    for name, records in methods:
-        of_seed = [averages_so_far(record.matrix[:tasks]) for record in records]
-        means = [interval(list(values)) for values in zip(*of_seed, strict=True)]
-        lines.append(Line(name, [moment + 1.0 for moment in range(tasks)], means))
+    for row in rows:
+        of_seed = [averages_so_far(record.triangle[:tasks]) for record in row.records]
+        means = [interval(values) for values in zip(*of_seed, strict=True)]
+        lines.append(Line(row.name, [moment + 1.0 for moment in range(tasks)], means))
     figure = line_chart(
         [("", lines)],
         title=f"{place}: average over the tasks so far",
@@ -69,7 +70,7 @@ def _so_far(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int)
         if first in last and second in last
     ]
     caption = (
-        f"Fig. 7 (a), {len({r.seed for _, rs in methods for r in rs})} seed(s). "
+        f"Fig. 7 (a), {len({seed for row in rows for seed in row.seeds})} seed(s). "
         + "; ".join(gains)
         + ". The paper's text does not say whether its percentages are relative or points."
     )
@@ -84,12 +85,14 @@ def _so_far(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int)
     return Artifact(name, f"Fig. 7 (a), {place}", caption, table, figure, data=data)
 
 
-def _grouped(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int) -> Artifact:
+def _grouped(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
     lines = []
-    for name, records in methods:
-        of_seed = [[fmean(group) for group in groups(r.matrix[tasks - 1])] for r in records]
-        means = [interval(list(values)) for values in zip(*of_seed, strict=True)]
-        lines.append(Line(name, [index + 1.0 for index in range(len(means))], means))
+    for row in rows:
+        of_seed = [
+            [fmean(group) for group in groups(record.matrix[tasks])] for record in row.records
+        ]
+        means = [interval(values) for values in zip(*of_seed, strict=True)]
+        lines.append(Line(row.name, [index + 1.0 for index in range(len(means))], means))
     names = _names(tasks)
     figure = line_chart(
         [("", lines)],
@@ -108,16 +111,19 @@ def _grouped(place: str, methods: Sequence[tuple[str, list[Record]]], tasks: int
 
 def _tests(
     place: str,
-    methods: Sequence[tuple[str, list[Record]]],
+    rows: Sequence[MethodRow],
     tasks: int,
     compare: Sequence[tuple[str, str]],
 ) -> Artifact:
     """Within a group, two methods have ten accuracies each: over seeds, one mean for each task."""
     of_method = {
-        name: groups(
-            [_mean(values) for values in zip(*(r.matrix[tasks - 1] for r in rs), strict=True)]
+        row.name: groups(
+            [
+                mean_of_known(values)
+                for values in zip(*(record.matrix[tasks] for record in row.records), strict=True)
+            ]
         )
-        for name, rs in methods
+        for row in rows
     }
     found: list[tuple[str, str, float, float | None, float | None]] = []
     for first, second in compare or combinations(of_method, 2):
@@ -134,7 +140,7 @@ def _tests(
             )
     corrected = holm([p for *_, p, _ in found])
     body: list[list[Cell]] = [
-        [pair, name, difference, _p(p), _p(q), _p(matched)]
+        [pair, name, difference, p_text(p), p_text(q), p_text(matched)]
         for (pair, name, difference, p, matched), q in zip(found, corrected, strict=True)
     ]
     columns = ("difference", "tasks", "mean", "p, t-test", "p, corrected", "p, paired")
@@ -168,20 +174,9 @@ def _names(tasks: int) -> list[str]:
     return [f"{start}-{min(start + GROUP - 1, tasks)}" for start in range(1, tasks + 1, GROUP)]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if len(known) == len(values) else None
-
-
 def _gain(first: Interval | None, second: Interval | None) -> str:
     if first is None or second is None:
         return "not measured"
     points = 100 * (first.mean - second.mean)
     relative = f"{100 * (first.mean / second.mean - 1):+.2f} % relative, " if second.mean else ""
     return f"{relative}{points:+.2f} points"
-
-
-def _p(value: float | None) -> str | None:
-    if value is None:
-        return None
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"

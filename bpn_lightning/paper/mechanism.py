@@ -7,12 +7,12 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from bpn_lightning.bench.artifact import Artifact
-from bpn_lightning.bench.collection import Collection, Record
-from bpn_lightning.bench.pictures import Line, line_chart
-from bpn_lightning.bench.statistics import Interval, interval
-from bpn_lightning.bench.tables import Cell, Table
-from bpn_lightning.paper.accuracy import FIRST, over_seeds, slug
+from bpn_lightning.analysis.artifact import Artifact, slug
+from bpn_lightning.analysis.collection import Collection
+from bpn_lightning.analysis.pictures import Line, line_chart
+from bpn_lightning.analysis.record import RunRecord
+from bpn_lightning.analysis.statistics import Interval, interval
+from bpn_lightning.analysis.table import Cell, Table
 
 __all__ = ["drift", "figure_5"]
 
@@ -36,10 +36,17 @@ def _regions(collection: Collection, place: str) -> Artifact:
     body: list[list[Cell]] = []
     for method in methods:
         records = collection.of(place, method)
-        after_1 = interval([record.matrix[0][0] for record in records])
-        second = interval([record.matrix[1][1] for record in records])
+        after_1 = interval([record.matrix[1][0] for record in records])
+        second = interval([record.matrix[2][1] for record in records])
         name = _NAMES.get(method, method)
-        body.append([name, after_1, over_seeds(records, FIRST), second])
+        body.append(
+            [
+                name,
+                after_1,
+                interval([record.at("accuracy", "first_task") for record in records]),
+                second,
+            ]
+        )
     shown = [
         (_NAMES.get(method, method), record)
         for method in methods
@@ -59,7 +66,7 @@ def _regions(collection: Collection, place: str) -> Artifact:
     return Artifact(f"figure_5_{slug(place)}", "Fig. 5", caption, table, _draw_regions(shown))
 
 
-def _draw_regions(shown: Sequence[tuple[str, Record]]) -> Figure:
+def _draw_regions(shown: Sequence[tuple[str, RunRecord]]) -> Figure:
     titles = ("after task 1", "after task 2, mode of task 1", "after task 2, mode of task 2")
     with style.context("default"):
         figure = Figure(figsize=(9.0, 2.7 * len(shown) + 0.9), layout="constrained")
@@ -119,7 +126,7 @@ def drift(collection: Collection) -> list[Artifact]:
     ]
 
 
-def _drift(place: str, method: str, records: Sequence[Record]) -> Artifact:
+def _drift(place: str, method: str, records: Sequence[RunRecord]) -> Artifact:
     layers = list(records[0].probes["drift"][0])
     tasks = min(len(record.probes["drift"]) for record in records)
     names = [
@@ -157,5 +164,5 @@ def _drift(place: str, method: str, records: Sequence[Record]) -> Artifact:
     return Artifact(name, f"Drift, {method}, {place}", caption, Table(columns, body), figure)
 
 
-def _at(records: Sequence[Record], moment: int, layer: str, key: str) -> Interval | None:
+def _at(records: Sequence[RunRecord], moment: int, layer: str, key: str) -> Interval | None:
     return interval([record.probes["drift"][moment][layer][key] for record in records])

@@ -3,11 +3,14 @@
 ::
 
     reading      what lies in a folder: runs, and what could not be read as one
-    comparison   rows of runs that differ by their seed alone: intervals, tests, settings that differ
-    summary      the same in plain words, with what was not shown
-    page         all of it as one HTML file, with page.css and page.js inside
+    settings     in which settings runs differ
+    summary      what was found in plain words, with what was not shown
+    tables       the page's tables
+    pictures     matplotlib's figures as SVGs whose marks carry their values
+    page         all of it as one HTML file, of page.html with page.css and page.js inside
     cli          the command
 
-:mod:`bpn_lightning.bench.report` makes Markdown and pictures of one grid for the repository; this page
-is for looking at whatever there is. No torch is imported.
+Rows, intervals and tests are those of :mod:`bpn_lightning.analysis`. :mod:`bpn_lightning.bench.report`
+makes Markdown and pictures of one grid for the repository; this page is for looking at whatever there
+is. No torch is imported.
 """

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(options: argparse.Namespace) -> Path:
     """Read, compare, write; the path of the page."""
     # a second, for scipy
-    from bpn_lightning.report.comparison import compare
+    from bpn_lightning.analysis.comparison import compare
     from bpn_lightning.report.page import render
     from bpn_lightning.report.reading import find_runs
 

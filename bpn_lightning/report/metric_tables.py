@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bpn_lightning.report.reading import Run
+from bpn_lightning.analysis.record import RunRecord
 
 __all__ = ["MAX_NUMBERS", "MetricTable", "metric_tables"]
 
@@ -30,7 +30,7 @@ class MetricTable:
     folded: bool
 
 
-def metric_tables(runs: Sequence[Run]) -> tuple[list[MetricTable], int]:
+def metric_tables(runs: Sequence[RunRecord]) -> tuple[list[MetricTable], int]:
     """Tables of all metrics of some runs: first those of single numbers, then those of lists.
 
     Returns:
@@ -46,13 +46,13 @@ def metric_tables(runs: Sequence[Run]) -> tuple[list[MetricTable], int]:
     return kept, len(tables) - len(kept)
 
 
-def _metrics(run: Run) -> dict[str, list[Any]]:
+def _metrics(run: RunRecord) -> dict[str, list[Any]]:
     """By name, a value for each task; what results.json says of other tasks is left out."""
     found: dict[str, list[Any]] = run.at("metrics") or {}
     return {name: values[: run.tasks] for name, values in found.items()}
 
 
-def _of_numbers(runs: Sequence[Run]) -> Iterator[MetricTable]:
+def _of_numbers(runs: Sequence[RunRecord]) -> Iterator[MetricTable]:
     """For each metric a table: a row for each run, a column for each task, and their mean."""
     for name in dict.fromkeys(name for run in runs for name in _metrics(run)):
         rows = []
@@ -68,7 +68,7 @@ def _of_numbers(runs: Sequence[Run]) -> Iterator[MetricTable]:
             yield MetricTable(f"{name}, after the last task", columns, padded, folded=False)
 
 
-def _of_lists(run: Run) -> Iterator[MetricTable]:
+def _of_lists(run: RunRecord) -> Iterator[MetricTable]:
     """For each task a table of two dimensions; lists of one are the rows of one table."""
     for name, values in _metrics(run).items():
         lists = [

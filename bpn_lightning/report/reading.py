@@ -1,33 +1,20 @@
 """Find the runs in a folder, and say of everything else that looks like one why it is not shown."""
 
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from bpn_lightning.bench.collection import (
-    CELLS,
-    MAX_COUNT,
-    Collection,
-    Record,
-    check_values,
-    is_between,
-    read_collection,
-)
-from bpn_lightning.bench.grid import Cell, short
-from bpn_lightning.cli.config_files import read_yaml
-from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.report.labels import setting_labels
-from bpn_lightning.run.identity import OBSERVED, decides
-from bpn_lightning.run.results import MAX_TASKS, read_matrix_rows, read_results
+from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
+from bpn_lightning.analysis.record import RunRecord, read_run
+from bpn_lightning.bench.grid import Cell
+from bpn_lightning.errors import ResultsError
+from bpn_lightning.report.settings import setting_labels
+from bpn_lightning.run.identity import OBSERVED, decides, short
 from bpn_lightning.untrusted import is_inside
 
-__all__ = ["Curve", "Found", "Problem", "Run", "find_runs"]
-
-Row = list[float | None]
+__all__ = ["Found", "Problem", "find_runs"]
 
 # What a run leaves in its folder before results.json, which comes last.
 _BEGUN = ("config.yaml", "checkpoints", "failed.json")
@@ -44,77 +31,6 @@ MAX_DEPTH = 32
 """How deep they may lie."""
 
 _STREAM_SEED = "data.init_args.seed"
-
-_JOINT = " · "  # between an experiment and what sets its runs apart from others of that name
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Accuracies at moments of the stream, each task's since it began to be learned.
-
-    Args:
-        unit: what ``at`` counts: "epochs", or "tasks learned".
-        at: ``(moments,)``, how far the stream had come.
-        accuracy: ``(moments, tasks)``; None before a task began, and where not measured.
-        starts: how far the stream had come when each task began.
-    """
-
-    unit: str
-    at: list[float]
-    accuracy: list[Row]
-    starts: list[float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that has results.
-
-    Args:
-        source: where it was read, from the folder that was asked for.
-        place: the experiment, and what sets its runs apart from others of that name: folders, and
-            values of the stream.
-        method: its name, with the values that a grid varied, and those in which runs of this name
-            differ; runs of one place and method differ by their seed.
-        seed: its seed.
-        results: as :class:`bpn_lightning.run.results.Results`, as far as a cells.json keeps them.
-        task_names: a text for each task of the stream.
-        matrix: ``(tasks + 1, tasks)``; row 0 before training, None where not measured.
-        curve: accuracies over the stream.
-        settings: of config.yaml, by dotted keys; None where they were not kept, as in a cells.json.
-    """
-
-    source: str
-    place: str
-    method: str
-    seed: int
-    results: Mapping[str, Any]
-    task_names: list[str]
-    matrix: list[Row]
-    curve: Curve
-    settings: Mapping[str, Any] | None
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.place}, {self.method}, seed {self.seed}"
-
-    @property
-    def tasks(self) -> int:
-        """Of the stream."""
-        return len(self.task_names)
-
-    @property
-    def learned(self) -> int:
-        """How many of them were learned."""
-        rows = (n for n, row in enumerate(self.matrix) if any(v is not None for v in row))
-        return max(rows, default=0)
-
-    def at(self, *keys: str) -> Any:
-        """A value of the results by its keys; None where a part of the way is null or not kept."""
-        value: Any = self.results
-        for key in keys:
-            value = None if value is None else value.get(key)
-        return value
 
 
 @dataclass(frozen=True)
@@ -139,14 +55,14 @@ class Found:
     Args:
         title: of a grid, or the folder's name.
         text: of a grid, or "".
-        runs: by place, method and seed.
+        runs: by place, setup and seed.
         compare: pairs of methods that grids name for their tests.
         problems: what is not shown, or not whole.
     """
 
     title: str
     text: str
-    runs: list[Run]
+    runs: list[RunRecord]
     compare: list[tuple[str, str]]
     problems: list[Problem]
 
@@ -166,45 +82,24 @@ def find_runs(folder: Path) -> Found:
             f"Expected {folder} to be the folder of a run, or of several, but there is no such "
             "folder. `bpn-fit` makes runs/<experiment>/<method>/seed_<n>/."
         )
-    runs: list[Run] = []
     problems: list[Problem] = []
     candidates = list(_candidates(folder, problems))
     folders = [path for path in candidates if path.name != CELLS]
-    for path in folders:
-        where = path.relative_to(folder).as_posix()
-        if os.path.lexists(path / "results.json"):
-            try:
-                _refuse_outside(path, folder)
-                runs.append(_of_folder(path, folder, problems))
-            except ResultsError as error:
-                problems.append(Problem(where, "unreadable", str(error)))
-            # One that somebody made up can lead to anything, and the others count all the same.
-            except Exception as error:  # noqa: BLE001
-                why = f"It is damaged or made up: {type(error).__name__}: {error!s:.200}."
-                problems.append(Problem(where, "unreadable", why))
-        elif not any(path in other.parents for other in folders):  # else it is above runs
-            problems.append(_not_finished(path, where))
+    runs = list(_of_folders(folders, folder, problems))
     collections = []
     for path in candidates:
-        if path.name == CELLS:
-            try:
-                collections.append(read_collection(path))
-            except ResultsError as error:
-                where = path.relative_to(folder).as_posix()
-                problems.append(Problem(where, "unreadable", str(error)))
-                continue
-            where = path.relative_to(folder).as_posix()
-            problems += [Problem(where, "unreadable", why) for why in collections[-1].left_out]
+        if path.name == CELLS and (one := _read_cells(path, folder, problems)) is not None:
             names = {run.name for run in runs}
-            runs += _of_collection(collections[-1], path, folder, set(folders))
-            problems += _not_run(collections[-1], names)
+            runs += _of_collection(one, path, folder, set(folders))
+            problems += _not_run(one, names)
+            collections.append(one)
     if not runs and not problems:
         raise ResultsError(
             f"Expected {folder} to hold runs, but found no results.json and no {CELLS} at or below "
             "it. Name the folder of a run, one above runs, or one of docs/results."
         )
     runs = _tell_apart(runs)
-    runs.sort(key=lambda run: (run.place, run.method, run.seed))
+    runs.sort(key=lambda run: (run.place, run.setup, run.seed))
     grid = collections[0] if len(collections) == 1 else None
     return Found(
         title=grid.title if grid else runs[0].name if len(runs) == 1 else folder.resolve().name,
@@ -213,6 +108,41 @@ def find_runs(folder: Path) -> Found:
         compare=list(dict.fromkeys(pair for one in collections for pair in one.compare)),
         problems=problems,
     )
+
+
+def _of_folders(
+    folders: Sequence[Path], root: Path, problems: list[Problem]
+) -> Iterator[RunRecord]:
+    """Those that are finished; the others are problems."""
+    for path in folders:
+        where = path.relative_to(root).as_posix()
+        if not os.path.lexists(path / "results.json"):
+            if not any(path in other.parents for other in folders):  # else it is above runs
+                problems.append(_not_finished(path, root))
+            continue
+        try:
+            _refuse_outside(path, root)
+            record = _of_folder(path, root)
+        except ResultsError as error:
+            problems.append(Problem(where, "unreadable", str(error)))
+        # One that somebody made up can lead to anything, and the others count all the same.
+        except Exception as error:  # noqa: BLE001
+            why = f"It is damaged or made up: {type(error).__name__}: {error!s:.200}."
+            problems.append(Problem(where, "unreadable", why))
+        else:
+            problems += [Problem(where, "incomplete", why) for why in record.incomplete.values()]
+            yield record
+
+
+def _read_cells(path: Path, root: Path, problems: list[Problem]) -> Collection | None:
+    where = path.relative_to(root).as_posix()
+    try:
+        collection = read_collection(path)
+    except ResultsError as error:
+        problems.append(Problem(where, "unreadable", str(error)))
+        return None
+    problems += [Problem(where, "unreadable", why) for why in collection.left_out]
+    return collection
 
 
 def _candidates(folder: Path, problems: list[Problem]) -> Iterator[Path]:
@@ -269,108 +199,47 @@ def _refuse_outside(run: Path, root: Path) -> None:
             )
 
 
-def _of_folder(folder: Path, root: Path, problems: list[Problem]) -> Run:
-    results = cast(dict[str, Any], read_results(folder))
-    where = folder.relative_to(root).as_posix()
-    tasks = results["tasks"]
-    if not 0 < len(tasks) <= MAX_TASKS:
-        raise ResultsError(
-            f"Expected {folder}/results.json to be of a stream of tasks, {MAX_TASKS:,} at most, but got "
-            f"{len(tasks) or 'none'}."
-        )
-    try:
-        matrix = [[_known(value) for value in row] for row in read_matrix_rows(folder)]
-        if len(matrix) != len(tasks) + 1:
-            raise ResultsError(
-                f"Expected {folder}/accuracy_matrix.csv to have a column for each of the "
-                f"{len(tasks)} tasks of results.json, but got {len(matrix) - 1}."
-            )
-    except ResultsError as error:
-        problems.append(Problem(where, "incomplete", str(error)))
-        matrix = _last_row_only(results)
-    epochs = [task["epochs"] for task in tasks]
-    settings = None
-    try:
-        settings = _flat(read_yaml(folder / "config.yaml"))
-    except ConfigurationError as error:
-        problems.append(Problem(where, "incomplete", f"Its settings are not known. {error}"))
-    curve = _curve(None, matrix, epochs)
-    try:
-        curve = _curve(results["extra"].get("curve"), matrix, epochs)
-    except (KeyError, TypeError, ValueError) as error:  # `extra` has no schema
-        problems.append(Problem(where, "incomplete", f"extra.curve cannot be read: {error!r}."))
-    place, method = _names(results, folder.relative_to(root))
-    run = Run(
-        source=where if where != "." else folder.resolve().name,
-        place=place,
-        method=method,
-        seed=results["seed"],
-        results=results,
-        task_names=[_task_name(task["id"], task["classes"]) for task in tasks],
-        matrix=matrix,
-        curve=curve,
-        settings=settings,
+def _of_folder(folder: Path, root: Path) -> RunRecord:
+    """The run, with what its path says beyond <experiment>/<method>/seed_<n>.
+
+    A grid lays runs of varied values into folders such as ``rank=10,epsilon=0.1``.
+    """
+    record = read_run(folder)
+    parts = list(folder.relative_to(root).parts)
+    for own in (f"seed_{record.seed}", record.method, record.experiment):
+        if parts and parts[-1] == own:
+            parts.pop()
+    varied = [word.partition("=") for part in parts if "=" in part for word in part.split(",")]
+    return replace(
+        record,
+        label="/".join(part for part in parts if "=" not in part),
+        variant={key: value for key, _, value in varied},
+        source=_where(folder, root),
     )
-    try:
-        check_values(run.at, [*run.matrix, *run.curve.accuracy], (run.place, run.method))
-    except ValueError as error:
-        raise ResultsError(
-            f"Expected {folder}/results.json to hold what a run can give, but {error}."
-        ) from error
-    return run
+
+
+def _where(folder: Path, root: Path) -> str:
+    where = folder.relative_to(root).as_posix()
+    return where if where != "." else folder.resolve().name
 
 
 def _of_collection(
     collection: Collection, path: Path, root: Path, folders: set[Path]
-) -> Iterator[Run]:
+) -> Iterator[RunRecord]:
     """Those of its runs that have no folder here; a grid's `report` lies beside its runs."""
     home = path.parent
     beside = home.parent if home.name == "report" and home != root else home
+    inside = "/".join(part for part in home.relative_to(root).parts if part != "report")
     for record in collection.records:
         variant = tuple(record.variant.items())
         cell = Cell("", record.experiment, record.method, record.seed, record.label, variant)
         if cell.folder(beside) not in folders:
-            yield _of_record(record, home, root)
+            label = ", ".join(filter(None, [inside, record.label]))
+            yield replace(record, label=label, source=path.relative_to(root).as_posix())
 
 
-def _of_record(record: Record, home: Path, root: Path) -> Run:
-    tasks = len(record.matrix)
-    epochs = record.results.get("epochs") or [1] * tasks
-    matrix: list[Row] = [[None] * tasks]
-    matrix += [[*row, *[None] * (tasks - len(row))] for row in record.matrix]
-    inside = [part for part in home.relative_to(root).parts if part != "report"]
-    variant = [f"{short(key)} {value}" for key, value in record.variant.items()]
-    run = Run(
-        source=(home / CELLS).relative_to(root).as_posix(),
-        place=_JOINT.join(filter(None, [record.experiment, "/".join(inside), record.label])),
-        method=", ".join([record.method, *variant]),
-        seed=record.seed,
-        results=record.results,
-        task_names=[f"task {task + 1}" for task in range(tasks)],
-        matrix=matrix,
-        curve=_curve(record.curve, matrix, epochs),
-        settings=None,
-    )
-    return run
-
-
-def _names(results: Mapping[str, Any], path: Path) -> tuple[str, str]:
-    """Place and method, with what the path says beyond <experiment>/<method>/seed_<n>.
-
-    A grid lays runs of varied values into folders such as ``rank=10,epsilon=0.1``.
-    """
-    parts = list(path.parts)
-    for own in (f"seed_{results['seed']}", results["method"], results["experiment"]):
-        if parts and parts[-1] == own:
-            parts.pop()
-    varied = [word.replace("=", " ", 1) for p in parts if "=" in p for word in p.split(",")]
-    label = "/".join(part for part in parts if "=" not in part)
-    place = _JOINT.join(filter(None, [results["experiment"], label]))
-    return place, ", ".join([results["method"], *varied])
-
-
-def _not_finished(folder: Path, where: str) -> Problem:
-    where = where if where != "." else folder.resolve().name
+def _not_finished(folder: Path, root: Path) -> Problem:
+    where = _where(folder, root)
     if (folder / "failed.json").exists():
         log = " Its log.txt says why." if (folder / "log.txt").exists() else ""
         return Problem(where, "failed", f"It has a failed.json and no results.json.{log}")
@@ -384,7 +253,7 @@ def _not_finished(folder: Path, where: str) -> Problem:
 
 
 def _not_run(collection: Collection, finished: Iterable[str]) -> Iterator[Problem]:
-    words = {frozenset(name.replace(_JOINT, ", ").split(", ")) for name in finished}
+    words = {frozenset(name.split(", ")) for name in finished}
     for name in collection.missing:
         if frozenset(name.split(", ")) not in words:  # finished since the collection was made
             yield Problem(name, "not finished", f"The grid {collection.name} asks for it.")
@@ -392,51 +261,54 @@ def _not_run(collection: Collection, finished: Iterable[str]) -> Iterator[Proble
         yield Problem(f"{one.experiment}: {', '.join(one.methods)}", "not run", one.reason)
 
 
-def _tell_apart(runs: Sequence[Run]) -> list[Run]:
+def _tell_apart(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Put what decides about a result into the names of runs that do not share it.
 
-    A place has one stream, and a method in it one setting, whose runs differ by their seeds alone.
+    A place has one stream, and a setup in it one setting, whose runs differ by their seeds only.
     """
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.place,), []).append(run)
     apart = [
-        replace(run, place=f"{run.place}{_JOINT}{label}") if label else run
-        for group in groups.values()
-        for run, label in _labeled(group, [_deciding(run, of_stream=True) for run in group])
+        replace(record, label=", ".join(filter(None, [record.label, label])))
+        for group in _grouped(records, lambda record: record.place)
+        for record, label in _labeled(group, [_deciding(one, of_stream=True) for one in group])
     ]
-    groups.clear()
-    for run in apart:
-        groups.setdefault((run.place, run.method), []).append(run)
     return [
-        replace(run, method=f"{run.method}, {label}") if label else run
-        for group in groups.values()
-        for run, label in _labeled(group, [_of_method(run, group) for run in group])
+        replace(record, note=label)
+        for group in _grouped(apart, lambda record: record.place + "\n" + record.setup)
+        for record, label in _labeled(group, [_of_method(one, group) for one in group])
     ]
+
+
+def _grouped(
+    records: Sequence[RunRecord], key: Callable[[RunRecord], str]
+) -> Iterable[list[RunRecord]]:
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups.values()
 
 
 def _labeled(
-    runs: Sequence[Run], settings: Sequence[Mapping[str, Any] | None]
-) -> Iterable[tuple[Run, str]]:
-    return zip(runs, setting_labels(settings), strict=True)
+    records: Sequence[RunRecord], settings: Sequence[Mapping[str, Any] | None]
+) -> Iterable[tuple[RunRecord, str]]:
+    return zip(records, setting_labels(settings), strict=True)
 
 
-def _deciding(run: Run, of_stream: bool) -> dict[str, Any] | None:
-    """The settings of the stream, or the others, but for those that the run's name tells already."""
-    told = run.method.split(", ")[1:]
-    if run.settings is None:
+def _deciding(record: RunRecord, of_stream: bool) -> dict[str, Any] | None:
+    """The settings of the stream, or the others, but for those that the run's name has already."""
+    named = {f"{short(key)} {value}" for key, value in record.variant.items()}
+    if record.settings is None:
         return None
     return {
         key: value
-        for key, value in run.settings.items()
+        for key, value in record.settings.items()
         if decides(key)
         and key.startswith("data.") == of_stream
         and key not in ("method", _STREAM_SEED, *OBSERVED)
-        and f"{short(key)} {value}" not in told
+        and f"{short(key)} {value}" not in named
     }
 
 
-def _of_method(run: Run, group: Sequence[Run]) -> dict[str, Any] | None:
+def _of_method(run: RunRecord, group: Sequence[RunRecord]) -> dict[str, Any] | None:
     """With the stream's own seed, unless all runs have one of their own, or all have the same."""
     settings = _deciding(run, of_stream=False)
     seeds = [_stream_seed(one) for one in group]
@@ -445,15 +317,15 @@ def _of_method(run: Run, group: Sequence[Run]) -> dict[str, Any] | None:
     return settings
 
 
-def _stream_seed(run: Run) -> Any:
+def _stream_seed(run: RunRecord) -> Any:
     """Of classes, splits and batches; that of the run unless it was set."""
     own = (run.settings or {}).get(_STREAM_SEED)
     return run.seed if own is None else own
 
 
-def _once(runs: Sequence[Run], problems: list[Problem]) -> list[Run]:
+def _once(runs: Sequence[RunRecord], problems: list[Problem]) -> list[RunRecord]:
     """Two runs that nothing tells apart would count twice in a mean."""
-    kept: dict[str, Run] = {}
+    kept: dict[str, RunRecord] = {}
     for run in runs:
         if run.name in kept:
             other = kept[run.name].source
@@ -463,62 +335,3 @@ def _once(runs: Sequence[Run], problems: list[Problem]) -> list[Run]:
         else:
             kept[run.name] = run
     return list(kept.values())
-
-
-def _task_name(task: int, classes: Sequence[str]) -> str:
-    shown = ", ".join(classes)
-    if len(shown) > 60:
-        shown = f"{shown[:45]}..., {len(classes)} classes"
-    return f"task {task + 1}" + (f" ({shown})" if shown else "")
-
-
-def _last_row_only(results: Mapping[str, Any]) -> list[Row]:
-    tasks, learned = len(results["tasks"]), len(results["tasks_learned"])
-    matrix: list[Row] = [[None] * tasks for _ in range(tasks + 1)]
-    last = results["accuracy"]["per_task"]
-    if learned and len(last) == tasks:
-        matrix[learned] = list(last)
-    return matrix
-
-
-def _curve(points: Any, matrix: Sequence[Row], epochs: Sequence[int]) -> Curve:
-    """The finer moments where a run kept them, else those of the matrix."""
-    tasks = len(matrix) - 1
-    if points:
-        at = [float(point["epoch"]) for point in points]
-        rows = [
-            [v if k <= point["task"] and x > 0 else None for k, v in enumerate(point["accuracy"])]
-            for x, point in zip(at, points, strict=True)
-        ]
-        if any(len(row) != tasks for row in rows):
-            raise ValueError(f"an entry has no accuracy for each of the {tasks} tasks")
-        wrong = [point["task"] for point in points if point["task"] not in range(tasks)]
-        if wrong or not all(is_between(x, 0, MAX_COUNT) for x in at):
-            raise ValueError(f"an entry is of task {wrong[0]!r:.80}" if wrong else "of no epoch")
-        begun = range(1 + max(point["task"] for point in points))
-        starts = [
-            max((x for x, p in zip(at, points, strict=True) if p["task"] < task), default=0.0)
-            for task in begun
-        ]
-        return Curve("epochs", at, rows, starts)
-    learned = max((n for n, row in enumerate(matrix) if any(v is not None for v in row)), default=0)
-    known = len(epochs) == tasks and all(epochs)
-    ends = [float(x) for x in accumulate(epochs if known else [1] * tasks)][:learned]
-    return Curve(
-        "epochs" if known else "tasks learned",
-        ends,
-        [[*matrix[n][:n], *[None] * (tasks - n)] for n in range(1, learned + 1)],
-        [0.0, *ends[:-1]] if ends else [],
-    )
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted keys; lists stay whole."""
-    if isinstance(value, Mapping) and (value or not key):
-        parts = (_flat(item, f"{key}.{name}" if key else str(name)) for name, item in value.items())
-        return {name: item for part in parts for name, item in part.items()}
-    return {key: value}
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value

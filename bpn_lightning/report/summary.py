@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from bpn_lightning.report.comparison import Comparison, Row
-from bpn_lightning.report.reading import Found, Run
+from bpn_lightning.analysis.comparison import Comparison, MethodRow
+from bpn_lightning.analysis.record import RunRecord
+from bpn_lightning.report.reading import Found
 
 __all__ = ["Summary", "summarize"]
 
@@ -38,9 +39,9 @@ def summarize(found: Found, comparison: Comparison) -> Summary:
     )
 
 
-def _shown(runs: Sequence[Run], comparison: Comparison) -> Iterator[str]:
+def _shown(runs: Sequence[RunRecord], comparison: Comparison) -> Iterator[str]:
     rows = comparison.rows
-    methods = list(dict.fromkeys(row.method for row in rows))
+    methods = list(dict.fromkeys(row.name for row in rows))
     places = list(dict.fromkeys(row.place for row in rows))
     yield (
         f"{_count(len(runs), 'run')} of {_count(len(methods), 'method')} on "
@@ -48,27 +49,27 @@ def _shown(runs: Sequence[Run], comparison: Comparison) -> Iterator[str]:
     )
     for place in places:
         here = [row for row in rows if row.place == place]
-        tasks = sorted({run.tasks for row in here for run in row.runs})
+        tasks = sorted({run.tasks for row in here for run in row.records})
         prefix = f"{place}, a stream of {' or '.join(map(str, tasks))} tasks: "
         if len(here) == 1:
             yield prefix + _one(here[0])
             continue
-        told = _highest(here, "average")
-        alone = _highest(here, "average_task_agnostic")
+        given = _highest(here, "average")
+        agnostic = _highest(here, "average_task_agnostic")
         parts = []
-        if told:
-            parts.append(f"with the task given, the highest mean ACC is {told}")
-        if alone:
-            parts.append(f"without the task oracle it is {alone}")
+        if given:
+            parts.append(f"with the task ID given, the highest mean ACC is {given}")
+        if agnostic:
+            parts.append(f"with the task ID not given, it is {agnostic}")
         yield prefix + ("; ".join(parts) or "no method has an ACC over all of its seeds") + "."
     yield from _tests(comparison)
 
 
-def _one(row: Row) -> str:
-    text = f"{row.method} has an ACC (mean over the tasks learned) of {_value(row, 'average')}"
-    text += " where each image comes with its task's number"
+def _one(row: MethodRow) -> str:
+    text = f"{row.name} has an ACC (mean over the tasks learned) of {_value(row, 'average')}"
+    text += " with the task ID given"
     if row.scores["average_task_agnostic"] is not None:
-        text += f", and of {_value(row, 'average_task_agnostic')} where nobody tells it"
+        text += f", and of {_value(row, 'average_task_agnostic')} without it"
     text += f". Right after learning it was {_value(row, 'after_learning')}"
     text += f"; of task 1, {_value(row, 'first_task')} is left"
     return f"{text}."
@@ -95,23 +96,25 @@ def _tests(comparison: Comparison) -> Iterator[str]:
 def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
     rows, runs = comparison.rows, found.runs
     name = _namer(rows)
-    blind = [row for row in rows if row.scores["average_task_agnostic"] is None]
-    start = '"Task given" means' if len(blind) < len(rows) else "Every mean here is with"
+    unmeasured = [row for row in rows if row.scores["average_task_agnostic"] is None]
+    start = (
+        "Task ID given:" if len(unmeasured) < len(rows) else "Every mean here is with the task ID:"
+    )
     yield (
-        f"{start} the task oracle: somebody tells the network which task an image is from, which is "
-        "easier than it looks. Compare methods without it, too."
+        f"{start} the network is told which task each image is from, which is much easier than "
+        "class-incremental learning. Compare methods without the task ID, too."
     )
     reasons: dict[str, list[str]] = {}
-    for row in blind:
-        reasons.setdefault(_why_blind(row), []).append(name(row))
+    for row in unmeasured:
+        reasons.setdefault(_why_unmeasured(row), []).append(name(row))
     for reason, methods in reasons.items():
-        yield f"Without the oracle there is no mean for {_some(methods)}: {reason}."
-    single = [row for row in rows if len(row.runs) == 1]
+        yield f"Without the task ID there is no mean for {_some(methods)}: {reason}."
+    single = [row for row in rows if len(row.records) == 1]
     if len(single) == len(rows):
         yield "One seed only: no value has an interval, and no difference is tested."
     elif single:
         yield f"One seed only, hence no interval: {_some(map(name, single))}."
-    few = [row for row in rows if len(row.runs) == 2]
+    few = [row for row in rows if len(row.records) == 2]
     if few:
         yield f"Two seeds only, whose intervals are very wide: {_some(map(name, few))}."
     for place, group in groupby(rows, key=lambda row: row.place):
@@ -135,7 +138,7 @@ def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
             "epoch of those tasks, and with another number of epochs it might be another."
         )
     yield from _subsets(rows, name)
-    mixed = [row for row in rows if len({str(_of_method(run)) for run in row.runs}) > 1]
+    mixed = [row for row in rows if len({str(_of_method(run)) for run in row.records}) > 1]
     if mixed:
         yield (
             f"The seeds of {_some(map(name, mixed))} do not share all their settings, though all that "
@@ -153,38 +156,38 @@ def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
         yield f"Not shown, or not whole: {counted}. They are named under “Left out”."
 
 
-def _unsettled(run: Run) -> str:
+def _unsettled(run: RunRecord) -> str:
     tasks = [f"{one['id'] + 1}" for one in run.at("unsettled_tasks")]
     return f"{run.name} (task{'s' if len(tasks) > 1 else ''} {_some(tasks)})"
 
 
-def _why_blind(row: Row) -> str:
-    """Why there is no mean of the scores without the task oracle."""
-    if any(run.at("accuracy_task_agnostic", "average") is not None for run in row.runs):
+def _why_unmeasured(row: MethodRow) -> str:
+    """Why there is no mean of the scores without the task ID."""
+    if any(run.at("accuracy_task_agnostic", "average") is not None for run in row.records):
         return "not all seeds have a value"
-    if any(run.learned < run.tasks for run in row.runs):
+    if any(run.learned < run.tasks for run in row.records):
         return "it is measured at the end of the stream, which was not reached"
-    settings = row.runs[0].settings or {}
+    settings = row.records[0].settings or {}
     if settings.get("model.mask") == "task":
-        return "every task has outputs of its own, and there is no answer without it"
+        return "every task has outputs of its own, which cannot be chosen without it"
     if settings.get("model.task_agnostic") is False:
         return "it was not asked for (model.task_agnostic false)"
-    return "not measured, or every task has outputs of its own and there is no answer without it"
+    return "not measured, or every task has outputs of its own, which cannot be chosen without it"
 
 
-def _subsets(rows: Sequence[Row], name: Callable[[Row], str]) -> Iterator[str]:
+def _subsets(rows: Sequence[MethodRow], name: Callable[[MethodRow], str]) -> Iterator[str]:
     """Settings by which less than all data was used; one sentence for each."""
     words = {
         "data.init_args.train_samples": "The number of training samples is set, perhaps below all",
         "data.init_args.test_samples": "The number of test samples is set, perhaps below all",
         "data.init_args.validation_fraction": "Part of the training images was held out",
         "trainer.limit_train_batches": "Trained on part of each epoch's batches",
-        "model.task_agnostic": "Without the oracle, tested on so many samples of each task",
+        "model.task_agnostic": "Without the task ID, tested on so many samples of each task",
     }
     for key, sentence in words.items():
         values: dict[str, list[str]] = {}
         for row in rows:
-            found = {str((run.settings or {}).get(key)) for run in row.runs} - _ALL
+            found = {str((run.settings or {}).get(key)) for run in row.records} - _ALL
             for value in sorted(found):
                 values.setdefault(value, []).append(name(row))
         for value, methods in values.items():
@@ -193,7 +196,7 @@ def _subsets(rows: Sequence[Row], name: Callable[[Row], str]) -> Iterator[str]:
             yield f"{sentence} ({key} {value}) {where}."
 
 
-def _origins(runs: Sequence[Run]) -> Iterator[str]:
+def _origins(runs: Sequence[RunRecord]) -> Iterator[str]:
     commits = {run.at("provenance", "commit") for run in runs}
     versions = {str(run.at("provenance", "versions")) for run in runs}
     if len(commits) > 1 or len(versions) > 1:
@@ -209,7 +212,7 @@ def _origins(runs: Sequence[Run]) -> Iterator[str]:
         )
 
 
-def _of_method(run: Run) -> dict[str, Any]:
+def _of_method(run: RunRecord) -> dict[str, Any]:
     """Settings that all seeds of a method should share."""
     return {
         key: value
@@ -218,23 +221,23 @@ def _of_method(run: Run) -> dict[str, Any]:
     }
 
 
-def _highest(rows: Sequence[Row], score: str) -> str:
+def _highest(rows: Sequence[MethodRow], score: str) -> str:
     """The methods of the highest mean; all of them where it is shared."""
     known = [(value.mean, row) for row in rows if (value := row.scores[score]) is not None]
     if not known:
         return ""
     top = max(mean for mean, _ in known)
     best = [row for mean, row in known if top - mean < 5e-4]
-    return f"{_value(best[0], score)} ({_some(row.method for row in best)})"
+    return f"{_value(best[0], score)} ({_some(row.name for row in best)})"
 
 
-def _value(row: Row, score: str) -> str:
+def _value(row: MethodRow, score: str) -> str:
     value = row.scores[score]
     return "an unknown value" if value is None else value.text()
 
 
-def _seeds(rows: Sequence[Row]) -> str:
-    numbers = sorted({len(row.runs) for row in rows})
+def _seeds(rows: Sequence[MethodRow]) -> str:
+    numbers = sorted({len(row.records) for row in rows})
     if numbers == [1]:
         return "one seed each" if len(rows) > 1 else f"seed {rows[0].seeds[0]}"
     each = " each" if len(rows) > 1 else ""
@@ -245,10 +248,10 @@ def _seeds(rows: Sequence[Row]) -> str:
     )
 
 
-def _namer(rows: Sequence[Row]) -> Callable[[Row], str]:
+def _namer(rows: Sequence[MethodRow]) -> Callable[[MethodRow], str]:
     if len({row.place for row in rows}) == 1:
-        return lambda row: row.method
-    return lambda row: f"{row.method} ({row.place})"
+        return lambda row: row.name
+    return lambda row: f"{row.name} ({row.place})"
 
 
 def _count(number: int, noun: str) -> str:

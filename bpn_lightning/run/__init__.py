@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from bpn_lightning.run.console import StreamProgress
     from bpn_lightning.run.dashboards import Dashboard
     from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap
-    from bpn_lightning.run.results import Results, read_results
+    from bpn_lightning.run.results import read_results
+    from bpn_lightning.run.schema import Results
 
 __all__ = [
     "Dashboard",
@@ -23,7 +24,7 @@ __all__ = [
 
 _FILES = {
     "Dashboard": "dashboards",
-    "Results": "results",
+    "Results": "schema",
     "StreamProgress": "console",
     "accuracy_curves": "figures",
     "accuracy_heatmap": "figures",

@@ -21,9 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
-from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap, render
+from bpn_lightning.run.drawing import render
+from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap
+from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.recording import MetricsFile
-from bpn_lightning.run.results import collect_provenance
 from bpn_lightning.tasks import Task
 
 __all__ = ["Dashboard", "LoggerAdapter", "adapter_of", "close_adapters", "upload_artifacts"]

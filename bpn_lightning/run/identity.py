@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["OBSERVED", "decides", "defining", "differences", "flatten", "run_name", "run_names"]
+__all__ = [
+    "OBSERVED",
+    "decides",
+    "defining",
+    "differences",
+    "flatten",
+    "run_name",
+    "run_names",
+    "short",
+]
 
 #: The keys that have to be the same in a run and its checkpoints; docs/resume.md lists those that may
 #: differ.
@@ -72,6 +81,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def short(key: str) -> str:
+    """The last part of a dotted key.
+
+    >>> short("strategies.bd.rank")
+    'rank'
+    """
+    return key.rpartition(".")[2]
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], most: int = MOST) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bpn_lightning.bench.collection import Record
+from bpn_lightning.analysis.collection import kept
+from bpn_lightning.analysis.record import RunRecord
 
 GRID = """\
 title: Two methods
@@ -102,20 +103,22 @@ def write_grid(tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.fixture
-def record() -> Callable[..., Record]:
+def record() -> Callable[..., RunRecord]:
     """Makes a finished run whose accuracies are those of a lower triangle."""
 
-    def make(method: str, seed: int, matrix: list[list[float]], **more: Any) -> Record:
+    def make(method: str, seed: int, matrix: list[list[float]], **more: Any) -> RunRecord:
         found = results(first=matrix[-1][0], average=sum(matrix[-1]) / len(matrix[-1]))
         found["accuracy"]["per_task"] = matrix[-1]
-        found |= {"classes": [2] * len(matrix), "epochs": [2] * len(matrix)}
-        place: dict[str, Any] = {
+        tasks = len(matrix)
+        found["tasks"] = [{"id": k, "classes": ["a", "b"], "epochs": 2} for k in range(tasks)]
+        given: dict[str, Any] = {
             "experiment": "digits_inc",
-            "label": "",
-            "variant": {},
-            "curve": [],
+            "method": method,
+            "seed": seed,
+            "results": found,
+            "matrix": [[None] * tasks, *([*row, *[None] * (tasks - len(row))] for row in matrix)],
+            "epochs": [2] * tasks,
         }
-        own = {"method": method, "seed": seed, "matrix": matrix, "results": found}
-        return Record(**{**place, **own, **more})
+        return kept(RunRecord(**{**given, **more}))
 
     return make

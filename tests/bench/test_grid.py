@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bpn_lightning.bench.grid import ARTEFACTS, find_grid, only, packaged_grids, read_grid
+from bpn_lightning.bench.grid import ARTIFACTS, find_grid, only, packaged_grids, read_grid
 from bpn_lightning.bench.report import MAKERS
 from bpn_lightning.cli.config_files import methods_of
 from bpn_lightning.errors import ConfigurationError
@@ -143,4 +143,4 @@ def test_every_packaged_grid_says_its_command_and_is_valid(name: str) -> None:
 
 
 def test_every_artifact_can_be_made() -> None:
-    assert sorted(MAKERS) == sorted(ARTEFACTS)
+    assert sorted(MAKERS) == sorted(ARTIFACTS)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from waiting import PATIENCE
 
+from bpn_lightning.analysis.collection import write_collection
 from bpn_lightning.bench import ray_executor
 from bpn_lightning.bench.cli import main
-from bpn_lightning.bench.collection import collect, write_collection
+from bpn_lightning.bench.collect import collect
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.ray_executor import LOST, OnRay, on_ray
 from bpn_lightning.bench.runner import Runner, state

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from waiting import PATIENCE
 
-from bpn_lightning.bench.collection import collect
+from bpn_lightning.bench.collect import collect
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.runner import Runner, on_this_machine, state
 from bpn_lightning.errors import ResultsError

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from bpn_lightning import ContinualModule
+from bpn_lightning.analysis import collection
 from bpn_lightning.bench import cli as bench
-from bpn_lightning.bench import collection
 from bpn_lightning.cli import data as data_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.errors import CheckpointError, ResultsError

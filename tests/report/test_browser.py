@@ -76,9 +76,7 @@ def three(make_run: Make, tmp_path: Path) -> Path:
 
 def test_values_are_those_of_results_json(opened: Callable[..., Opened], three: Path) -> None:
     page = opened(three).page
-    page.locator("#values summary").click()
-    rows = page.locator("#values-table tbody tr")
-    rows.first.wait_for()  # written when the browser tells that the part is open: a moment later
+    rows = page.locator("#values tbody tr")
     shown = [
         [cell.get_attribute("value") for cell in row.locator("data").all()] for row in rows.all()
     ]
@@ -103,10 +101,11 @@ def test_the_slider_goes_over_the_stream_by_keyboard(
     assert "after task 2 (c1), 2 of 3 tasks" in state.inner_text()
     assert "Mean over the tasks learned: 0.844; task 1: 0.750." in state.inner_text()
     assert slider.get_attribute("aria-valuetext") == state.inner_text()
-    bars = page.locator("#bars rect.bar")
-    heights = [float(bar.get_attribute("height")) for bar in bars.all()]
-    assert [h / heights[0] for h in heights] == pytest.approx([1, 0.9375 / 0.75, 0.2 / 0.75])
-    assert page.locator("#bars rect.bar.ahead").count() == 1
+    meters = page.locator("#bars meter").all()
+    assert [meter.evaluate("e => e.value") for meter in meters] == [0.75, 0.9375, 0.2]
+    assert page.locator("#bars .ahead").count() == 1
+    assert page.locator("#values tr.now th").inner_text() == "2"
+    assert page.locator("#curves [id^=now-].shown").get_attribute("id") == "now-2"
     page.keyboard.press("Home")
     assert "before training" in state.inner_text()
     page.locator("#run").select_option(label="ewc, seed 1")
@@ -116,7 +115,7 @@ def test_the_slider_goes_over_the_stream_by_keyboard(
 def test_cells_are_read_by_pointer_and_by_keys(opened: Callable[..., Opened], three: Path) -> None:
     page = opened(three).page
     reading = page.locator("#reading")
-    cells = page.locator("#heat svg > rect")
+    cells = page.locator("#values td")
     cells.nth(3 * 3 + 1).hover()  # row 3, task 2
     assert reading.inner_text() == "after task 3, accuracy on task 2 (c1): 0.7143"
     cells.nth(2).hover()
@@ -125,14 +124,41 @@ def test_cells_are_read_by_pointer_and_by_keys(opened: Callable[..., Opened], th
     assert "after task 1 (c0)" in page.locator("#state").inner_text()
     page.mouse.move(0, 0)
     page.locator("#heat").focus()
-    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowLeft"):
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft"):
         page.keyboard.press(key)
     assert reading.inner_text() == "after task 1, accuracy on task 1 (c0): 0.8889"
+    page.keyboard.press("Tab")
+    assert reading.inner_text() == "Point at a cell, or use the arrow keys in the matrix."
+
+
+def test_curves_are_read_by_pointer_and_by_keys(opened: Callable[..., Opened], three: Path) -> None:
+    page = opened(three).page
+    reading = page.locator("#curve-reading")
     page.locator("#curves").focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    assert page.locator("#curve-reading").inner_text() == "2 epochs: task 1 0.500, task 2 0.250"
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert reading.inner_text() == "2 epochs: task 1 0.500, task 2 0.250"
+    page.locator("#curves [data-value]").nth(4).hover()
+    assert reading.inner_text().startswith("4 epochs: ")
+    page.get_by_role("button", name="task 2 (c1)").click()
+    assert page.locator("#curves .faint").count() == 2
+    page.get_by_role("button", name="task 2 (c1)").click()
+    assert page.locator("#curves .faint").count() == 0
+
+
+def test_pictures_of_methods_are_read_by_pointer_and_by_keys(
+    opened: Callable[..., Opened], three: Path
+) -> None:
+    page = opened(three).page
+    picture = page.locator("#methods .picture")
+    line = page.locator("#methods .reading")
+    picture.locator("[data-value]").nth(1).hover()
+    assert line.inner_text() == "ewc, ACC, task ID given: 0.738 ± 0.000"
+    page.mouse.move(0, 0)
+    picture.focus()
+    page.keyboard.press("ArrowDown")
+    assert line.inner_text() == "bd+ewc, ACC, task ID given: 0.738 ± 0.000"
+    assert picture.locator(".current").count() == 1
 
 
 def test_everything_is_reached_by_the_tab_key(opened: Callable[..., Opened], three: Path) -> None:
@@ -146,7 +172,7 @@ def test_everything_is_reached_by_the_tab_key(opened: Callable[..., Opened], thr
                 "return e === document.body || s.outlineStyle !== 'none' ? e.id || e.tagName : 'unseen'; }"
             )
         )
-    assert {"theme", "run", "moment", "heat", "curves", "SUMMARY", "BUTTON", "A"} <= reached
+    assert {"theme", "run", "moment", "heat", "numbers", "curves", "BUTTON", "A"} <= reached
     assert "unseen" not in reached
 
 
@@ -168,7 +194,6 @@ def test_printing_opens_what_is_folded(opened: Callable[..., Opened], three: Pat
     page = opened(three).page
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0
-    assert page.locator("#values-table tbody tr").count() == 4
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
 
@@ -178,7 +203,7 @@ def test_columns_sort(opened: Callable[..., Opened], make_run: Make, tmp_path: P
         make_run(method, 0, [[0.1], [last]], accuracy_task_agnostic=None)
     page = opened(tmp_path / "runs").page
     names = page.locator("table.sortable").first.locator("tbody th")
-    button = page.get_by_role("button", name="ACC, task given")
+    button = page.get_by_role("button", name="ACC, task ID given")
     button.first.click()
     assert names.all_inner_texts() == ["b", "c", "a"]
     button.first.press("Enter")
@@ -197,7 +222,7 @@ def test_the_page_never_scrolls_sideways(
     sizes = "() => [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     wide, window = one.page.evaluate(sizes)
     assert wide <= window == width
-    assert one.page.locator("#heat svg > rect").count() > 10_000
+    assert one.page.locator("#values td").count() > 10_000
     outside = one.page.evaluate(
         "() => [...document.querySelectorAll('.picture svg')].filter("
         "(e) => e.getBoundingClientRect().right > innerWidth).length"
@@ -217,7 +242,7 @@ def test_names_run_no_script(opened: Callable[..., Opened], make_run: Make, tmp_
         (folder / "results.json").write_text(json.dumps(results))
     page = opened(tmp_path / "runs").page
     assert page.evaluate("window.hacked") is None
-    assert nasty[0] in page.locator("#legend").inner_text() + page.locator("#state").inner_text()
+    assert nasty[0] in page.locator("#bars").inner_text() + page.locator("#state").inner_text()
     assert page.locator("img").count() == 0
 
 
@@ -237,9 +262,9 @@ def test_a_script_from_elsewhere_would_not_run(opened: Callable[..., Opened], th
 def test_collections_and_unfinished_runs_open_as_well(
     opened: Callable[..., Opened], make_run: Make, tmp_path: Path
 ) -> None:
-    results = Path(__file__).parents[2] / "docs" / "results"
+    results = Path(__file__).parents[2] / "docs" / "results" / "toy"
     page = opened(results).page
-    assert page.locator(".bytes svg").count() >= 5
+    assert page.locator("#bytes svg [data-value]").count() == 2 * 3  # two scores of three methods
     (make_run() / "results.json").unlink()
     page = opened(tmp_path / "runs").page
     assert "No run here has results." in page.locator("main").inner_text()

@@ -86,8 +86,7 @@ def test_no_torch_is_imported(make_run: Make, tmp_path: Path) -> None:
     make_run()
     code = (
         "import sys; from bpn_lightning.report.cli import main; main(sys.argv[1:]);"
-        "sys.exit(str({'torch', 'lightning', 'matplotlib'} & set(sys.modules)) * "
-        "bool({'torch', 'lightning', 'matplotlib'} & set(sys.modules)) or 0)"
+        "sys.exit(str(found) if (found := {'torch', 'lightning'} & set(sys.modules)) else 0)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from bpn_lightning.analysis.comparison import MOST_COMPARED, compare
+from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.report.comparison import MOST_COMPARED, compare, differing_settings
-from bpn_lightning.report.reading import Run, find_runs
+from bpn_lightning.report.reading import find_runs
+from bpn_lightning.report.settings import differing_settings
 
 Make = Callable[..., Path]
 
 
 @pytest.fixture
-def runs_of(make_run: Make, tmp_path: Path) -> Callable[[dict[str, list[float]]], list[Run]]:
+def runs_of(make_run: Make, tmp_path: Path) -> Callable[[dict[str, list[float]]], list[RunRecord]]:
     """Runs of one task, by method, whose ACC over seeds is given."""
 
-    def make(scores: dict[str, list[float]]) -> list[Run]:
+    def make(scores: dict[str, list[float]]) -> list[RunRecord]:
         for method, values in scores.items():
             for seed, value in enumerate(values):
                 make_run(method, seed, [[0.1], [value]], accuracy_task_agnostic=None)
@@ -39,7 +41,7 @@ def test_intervals_and_tests_of_two_seeds_are_the_closed_form(runs_of) -> None:
     assert score is not None
     assert score.mean == pytest.approx(0.85)
     assert score.half == pytest.approx(math.tan(0.475 * math.pi) * 0.05)
-    tests = {(test.first, test.second): test for test in found.tests}
+    tests = {(test.first.name, test.second.name): test for test in found.tests}
     expected = {("a", "b"): cauchy_p(a, b), ("a", "c"): cauchy_p(a, c), ("b", "c"): cauchy_p(b, c)}
     assert {pair: test.difference.p for pair, test in tests.items()} == pytest.approx(expected)
     low, middle, high = sorted(expected.values())
@@ -61,7 +63,7 @@ def test_verdicts_name_the_higher_one_and_claim_no_equality(runs_of) -> None:
             }
         )
     )
-    verdicts = {(test.first, test.second): test.verdict for test in found.tests}
+    verdicts = {(test.first.name, test.second.name): test.verdict for test in found.tests}
     assert verdicts["down", "up"] == "up is higher"
     assert verdicts["down", "wide"] == "no difference shown"
     assert verdicts["down", "one"] == "one seed: no test"
@@ -72,8 +74,8 @@ def test_pairs_of_a_grid_and_of_a_reference(runs_of) -> None:
     runs = runs_of({name: [0.5, 0.6] for name in "abcd"})
     assert len(compare(runs).tests) == 6
     wanted = [("a", "b"), ("c", "x")]
-    assert [(t.first, t.second) for t in compare(runs, wanted).tests] == [("a", "b")]
-    pairs = [(t.first, t.second) for t in compare(runs, wanted, reference="d").tests]
+    assert [(t.first.name, t.second.name) for t in compare(runs, wanted).tests] == [("a", "b")]
+    pairs = [(t.first.name, t.second.name) for t in compare(runs, wanted, reference="d").tests]
     assert pairs == [("a", "d"), ("b", "d"), ("c", "d")]
     with pytest.raises(ConfigurationError, match=r"but got 'e'\. They have a, b, c, d\."):
         compare(runs, reference="e")

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from bpn_lightning.bench.collection import CELLS, Collection, Record, write_collection
+from bpn_lightning.analysis.collection import CELLS, Collection, write_collection
+from bpn_lightning.analysis.comparison import compare
+from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.report import reading
-from bpn_lightning.report.comparison import compare
 from bpn_lightning.report.page import render
-from bpn_lightning.report.reading import Curve, Problem, find_runs
+from bpn_lightning.report.reading import Problem, find_runs
+from bpn_lightning.run.moments import Moments
 
 Make = Callable[..., Path]
 
@@ -40,10 +42,10 @@ def test_folders_above_an_experiment_set_runs_apart(make_run: Make, tmp_path: Pa
     make_run(root="runs")
     make_run(root="runs/short/rank=10,epsilon=0.1")
     make_run(root="runs/bench/digits")
-    assert [(run.place, run.method) for run in find_runs(tmp_path / "runs").runs] == [
+    assert [(run.place, run.setup) for run in find_runs(tmp_path / "runs").runs] == [
         ("digits_inc", "ewc"),
-        ("digits_inc · bench/digits", "ewc"),
-        ("digits_inc · short", "ewc, rank 10, epsilon 0.1"),
+        ("digits_inc, bench/digits", "ewc"),
+        ("digits_inc, short", "ewc, rank 10, epsilon 0.1"),
     ]
 
 
@@ -56,17 +58,18 @@ def test_curves_begin_where_a_task_does(make_run: Make) -> None:
     ]
     fine = make_run(seed=0, extra={"curve": points})
     (run,) = find_runs(fine).runs
-    nothing = [None, None]
-    expected = [nothing, [0.8, None], [0.9, None], [0.5, 0.7]]
-    assert run.curve == Curve("epochs", [0, 1, 2, 3], expected, [0, 2])
+    expected = [[0.1, None], [0.8, None], [0.9, 0.3], [0.5, 0.7]]
+    means = [0.9, pytest.approx(0.6)]
+    assert run.moments == Moments("epochs", [0, 1, 2, 3], expected, [0, 2], [2, 3], means)
     (run,) = find_runs(make_run(seed=1)).runs
-    assert run.curve == Curve("epochs", [2, 4], [[0.9, None], [0.4, 0.8]], [0, 2])
+    expected = [[0.1, None], [0.9, 0.3], [0.4, 0.8]]
+    assert run.moments == Moments("epochs", [0, 2, 4], expected, [0, 2], [2, 4], means)
 
 
 def test_a_stream_that_ended_early(make_run: Make) -> None:
     (run,) = find_runs(make_run(matrix=[[0.1, 0.2], [0.9, 0.3], [None, None]])).runs
     assert (run.learned, run.tasks) == (1, 2)
-    assert run.curve.at == [2]
+    assert run.moments.at == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_the_walk_is_bounded(
         (tmp_path / "runs" / "z" / str(number)).mkdir(parents=True)
     monkeypatch.setattr(reading, "MAX_FOLDERS", 6)
     found = find_runs(tmp_path / "runs")
-    assert [run.method for run in found.runs] == ["a"]
+    assert [run.setup for run in found.runs] == ["a"]
     (problem,) = found.problems
     assert problem.why.startswith("More than 6 folders lie here. Name one that is further down.")
     monkeypatch.setattr(reading, "MAX_FOLDERS", 100)
@@ -190,7 +193,7 @@ def test_a_folder_that_cannot_be_listed_is_named(
 
     monkeypatch.setattr(os, "scandir", refuse)
     found = find_runs(tmp_path / "runs")
-    assert [run.method for run in found.runs] == ["ewc"]
+    assert [run.setup for run in found.runs] == ["ewc"]
     (problem,) = found.problems
     assert (problem.where, problem.state) == ("digits_inc/psp", "unreadable")
 
@@ -290,7 +293,7 @@ def test_a_run_whose_matrix_is_missing_or_huge(make_run: Make) -> None:
 def test_a_curve_that_cannot_be_read_is_not_the_end(make_run: Make, curve: object) -> None:
     folder = make_run(extra={"curve": curve})
     assert "extra.curve" in only_problem(folder).why
-    assert find_runs(folder).runs[0].curve.at == [2, 4]
+    assert find_runs(folder).runs[0].moments.at == [0, 2, 4]
 
 
 KEPT = {
@@ -321,15 +324,15 @@ KEPT = {
 def grid(folder: Path, *seeds: int, missing: tuple[str, ...] = ()) -> None:
     """A cells.json of `ewc` on the digits, with a varied rank."""
     records = [
-        Record(
+        RunRecord(
             experiment="digits_inc",
             method="ewc",
             seed=seed,
             label="short",
             variant={"strategies.bd.rank": 10},
             results=KEPT,
-            matrix=[[0.9], [0.4, 0.8]],
-            curve=[],
+            matrix=[[None, None], [0.9, None], [0.4, 0.8]],
+            epochs=[2, 2],
         )
         for seed in seeds
     ]
@@ -347,9 +350,7 @@ def test_a_collection_repeats_no_run_that_has_a_folder(make_run: Make, tmp_path:
         "short/rank=10/digits_inc/ewc/seed_0",
         "report/cells.json",
     ]
-    assert {(run.place, run.method) for run in found.runs} == {
-        ("digits_inc · short", "ewc, rank 10")
-    }
+    assert {(run.place, run.setup) for run in found.runs} == {("digits_inc, short", "ewc, rank 10")}
     assert (found.title, found.compare) == ("A grid", [("a", "b")])
     # seed 0 was finished since
     assert [problem.where for problem in found.problems] == [missing[1]]
@@ -360,7 +361,7 @@ def test_a_collection_alone(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / CELLS):
         (run,) = find_runs(path).runs
         assert run.matrix == [[None, None], [0.9, None], [0.4, 0.8]]
-        assert run.curve == Curve("epochs", [2, 4], [[0.9, None], [0.4, 0.8]], [0, 2])
+        assert run.moments.at == [0, 2, 4]
         assert run.at("accuracy", "average") == 0.6
         assert run.at("accuracy_task_agnostic", "average") is None
         assert run.settings is None
@@ -431,11 +432,11 @@ def test_seeds_of_other_settings_are_other_rows(make_run: Make, tmp_path: Path) 
         "bd", 1, config=data(num_tasks=5) | {"model": {"mask": "all", "evaluate_every": "epoch"}}
     )
     comparison = compare(find_runs(tmp_path / "runs").runs)
-    assert [(row.place, row.method, row.seeds) for row in comparison.rows] == [
-        ("digits_inc · num_tasks 2", "ewc", [2]),
-        ("digits_inc · num_tasks 5", "bd", [0, 1]),
-        ("digits_inc · num_tasks 5", "ewc, strength 5.0", [0]),
-        ("digits_inc · num_tasks 5", "ewc, strength 7.0", [1]),
+    assert [(row.place, row.name, row.seeds) for row in comparison.rows] == [
+        ("digits_inc, num_tasks 2", "ewc", [2]),
+        ("digits_inc, num_tasks 5", "bd", [0, 1]),
+        ("digits_inc, num_tasks 5", "ewc, strength 5.0", [0]),
+        ("digits_inc, num_tasks 5", "ewc, strength 7.0", [1]),
     ]
 
 
@@ -452,11 +453,11 @@ def test_the_seed_of_the_stream(
 ) -> None:
     for seed, of_stream in enumerate(seeds):
         make_run("ewc", seed, config={"data": {"init_args": {"seed": of_stream}}})
-    assert {run.method for run in find_runs(tmp_path / "runs").runs} == methods
+    assert {run.setup for run in find_runs(tmp_path / "runs").runs} == methods
 
 
 def test_values_that_the_folders_tell_are_told_once(make_run: Make, tmp_path: Path) -> None:
     for rank in (4, 8):
         config = {"strategies": {"bd": {"rank": rank}}}
         make_run("bd", root=f"runs/rank={rank}", config=config)
-    assert [run.method for run in find_runs(tmp_path / "runs").runs] == ["bd, rank 4", "bd, rank 8"]
+    assert [run.setup for run in find_runs(tmp_path / "runs").runs] == ["bd, rank 4", "bd, rank 8"]

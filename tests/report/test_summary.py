@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bpn_lightning.report.comparison import compare
+from bpn_lightning.analysis.comparison import compare
 from bpn_lightning.report.reading import find_runs
 from bpn_lightning.report.summary import Summary, summarize
 
@@ -27,8 +27,8 @@ def test_one_run(make_run: Make, summary: Callable[[], Summary]) -> None:
     make_run("bd+ewc", 4)
     shown = " ".join(summary().shown)
     assert "1 run of 1 method on digits_inc, seed 4." in shown
-    assert "an ACC (mean over the tasks learned) of 0.600 where each image comes with" in shown
-    assert "and of 0.300 where nobody tells it" in shown
+    assert "an ACC (mean over the tasks learned) of 0.600 with the task ID given" in shown
+    assert "and of 0.300 without it" in shown
     assert "One seed only: no value has an interval" in " ".join(summary().not_shown)
 
 
@@ -48,11 +48,11 @@ def test_means_over_seeds(make_run: Make, summary: Callable[[], Summary]) -> Non
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"accuracy_task_agnostic": None}, "Every mean here is with the task oracle"),
+        ({"accuracy_task_agnostic": None}, "Every mean here is with the task ID"),
         ({"accuracy_task_agnostic": None}, "ewc: not measured, or every task has outputs"),
         (
             {"accuracy_task_agnostic": None, "config": {"model": {"mask": "task"}}},
-            "ewc: every task has outputs of its own, and there is no answer",
+            "ewc: every task has outputs of its own, which cannot be chosen",
         ),
         (
             {"accuracy_task_agnostic": None, "config": {"model": {"task_agnostic": False}}},
@@ -96,8 +96,8 @@ def test_a_plain_run_needs_none_of_these_words(
     config["model"] = {"task_agnostic": True}
     for seed in range(3):
         make_run(seed=seed, config=config)
-    (oracle,) = summary().not_shown
-    assert "the task oracle" in oracle
+    (given,) = summary().not_shown
+    assert given.startswith("Task ID given:")
 
 
 def test_what_several_runs_do_not_show(make_run: Make, summary: Callable[[], Summary]) -> None:

@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from PIL import Image
 from torch import Tensor
 
-from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap, render, save_figure
+from bpn_lightning.run.drawing import render, save_figure
+from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap
 
 NAN = float("nan")
 
@@ -188,7 +189,8 @@ from pathlib import Path
 import matplotlib
 before = dict.__getitem__(matplotlib.rcParams, "backend")
 import torch
-from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap, save_figure
+from bpn_lightning.run.drawing import save_figure
+from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap
 NAN = torch.nan
 {inspect.getsource(draw)}
 draw(Path(sys.argv[1]))

@@ -18,14 +18,14 @@ from bpn_lightning import AccuracyMatrix, files
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.run import results
+from bpn_lightning.run import provenance, results
+from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.results import (
-    Provenance,
-    collect_provenance,
     read_matrix_csv,
     read_results,
     write_results,
 )
+from bpn_lightning.run.schema import Provenance
 from bpn_lightning.tasks import Task
 
 pytestmark = pytest.mark.slow
@@ -339,20 +339,20 @@ def git(folder: Path, *arguments: str) -> str:
 def test_commit_is_of_the_checkout_that_tracks_the_file(tmp_path: Path) -> None:
     source = tmp_path / "package.py"
     source.write_text("")
-    assert results._commit(source) is None  # no checkout
+    assert provenance._commit(source) is None  # no checkout
     git(tmp_path, "init", "-q")
-    assert results._commit(source) is None  # somebody else's checkout, and one without commits
+    assert provenance._commit(source) is None  # somebody else's checkout, and one without commits
     git(tmp_path, "add", "package.py")
-    assert results._commit(source) is None
+    assert provenance._commit(source) is None
     git(tmp_path, "commit", "-qm", "one")
     git(tmp_path, "tag", "-a", "v1", "-m", "v1")
     head = git(tmp_path, "rev-parse", "HEAD")
-    assert results._commit(source) == head
+    assert provenance._commit(source) == head
     (tmp_path / "runs").mkdir()  # what git does not track is not the package's
     (tmp_path / "runs" / "a").write_text("")
-    assert results._commit(source) == head
+    assert provenance._commit(source) == head
     source.write_text("x = 1\n")
-    assert results._commit(source) == f"{head}-dirty"
+    assert provenance._commit(source) == f"{head}-dirty"
 
 
 def test_no_git_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from bpn_lightning.bench.statistics import holm, interval, paired, two_sample
+from bpn_lightning.analysis.statistics import holm, interval, paired, two_sample
 
 
 def test_the_interval_is_scipys() -> None:

@@ -1,15 +1,16 @@
 """One thing that a report shows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bpn_lightning.bench.tables import Table
+from bpn_lightning.analysis.table import Table
 from bpn_lightning.files import write_atomically
-from bpn_lightning.run.figures import save_figure
+from bpn_lightning.run.drawing import save_figure
 
-__all__ = ["Artifact"]
+__all__ = ["Artifact", "seeds_text", "slug"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,17 @@ class Artifact:
         write_atomically(folder / f"{self.name}.csv", (self.data or self.table).csv().encode())
         if self.figure is not None:
             save_figure(self.figure, folder / self.name)
+
+
+def slug(text: str) -> str:
+    """A file's name out of a title."""
+    letters = (letter if letter.isalnum() else "_" for letter in text.replace(", ", "_"))
+    return "".join(letters).lower()
+
+
+def seeds_text(seeds: Iterable[int]) -> str:
+    """For captions: which seeds, and what the numbers of several are."""
+    known = sorted(set(seeds))
+    if len(known) < 2:
+        return f"seed {known[0]}" if known else "no runs yet"
+    return f"seeds {', '.join(map(str, known))}: mean and 95 % interval"

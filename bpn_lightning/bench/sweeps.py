@@ -1,23 +1,16 @@
 """Accuracy over a varied setting, and what one method gains over another along it."""
 
-from collections.abc import Sequence
-
-from bpn_lightning.bench.artifact import Artifact
-from bpn_lightning.bench.collection import Collection, Record
-from bpn_lightning.bench.grid import short
-from bpn_lightning.bench.pictures import Dots, Line, dot_chart, line_chart
-from bpn_lightning.bench.statistics import Interval, interval, paired
-from bpn_lightning.bench.tables import Cell, Table
-from bpn_lightning.paper.accuracy import AVERAGE, AVERAGE_ALONE, FIRST, LEARNED, slug
+from bpn_lightning.analysis.artifact import Artifact, slug
+from bpn_lightning.analysis.collection import Collection
+from bpn_lightning.analysis.comparison import SCORES, MethodRow, method_rows
+from bpn_lightning.analysis.pictures import Dots, Line, dot_chart, line_chart
+from bpn_lightning.analysis.statistics import Interval, paired
+from bpn_lightning.analysis.table import Cell, Table
+from bpn_lightning.run.identity import short
 
 __all__ = ["gains", "sweeps"]
 
-_SCORES = (
-    ("task 1 at the end", FIRST),
-    ("ACC", AVERAGE),
-    ("right after learning", LEARNED),
-    ("ACC without the oracle", AVERAGE_ALONE),
-)
+_SCORES = ("first_task", "average", "after_learning", "average_task_agnostic")
 
 
 def sweeps(collection: Collection) -> list[Artifact]:
@@ -44,20 +37,15 @@ def _keys(collection: Collection, place: str) -> list[str]:
     return list(dict.fromkeys(key for r in collection.of(place) for key in r.variant))
 
 
-def _values(
-    collection: Collection, place: str, key: str, method: str
-) -> dict[object, list[Record]]:
-    """The records of each value; other varied keys have their tables elsewhere."""
-    found: dict[object, list[Record]] = {}
-    for record in collection.of(place, method):
-        if list(record.variant) == [key]:
-            found.setdefault(record.variant[key], []).append(record)
-    return found
+def _values(collection: Collection, place: str, key: str, method: str) -> dict[object, MethodRow]:
+    """The row of each value; other varied keys have their tables elsewhere."""
+    rows = ((row, row.records[0]) for row in method_rows(collection.of(place, method)))
+    return {one.variant[key]: row for row, one in rows if list(one.variant) == [key]}
 
 
 def _sweep(collection: Collection, place: str, key: str) -> Artifact:
     body: list[list[Cell]] = []
-    panels: list[tuple[str, list[Line]]] = [(name, []) for name, _ in _SCORES]
+    panels: list[tuple[str, list[Line]]] = [(SCORES[score].title, []) for score in _SCORES]
     marks: list[tuple[str, Interval | None, Interval | None]] = []
     numeric = True
     for method in collection.methods(place):
@@ -65,15 +53,14 @@ def _sweep(collection: Collection, place: str, key: str) -> Artifact:
         if not found:
             continue
         numeric = numeric and all(type(value) in (int, float) for value in found)
-        for value, records in found.items():
-            scores = [interval([r.at(*keys) for r in records]) for _, keys in _SCORES]
-            stored = records[0].at("bytes_per_task", "measured")
-            body.append([method, str(value), *scores, stored, len(records)])
+        for value, row in found.items():
+            scores = [row.scores[score] for score in _SCORES]
+            body.append([method, str(value), *scores, row.bytes_per_task, len(row.records)])
             marks.append((f"{method}, {value}", scores[1], scores[3]))
         if numeric:
-            for (_, lines), (_, keys) in zip(panels, _SCORES, strict=True):
-                x = sorted(value for value in found if isinstance(value, int | float))
-                y = [interval([r.at(*keys) for r in found[value]]) for value in x]
+            x = sorted(value for value in found if isinstance(value, int | float))
+            for (_, lines), score in zip(panels, _SCORES, strict=True):
+                y = [found[value].scores[score] for value in x]
                 lines.append(Line(method, [float(value) for value in x], y))
     title = f"{place}: {short(key)}"
     if numeric:
@@ -81,10 +68,18 @@ def _sweep(collection: Collection, place: str, key: str) -> Artifact:
         log = all(x > 0 for _, lines in shown for line in lines for x in line.x)
         figure = line_chart(shown, title=title, xlabel=short(key), log=log)
     else:
-        dots = [Dots("ACC, the task is given", [acc for _, acc, _ in marks])]
-        dots.append(Dots("ACC without the oracle", [alone for *_, alone in marks]))
+        dots = [
+            Dots(SCORES["average"].title, [given for _, given, _ in marks]),
+            Dots(SCORES["average_task_agnostic"].title, [agnostic for *_, agnostic in marks]),
+        ]
         figure = dot_chart([name for name, *_ in marks], dots, title=title)
-    columns = ("method", short(key), *(name for name, _ in _SCORES), "bytes per task", "seeds")
+    columns = (
+        "method",
+        short(key),
+        *(SCORES[score].title for score in _SCORES),
+        "bytes per task",
+        "seeds",
+    )
     caption = f"{place} at several values of `{key}`; mean and 95 % interval over seeds."
     name = f"sweep_{slug(place)}_{slug(short(key))}"
     return Artifact(name, title, caption, Table(columns, body), figure)
@@ -99,17 +94,22 @@ def _gain(collection: Collection, place: str, key: str, first: str, second: str)
     for value in shared:
         mean = _difference(ours[value], theirs[value])
         differences.append(mean)
-        a, b = _average(ours[value]), _average(theirs[value])
+        a, b = ours[value].scores["average"], theirs[value].scores["average"]
         relative = 100 * (a.mean / b.mean - 1) if a and b and b.mean else None
         body.append([str(value), a, b, mean, relative])
-    best = [max((v for v in map(_average, f.values()) if v), key=_mean) for f in (ours, theirs)]
-    mean = _difference(*(max(f.values(), key=lambda r: _mean(_average(r))) for f in (ours, theirs)))
+    best = [
+        max((v for row in f.values() if (v := row.scores["average"])), key=_mean)
+        for f in (ours, theirs)
+    ]
+    mean = _difference(
+        *(max(f.values(), key=lambda row: _mean(row.scores["average"])) for f in (ours, theirs))
+    )
     relative = 100 * (best[0].mean / best[1].mean - 1) if best[1].mean else None
     body.append(["each at its own best", best[0], best[1], mean, relative])
     x = [float(value) for value in shared]
     lines = [
-        Line(first, x, [_average(ours[value]) for value in shared]),
-        Line(second, x, [_average(theirs[value]) for value in shared]),
+        Line(first, x, [ours[value].scores["average"] for value in shared]),
+        Line(second, x, [theirs[value].scores["average"] for value in shared]),
         Line(f"{second}, at its own best", x, [Interval(best[1].mean, None, 1) for _ in x]),
     ]
     figure = line_chart(
@@ -129,18 +129,10 @@ def _gain(collection: Collection, place: str, key: str, first: str, second: str)
     return Artifact(name, f"{first} over {second}, {place}", caption, Table(columns, body), figure)
 
 
-def _difference(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval | None:
+def _difference(ours: MethodRow, theirs: MethodRow) -> Interval | None:
     """Seed by seed."""
-    found = paired(_scores(ours), _scores(theirs))
+    found = paired(ours.by_seed("average"), theirs.by_seed("average"))
     return None if found is None else found.interval
-
-
-def _scores(records: Sequence[Record]) -> dict[int, float]:
-    return {r.seed: r.at(*AVERAGE) for r in records if r.at(*AVERAGE) is not None}
-
-
-def _average(records: Sequence[Record]) -> Interval | None:
-    return interval([record.at(*AVERAGE) for record in records])
 
 
 def _mean(value: Interval | None) -> float:

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-__all__ = ["Difference", "Interval", "holm", "interval", "paired", "two_sample"]
+__all__ = ["Difference", "Interval", "holm", "interval", "p_text", "paired", "two_sample"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,13 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         corrected[index] = largest
     return corrected
+
+
+def p_text(value: float | None) -> str | None:
+    """A p-value to three digits; None without a test."""
+    if value is None:
+        return None
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _spread(values: Sequence[float]) -> bool:

@@ -1,0 +1,218 @@
+"""The keys and types of results.json, and of any JSON that is read by a typed dictionary.
+
+Accuracies are fractions of 1; null stands where one was not measured or does not exist (one task knows
+no forgetting).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypedDict, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+
+from bpn_lightning.errors import ResultsError
+from bpn_lightning.metrics.scores import AfterLearning, TaskAgnostic
+from bpn_lightning.untrusted import read_json
+
+__all__ = [
+    "MAX_TASKS",
+    "SCHEMA_VERSION",
+    "Accuracy",
+    "BytesHeld",
+    "BytesPerTask",
+    "Host",
+    "Provenance",
+    "Results",
+    "TaskRecord",
+    "UnsettledTask",
+    "read_schema",
+    "violations",
+]
+
+SCHEMA_VERSION = 2
+"""Goes up when a key of results.json is renamed, removed or changes its meaning."""
+
+
+MAX_TASKS = 2000
+"""Of a table that is read; a row for each moment makes it 4,000,000 accuracies."""
+
+
+class Accuracy(TypedDict):
+    """Accuracies after the last task learned, where the task ID is given."""
+
+    average: float | None
+    """Mean over the tasks learned: ACC."""
+    first_task: float | None
+    """What is left of task 1."""
+    per_task: list[float | None]
+    """One per task of the stream; null for tasks that were not learned."""
+    bwt: float | None
+    """Backward transfer; negative where tasks were forgotten."""
+    fwt: float | None
+    """Forward transfer, against the untrained network."""
+    forgetting: float | None
+    """Mean fall from each task's best moment."""
+
+
+class BytesHeld(TypedDict):
+    """What the strategies hold when the last task is learned."""
+
+    training: int
+    """Bytes, everything that they need to go on learning."""
+    inference: int
+    """Bytes of these that are needed to use what was learned."""
+
+
+class BytesPerTask(TypedDict):
+    """What one task adds to what is stored for use after training; null where it is not known."""
+
+    measured: int | None
+    """Bytes of the network that was built."""
+    paper: int | None
+    """Bytes by the paper's formula."""
+
+
+class TaskRecord(TypedDict):
+    """One task of the stream, in the order of learning."""
+
+    id: int
+    """From 0; the column task_1 of accuracy_matrix.csv is task 0."""
+    classes: list[str]
+    epochs: int
+    """Epochs planned for its own training; early stopping may have ended it before."""
+
+
+class UnsettledTask(TypedDict):
+    """A task whose accuracy fell by more than 0.1 in the last epoch of its own training."""
+
+    id: int
+    """From 0."""
+    split: str
+    """What was counted: "train", as answered in the updates themselves, or "val"."""
+    before: float
+    """In its last epoch but one."""
+    after: float
+    """In its last epoch."""
+
+
+class Host(TypedDict):
+    """The machine of a run."""
+
+    name: str
+    platform: str
+    cpu: str
+    gpu: str | None
+    threads: int
+    """CPU threads of one process."""
+
+
+class Provenance(TypedDict):
+    """What may differ between equal runs."""
+
+    seconds: float
+    """Wall time of the run."""
+    date: str
+    """When it ended: ISO 8601, UTC."""
+    versions: dict[str, str | None]
+    """Of Python and of the packages that decide the numbers."""
+    commit: str | None
+    """Of the checkout that the package is installed from, with "-dirty" where tracked files differ
+    from it; null for an installed wheel."""
+    host: Host
+
+
+class Results(TypedDict):
+    """The schema of results.json."""
+
+    schema_version: int
+    experiment: str
+    method: str
+    seed: int
+    tasks: list[TaskRecord]
+    tasks_learned: list[int]
+    """Ids of the tasks that were learned to their end."""
+    tasks_not_learned: list[int]
+    """Ids of the others; empty unless the stream ended early."""
+    accuracy: Accuracy
+    accuracy_task_agnostic: TaskAgnostic | None
+    """The same without any task id (class-incremental); null where it was not measured."""
+    accuracy_after_learning: AfterLearning
+    """On each task at the moment when it had just been learned, with its id."""
+    unsettled_tasks: list[UnsettledTask]
+    """Tasks whose last epoch took away what the one before had; their scores are a matter of chance."""
+    metrics: dict[str, list[Any]]
+    """By name, of the module's ``metrics``: for every task what it came to after the last learned task, a
+    number or lists of numbers; null for tasks that were not learned."""
+    bytes_per_task: BytesPerTask
+    bytes_held: BytesHeld
+    """Beside the network's own weights, after the last learned task, from the strategies' tensors."""
+    extra: dict[str, Any]
+    """Whatever else a caller wants to keep."""
+    provenance: Provenance
+
+
+def read_schema(path: Path, schema: type, version: int, what: str, remedy: str) -> dict[str, Any]:
+    """Read a JSON file that has the keys of a typed dictionary.
+
+    Args:
+        path: of the file.
+        schema: the typed dictionary.
+        version: that its ``schema_version`` has to be.
+        what: the file should be, for messages.
+        remedy: for messages.
+
+    Raises:
+        ResultsError: it is missing, is no JSON, has another version, lacks a key or holds a value of
+            another type; names the file and the key.
+    """
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ResultsError(
+            f"Expected {path} to be {what}, JSON in UTF-8, but got: {error}. {remedy}"
+        ) from error
+    here = found.get("schema_version") if isinstance(found, dict) else None
+    if here != version:
+        raise ResultsError(
+            f"Expected schema_version of {path} to be {version}, but got {here!r}. Read it with the "
+            f"release of bpn_lightning that wrote it. {remedy}"
+        )
+    for key, rule, value in violations(found, schema, ""):
+        raise ResultsError(f"Expected {key} of {path} to be {rule}, but got {value}. {remedy}")
+    return cast("dict[str, Any]", found)
+
+
+def violations(value: Any, expected: Any, key: str) -> Iterator[tuple[str, str, str]]:
+    """Where a value out of JSON is not what a type says: key, rule and what was found instead."""
+    origin, arguments = get_origin(expected), get_args(expected)
+    shown = f"{value!r:.80}"
+    if origin in (Union, UnionType):
+        if not (value is None and NoneType in arguments):
+            (other,) = (argument for argument in arguments if argument is not NoneType)
+            for where, rule, found in violations(value, other, key):
+                yield where, f"{rule} or null" if where == key else rule, found
+    elif is_typeddict(expected):
+        if not isinstance(value, dict):
+            yield key or "the whole", "an object", shown
+            return
+        for name, hint in get_type_hints(expected).items():
+            inner = f"{key}.{name}" if key else name
+            if name not in value:
+                yield inner, "there", "nothing"
+            else:
+                yield from violations(value[name], hint, inner)
+    elif origin is list:
+        if not isinstance(value, list):
+            yield key, "a list", shown
+            return
+        for index, item in enumerate(value):
+            yield from violations(item, arguments[0], f"{key}[{index}]")
+    elif origin is dict:
+        if not isinstance(value, dict):
+            yield key, "an object", shown
+            return
+        for name, item in value.items():
+            yield from violations(item, arguments[1], f"{key}.{name}")
+    elif expected is not Any:
+        allowed = (int, float) if expected is float else expected
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            yield key, f"of type {expected.__name__}", shown
