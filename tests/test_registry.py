@@ -241,6 +241,7 @@ def rivals(plugins: None, install: Install) -> None:
     install("rival", RIVAL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rivals")
 @pytest.mark.parametrize(
     ("flags", "name"),
