@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 from matrices import representatives
@@ -12,7 +13,6 @@ from ranks import Ranks
 
 # Set before anything imports torch or matplotlib, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order; and two ranks share a small machine
-os.environ["PYTHONSAFEPATH"] = "1"  # what is installed, not the folder of the same name in here
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -57,6 +57,15 @@ def _rows(cell: pytest.Item) -> dict[object, tuple[int, ...]]:
         side = list_of.get(name, name)  # a fixture's parameters are a list of their own
         rows[side] = (*rows.get(side, ()), id(value))
     return rows
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Stand in an empty folder: a process started here imports what is installed, not a folder of its name."""
+    here = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(here)
 
 
 @pytest.fixture(autouse=True)
