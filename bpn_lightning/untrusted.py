@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, Never
+from typing import Any, BinaryIO, NoReturn
 from zipfile import ZIP_STORED, ZipFile
 
 __all__ = [
@@ -187,11 +187,11 @@ def refuse_deflated(file: BinaryIO, archive: ZipFile) -> int:
     return packed
 
 
-def _refuse_size(path: str | os.PathLike[str], max_bytes: int) -> Never:
+def _refuse_size(path: str | os.PathLike[str], max_bytes: int) -> NoReturn:
     raise OSError(errno.EINVAL, f"it has more than {max_bytes:,} bytes", str(path))
 
 
-def _refuse_number(text: str) -> Never:
+def _refuse_number(text: str) -> NoReturn:
     raise ValueError(f"{text:.40} is not a finite 64-bit number")
 
 

@@ -4,13 +4,15 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
 
 import pytest
+from matrices import representatives
 from ranks import Ranks
 
 # Set before anything imports torch or matplotlib, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order; and two ranks share a small machine
-os.environ["PYTHONSAFEPATH"] = "1"  # what is installed, not the folder of the same name in here
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -19,15 +21,51 @@ os.environ.pop("BPN_DATA", None)  # a test makes its data, or finds none
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs several processes as slow, and begin with the files that have slow tests.
+    """Mark what needs several processes as slow, and most cells of matrices; begin with slow files.
 
     Workers take one file after another (`--dist loadfile`): what is long must not come last.
     """
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
+    for _, cells in groupby(items, key=lambda item: (item.path, getattr(item, "function", item))):
+        _mark_cells([cell for cell in cells if hasattr(cell, "callspec")])
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def _mark_cells(cells: list[pytest.Item]) -> None:
+    """Mark as `matrix` what `make test` does not need: its parameters' values are in other cells too.
+
+    A slow cell stands for others only where no quick one can.
+    """
+    cells = [cell for cell in cells if not cell.get_closest_marker("matrix")]
+    cells.sort(key=lambda cell: cell.get_closest_marker("slow") is not None)
+    chosen = representatives([_rows(cell) for cell in cells])
+    for index, cell in enumerate(cells):
+        if index not in chosen:
+            cell.add_marker("matrix")
+
+
+def _rows(cell: pytest.Item) -> dict[object, tuple[int, ...]]:
+    """Which row of each list of parameters a test has: a list may give values to several names."""
+    lists = [mark.args[0] for mark in cell.iter_markers("parametrize")]
+    split = [names.split(",") if isinstance(names, str) else names for names in lists]
+    list_of = {name.strip(): index for index, names in enumerate(split) for name in names}
+    rows: dict[object, tuple[int, ...]] = {}
+    for name, value in cell.callspec.params.items():
+        side = list_of.get(name, name)  # a fixture's parameters are a list of their own
+        rows[side] = (*rows.get(side, ()), id(value))
+    return rows
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Stand in an empty folder: a process started here imports what is installed, not a folder of its name."""
+    here = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(here)
 
 
 @pytest.fixture(autouse=True)

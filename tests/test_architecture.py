@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -57,6 +58,7 @@ FILES = {
 }
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """What a file imports, wherever in the file, and for type checkers only as well."""
     names: set[str] = set()

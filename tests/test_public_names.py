@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import GenericAlias, ModuleType
 from typing import Any
 
 import pytest
@@ -64,18 +64,23 @@ def written_out() -> str:
     """A line for each public name, and for each member of a class that derives from no other public one."""
     modules = [import_module(name) for name in PUBLIC_MODULES]
     values = {(m.__name__, name): getattr(m, name) for m in modules for name in public_names(m)}
-    classes = {value for value in values.values() if isinstance(value, type)}
+    classes = {value for value in values.values() if is_class(value)}
     lines = []
     for (module, name), value in values.items():
         lines.append(f"{module}.{name}{signature(value) if is_called(value) else ''}")
         if is_called(value) and not classes & set(getattr(value, "__mro__", ())[1:]):
-            lines += members(value) if isinstance(value, type) else []
+            lines += members(value) if is_class(value) else []
     return "\n".join(lines) + "\n"
+
+
+def is_class(value: Any) -> bool:
+    """Whether it is a class; Python 3.10 takes ``list[int]`` for one too."""
+    return isinstance(value, type) and not isinstance(value, GenericAlias)
 
 
 def is_called(value: Any) -> bool:
     """Whether users make or call it: exceptions are caught, and protocols implemented."""
-    if isinstance(value, type):
+    if is_class(value):
         return not issubclass(value, BaseException | dict)
     return inspect.isfunction(value)
 

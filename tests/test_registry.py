@@ -242,6 +242,7 @@ def rivals(plugins: None, install: Install) -> None:
     install("rival", RIVAL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rivals")
 @pytest.mark.parametrize(
     ("flags", "name"),

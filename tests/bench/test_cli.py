@@ -52,6 +52,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_grid_is_run_and_its_tables_are_printed(
     tmp_path: Path,
     write_grid: Write,

@@ -70,6 +70,7 @@ def test_a_run_is_kept_small_and_without_the_machines_name(
     assert path.read_text().count("\n") < 20  # one run a line
 
 
+@pytest.mark.slow
 def test_a_report_needs_cells_json_only_and_is_the_same_again(
     tmp_path: Path, write_grid: Callable[..., str], stand_in: list[str]
 ) -> None:

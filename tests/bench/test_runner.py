@@ -154,6 +154,7 @@ def test_results_of_another_setting_are_not_taken_for_this_ones(
         state(cell, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("passed_on", "other"),
     [
@@ -183,6 +184,7 @@ def test_results_of_other_flags_are_not_taken_for_this_calls(
             state(cell, tmp_path, passed_on)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("index", "config", "said"),
     [

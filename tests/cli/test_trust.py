@@ -105,6 +105,7 @@ def test_no_config_includes_another(flags: list[str], capsys: Said) -> None:
     assert "lab_nets" not in sys.modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "allowed"), [("record", False), ("lab_nets:Net", True), ("lab_nets:make", False)]
 )
@@ -145,6 +146,7 @@ def test_what_does_not_fit_is_neither_called_nor_built(name: str, part: str, cap
     assert part in said("--model.backbone", name, capsys=capsys, status=2)[-1]
 
 
+@pytest.mark.slow
 def test_nothing_is_built_where_any_value_will_do(capsys: Said) -> None:
     spec = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features: 1}}"
     line = ["--config", "digits_inc.yaml", "--method", "finetune", "--trainer.accelerator", "cpu"]

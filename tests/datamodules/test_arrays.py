@@ -417,6 +417,7 @@ def test_arrays_that_hold_something_else_are_refused(made: dict[str, Any], said:
         SplitArrays(made, classes_per_task=3).setup()
 
 
+@pytest.mark.slow
 def test_they_are_learned_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_what_is_no_terminal_gets_whole_lines(matrix: AccuracyMatrix) -> None:
     assert any(len(line) > 60 for line in table(matrix, 60).splitlines())
 
 
+@pytest.mark.slow
 def test_a_file_gets_the_lines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = (
         f"--config digits_inc --trainer.accelerator cpu --data.epochs_per_task 1 --runs {tmp_path}"

@@ -292,6 +292,7 @@ def test_importances_see_the_bias_whichever_comes_first(
     assert not any("bias_units" in name for name in ewc.penalty.importance)
 
 
+@pytest.mark.slow
 def test_keeps_tasks_apart_that_ewc_alone_confuses(learn: Any) -> None:
     """What the method is for; the matrix's last row, each task in its own mode."""
     final = {

@@ -270,6 +270,7 @@ def test_every_task_and_seed_draws_labels_of_its_own(
     assert len(seeds) == len(set(seeds)) == 6
 
 
+@pytest.mark.slow
 def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
     stream = {"num_tasks": 2, "epochs_per_task": 4, "batch_size": 32}
     kept, lost = (

@@ -115,6 +115,7 @@ def test_masks_choose_the_columns_of_the_loss(
     same(run.weights(), plain.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["all", "seen"])
 def test_a_single_head_forgets_all_but_the_last_task(learn: Any, mask: str) -> None:
     """1/T and not more: a mask that followed the mode would hand over the task's identity."""

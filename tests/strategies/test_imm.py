@@ -318,6 +318,7 @@ def test_the_drawn_labels_follow_from_the_stream_alone(learn: Any, watch: Any, s
     same(one.state_dict(), other.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_remembers_what_fine_tuning_forgets(learn: Any, mode: Any) -> None:
     """What the method is for; with one head, where fine-tuning ends at 1/5."""

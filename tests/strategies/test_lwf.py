@@ -343,6 +343,7 @@ def test_a_layer_that_was_frozen_is_taught_too(learn: Any, watch: Any) -> None:
     assert (lwf.teacher.tensors["backbone.1.weight"] != weight).any()
 
 
+@pytest.mark.slow
 def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
     accuracies = [
         learn(

@@ -179,6 +179,7 @@ def test_at_any_strength_what_matters_stays(learn: Any, watch: Any) -> None:
     assert held < 0.2 * free
 
 
+@pytest.mark.slow
 def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
     stream = {"num_tasks": 2, "epochs_per_task": 6, "batch_size": 32}
     kept, lost = (

@@ -446,6 +446,7 @@ def test_a_layer_may_be_frozen_in_a_task(learn: Any, watch: Any, update: Any, fr
         assert torch.equal(kept[1][name], kept[0][name])
 
 
+@pytest.mark.slow
 def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
     stream = {"num_tasks": 2, "epochs_per_task": 6, "batch_size": 32}
     kept, lost = (

@@ -340,6 +340,7 @@ class SaveEverywhere(Callback):
         self.save(trainer)
 
 
+@pytest.mark.slow
 def test_resuming_from_every_checkpoint_changes_nothing(fit: Any, same: Any, tmp_path: Any) -> None:
     def run(*more: Any, **options: Any) -> Any:
         module, _ = fit(

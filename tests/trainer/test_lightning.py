@@ -63,9 +63,13 @@ def has_default(call: ast.Call) -> bool:
 
 
 @cache
+def parse(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def own_names_of_room(folder: Path) -> frozenset[str]:
-    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py"))
-    return frozenset(name for tree in trees for name in own_names(tree))
+    return frozenset(name for path in folder.glob("*.py") for name in own_names(parse(path)))
 
 
 def accesses(tree: ast.AST, own: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -92,9 +96,7 @@ def accesses(tree: ast.AST, own: frozenset[str] = frozenset()) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_other_files_keep_to_what_lightning_documents(path: Path) -> None:
-    found = list(
-        accesses(ast.parse(path.read_text(encoding="utf-8")), own_names_of_room(path.parent))
-    )
+    found = list(accesses(parse(path), own_names_of_room(path.parent)))
     assert not found, f"give them functions of their own in {DOOR.name}: {found}"
 
 
@@ -397,6 +399,7 @@ def test_is_attached(train: Any) -> None:
     assert door.is_attached(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_is_compiled(compiled: bool, train: Any) -> None:
     class Look(Module):
