@@ -77,9 +77,13 @@ def test_a_center_without_points_stays() -> None:
     assert torch.equal(found[1], start[1])
 
 
-@pytest.mark.parametrize(("stride", "pool"), [(1, 1), (1, 2), (2, 2)])
-def test_features_are_a_loop_over_places_and_centers(stride: int, pool: int) -> None:
-    front = fitted(stride=stride, pool=pool)
+@pytest.mark.parametrize(
+    ("stride", "pool", "square_root"), [(1, 1, True), (1, 2, False), (2, 2, True)]
+)
+def test_features_are_a_loop_over_places_and_centers(
+    stride: int, pool: int, square_root: bool
+) -> None:
+    front = fitted(stride=stride, pool=pool, square_root=square_root)
     points = normalized(drawn_patches(front), float(front.floor))
     values, vectors = np.linalg.eigh(np.cov(points.T, bias=True))
     whiten = vectors @ np.diag(1 / np.sqrt(values + 0.1)) @ vectors.T
@@ -103,8 +107,18 @@ def test_features_are_a_loop_over_places_and_centers(stride: int, pool: int) -> 
             for top, left in [(len(rows) * p // pool, len(columns) * q // pool)]
         ]
         expected = np.stack([part.mean((1, 2)) for part in parts], 1).ravel()
+        expected = np.sqrt(expected) if square_root else expected
         found = front.extract(images()[index : index + 1])[0]
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_mirrored_image_has_the_same_features() -> None:
+    one_way, both = fitted(square_root=False), fitted(square_root=False, mirror=True)
+    mirrored = both.extract(images().flip(3))
+    assert torch.equal(both.extract(images()), mirrored)
+    expected = (one_way.extract(images()) + one_way.extract(images().flip(3))) / 2
+    torch.testing.assert_close(mirrored, expected)
+    assert not torch.equal(one_way.extract(images()), mirrored)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
