@@ -35,7 +35,7 @@ from bpn_lightning.preparation import (
     scale_and_shift,
 )
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.tasks import Batch, Split, Task, TrainingEpoch
+from bpn_lightning.tasks import Batch, Phase, Schedule, Split, Task, TrainingEpoch
 from bpn_lightning.terminal import is_utf8
 from bpn_lightning.trainer.lightning import batches_processed
 
@@ -145,7 +145,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             )
         self._parts: dict[Split, _Part] = {}
         self._affine: dict[device, tuple[Tensor, Tensor]] = {}
-        self._training_epoch: Callable[[], TrainingEpoch] = _nobody_trains
+        self._training_epoch: Callable[[], TrainingEpoch] | None = None  # as the trainer's epochs
 
     # ---------------------------------------------------------------------- defined by subclasses
 
@@ -322,7 +322,11 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         )
 
     def follow(self, training_epoch: Callable[[], TrainingEpoch]) -> None:
-        """Have the loaders that Lightning asks for follow whoever trains.
+        """Have the loaders that Lightning asks for follow a module with phases of its own.
+
+        Without this, and once a fit or an evaluation has ended, they follow the epochs of the trainer:
+        each task for its ``epochs``, in order. Lightning asks for each only if the trainer has
+        ``reload_dataloaders_every_n_epochs=1``.
 
         Args:
             training_epoch: returns the epoch that is trained now or next. A function, because Lightning
@@ -331,15 +335,31 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         """
         self._training_epoch = training_epoch
 
+    def teardown(self, stage: str) -> None:
+        """Lightning's hook: the next module may not be the one that was followed."""
+        self._training_epoch = None
+
+    def _current_epoch(self) -> TrainingEpoch:
+        if self._training_epoch is not None:
+            return self._training_epoch()
+        if self.trainer is None:
+            raise ConfigurationError(
+                "Expected a trainer to say which epoch is current, but the stream has none. Pass it to "
+                "trainer.fit, or use train_loader(task, epoch)."
+            )
+        schedule = Schedule([[Phase("train", task.epochs)] for task in self.tasks])
+        task, _, epoch = schedule.locate(self.trainer.current_epoch)
+        return TrainingEpoch(task, epoch, [task])
+
     def train_dataloader(self) -> TrainLoader:
         """The loader of the current epoch."""
-        return self.train_loader(*self._training_epoch())
+        return self.train_loader(*self._current_epoch())
 
     def val_dataloader(self) -> EvaluationLoader | CombinedLoader:
         """One loader over the held-out parts of the tasks so far, or none without a validation split."""
         if not self.has_validation:
             return _NoLoader([], "sequential")
-        return self._joint_loader("val", range(self._training_epoch().task + 1))
+        return self._joint_loader("val", range(self._current_epoch().task + 1))
 
     def test_dataloader(self) -> EvaluationLoader:
         """One loader over the test sets of all tasks; batches have one task ID per sample."""
@@ -453,13 +473,6 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         targets = torch.zeros(len(raw), dtype=torch.long)
         prepared = self.prepare(Batch(raw, targets, first + task, len(raw))).inputs
         return one.steps is not None and torch.equal(prepared, one.apply(raw, task))
-
-
-def _nobody_trains() -> TrainingEpoch:
-    raise ConfigurationError(
-        "Expected a stream whose loaders follow a ContinualModule, but nobody trains on it. Pass it to a "
-        "trainer together with a ContinualModule, or use train_loader(task, epoch)."
-    )
 
 
 def check_positive_int(name: str, value: int) -> None:

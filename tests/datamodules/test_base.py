@@ -197,7 +197,7 @@ def test_processes_share_the_batches_of_one(toy: Make) -> None:
 
 def test_a_stream_on_which_nobody_trains_has_no_current_epoch(toy: Make) -> None:
     stream = toy()
-    with pytest.raises(ConfigurationError, match=r"follow a ContinualModule, but nobody trains"):
+    with pytest.raises(ConfigurationError, match=r"a trainer .*, but the stream has none"):
         stream.train_dataloader()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.datamodules.base import ContinualDataModule
-from bpn_lightning.tasks import Batch, Phase, Position, Schedule
+from bpn_lightning.tasks import Batch, TrainingEpoch
 
 pytestmark = pytest.mark.slow
 
@@ -18,19 +18,14 @@ Make = Callable[..., ContinualDataModule]
 
 
 class Recorder(L.LightningModule):
-    """Stands at the position of the trainer's epoch and writes down what it is given."""
+    """Knows nothing of tasks, and writes down what it is given."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 1)
-        self.schedule = schedule
         self.trained: list[tuple[int, Any]] = []
         self.validated: list[tuple[int, list[int]]] = []
         self.tested: list[tuple[float, int]] = []
-
-    @property
-    def position(self) -> Position:
-        return self.schedule.locate(self.trainer.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.trained.append((self.trainer.current_epoch, batch.inputs.flatten().tolist()))
@@ -68,10 +63,9 @@ def fit(
     stream: ContinualDataModule, *callbacks: L.Callback, resume: Path | None = None
 ) -> Recorder:
     stream.setup()
-    schedule = Schedule([[Phase("train", task.epochs)] for task in stream.tasks])
-    module = Recorder(schedule)
+    module = Recorder()
     trainer = L.Trainer(
-        max_epochs=schedule.total,
+        max_epochs=sum(task.epochs for task in stream.tasks),
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -95,6 +89,14 @@ def test_a_fit_sees_every_epoch_of_every_task_in_the_streams_order(toy: Make) ->
         for batch in alone.train_loader(task, own)
     ]
     assert trained == expected
+
+
+def test_a_module_that_is_followed_is_followed_for_one_fit(toy: Make) -> None:
+    stream = toy(epochs_per_task=1, batch_size=8)
+    alone = fit(toy(epochs_per_task=1, batch_size=8)).trained
+    stream.follow(lambda: TrainingEpoch(2, 0, [2]))
+    assert fit(stream).trained[:2] == [(0, inputs) for epoch, inputs in alone if epoch == 2]
+    assert fit(stream).trained == alone
 
 
 BATCHES = 3 + 2 * 3 + 2  # tasks of 21, 20 and 17 images in batches of 8; the last has 9
@@ -136,7 +138,7 @@ def test_without_a_validation_part_nothing_is_validated(toy: Make) -> None:
 
 def test_test_and_predict_loops_see_every_test_image(toy: Make) -> None:
     stream = toy(eval_batch_size=4)
-    module = Recorder(Schedule([[Phase("train", 1)]]))
+    module = Recorder()
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.test(module, stream, verbose=False)
     predicted = trainer.predict(module, stream)
