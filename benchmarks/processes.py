@@ -27,8 +27,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from bpn_lightning.conformance.cases import read_cases
 from bpn_lightning.conformance.runs import Run, Setting, fit, flatten
-from bpn_lightning.conformance.subjects import read_subjects
 from bpn_lightning.strategies import STRATEGIES, gem
 
 
@@ -90,7 +90,7 @@ def main() -> None:
 def _learn(name: str, processes: int, precision: str, folder: Path) -> None:
     method = METHODS[name]
     named = {part: method.arguments.get(part, {}) for part in method.strategies.split("+")}
-    (subject,) = read_subjects([method.strategies], named)
+    (case,) = read_cases([method.strategies], named)
     together = DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto"
     setting = Setting(
         stream={"batch_size": 41, "eval_batch_size": 287, "augment": True},
@@ -106,7 +106,7 @@ def _learn(name: str, processes: int, precision: str, folder: Path) -> None:
         run.module.before_close = note
 
     with _noted_multipliers() as multipliers:
-        run = fit(subject.make(), setting, watch=watch)
+        run = fit(case.make(), setting, watch=watch)
     if run.trainer.global_rank == 0:
         known |= {
             "at the end": run.learned(),

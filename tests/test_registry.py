@@ -1,5 +1,6 @@
 """Names, entry points and class paths: whose they are, and what happens when one is wrong."""
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,7 @@ def plugins(install: Install) -> Iterator[None]:
     yield
     for module in modules:
         sys.modules.pop(module, None)
+    gc.collect()  # else the parser's help would import a subclass of SplitDigits from where it was
 
 
 @pytest.mark.parametrize("name", registry.strategies())

@@ -287,9 +287,9 @@ EVIL = {
 #: Not allowed, of another type, or elsewhere.
 REFUSALS = (
     "needs no trust",
-    "nothing of it can be named",
-    "to fit its type",
-    "to lie below",
+    "runs or loads code",
+    "to match its type",
+    "to be below",
     "to be a name in which braces contain only",
     "to be a name without variables",
     "without slashes or variables",
@@ -380,7 +380,7 @@ def test_a_files_name_is_formatted_with_plain_fields_only(
     if good:
         check_places(value, here)
     else:
-        with pytest.raises(ConfigurationError, match="in which braces hold a key"):
+        with pytest.raises(ConfigurationError, match="in which braces contain only a key"):
             check_places(value, here)
 
 
@@ -390,7 +390,7 @@ def test_a_files_name_is_formatted_with_plain_fields_only(
         (
             f"model: {{backbone: {{class_path: {LAYER % 'torch.load'}}}}}",
             (
-                "Expected model.backbone to be arguments that TransformerEncoderLayer , but it raised RuntimeError: activation should be relu/gelu, not torch.load."
+                "Expected model.backbone to be valid arguments of TransformerEncoderLayer, but it raised RuntimeError: activation should be relu/gelu, not torch.load."
             ),
         ),
         (

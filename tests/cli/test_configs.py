@@ -67,7 +67,7 @@ def test_every_method_of_every_experiment_is_built_with_its_values(
     cli = ContinualCLI(read_command([*line, "--runs", str(tmp_path)]))
     wanted = load(CONFIGS / "methods" / experiment / f"{method}.yaml")
     usual = load(CONFIGS / f"{experiment}.yaml")["model"]["mask"]
-    assert cli.model.mask == wanted.get("model", {}).get("mask", usual)
+    assert cli.model.network.mask == wanted.get("model", {}).get("mask", usual)
     parts = [cli.config_init.strategies[name] for name in wanted["strategies"]]
     assert [one for one in cli.trainer.callbacks if one in parts] == parts
     for part, values in zip(parts, wanted["strategies"].values(), strict=True):

@@ -113,7 +113,9 @@ def test_what_is_replaced_is_not_what_the_run_begins_with(
 def test_nor_data_or_weights(capsys: pytest.CaptureFixture[str]) -> None:
     stream = ["--data", "SplitArrays", "--data.init_args.path", str(RUN / "metrics.csv")]
     said = refused("--overwrite", *stream, capsys=capsys)
-    assert said.startswith("Expected data.init_args.path to be a file that --overwrite does alone")
+    assert said.startswith(
+        "Expected data.init_args.path to be a file that --overwrite does not replace"
+    )
 
 
 def test_a_run_may_be_repeated_from_its_own_config() -> None:
@@ -134,7 +136,7 @@ def test_an_earlier_run_is_kept_until_the_new_one_has_a_checkpoint(
     crash = ["--trainer.callbacks", "crashing_code.Crash", f"--trainer.callbacks.step={step}"]
     with pytest.raises(ZeroDivisionError):
         run("--overwrite", "--model.mask", "seen", *crash)
-    said = "bpn-fit: The run had no checkpoint yet, so the earlier one in {} before is back.\n"
+    said = "bpn-fit: The run had no checkpoint yet, so the earlier one in {} is restored.\n"
     assert (said.format(RUN) in capsys.readouterr().err) == back
     assert (files() == before) == back
     if not back:
@@ -154,7 +156,7 @@ def test_without_checkpoints_it_is_kept_until_there_are_results(
     assert files() == before
     assert capsys.readouterr().err == (
         "bpn-fit: Interrupted. It had no checkpoint yet.\n"
-        f"bpn-fit: The run had no checkpoint yet, so the earlier one in {RUN} before is back.\n"
+        f"bpn-fit: The run had no checkpoint yet, so the earlier one in {RUN} is restored.\n"
     )
     assert run(*off) == 0
     assert "checkpoints/last.ckpt" not in files()
@@ -188,7 +190,8 @@ def test_results_are_whole_where_a_logger_cannot_keep_them(
     assert run("--runs", "new", "--log_artifacts") == 2
     here = Path("new", *RUN.parts[1:])
     assert capsys.readouterr().err == (
-        "bpn-fit: error: Expected the loggers to upload the run's files, but got: no server. Its results are complete in {here}: upload them manually.\n"
+        "bpn-fit: error: Expected the loggers to upload the run's files, but got: no server. "
+        f"Its results are complete in {here}: upload them manually.\n"
     )
     assert files(here).keys() == files().keys()
 
@@ -242,7 +245,7 @@ def test_two_runs_at_once_do_not_write_into_one_folder(capsys: pytest.CaptureFix
     assert lock.acquire() is None
     for flags in (["--overwrite"], ["--ckpt_path", "last"], []):
         said = refused(*flags, capsys=capsys)
-        assert said.startswith(f"Expected {RUN} to be free, but process {os.getpid()} on ")
+        assert said.startswith(f"Expected {RUN} to be unused, but process {os.getpid()} on ")
     lock.release()
     assert run("--overwrite") == 0
 
@@ -283,7 +286,7 @@ def test_a_folder_by_another_name_is_not_taken_for_another_run(
         said = refused("--seed_everything", "1", *flags, capsys=capsys)
         assert said.startswith(
             f"Expected {RUN.with_name('seed_1')} to be the folder of digits_inc, method finetune, seed 1, "
-            "but it is that of digits_inc, method finetune, seed 0, by a link"
+            "but it is that of digits_inc, method finetune, seed 0, because of a link"
         )
 
 

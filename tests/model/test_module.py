@@ -226,7 +226,7 @@ def test_every_phase_is_judged_by_its_own_best_loss(fit, monkeypatch):
 
 
 def test_patience_without_a_validation_split_is_refused(fit):
-    with pytest.raises(ConfigurationError, match="validation_fraction to be more than 0 where pat"):
+    with pytest.raises(ConfigurationError, match="validation_fraction to be more than 0 when pat"):
         fit([], patience=1)
 
 

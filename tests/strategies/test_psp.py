@@ -481,7 +481,7 @@ def test_resuming_changes_nothing(prepare: Any, tmp_path: Any, same: Any, reques
         for path in saves.paths[1:]:
             again = prepare(*(make() for make in made), **options)
             torch.manual_seed(5)
-            again.trainer.fit(again.module, again.host.stream, ckpt_path=path, weights_only=True)
+            again.trainer.fit(again.module, run.stream, ckpt_path=path, weights_only=True)
             same(again.module.network.state_dict(), run.module.network.state_dict())
 
 

@@ -218,7 +218,7 @@ def test_an_update_that_is_skipped_changes_nothing(name: str, cell: str) -> None
     assert overflow.happened
     assert not differences(after, before)
     assert differences(later, after), "and the next one changes something"
-    assert later["module/head.bias"].isfinite().all()
+    assert later["module/network.head.bias"].isfinite().all()
 
 
 @pytest.mark.parametrize("direction", ["sign", "gradient", "normalized"])
@@ -237,7 +237,8 @@ def test_an_m_whose_own_gradient_overflowed_rests(direction: Any) -> None:
         at_batch=lambda run, at, batch, last: noted.append(run.learned()),
     )
     before, after, later = (
-        (one["module/head.bias_units.M"], one["module/head.bias_units.W"]) for one in noted[1:4]
+        (one["module/network.head.bias_units.M"], one["module/network.head.bias_units.W"])
+        for one in noted[1:4]
     )
     assert torch.equal(after[0], before[0])
     assert not torch.equal(after[1], before[1])
@@ -251,7 +252,7 @@ def test_fused_optimizers_in_half_precision(name: str, cell: str) -> None:
         SHORT, optimizer=partial(SGD, lr=LR, fused=True), trainer={"plugins": [ScaledSingle()]}
     )
     if cell == "refused":
-        return expect_refusal(name, fused, "the optimizer not to be fused")
+        return expect_refusal(name, fused, "an optimizer without fused=True")
     found = learn(name, fused).learned()
     assert not differences(found, plain(name)[0], tolerance=1e-5)
 
@@ -292,7 +293,7 @@ def test_gradients_clipped_by_norm(name: str, cell: str) -> None:
 def test_gradients_clipped_by_value(name: str, cell: str) -> None:
     flags = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}
     if cell == "refused":
-        return expect_refusal(name, under(**flags), "gradient_clip_algorithm to be 'norm' beside")
+        return expect_refusal(name, under(**flags), "gradient_clip_algorithm to be 'norm' with")
     bounds(name, flags, lambda moved: moved.abs().max())
 
 
