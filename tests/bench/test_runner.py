@@ -249,6 +249,7 @@ def test_ctrl_c_ends_the_processes_and_marks_nothing_as_failed(
     with subprocess.Popen(line, stderr=subprocess.PIPE, start_new_session=True) as process:
         deadline = time.monotonic() + PATIENCE
         while "ewc 0" not in calls(tmp_path) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGINT)  # not to the group: they have to be told
         process.communicate(timeout=PATIENCE)

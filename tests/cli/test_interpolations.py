@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.cli.interpolations import MOST_CHARACTERS, _Sizes, check_interpolations
@@ -77,8 +78,11 @@ def test_what_is_counted_is_never_below_what_omegaconf_makes() -> None:
             check_interpolations(tree)
         except ConfigurationError:
             continue
+        try:
+            made = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        except InterpolationKeyError:  # OmegaConf 2.3 does not find keys that are numbers
+            continue
         read += 1
-        made = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         assert size(made) <= _Sizes(tree).of((), tree), tree
     assert read > 10
 

@@ -127,8 +127,11 @@ def test_images_of_16_bits_are_read_as_torchvision_does(
     for part in ("train", "test"):
         for name in ("a", "b"):
             (tmp_path / part / name).mkdir(parents=True)
-            image = Image.fromarray(pixels.astype(order) if suffix == ".tiff" else pixels)
-            image.save(tmp_path / part / name / f"0{suffix}")
+            path = tmp_path / part / name / f"0{suffix}"
+            if suffix == ".pgm":  # by hand: Pillow 10 does not write them with 16 bits
+                path.write_bytes(b"P5 7 9 65535\n" + pixels.astype(">u2").tobytes())
+                continue
+            Image.fromarray(pixels.astype(order) if suffix == ".tiff" else pixels).save(path)
     data = read_class_folders(tmp_path, 1, 9, 7, resize=False)
     scaled = to_dtype(torch.from_numpy(pixels), torch.uint8, scale=True)
     assert torch.equal(data.train.images, scaled.expand(2, 1, 9, 7))

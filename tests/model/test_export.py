@@ -187,7 +187,10 @@ PREPARED = {"tasks": 40, "dtype": "uint8", "shape": [1, 8, 8], "steps": [], "cod
         ({"num_classes": 2**20}, "Expected a head to be within"),
         ({"num_classes": 10**12}, "Expected a head to be within"),
         ({"input_shape": [2**12, 2**12, 2**12]}, "an input of at most 16,777,216 numbers"),
-        ({"input_shape": [1, 2**11, 2**11]}, "not equal to in_features from self.weight: 64"),
+        (
+            {"input_shape": [1, 2**11, 2**11]},
+            "backbone to accept inputs of shape (batch, 1, 2048, 2048)",
+        ),
         (
             {"tasks": [TASK] * 40, "preparations": [PREPARED]},
             "Expected an accuracy matrix to be within",

@@ -112,7 +112,7 @@ def test_mode_of_quadratic_tasks_is_their_joint_optimum(number: int) -> None:
             theta = theta - 0.9 * curvature * (theta - center)
         ends.append(theta)
     rows = torch.diag_embed(h.sqrt()).flatten(0, 1).numpy()
-    joint = np.linalg.lstsq(rows, (h.sqrt() * a).flatten().numpy())[0]
+    joint = np.linalg.lstsq(rows, (h.sqrt() * a).flatten().numpy(), rcond=None)[0]
     np.testing.assert_allclose(running(torch.stack(ends), h), joint, atol=1e-9)
     assert np.abs(a.mean(0).numpy() - joint).max() > 0.1, "the mean is another place"
 
