@@ -62,7 +62,7 @@ def test_what_is_counted_is_never_below_what_omegaconf_makes() -> None:
     random = Random(0)
     keys = ["000", "001", "0", "1", "a", "1_0", "01", "10", 1, 0]
     read = 0
-    for _ in range(400):
+    for _ in range(800):
         tree: dict[Any, Any] = {
             random.choice(keys): random.choice(
                 ["x" * 50, 10**30, None, ["y" * 40] * 12, dict.fromkeys(keys[:7], "z" * 30)]
