@@ -81,8 +81,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 @pytest.fixture
-def plugins(install: Install) -> Iterator[None]:
+def plugins(install: Install, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Entry points of every sort, good and bad."""
+    parsers: dict[Any, Any] = {}
+    monkeypatch.setattr("jsonargparse._typehints._cached_class_parsers", parsers)
     modules = {
         "good_plugin": GOOD,
         "broken_plugin": BROKEN,
@@ -92,7 +94,9 @@ def plugins(install: Install) -> Iterator[None]:
     yield
     for module in modules:
         sys.modules.pop(module, None)
-    gc.collect()  # else the parser's help would import a subclass of SplitDigits from where it was
+    # Else the next test's parser would find a subclass of SplitDigits that can no longer be imported.
+    parsers.clear()
+    gc.collect()
 
 
 @pytest.mark.parametrize("name", registry.strategies())
