@@ -10,6 +10,7 @@ from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.execution import check_layers_are_called
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.gates.base import TaskGate, check_gate_names
 from bpn_lightning.tasks import Phase, Schedule, dry_inputs
 from bpn_lightning.trainer.callbacks import check_callbacks, check_rate_monitor
 from bpn_lightning.trainer.composition import check_composition, check_phases, check_precision
@@ -76,6 +77,10 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     """
     callbacks = host.trainer.callbacks  # type: ignore[attr-defined]
     host.strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
+    gates = [strategy for strategy in host.strategies if isinstance(strategy, TaskGate)]
+    check_gate_names(gates)
+    if gates or stage == "fit":  # others answer by those that the module was loaded with
+        host.gates = {gate.name: gate for gate in gates}
     host.attach(stream)
     stream.follow(host.training_epoch)
     if stage == "fit" and host.network.opened < 0:
@@ -84,7 +89,7 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     for strategy in host.strategies:
         strategy.configure(host, stream)
     host.network.switch(host.cursor.task)
-    check_layers_are_called(host.network, dry_inputs(stream, 2, host.device))
+    check_layers_are_called(host.network, dry_inputs(host.network.structure, 2, host.device))
 
 
 def check_strategies(host: Host, optimization: Optimization) -> None:
@@ -143,7 +148,8 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
         several = tasks if processes > 1 else []
         firsts = (next(iter(stream.loader(task.id, "test"))).global_size for task in several)
         TaskMetrics(loop.metrics).check(structure.num_classes, firsts, processes)
-    check_composition(host, host.strategies)
+    methods = [one for one in host.strategies if not isinstance(one, TaskGate)]
+    check_composition(host, methods)  # gates look on, whatever trains
     if host.network.opened < 0:  # one that learned before keeps the schedule that it has
         plan_schedule(host)
     patience = loop.early_stopping.patience
@@ -159,7 +165,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     held_out = len(stream.val_dataloader()) if stream.has_validation else 0
     optimization = loop.optimization
     check_lengths(trainer, *optimization.count_updates(), held_out)
-    inputs = dry_inputs(stream, 1, host.device)
+    inputs = dry_inputs(structure, 1, host.device)
     check_batches(trainer, host.network.backbone, inputs, len(tasks), optimization.smallest_batch)
     set_max_epochs(trainer, total)
     reload_train_loader_every_epoch(trainer)

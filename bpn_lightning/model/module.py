@@ -1,6 +1,6 @@
 """The LightningModule of a stream: wires what learns it to Lightning's hooks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from bpn_lightning.losses import LossFunction
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
+from bpn_lightning.metrics.gate_scores import GateScores
 from bpn_lightning.metrics.settling import Unsettled
 from bpn_lightning.metrics.task_metrics import Metrics
 from bpn_lightning.model.checkpoint import load_state, loading, save_state
@@ -20,12 +21,14 @@ from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
 from bpn_lightning.model.optimization import Optimization, sgd
-from bpn_lightning.model.prediction import check_predictable, predict, raw_inputs
+from bpn_lightning.model.prediction import check_predictable, predict, predict_tasks, raw_inputs
 from bpn_lightning.model.rules import check_overrides, refused_export
 from bpn_lightning.model.scoring import TaskScores
 from bpn_lightning.model.step import Step
 from bpn_lightning.model.task_loop import TaskLoop
+from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Position, Schedule, Split, Task
 from bpn_lightning.trainer.lightning import (
     HookNameAsPlainAttribute,
@@ -44,7 +47,10 @@ class ContinualModule(HookNameAsPlainAttribute):
     The methods are the trainer's :class:`~bpn_lightning.strategies.base.ContinualStrategy` callbacks.
 
     Args:
-        backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
+        backbone: maps ``(batch, *input_shape)``, or the front's ``(batch, width)``, to features ``(batch,
+            features)``.
+        front: a fixed feature extractor before backbone and gates, fitted once, when the first task
+            opens, on its training part without augmentation; None for none.
         optimizer: called with the parameters at the start of every task (LightningCLI's convention).
         scheduler: called with the optimizer at the same moments. Its ``num_steps``, ``total_steps``,
             ``T_max`` or ``total_iters``, if left without a value or -1, is the number of times that it
@@ -87,6 +93,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self,
         backbone: nn.Module,
         *,
+        front: Front | None = None,
         optimizer: OptimizerCallable = sgd,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
@@ -101,7 +108,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         check_processes: bool = False,
     ) -> None:
         super().__init__()
-        self.network = ContinualNetwork(backbone, mask)
+        self.network = ContinualNetwork(backbone, mask, front)
         self.host = Host(self, self.network, loss)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
@@ -177,6 +184,16 @@ class ContinualModule(HookNameAsPlainAttribute):
         return self.history.metrics
 
     @property
+    def gates(self) -> Mapping[str, TaskGate]:
+        """What names tasks, by name: of the trainer's callbacks, or of the file that was loaded."""
+        return self.host.gates
+
+    @property
+    def gate_scores(self) -> list[GateScores]:
+        """What gates answered for test samples; see :class:`~bpn_lightning.metrics.gate_scores.GateScores`."""
+        return self.history.gate_scores
+
+    @property
     def unsettled(self) -> Sequence[Unsettled]:
         """The tasks whose accuracy fell by more than 0.1 in the last epoch of their training.
 
@@ -207,9 +224,15 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.model.evaluation.evaluate`."""
         return evaluate(self.host, tasks, split)
 
-    def predict(self, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+    def predict(
+        self, images: Tensor, task: "int | Tensor | None" = None, gate: str | None = None
+    ) -> Tensor:
         """Logits of raw inputs; see :func:`bpn_lightning.model.prediction.predict`."""
-        return predict(self.host, images, task)
+        return predict(self.host, images, task, gate)
+
+    def predict_tasks(self, images: Tensor, gate: str | None = None) -> Tensor:
+        """Probabilities of tasks; see :func:`bpn_lightning.model.prediction.predict_tasks`."""
+        return predict_tasks(self.host, images, gate)
 
     to_onnx = refused_export("to_onnx")
     to_torchscript = refused_export("to_torchscript")
@@ -233,6 +256,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def on_fit_start(self) -> None:
         """Let strategies refuse what cannot be right, and move their tensors to the device."""
+        self.host.mark_front(training=True)
         check_strategies(self.host, self.optimization)
         self.step.find_hooks()
         for strategy in self.host.strategies:
@@ -240,6 +264,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def on_train_start(self) -> None:
         """Go on where the checkpoint was, or begin."""
+        self.host.mark_front(training=False)
         self.task_loop.begin(self.position.task)
         start_next_epoch(self.trainer)
         self.task_loop.advance(self.trainer.current_epoch)
@@ -256,7 +281,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms; see :class:`~bpn_lightning.model.step.Step`."""
-        return self.step.loss(batch, batch_idx)
+        return self.step.loss(self.host.extract(batch), batch_idx)
 
     def on_after_backward(self) -> None:
         """Reduce what DDP does not."""
@@ -280,6 +305,7 @@ class ContinualModule(HookNameAsPlainAttribute):
     def on_fit_end(self) -> None:
         """The same where nothing was left to train; say which tasks were not learned, if any."""
         self.task_loop.restore_random_state()
+        self.host.mark_front(training=False)
         self.on_train_end()
         self.task_loop.warn_of_unlearned_tasks()
 
@@ -291,7 +317,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses and right answers, each sample in its own task's mode."""
-        self._scores.add(self.host, batch)
+        self._scores.add(self.host, self.host.extract(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracy of the open task, and the mean accuracy over it and those before."""
@@ -321,7 +347,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         Raw inputs, alone or first in a tuple or list, are prepared and answered as by :meth:`predict`.
         """
         if isinstance(batch, Batch):
-            return cast(Tensor, self(batch.inputs, task=batch.task))
+            return cast(Tensor, self(self.host.extract(batch).inputs, task=batch.task))
         return self.predict(raw_inputs(batch))
 
     # --- checkpoints -----------------------------------------------------------------------------
