@@ -65,6 +65,9 @@ class ContinualHost(Protocol):
     ) -> Iterable[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
 
+    def prepare(self, batch: Batch, augment: bool = False) -> Batch:
+        """A raw batch as the network takes it: prepared by the stream, then through the front."""
+
     def losses(self, logits: Tensor, targets: Tensor, task: "int | Tensor") -> Tensor:
         """Each sample's loss ``(batch,)``, of logits ``(batch, num_classes)`` in its task's columns."""
 

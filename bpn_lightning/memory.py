@@ -1,7 +1,7 @@
 """A memory of samples of past tasks: for any strategy that replays.
 
 A strategy holds an :class:`EpisodicMemory`, calls its ``store`` when a task ends, and passes the result of
-``batch`` to the stream's ``prepare``. Call its ``state_dict`` and ``load_state_dict`` in the strategy's, and
+``batch`` to the host's ``prepare``. Call its ``state_dict`` and ``load_state_dict`` in the strategy's, and
 its ``to`` in ``move_state``.
 """
 
@@ -83,7 +83,7 @@ class EpisodicMemory:
         self.add(inputs, own.targets[drawn].to(inputs.device))
 
     def batch(self, indices: Tensor) -> Batch:
-        """Raw samples with their task IDs, for the stream's ``prepare``.
+        """Raw samples with their task IDs, for the host's ``prepare``.
 
         Args:
             indices: ``(batch,)`` int64, on any device.

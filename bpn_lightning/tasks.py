@@ -22,6 +22,7 @@ __all__ = [
     "Phase",
     "Position",
     "Schedule",
+    "Sized",
     "Split",
     "Task",
     "TrainingEpoch",
@@ -245,15 +246,22 @@ def named_dtype(name: str) -> torch.dtype:
     return {str(dtype): dtype for dtype in (torch.float32, torch.int64)}[name]
 
 
-def dry_inputs(stream: ContinualStream, count: int, device: torch.device) -> Tensor:
+class Sized(Protocol):
+    """What says the shape and the dtype of a network's input: a stream, or a network's structure."""
+
+    input_shape: tuple[int, ...]
+    input_dtype: torch.dtype
+
+
+def dry_inputs(sized: Sized, count: int, device: torch.device) -> Tensor:
     """Inputs for a dry forward, which finds shapes: zeros, of a stream of tokens the token 0.
 
     Args:
-        stream: says the shape and the dtype of a prepared input.
+        sized: a network's structure, or the stream of one without a front.
         count: how many samples.
         device: where the network lies.
 
     Returns:
         ``(count, *input_shape)`` of ``input_dtype``.
     """
-    return torch.zeros(count, *stream.input_shape, dtype=stream.input_dtype, device=device)
+    return torch.zeros(count, *sized.input_shape, dtype=sized.input_dtype, device=device)

@@ -289,7 +289,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         network, outputs = host.network, []
         layer = network.get_submodule(self.layer)
         handle = layer.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
-        sample = dry_inputs(host.stream, 1, host.device)
+        sample = dry_inputs(host.network.structure, 1, host.device)
         try:
             with torch.no_grad(), evaluation_mode(network):
                 network(sample)

@@ -236,7 +236,7 @@ class GradientEpisodicMemory(ContinualStrategy):
     ) -> Tensor:
         """The gradient of each group's mean loss over some samples, ``(groups, P)``."""
         raw = self.memory.batch(indices)
-        inputs, targets = host.stream.prepare(raw).inputs, raw.targets
+        inputs, targets = host.prepare(raw).inputs, raw.targets
         tasks = cast(Tensor, raw.task)
 
         def losses(logits: Tensor, part: slice) -> Tensor:

@@ -133,7 +133,7 @@ class ParameterSuperposition(ContinualStrategy):
         kind = "complex" if self.kind == "complex" else "binary"
         self.keys = {name: host.network.attach_keys(name, kind) for name in names}
         if kind == "complex":
-            inputs = dry_inputs(stream, 2, host.device)
+            inputs = dry_inputs(host.network.structure, 2, host.device)
             if inputs.is_floating_point():
                 draw = torch.rand(inputs.shape, generator=seeded_generator("dry forward"))
                 inputs = draw.to(host.device)

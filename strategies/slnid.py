@@ -182,7 +182,7 @@ class SLNID(MemoryAwareSynapses):
             shapes[name].append(output.shape if activates else torch.Size())
 
         handles = [parts[name].register_forward_hook(partial(note, name)) for name in names]
-        inputs = dry_inputs(stream, 1, host.device)
+        inputs = dry_inputs(host.network.structure, 1, host.device)
         with torch.no_grad(), evaluation_mode(host.network):
             host.network(inputs)
         for handle in handles:

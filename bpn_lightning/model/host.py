@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.losses import LossFunction, SampleLoss
 from bpn_lightning.model.cursor import Cursor
+from bpn_lightning.model.front import describe
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -85,7 +86,33 @@ class Host:
         """This process's share of a task's samples, each once, on the device and prepared."""
         for batch in self.stream.loader(task_id, split, max_samples=max_samples):
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-            yield self.stream.prepare(batch._replace(inputs=inputs, targets=targets))
+            yield self.prepare(batch._replace(inputs=inputs, targets=targets))
+
+    def prepare(self, batch: Batch, augment: bool = False) -> Batch:
+        """A raw batch as the network takes it: prepared by the stream, then through the front."""
+        return self.extract(self.stream.prepare(batch, augment))
+
+    def extract(self, batch: Batch) -> Batch:
+        """A batch that the stream has prepared, as the network takes it: through the front."""
+        front = self.network.front
+        return batch if front is None else batch._replace(inputs=front(batch.inputs))
+
+    def fit_front(self) -> None:
+        """Fit what stands before the network on the first task, without augmentation."""
+        front = self.network.front
+        if front is None:
+            return
+        front.fit(self._images_of_first_task, self.all_reduce)
+        self.network.structure.front = describe(front)
+
+    def mark_front(self, training: bool) -> None:
+        """Show it as Lightning expects parts when a fit starts; it warns of those in evaluation mode."""
+        for part in self.network.front.modules() if self.network.front is not None else ():
+            part.training = training
+
+    def _images_of_first_task(self) -> Iterator[Tensor]:
+        for batch in self.stream.loader(0, "train"):
+            yield self.stream.prepare(batch._replace(inputs=batch.inputs.to(self.device))).inputs
 
     @property
     def position(self) -> Position:

@@ -84,7 +84,7 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     for strategy in host.strategies:
         strategy.configure(host, stream)
     host.network.switch(host.cursor.task)
-    check_layers_are_called(host.network, dry_inputs(stream, 2, host.device))
+    check_layers_are_called(host.network, dry_inputs(host.network.structure, 2, host.device))
 
 
 def check_strategies(host: Host, optimization: Optimization) -> None:
@@ -159,7 +159,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     held_out = len(stream.val_dataloader()) if stream.has_validation else 0
     optimization = loop.optimization
     check_lengths(trainer, *optimization.count_updates(), held_out)
-    inputs = dry_inputs(stream, 1, host.device)
+    inputs = dry_inputs(structure, 1, host.device)
     check_batches(trainer, host.network.backbone, inputs, len(tasks), optimization.smallest_batch)
     set_max_epochs(trainer, total)
     reload_train_loader_every_epoch(trainer)

@@ -25,6 +25,7 @@ from bpn_lightning.model.rules import check_overrides, refused_export
 from bpn_lightning.model.scoring import TaskScores
 from bpn_lightning.model.step import Step
 from bpn_lightning.model.task_loop import TaskLoop
+from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Position, Schedule, Split, Task
 from bpn_lightning.trainer.lightning import (
@@ -44,7 +45,10 @@ class ContinualModule(HookNameAsPlainAttribute):
     The methods are the trainer's :class:`~bpn_lightning.strategies.base.ContinualStrategy` callbacks.
 
     Args:
-        backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
+        backbone: maps ``(batch, *input_shape)``, or the front's ``(batch, width)``, to features ``(batch,
+            features)``.
+        front: a fixed feature extractor before backbone and gates, fitted once, when the first task
+            opens, on its training part without augmentation; None for none.
         optimizer: called with the parameters at the start of every task (LightningCLI's convention).
         scheduler: called with the optimizer at the same moments. Its ``num_steps``, ``total_steps``,
             ``T_max`` or ``total_iters``, if left without a value or -1, is the number of times that it
@@ -87,6 +91,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self,
         backbone: nn.Module,
         *,
+        front: Front | None = None,
         optimizer: OptimizerCallable = sgd,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
@@ -101,7 +106,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         check_processes: bool = False,
     ) -> None:
         super().__init__()
-        self.network = ContinualNetwork(backbone, mask)
+        self.network = ContinualNetwork(backbone, mask, front)
         self.host = Host(self, self.network, loss)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
@@ -233,6 +238,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def on_fit_start(self) -> None:
         """Let strategies refuse what cannot be right, and move their tensors to the device."""
+        self.host.mark_front(training=True)
         check_strategies(self.host, self.optimization)
         self.step.find_hooks()
         for strategy in self.host.strategies:
@@ -240,6 +246,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def on_train_start(self) -> None:
         """Go on where the checkpoint was, or begin."""
+        self.host.mark_front(training=False)
         self.task_loop.begin(self.position.task)
         start_next_epoch(self.trainer)
         self.task_loop.advance(self.trainer.current_epoch)
@@ -256,7 +263,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms; see :class:`~bpn_lightning.model.step.Step`."""
-        return self.step.loss(batch, batch_idx)
+        return self.step.loss(self.host.extract(batch), batch_idx)
 
     def on_after_backward(self) -> None:
         """Reduce what DDP does not."""
@@ -280,6 +287,7 @@ class ContinualModule(HookNameAsPlainAttribute):
     def on_fit_end(self) -> None:
         """The same where nothing was left to train; say which tasks were not learned, if any."""
         self.task_loop.restore_random_state()
+        self.host.mark_front(training=False)
         self.on_train_end()
         self.task_loop.warn_of_unlearned_tasks()
 
@@ -291,7 +299,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses and right answers, each sample in its own task's mode."""
-        self._scores.add(self.host, batch)
+        self._scores.add(self.host, self.host.extract(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracy of the open task, and the mean accuracy over it and those before."""
@@ -321,7 +329,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         Raw inputs, alone or first in a tuple or list, are prepared and answered as by :meth:`predict`.
         """
         if isinstance(batch, Batch):
-            return cast(Tensor, self(batch.inputs, task=batch.task))
+            return cast(Tensor, self(self.host.extract(batch).inputs, task=batch.task))
         return self.predict(raw_inputs(batch))
 
     # --- checkpoints -----------------------------------------------------------------------------

@@ -54,6 +54,8 @@ def predict(host: Host, images: Tensor, task: "int | Tensor | None" = None) -> T
         )
     images = images.to(host.device) if isinstance(images, Tensor) else images
     inputs = _prepared(host, images, of_task if task is None else task)
+    if network.front is not None:
+        inputs = network.front(inputs)
     with evaluation_mode(network):
         if task is not None:
             logits = cast(Tensor, network(inputs, task=task))

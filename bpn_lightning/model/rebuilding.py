@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bpn_lightning.errors import CheckpointError
+from bpn_lightning.model.front import rebuild_front
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.nn.structure import Attachment, Structure
@@ -41,6 +42,7 @@ def rebuild(network: ContinualNetwork, structure: Structure, state: Mapping[str,
         structure.num_classes,
         structure.input_shape,
     )
+    rebuild_front(network, structure.front, state)
     held = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
     sizes = [num_classes, *input_shape]
     if not all(type(size) is int and size > 0 for size in sizes) or prod(input_shape) > MAX_INPUT:

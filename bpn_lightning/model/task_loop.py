@@ -153,6 +153,7 @@ class TaskLoop:
     def _open(self, task_id: int) -> None:
         host, network = self.host, self.network
         if task_id == 0:
+            host.fit_front()
             for strategy in host.strategies:
                 strategy.on_stream_start(host, host.stream)
             untrained = self._test(range(len(network.tasks)), after=0)

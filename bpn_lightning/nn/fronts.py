@@ -62,6 +62,10 @@ class Front(nn.Module):
     def fit_extractor(self, images: Images, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Measure on images what :meth:`extract` needs."""
 
+    def given_state(self) -> Mapping[str, Tensor]:
+        """By name, what a file gave it: a checkpoint of other values is refused."""
+        return {}
+
     def allocate(self, input_shape: Sequence[int]) -> None:
         """Make room for what is fitted, before it is fitted or loaded."""
         self.input_shape = tuple(input_shape)
@@ -141,6 +145,10 @@ class Front(nn.Module):
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             return (self._features(inputs) - self.mean) / self.deviation
 
+    def standardized(self, inputs: Tensor) -> Tensor:
+        """The same without checks and of any batch size: what an exported program does."""
+        return (self.extract(inputs.float()) - self.mean) / self.deviation
+
     def _features(self, inputs: Tensor) -> Tensor:
         features = self.extract(inputs.float())
         if features.shape != (len(inputs), len(self.mean)):
@@ -153,6 +161,14 @@ class Front(nn.Module):
     def train(self, mode: bool = True) -> "Front":
         """Stay in evaluation mode."""
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Front":
+        """Follow a move to another device, but stay in full precision."""
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(fn(value.new_empty(0)).device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     # --- record ----------------------------------------------------------------------------------
 
@@ -260,8 +276,8 @@ class RandomFeatures(Front):
         super().allocate(input_shape)
         generator = seeded_generator("random front", self.seed)
         size = prod(input_shape)
-        matrix = torch.randn(size, self.features, generator=generator)
-        phase = torch.rand(self.features, generator=generator) * 2 * torch.pi
+        matrix = torch.randn(size, self.features, generator=generator, device="cpu")
+        phase = torch.rand(self.features, generator=generator, device="cpu") * 2 * torch.pi
         self.register_buffer("matrix", matrix, persistent=False)
         self.register_buffer("phase", phase, persistent=False)
         self.register_buffer("scale", torch.tensor(size**-0.5))
@@ -339,6 +355,7 @@ class FrozenNetwork(Front):
         ]
         self.register_buffer("shift", channels[0].view(-1, 1, 1), persistent=False)
         self.register_buffer("divisor", channels[1].view(-1, 1, 1), persistent=False)
+        self._given = weights_file is not None
         if weights_file is not None:
             self._load(Path(weights_file).expanduser())
 
@@ -353,6 +370,11 @@ class FrozenNetwork(Front):
                 f"{wrong[0]!r} is missing, unknown or of another shape. {advice}"
             )
         self.network.load_state_dict(found)
+
+    def given_state(self) -> Mapping[str, Tensor]:
+        """The network's, where it was loaded from a file."""
+        state = self.network.state_dict(prefix="network.") if self._given else {}
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
     def width(self, input_shape: Sequence[int]) -> int:
         """Found by a forward of zeros.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.layers import TaskModule
 
 __all__ = ["FixedModeNetwork", "PerSampleNetwork"]
@@ -19,6 +20,7 @@ class FixedModeNetwork(nn.Module):
         backbone: maps ``(batch, *input_shape)`` to features.
         head: maps features to logits.
         columns: ``(start, stop)`` of the head's columns that take part.
+        front: what inputs go through before the backbone; None: they do not.
 
     Raises:
         ConfigurationError: the backbone cannot be copied.
@@ -26,9 +28,15 @@ class FixedModeNetwork(nn.Module):
 
     outside: Tensor
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear, columns: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        columns: tuple[int, int],
+        front: Front | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone, self.head = _copied(backbone, head)
+        self.backbone, self.head, self.front = _copied(backbone, head, front)
         self.register_buffer("outside", _outside([columns], head)[0])
         self.eval()
 
@@ -37,7 +45,7 @@ class FixedModeNetwork(nn.Module):
 
         They are -inf in the columns that the mask leaves out.
         """
-        logits: Tensor = self.head(self.backbone(inputs))
+        logits: Tensor = self.head(self.backbone(_features(self.front, inputs)))
         return logits.masked_fill(self.outside, float("-inf"))
 
 
@@ -48,6 +56,7 @@ class PerSampleNetwork(nn.Module):
         backbone: maps ``(batch, *input_shape)`` to features.
         head: maps features to logits.
         columns: ``(start, stop)`` of the head's columns that take part, for each task.
+        front: what inputs go through before the backbone; None: they do not.
 
     Raises:
         ConfigurationError: the backbone cannot be copied.
@@ -56,10 +65,14 @@ class PerSampleNetwork(nn.Module):
     outside: Tensor
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Linear, columns: Sequence[tuple[int, int]]
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        columns: Sequence[tuple[int, int]],
+        front: Front | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, self.head = _copied(backbone, head)
+        self.backbone, self.head, self.front = _copied(backbone, head, front)
         self.register_buffer("outside", _outside(columns, head))
         self.eval()
 
@@ -72,16 +85,22 @@ class PerSampleNetwork(nn.Module):
         for part in parts:
             part.switch(tasks)
         try:
-            logits: Tensor = self.head(self.backbone(inputs))
+            logits: Tensor = self.head(self.backbone(_features(self.front, inputs)))
         finally:
             for part in parts:
                 part.switch(0)  # a module keeps no tensor of one call
         return logits.masked_fill(self.outside[tasks], float("-inf"))
 
 
-def _copied(backbone: nn.Module, head: nn.Linear) -> tuple[nn.Module, nn.Linear]:
+def _features(front: Front | None, inputs: Tensor) -> Tensor:
+    return inputs if front is None else front.standardized(inputs)
+
+
+def _copied(
+    backbone: nn.Module, head: nn.Linear, front: Front | None
+) -> tuple[nn.Module, nn.Linear, Front | None]:
     try:
-        return deepcopy((backbone, head))
+        return deepcopy((backbone, head, front))
     except (RuntimeError, TypeError) as error:
         raise ConfigurationError(
             f"Expected backbone to be a network that copy.deepcopy copies, but got: {error}. Where it "

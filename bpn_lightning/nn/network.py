@@ -12,6 +12,7 @@ from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.nn.attaching import make_keys
 from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths
 from bpn_lightning.nn.feature_width import feature_width
+from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork
 from bpn_lightning.nn.layers import (
     BiasUnits,
@@ -35,6 +36,7 @@ class ContinualNetwork(nn.Module):
 
     Args:
         backbone: maps ``(batch, *input_shape)`` to features ``(batch, features)``.
+        front: what turns prepared inputs into the features that the network takes; None: they are the same.
         mask: the output units of the head that take part: ``all``, ``seen`` (those of the tasks opened so
             far), ``task`` (the mode's own) or ``shared`` (every task has the same).
 
@@ -53,8 +55,9 @@ class ContinualNetwork(nn.Module):
 
     accuracy_matrix: AccuracyMatrix
 
-    def __init__(self, backbone: nn.Module, mask: Mask = "all") -> None:
+    def __init__(self, backbone: nn.Module, mask: Mask = "all", front: Front | None = None) -> None:
         super().__init__()
+        self.front = front
         self.backbone = compiled_in_place(backbone)
         self.head: nn.Linear | None = None
         self.weight_bank: WeightBank | None = None
@@ -91,9 +94,11 @@ class ContinualNetwork(nn.Module):
             ConfigurationError: the backbone's output is no feature matrix, the mask and the stream's
                 classes do not fit, or the network was built for another stream.
         """
-        tasks, shape = list(stream.tasks), tuple(stream.input_shape)
+        tasks, shape, dtype = list(stream.tasks), tuple(stream.input_shape), stream.input_dtype
         self.structure.check_mask_fits(tasks)
-        self.build(tasks, stream.num_classes, shape, stream.input_dtype, device)
+        if self.front is not None:
+            shape, dtype = (self.front.width(shape),), torch.float32
+        self.build(tasks, stream.num_classes, shape, dtype, device)
         self.structure.set_preparations(stream.preparations())
 
     def build(
@@ -109,8 +114,8 @@ class ContinualNetwork(nn.Module):
         Args:
             tasks: of the stream.
             num_classes: output units of the head.
-            input_shape: of one prepared input.
-            dtype: of prepared inputs.
+            input_shape: of one input of the network.
+            dtype: of its inputs.
             device: that the backbone lies on.
 
         Raises:
@@ -233,7 +238,7 @@ class ContinualNetwork(nn.Module):
         """Logits of every class of the stream, -inf for the columns that the mask leaves out.
 
         Args:
-            inputs: ``(batch, *input_shape)``, prepared.
+            inputs: ``(batch, *input_shape)``, prepared, through the front where there is one.
             task: a task id, or ``(batch,)`` one per sample; None answers in the mode that holds.
 
         Returns:
@@ -291,8 +296,8 @@ class ContinualNetwork(nn.Module):
             task: whose mode it is in for good; None: each sample names its own.
 
         Returns:
-            In evaluation mode, with ``forward(inputs)`` or ``forward(inputs, tasks)``: prepared inputs
-            ``(batch, *input_shape)``, task IDs ``(batch,)`` int64, logits ``(batch, num_classes)``.
+            In evaluation mode, with ``forward(inputs)`` or ``forward(inputs, tasks)``: inputs ``(batch,
+            ...)`` as the stream prepares them, which go through the front first, task IDs ``(batch,)`` int64, logits ``(batch, num_classes)``.
 
         Raises:
             ConfigurationError: the stream has no such task, the backbone cannot be copied, or task is
@@ -300,7 +305,9 @@ class ContinualNetwork(nn.Module):
         """
         if task is not None:
             with self.task_mode(task):
-                return FixedModeNetwork(self.backbone, self.built_head, self.columns(task))
+                return FixedModeNetwork(
+                    self.backbone, self.built_head, self.columns(task), self.front
+                )
         whole = [type(part).__name__ for part in self.task_modules() if not part.per_sample]
         if whole:
             raise ConfigurationError(
@@ -308,7 +315,7 @@ class ContinualNetwork(nn.Module):
                 f"the network has {whole[0]}. Make one network for each task."
             )
         columns = [self.columns(task.id) for task in self.tasks]
-        return PerSampleNetwork(self.backbone, self.built_head, columns)
+        return PerSampleNetwork(self.backbone, self.built_head, columns, self.front)
 
     @contextmanager
     def task_mode(self, task: "int | Tensor") -> Iterator[None]:

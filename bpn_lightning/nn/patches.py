@@ -107,7 +107,7 @@ def triangle(maps: Tensor, centers: Tensor, pool: int) -> Tensor:
     Returns:
         ``(n, k * pool * pool)``.
     """
-    shape = (len(maps), len(centers), *maps.shape[2:])
+    shape = (maps.shape[0], len(centers), *maps.shape[2:])
     points = maps.flatten(2)
     squares = centers.square().sum(1)[:, None] - 2 * centers @ points
     distances = squares.add_(points.square().sum(1, keepdim=True)).clamp_(min=0).sqrt_()
@@ -295,7 +295,9 @@ class Patches(Front):
         return zca(covariance, self.regularization).to(points), mean.to(points)
 
     def extract(self, inputs: Tensor) -> Tensor:
-        """A chunk of images at a time."""
+        """A chunk of images at a time; all at once in an exported program, whose batch has any size."""
+        if torch.compiler.is_compiling():
+            return self._extract(inputs)
         rows, columns = self._rows_and_columns(inputs.shape)
         numbers = rows * columns * (self.num_patches + len(self.offset))
         chunks = torch.split(inputs, chunk_of(numbers, inputs.device))

@@ -12,7 +12,15 @@ from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.preparation import Preparation, differing_preparation, read_preparations
 from bpn_lightning.tasks import Mask, Task, named_dtype
 
-__all__ = ["SCHEMA", "Attachment", "Structure", "check_mask", "check_schema", "schema_fields"]
+__all__ = [
+    "SCHEMA",
+    "Attachment",
+    "FrontRecord",
+    "Structure",
+    "check_mask",
+    "check_schema",
+    "schema_fields",
+]
 
 SCHEMA = 3
 """Of checkpoints and exports. Goes up when a field is renamed, removed or changes its meaning."""
@@ -105,6 +113,33 @@ class Attachment:
         return cls(part, arguments)
 
 
+@dataclass(frozen=True)
+class FrontRecord:
+    """What stands before a network.
+
+    Args:
+        kind: its registered name, or the import path of its class, which no file is asked to import.
+        arguments: of the class, and the shape of its inputs, as plain values.
+        fingerprint: a hash of these and of all that was fitted or loaded.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
+    fingerprint: str
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "FrontRecord":
+        """The inverse of ``dataclasses.asdict``; arguments are checked by the class that takes them.
+
+        Raises:
+            TypeError: it is none.
+            KeyError: the shape of its inputs is missing.
+        """
+        made = cls(**record)
+        made.arguments["input_shape"]
+        return cls(str(made.kind), made.arguments, str(made.fingerprint))
+
+
 @dataclass
 class Structure:
     """The structure of a module: what its head, its tasks and its layers are.
@@ -117,6 +152,7 @@ class Structure:
         input_dtype: of prepared inputs.
         preparations: how each task's inputs are prepared, in order; or one for all.
         attached: in the order in which it was attached.
+        front: what stands before the network; None before it is fitted, and where there is none.
     """
 
     mask: Mask
@@ -126,6 +162,7 @@ class Structure:
     input_dtype: torch.dtype = torch.float32
     preparations: list[Preparation] = field(default_factory=list)
     attached: list[Attachment] = field(default_factory=list)
+    front: FrontRecord | None = None
 
     def columns(self, task: int, opened: int) -> tuple[int, int]:
         """``(start, stop)`` of the head's output units that take part in a task's mode.
@@ -209,6 +246,7 @@ class Structure:
             "input_dtype": str(self.input_dtype),
             "preparations": [one.record() for one in self.preparations],
             "attached": [one.record() for one in self.attached],
+            "front": None if self.front is None else asdict(self.front),
         }
 
     @classmethod
@@ -228,6 +266,7 @@ class Structure:
                 input_dtype=named_dtype(record["input_dtype"]),
                 preparations=read_preparations(record["preparations"], len(tasks)),
                 attached=[Attachment.read(one) for one in record["attached"]],
+                front=FrontRecord.read(record["front"]) if record.get("front") else None,
             )
         except (CheckpointError, ConfigurationError):
             raise

@@ -72,7 +72,7 @@ class Replay(ContinualStrategy):
         if not self.memory or host.phase.trains != "network":
             return {}
         rows = self._next(host, batch.global_size)[batch.start :][: len(batch.targets)]
-        old = host.stream.prepare(self.memory.batch(rows))
+        old = host.prepare(self.memory.batch(rows))
         replayed = host.network(old.inputs, task=old.task)
         return {"replay": host.losses(replayed, old.targets, old.task)}
 
