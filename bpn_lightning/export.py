@@ -4,7 +4,7 @@
 
     <folder>/
     ├── model.safetensors    every tensor: weights, bias bank, keys, the accuracy matrix
-    └── model.json           schema, structure (tasks, mask, head, inputs, attachments), and the
+    └── model.json           schema, gates, structure (tasks, mask, head, inputs, attachments), and the
                          position of each tensor
 
 A checkpoint continues a run; an export is for distribution. The backbone is the reader's own code: the
@@ -29,8 +29,10 @@ from bpn_lightning.errors import (
     ResultsError,
 )
 from bpn_lightning.files import write_atomically
+from bpn_lightning.model.gates import describe_gates, rebuild_gates
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.model.rebuilding import rebuild
+from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.untrusted import check_untrusted, read_json
 
@@ -67,6 +69,7 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
             "trainer.fit, or after load_from_checkpoint."
         )
     tensors: dict[str, Tensor] = {}
+    gates = {gate["arguments"]["name"]: gate for gate in describe_gates(module.gates.values())}
     record = {
         "format": FORMAT,
         **schema_fields(),
@@ -74,6 +77,7 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
         "opened": network.opened,
         "closed": network.closed,
         "state": _set_aside(network.state_dict(), "", tensors),
+        "gates": _set_aside(gates, "gates", tensors),
     }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.export")
     try:
@@ -93,12 +97,15 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
     return folder
 
 
-def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> ContinualModule:
+def load_exported(
+    folder: str | os.PathLike[str], backbone: nn.Module, front: Front | None = None
+) -> ContinualModule:
     """Load an exported module; its logits in each task's mode equal those of the original.
 
     Args:
         folder: written by :func:`export_module`.
         backbone: with the same shapes as the exported module's; its weights are overwritten.
+        front: of the exported module, where it is none of plain arguments; else it is made anew.
 
     Returns:
         The module, on the CPU, in evaluation mode.
@@ -119,11 +126,13 @@ def load_exported(folder: str | os.PathLike[str], backbone: nn.Module) -> Contin
         if opened not in last or closed not in last:
             raise ValueError(f"opened {opened!r} and closed {closed!r}")
         state = _put_back(record["state"], tensors)
-        module = ContinualModule(backbone, mask=structure.mask)
+        module = ContinualModule(backbone, front=front, mask=structure.mask)
         network = module.network
         rebuild(network, structure, state)
         network.opened, network.closed = opened, closed
         network.load_state_dict(state)
+        gates = _put_back(record.get("gates", {"items": []}), tensors)
+        module.host.gates = rebuild_gates(gates.values())
         network.switch(max(opened, 0))
     # A damaged or malicious file may raise any exception here.
     except Exception as error:

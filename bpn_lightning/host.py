@@ -65,6 +65,9 @@ class ContinualHost(Protocol):
     ) -> Iterable[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
 
+    def gate_batches(self, task_id: int, split: Split) -> Iterable[Batch]:
+        """The same as gates see them, under one normalization for all tasks."""
+
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """A raw batch as the network takes it: prepared by the stream, then through the front."""
 

@@ -5,6 +5,7 @@
     checkpoint["continual"]
     ├── schema, bpn_lightning    how to read the others, and who wrote them
     ├── structure                head, tasks, inputs and attachments; exports have the same
+    ├── gates                    what each answers by, to answer without callbacks; exports have the same
     ├── seed, strategies         of the run, to be compared: strategies by their state keys
     ├── cursor                   where in the stream the module is
     ├── early_stopping, optimization, history
@@ -25,6 +26,7 @@ from lightning.pytorch import Trainer
 
 from bpn_lightning.errors import BPNLightningError, CheckpointError
 from bpn_lightning.files import why_unreadable
+from bpn_lightning.model.gates import describe_gates, rebuild_gates
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.model.task_loop import TaskLoop
@@ -51,6 +53,7 @@ def save_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
     checkpoint[ENTRY] = {
         **schema_fields(),
         "structure": host.network.structure.record(),
+        "gates": describe_gates(host.gates.values()),
         "seed": host.stream.seed,
         "strategies": _state_keys(host),
         "cursor": host.cursor.state_dict(),
@@ -93,6 +96,8 @@ def load_state(loop: TaskLoop, checkpoint: Mapping[str, Any]) -> None:
         name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()
     }
     rebuild(host.network, structure, weights)
+    if not host.gates:  # a trainer's own are callbacks, which Lightning loads
+        host.gates = rebuild_gates(saved.get("gates", ()))
     host.merged.training = dict(saved["training_weights"])
     loop.early_stopping.load_state_dict(saved["early_stopping"])
     loop.history.load_state_dict(saved["history"])

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from math import isnan
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.metrics.gate_scores import GateScores
 from bpn_lightning.metrics.settling import Settling
 from bpn_lightning.model.host import Host
 
@@ -27,6 +28,9 @@ class History:
         metrics: dictionaries with ``after`` (tasks learned by then), ``task`` (the one that was tested)
             and ``values`` (by name: a number, or for the newest moment also lists of numbers).
 
+        gate_scores: what gates answered, in the order of moments; see
+            :class:`~bpn_lightning.metrics.gate_scores.GateScores`.
+
     State: plain values.
 
     Raises:
@@ -41,6 +45,7 @@ class History:
         self.evaluate_every = evaluate_every
         self.settling = Settling()
         self.metrics: list[dict[str, Any]] = []
+        self.gate_scores: list[GateScores] = []
         self._points: list[dict[str, Any]] = []  # only what the matrix lacks
 
     def add_point(self, accuracy: Tensor, task: int, epoch: int) -> None:
@@ -54,6 +59,10 @@ class History:
         earlier = [one for one in self.metrics if one["after"] != after]
         self.metrics = [{**one, "values": _numbers(one["values"])} for one in earlier]
         self.metrics += [{"after": after, "task": t, "values": v} for t, v in values.items()]
+
+    def add_gate_scores(self, epoch: int, found: list[GateScores]) -> None:
+        """Add what gates answered after so many epochs; once for each moment."""
+        self.gate_scores = [one for one in self.gate_scores if one["epoch"] != epoch] + found
 
     def curve(self, host: Host) -> list[dict[str, Any]]:
         """Dictionaries with ``epoch``, ``task`` and ``accuracy``; see ``ContinualModule.curve``."""
@@ -73,6 +82,7 @@ class History:
         return {
             "curve": [dict(point) for point in self._points],
             "metrics": [dict(one) for one in self.metrics],
+            "gate_scores": [dict(one) for one in self.gate_scores],
             "settling": self.settling.state(right),
         }
 
@@ -80,6 +90,7 @@ class History:
         """Take over :meth:`state_dict`."""
         self._points = [dict(point) for point in state["curve"]]
         self.metrics = [dict(one) for one in state["metrics"]]
+        self.gate_scores = [cast(GateScores, dict(one)) for one in state.get("gate_scores", ())]
         self.settling.load(state["settling"])
 
 

@@ -13,7 +13,9 @@ from bpn_lightning.model.cursor import Cursor
 from bpn_lightning.model.front import describe
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.preparation import normalization_of, normalize_alike, prepare_raw, renormalize
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, ContinualStream, Phase, Position, Split, TrainingEpoch
 from bpn_lightning.trainer.lightning import grad_scaler, is_attached
 
@@ -32,6 +34,7 @@ class Host:
         cursor: where in the stream it is.
         strategies: the continual strategies of the trainer, in the order of its callbacks.
         phase_owners: the strategies that declared phases, by task and the phase's name.
+        gates: what names tasks, by name, in the order of the trainer's callbacks, or of a file.
         merged: keeps the weights of training while merged ones are in their place.
         in_step_forward: whether the forward that runs is the training step's own.
         param_groups: of the current optimizer, by the ``id`` of each of its parameters.
@@ -48,6 +51,7 @@ class Host:
         self.sample_loss = SampleLoss(loss)
         self.cursor = Cursor(network)
         self.strategies: Sequence[ContinualStrategy] = ()
+        self.gates: Mapping[str, TaskGate] = {}
         self.phase_owners: dict[tuple[int, str], ContinualStrategy] = {}
         self.merged = MergedWeights()
         self.in_step_forward = False
@@ -90,12 +94,42 @@ class Host:
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """A raw batch as the network takes it: prepared by the stream, then through the front."""
+        if self.network.front is not None and not (augment and batch.augmentation is not None):
+            return self.for_gates(batch)
         return self.extract(self.stream.prepare(batch, augment))
 
     def extract(self, batch: Batch) -> Batch:
         """A batch that the stream has prepared, as the network takes it: through the front."""
         front = self.network.front
-        return batch if front is None else batch._replace(inputs=front(batch.inputs))
+        if front is None:
+            return batch
+        preparations = self.network.structure.preparations
+        inputs = renormalize(batch.inputs, preparations, batch.task, to_first=True)
+        return batch._replace(inputs=front(inputs))
+
+    def gate_batches(self, task_id: int, split: Split) -> Iterator[Batch]:
+        """This process's share of a task's samples, each once, as gates see them."""
+        for batch in self.stream.loader(task_id, split):
+            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
+            yield self.for_gates(batch._replace(inputs=inputs, targets=targets))
+
+    def for_gates(self, batch: Batch) -> Batch:
+        """A raw batch as gates see it: under the first task's normalization, and through the front."""
+        inputs = self._normalized_alike(batch)
+        front = self.network.front
+        return batch._replace(inputs=inputs if front is None else front(inputs), augmentation=None)
+
+    def _normalized_alike(self, batch: Batch) -> Tensor:
+        preparations = self.network.structure.preparations
+        if len({repr(normalization_of(one)) for one in preparations}) == 1:
+            return self.stream.prepare(batch).inputs
+        return prepare_raw(normalize_alike(preparations), batch.inputs, batch.task)
+
+    def for_modes(self, inputs: Tensor, task: "int | Tensor") -> Tensor:
+        """What gates saw as the network takes it in a task's mode: under that task's normalization."""
+        if self.network.front is not None:
+            return inputs
+        return renormalize(inputs, self.network.structure.preparations, task, to_first=False)
 
     def fit_front(self) -> None:
         """Fit what stands before the network on the first task, without augmentation."""
@@ -112,7 +146,7 @@ class Host:
 
     def _images_of_first_task(self) -> Iterator[Tensor]:
         for batch in self.stream.loader(0, "train"):
-            yield self.stream.prepare(batch._replace(inputs=batch.inputs.to(self.device))).inputs
+            yield self._normalized_alike(batch._replace(inputs=batch.inputs.to(self.device)))
 
     @property
     def position(self) -> Position:

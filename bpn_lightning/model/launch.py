@@ -10,6 +10,7 @@ from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.execution import check_layers_are_called
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.gates.base import TaskGate, check_gate_names
 from bpn_lightning.tasks import Phase, Schedule, dry_inputs
 from bpn_lightning.trainer.callbacks import check_callbacks, check_rate_monitor
 from bpn_lightning.trainer.composition import check_composition, check_phases, check_precision
@@ -76,6 +77,10 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     """
     callbacks = host.trainer.callbacks  # type: ignore[attr-defined]
     host.strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
+    gates = [strategy for strategy in host.strategies if isinstance(strategy, TaskGate)]
+    check_gate_names(gates)
+    if gates or stage == "fit":  # others answer by those that the module was loaded with
+        host.gates = {gate.name: gate for gate in gates}
     host.attach(stream)
     stream.follow(host.training_epoch)
     if stage == "fit" and host.network.opened < 0:
@@ -143,7 +148,8 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
         several = tasks if processes > 1 else []
         firsts = (next(iter(stream.loader(task.id, "test"))).global_size for task in several)
         TaskMetrics(loop.metrics).check(structure.num_classes, firsts, processes)
-    check_composition(host, host.strategies)
+    methods = [one for one in host.strategies if not isinstance(one, TaskGate)]
+    check_composition(host, methods)  # gates look on, whatever trains
     if host.network.opened < 0:  # one that learned before keeps the schedule that it has
         plan_schedule(host)
     patience = loop.early_stopping.patience

@@ -1,6 +1,6 @@
 """The LightningModule of a stream: wires what learns it to Lightning's hooks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from bpn_lightning.losses import LossFunction
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
+from bpn_lightning.metrics.gate_scores import GateScores
 from bpn_lightning.metrics.settling import Unsettled
 from bpn_lightning.metrics.task_metrics import Metrics
 from bpn_lightning.model.checkpoint import load_state, loading, save_state
@@ -20,13 +21,14 @@ from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
 from bpn_lightning.model.optimization import Optimization, sgd
-from bpn_lightning.model.prediction import check_predictable, predict, raw_inputs
+from bpn_lightning.model.prediction import check_predictable, predict, predict_tasks, raw_inputs
 from bpn_lightning.model.rules import check_overrides, refused_export
 from bpn_lightning.model.scoring import TaskScores
 from bpn_lightning.model.step import Step
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Position, Schedule, Split, Task
 from bpn_lightning.trainer.lightning import (
     HookNameAsPlainAttribute,
@@ -182,6 +184,16 @@ class ContinualModule(HookNameAsPlainAttribute):
         return self.history.metrics
 
     @property
+    def gates(self) -> Mapping[str, TaskGate]:
+        """What names tasks, by name: of the trainer's callbacks, or of the file that was loaded."""
+        return self.host.gates
+
+    @property
+    def gate_scores(self) -> list[GateScores]:
+        """What gates answered for test samples; see :class:`~bpn_lightning.metrics.gate_scores.GateScores`."""
+        return self.history.gate_scores
+
+    @property
     def unsettled(self) -> Sequence[Unsettled]:
         """The tasks whose accuracy fell by more than 0.1 in the last epoch of their training.
 
@@ -212,9 +224,15 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.model.evaluation.evaluate`."""
         return evaluate(self.host, tasks, split)
 
-    def predict(self, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+    def predict(
+        self, images: Tensor, task: "int | Tensor | None" = None, gate: str | None = None
+    ) -> Tensor:
         """Logits of raw inputs; see :func:`bpn_lightning.model.prediction.predict`."""
-        return predict(self.host, images, task)
+        return predict(self.host, images, task, gate)
+
+    def predict_tasks(self, images: Tensor, gate: str | None = None) -> Tensor:
+        """Probabilities of tasks; see :func:`bpn_lightning.model.prediction.predict_tasks`."""
+        return predict_tasks(self.host, images, gate)
 
     to_onnx = refused_export("to_onnx")
     to_torchscript = refused_export("to_torchscript")

@@ -1,5 +1,6 @@
 """What a network that has learned answers for raw inputs: prepared as in its stream, without the stream."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -7,17 +8,21 @@ from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.evaluation import most_confident
+from bpn_lightning.model.gating import answer, find_gate, task_probabilities
 from bpn_lightning.model.host import Host
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.nn.network import ContinualNetwork
-from bpn_lightning.preparation import find_preparation, prepare_raw
+from bpn_lightning.preparation import find_preparation, normalize_alike, prepare_raw
+from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch
 
-__all__ = ["check_predictable", "predict", "raw_inputs"]
+__all__ = ["check_code", "check_predictable", "predict", "predict_tasks", "raw_inputs"]
 
 
 @torch.no_grad()
-def predict(host: Host, images: Tensor, task: "int | Tensor | None" = None) -> Tensor:
+def predict(
+    host: Host, images: Tensor, task: "int | Tensor | None" = None, gate: str | None = None
+) -> Tensor:
     """Logits of raw inputs, prepared to the same bits as the stream prepares them.
 
     In evaluation mode and without a gradient; modes and flags stay as they were. A module that was
@@ -29,9 +34,11 @@ def predict(host: Host, images: Tensor, task: "int | Tensor | None" = None) -> T
         images: ``(batch, *shape)`` or one of them, as the stream holds them: uint8 from 0 to 255, or
             float32 or float64 from 0 to 1, of image streams; else floats in the data's own units, or
             integer tokens.
-        task: the task id of all, or ``(batch,)``, one of each. None: in a network without modes any; in one
-            with modes each sample is answered in the mode of a learned task whose largest softmax is the
+        task: the task id of all, or ``(batch,)``, one of each. None: a gate names it, where the module has
+            one, and the logits are those of :func:`~bpn_lightning.model.gating.answer`. Without gates: in a
+            network without modes any; in one with modes each sample is answered in the mode of a learned task whose largest softmax is the
             largest, as :func:`~bpn_lightning.model.evaluation.evaluate_task_agnostic` does.
+        gate: the name of the one that is asked; None: the first, where no task is given.
 
     Returns:
         ``(batch, num_classes)``, or ``(num_classes,)`` for one input, on the network's device; -inf for the
@@ -42,6 +49,8 @@ def predict(host: Host, images: Tensor, task: "int | Tensor | None" = None) -> T
             task is given where it has to be.
     """
     network = host.network
+    if gate is not None or (task is None and host.gates and network.closed >= 0):
+        return _by_gate(host, images, gate, lambda chosen, inputs: answer(host, chosen, inputs))
     check_predictable(host, task)
     of_task = _a_task(task)
     own, _ = find_preparation(network.structure.preparations, of_task)
@@ -64,6 +73,49 @@ def predict(host: Host, images: Tensor, task: "int | Tensor | None" = None) -> T
     return logits[0] if single else logits
 
 
+@torch.no_grad()
+def predict_tasks(host: Host, images: Tensor, gate: str | None = None) -> Tensor:
+    """Probabilities of the learned tasks for raw inputs, prepared as for :func:`predict`.
+
+    Args:
+        host: of a network that has learned tasks with gates.
+        images: as of :func:`predict`.
+        gate: the name of the one that is asked; None: the first.
+
+    Returns:
+        ``(batch, learned tasks)``, or ``(learned tasks,)`` for one input, on the network's device.
+
+    Raises:
+        ConfigurationError: there is no such gate, no task is learned, or the inputs are of another shape,
+            type or range.
+    """
+    return _by_gate(
+        host, images, gate, lambda chosen, inputs: task_probabilities(host, chosen, inputs)
+    )
+
+
+def _by_gate(
+    host: Host, images: Tensor, name: str | None, ask: Callable[[TaskGate, Tensor], Tensor]
+) -> Tensor:
+    chosen = find_gate(host, name)
+    network = host.network
+    preparations = normalize_alike(network.structure.preparations)
+    if len(preparations) > 1 or preparations[0].differs_by_task:
+        raise ConfigurationError(
+            "Expected raw inputs that all tasks prepare alike but for their normalization where a gate "
+            "names the task, but every task makes its images in its own way. Call "
+            "module.predict(images, task)."
+        )
+    check_code(host)
+    single = preparations[0].is_one(images)
+    images = images.to(host.device) if isinstance(images, Tensor) else images
+    inputs = _prepared(host, images, 0)
+    chosen.move_state(host)
+    with evaluation_mode(network):
+        found = ask(chosen, inputs if network.front is None else network.front(inputs))
+    return found[0] if single else found
+
+
 def check_predictable(host: Host, task: "int | Tensor | None" = None) -> None:
     """Refuse what no raw input could be answered for.
 
@@ -84,6 +136,16 @@ def check_predictable(host: Host, task: "int | Tensor | None" = None) -> None:
             f"Expected task to be given where {why}, but got None. Call module.predict(images, task), with a "
             "task id or one for each image."
         )
+    check_code(host)
+
+
+def check_code(host: Host) -> None:
+    """Refuse a stream that prepares inputs by code where the stream is not there.
+
+    Raises:
+        ConfigurationError: names the code.
+    """
+    preparations = host.network.structure.preparations
     code = next((one.code for one in preparations if one.steps is None), "")
     if code and not host.has_stream:
         raise ConfigurationError(
@@ -123,6 +185,8 @@ def _modes(network: ContinualNetwork) -> range:
 
 def _prepared(host: Host, images: Tensor, task: "int | Tensor") -> Tensor:
     preparations = host.network.structure.preparations
+    if host.network.front is not None:
+        preparations = normalize_alike(preparations)
     if all(one.steps is not None for one in preparations):
         return prepare_raw(preparations, images, task)
     own, _ = find_preparation(preparations, _a_task(task))

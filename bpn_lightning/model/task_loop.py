@@ -11,6 +11,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.task_metrics import Metrics, TaskMetrics, named_metrics
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate, evaluate_task_agnostic, validation_scores
+from bpn_lightning.model.gating import evaluate_gates
 from bpn_lightning.model.history import History, log_metrics, per_task, stream_metrics
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
@@ -204,7 +205,9 @@ class TaskLoop:
             alone = evaluate_task_agnostic(host, range(len(network.tasks)), max_samples=max_samples)
             network.accuracy_matrix.update_task_agnostic(alone)
         network.accuracy_matrix.update(task_id + 1, row)
-        self.history.add_point(row, task_id, cursor.schedule.last_epoch(task_id) + 1)
+        epochs = cursor.schedule.last_epoch(task_id) + 1
+        self.history.add_point(row, task_id, epochs)
+        self._ask_gates(self._tested_after(task_id), task_id + 1, epochs)
         split = "val" if host.stream.has_validation else "train"
         self.history.settling.end_task(task_id, split)
         network.closed = task_id
@@ -265,6 +268,7 @@ class TaskLoop:
         ):
             row = self._test(range(network.opened + 1))
             self.history.add_point(row, network.opened, epochs_done)
+            self._ask_gates(range(network.closed + 1), network.closed + 1, epochs_done)
             self._log(per_task("accuracy", row[: network.opened + 1]))
         cursor.checked_epochs = epochs_done
         # The end of a stream that early stopping shortens, before Lightning asks whether to go on.
@@ -329,6 +333,12 @@ class TaskLoop:
         if taken is not None and after is not None:
             self.history.add_metrics(after, taken.compute())
         return row
+
+    def _ask_gates(self, tasks: range, learned: int, epoch: int) -> None:
+        """Score the gates on these tasks; they know those that are learned."""
+        if learned and self.host.gates:
+            found = evaluate_gates(self.host, tasks, learned, epoch)
+            self.history.add_gate_scores(epoch, found)
 
     def _log_stream(self) -> None:
         self._log(stream_metrics(self.host, self.evaluate_on == "current"))

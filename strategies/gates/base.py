@@ -2,8 +2,9 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from inspect import signature
 from math import isfinite
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -25,13 +26,20 @@ class TaskGate(ContinualStrategy):
     """Names the task of an input: an ordinary strategy, of which a run may have several.
 
     Args:
+        modes: m: an answer without the task ID is :math:`p(task) p(class | task)` summed over the m
+            likeliest tasks, each in its mode; 1 answers in the likeliest one's mode alone.
         name: its column in results, and its name in checkpoints; by default its own in the table.
+
+    Raises:
+        ConfigurationError: modes is no whole number of at least 1.
     """
 
     #: What it looks at: features of an input, or the logits of every learned task's mode.
     looks_at: ClassVar[Literal["features", "logits"]] = "features"
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(self, modes: int = 2, name: str | None = None) -> None:
+        check_positive("modes", modes, "1 answers in the likeliest task's mode alone.")
+        self.modes = modes
         self.name = self._registered_name() if name is None else name
         self.reset()
 
@@ -44,6 +52,21 @@ class TaskGate(ContinualStrategy):
     def state_key(self) -> str:
         """The name of this gate's state in checkpoints."""
         return f"gate {self.name}"
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether it names the class of an input too."""
+        return False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of its constructor, each of which is kept as an attribute of its name."""
+        names = [name for name in signature(type(self).__init__).parameters if name != "self"]
+        return {name: getattr(self, name) for name in names}
+
+    def inference_state(self) -> dict[str, Any]:
+        """What it answers by, of its ``state_dict``: files of a module hold it."""
+        return self.state_dict()
 
     @abstractmethod
     def task_scores(self, seen: Tensor) -> Tensor:
@@ -60,6 +83,18 @@ class TaskGate(ContinualStrategy):
     def tasks(self, seen: Tensor) -> Tensor:
         """The likeliest task of each sample, ``(n,)`` int64."""
         return self.task_scores(seen).argmax(1)
+
+    def own_columns(self, seen: Tensor, task: int | None = None) -> Tensor | None:
+        """The column of the class that the gate itself names for each sample, ``(n,)`` int64.
+
+        Args:
+            seen: as of :meth:`task_scores`.
+            task: the ID of the samples' task, where it is given.
+
+        Returns:
+            None where it knows tasks only.
+        """
+        return None
 
 
 def check_choice(argument: str, value: object, known: Sequence[str]) -> None:

@@ -60,12 +60,12 @@ class FeatureGate(TaskGate):
 
     Args:
         features: what it looks at: ``front``, which is what the network's front gives, or the prepared
-            inputs where there is none.
+            inputs, all under the first task's normalization, where there is none.
         project: dimensions of a random projection of the features, drawn from the stream's seed and
             the gate's name and never stored; None for none.
         per: whether a row stands for a ``class`` or for a whole ``task``.
         held_out: fraction of a task's samples to choose and to calibrate with; 0 for none.
-        name: see :class:`TaskGate`.
+        modes, name: see :class:`TaskGate`.
 
     State:
         ``rows``, what the method says of each row and of all, float32, for inference; while learning,
@@ -87,6 +87,7 @@ class FeatureGate(TaskGate):
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
+        modes: int = 2,
         name: str | None = None,
     ) -> None:
         check_choice("features", features, ("front",))
@@ -102,7 +103,7 @@ class FeatureGate(TaskGate):
         self.project = project
         self.per: Per = per
         self.held_out = float(held_out)
-        super().__init__(name)
+        super().__init__(modes, name)
 
     def reset(self) -> None:
         """Forget every task."""
@@ -251,13 +252,13 @@ class FeatureGate(TaskGate):
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Fit the task: one pass over its samples, and one over those that are held out."""
         self.discard()
-        for batch in host.batches(task.id, "train"):
+        for batch in host.gate_batches(task.id, "train"):
             self.add(task, self.read(host, batch.inputs), batch.targets, self._held_out(batch))
         self.reduce(host.all_reduce)
         likelihoods, trial = None, self.trial_rows() if self.held_out else None
         if trial is not None:
             total = torch.zeros(len(TEMPERATURES), dtype=torch.float64, device=host.device)
-            for batch in host.batches(task.id, "train"):
+            for batch in host.gate_batches(task.id, "train"):
                 held = batch.inputs[self._held_out(batch)]
                 if len(held):
                     total += self.calibrate(trial, self.read(host, held))
@@ -371,9 +372,19 @@ class FeatureGate(TaskGate):
         tasks = torch.tensor(self.row_tasks, device=scores.device)
         return by_task(scores, tasks, max(self.row_tasks) + 1)
 
-    def own_columns(self, features: Tensor) -> Tensor:
-        """The column of the likeliest row's class, ``(n,)`` int64; -1 where rows are tasks."""
+    @property
+    def names_classes(self) -> bool:
+        """Where rows are classes."""
+        return self.per == "class"
+
+    def own_columns(self, features: Tensor, task: int | None = None) -> Tensor | None:
+        """The column of the likeliest row's class, of all tasks' rows or of one's."""
+        if not self.names_classes:
+            return None
         scores = self.log_scores(features)
+        if task is not None:
+            others = torch.tensor(self.row_tasks, device=scores.device) != task
+            scores = scores.masked_fill(others, -torch.inf)
         return self.class_columns.to(scores.device)[scores.argmax(1)]
 
     def _projected(self, features: Tensor) -> Tensor:
@@ -414,6 +425,10 @@ class FeatureGate(TaskGate):
             "retained": [list(moments) for moments in retained],
             "likelihoods": self.likelihoods,
         }
+
+    def inference_state(self) -> dict[str, Any]:
+        """The state without what only later tasks need."""
+        return {**self.state_dict(), "retained": []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave.

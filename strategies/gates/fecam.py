@@ -44,7 +44,7 @@ class FeCAM(FeatureGate):
         tukey: lambda, above 0; 1 leaves the features as they are.
         normalize: whether covariances become correlations; without it the scores are the Gaussians'
             log-likelihoods.
-        features, project, per, held_out, name: see :class:`FeatureGate`.
+        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``means`` (rows, d), ``whitening`` (rows, d, d) and ``log_determinant`` (rows,), float32:
@@ -68,6 +68,7 @@ class FeCAM(FeatureGate):
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
+        modes: int = 2,
         name: str | None = None,
     ) -> None:
         check_number("shrinkage", shrinkage, inf)
@@ -79,7 +80,9 @@ class FeCAM(FeatureGate):
         self.shrinkage = shrinkage
         self.tukey = float(tukey)
         self.normalize = normalize
-        super().__init__(features=features, project=project, per=per, held_out=held_out, name=name)
+        super().__init__(
+            features=features, project=project, per=per, held_out=held_out, modes=modes, name=name
+        )
 
     def _projected(self, features: Tensor) -> Tensor:
         """Through the projection, after Tukey's transform."""

@@ -28,7 +28,7 @@ class ProbabilisticPCA(FeatureGate):
 
     Args:
         rank: q, directions of each row; below the dimensions and below each row's samples less 1.
-        features, project, per, held_out, name: see :class:`FeatureGate`.
+        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``means`` (rows, d), ``directions`` (rows, q, d), ``variances`` (rows, q) and ``noise`` (rows,),
@@ -50,11 +50,14 @@ class ProbabilisticPCA(FeatureGate):
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
+        modes: int = 2,
         name: str | None = None,
     ) -> None:
         check_positive("rank", rank)
         self.rank = rank
-        super().__init__(features=features, project=project, per=per, held_out=held_out, name=name)
+        super().__init__(
+            features=features, project=project, per=per, held_out=held_out, modes=modes, name=name
+        )
 
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
         """The principal directions of each new row."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class RanPAC(FeatureGate):
         width: M, how many random features.
         ridge: lambda, at least 0; None is the one at which the squared error of held-out samples is
             smallest, chosen again at each task.
-        features, project, per, held_out, name: see :class:`FeatureGate`.
+        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``weights`` (rows, M) float32: 4 M bytes for each row, solved again at each task; R is drawn
@@ -58,13 +58,21 @@ class RanPAC(FeatureGate):
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
+        modes: int = 2,
         name: str | None = None,
     ) -> None:
         check_positive("width", width)
         check_optional("ridge", ridge, inf)
         self.random_width = width
         self.ridge = ridge
-        super().__init__(features=features, project=project, per=per, held_out=held_out, name=name)
+        super().__init__(
+            features=features, project=project, per=per, held_out=held_out, modes=modes, name=name
+        )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of its constructor; ``width`` is an attribute of all gates."""
+        return {**super().arguments, "width": self.random_width}
 
     def reset(self) -> None:
         """Forget every task."""

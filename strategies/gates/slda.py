@@ -38,7 +38,7 @@ class SLDA(FeatureGate):
     Args:
         shrinkage: alpha, 0 to 1; None is the one of 25 between 1e-6 and 1 at which held-out samples of
             all tasks so far are likeliest, chosen again at each task.
-        features, project, per, held_out, name: see :class:`FeatureGate`.
+        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``means`` (rows, d), ``whitening`` (d, d) and ``log_determinant`` (1,), float32: 4 d bytes for
@@ -58,11 +58,14 @@ class SLDA(FeatureGate):
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
+        modes: int = 2,
         name: str | None = None,
     ) -> None:
         check_optional("shrinkage", shrinkage, 1)
         self.shrinkage = shrinkage
-        super().__init__(features=features, project=project, per=per, held_out=held_out, name=name)
+        super().__init__(
+            features=features, project=project, per=per, held_out=held_out, modes=modes, name=name
+        )
 
     @property
     def open_argument(self) -> str | None:
