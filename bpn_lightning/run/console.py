@@ -268,7 +268,10 @@ def final_table(
 
 
 def gate_table(
-    console: Console, gates: Mapping[str, GateResults], front: FrontRecord | None, told: float | None
+    console: Console,
+    gates: Mapping[str, GateResults],
+    front: FrontRecord | None,
+    told: float | None,
 ) -> None:
     """Show a table with the accuracies of each gate, and the bytes that they need.
 
@@ -288,7 +291,9 @@ def gate_table(
     console.print(table)
     for name, gate in gates.items():
         shared = gate["bytes_held"] - sum(
-            gate["bytes_per_task"] for value in gate["task_accuracy"]["per_task"] if value is not None
+            gate["bytes_per_task"]
+            for value in gate["task_accuracy"]["per_task"]
+            if value is not None
         )
         error = gate["calibration"] and gate["calibration"]["error"]
         _line(

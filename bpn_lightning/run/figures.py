@@ -110,7 +110,9 @@ def gates_over_stream(gates: Mapping[str, GateResults], *, title: str = "") -> F
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")
         figure.suptitle(title, parse_math=False)
         axes = figure.add_subplot()
-        axes.set(ylim=(-0.03, 1.03), xlabel="tasks learned", ylabel="mean accuracy over these tasks")
+        axes.set(
+            ylim=(-0.03, 1.03), xlabel="tasks learned", ylabel="mean accuracy over these tasks"
+        )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color="0.92")
         for number, (gate, results) in enumerate(gates.items()):
@@ -147,7 +149,10 @@ def gate_calibration(gates: Mapping[str, GateResults], *, title: str = "") -> Fi
         figure.suptitle(title, parse_math=False)
         axes = figure.add_subplot()
         axes.set(
-            xlim=(0, 1.02), ylim=(0, 1.02), xlabel="probability of the likeliest task", ylabel="is right"
+            xlim=(0, 1.02),
+            ylim=(0, 1.02),
+            xlabel="probability of the likeliest task",
+            ylabel="is right",
         )
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
         for number, (gate, results) in enumerate(gates.items()):

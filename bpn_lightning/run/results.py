@@ -108,7 +108,12 @@ def write_results(
         ResultsError: a file cannot be written.
     """
     from bpn_lightning.run.drawing import save_figure
-    from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap, gate_calibration, gates_over_stream
+    from bpn_lightning.run.figures import (
+        accuracy_curves,
+        accuracy_heatmap,
+        gate_calibration,
+        gates_over_stream,
+    )
 
     if len(tasks) != matrix.num_tasks:
         raise ConfigurationError(
