@@ -122,8 +122,8 @@ def _over_stream(place: str, rows: Sequence[_GateRow]) -> Artifact:
         for index, after in enumerate(lines["task_accuracy"][number].x)
     ]
     table = Table(["modes, gate", "tasks learned", *panels.values()], body)
-    last = [max((int(row[1]) for row in body if row[0] == one.name), default=0) for one in rows]
-    ends = [row for row in body if row[1] in (1, max(last))]
+    shown = {float(one.row.records[0].learned) for one in rows} | {1.0}
+    ends = [row for row in body if row[1] in shown]
     picture = line_chart(
         [(name, lines[key]) for key, name in panels.items()],
         title=place,
