@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
     from bpn_lightning.strategies.ewc import EWC
     from bpn_lightning.strategies.finetune import FineTuning
+    from bpn_lightning.strategies.gates.base import TaskGate
+    from bpn_lightning.strategies.gates.fecam import FeCAM
+    from bpn_lightning.strategies.gates.ncm import NearestClassMean
+    from bpn_lightning.strategies.gates.ppca import ProbabilisticPCA
+    from bpn_lightning.strategies.gates.ranpac import RanPAC
+    from bpn_lightning.strategies.gates.slda import SLDA
     from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
     from bpn_lightning.strategies.imm import IncrementalMomentMatching
     from bpn_lightning.strategies.joint import JointTraining
@@ -23,12 +29,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EWC",
+    "SLDA",
     "SLNID",
     "STRATEGIES",
     "AveragedGEM",
     "BeneficialPerturbation",
     "ContinualStrategy",
     "EncoderBasedLifelongLearning",
+    "FeCAM",
     "FineTuning",
     "GradientEpisodicMemory",
     "IncrementalMomentMatching",
@@ -36,8 +44,12 @@ __all__ = [
     "JointTraining",
     "LearningWithoutForgetting",
     "MemoryAwareSynapses",
+    "NearestClassMean",
     "ParameterSuperposition",
+    "ProbabilisticPCA",
+    "RanPAC",
     "SynapticIntelligence",
+    "TaskGate",
 ]
 
 #: Names on the command line, in configs and in checkpoints, and the import path of each class.
@@ -45,7 +57,13 @@ STRATEGIES: dict[str, str] = table.STRATEGIES
 
 _HOMES = {
     **{path.partition(":")[2]: path.partition(":")[0] for path in STRATEGIES.values()},
+    **{
+        path.partition(":")[2]: path.partition(":")[0]
+        for name, path in table.GATES.items()
+        if name in ("fecam", "ncm", "ppca", "ranpac", "slda")
+    },
     "ContinualStrategy": "bpn_lightning.strategies.base",
+    "TaskGate": "bpn_lightning.strategies.gates.base",
 }
 
 

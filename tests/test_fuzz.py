@@ -399,7 +399,7 @@ CELLS = json.loads(KEPT.read_text())
 CELLS["cells"] = CELLS["cells"][:2]
 HOST = {"name": "n", "platform": "p", "cpu": "c", "gpu": None, "threads": 1}
 RESULTS = {
-    "schema_version": 2,
+    "schema_version": 3,
     "experiment": "e",
     "method": "m",
     "seed": 0,
@@ -409,6 +409,8 @@ RESULTS = {
     "accuracy": dict.fromkeys(("average", "first_task", "bwt", "fwt", "forgetting"))
     | {"per_task": [0.5]},
     "accuracy_task_agnostic": None,
+    "front": None,
+    "gates": {},
     "accuracy_after_learning": {"average": 0.5, "per_task": [0.5]},
     "unsettled_tasks": [],
     "metrics": {},

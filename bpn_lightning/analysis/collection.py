@@ -22,6 +22,8 @@ from bpn_lightning.run.schema import (
     Accuracy,
     BytesHeld,
     BytesPerTask,
+    FrontRecord,
+    GateResults,
     read_schema,
     violations,
 )
@@ -30,7 +32,7 @@ __all__ = ["CELLS", "Collection", "NotRun", "kept", "read_collection", "write_co
 
 CELLS = "cells.json"
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Goes up when a key of cells.json is renamed, removed or changes its meaning."""
 
 _DECIMALS = 5  # of an accuracy: a hundredth of what one image of a test set makes
@@ -39,6 +41,8 @@ _KEPT = (
     "accuracy",
     "accuracy_task_agnostic",
     "accuracy_after_learning",
+    "front",
+    "gates",
     "bytes_per_task",
     "bytes_held",
 )
@@ -208,6 +212,8 @@ class _KeptResults(TypedDict):
     accuracy: Accuracy
     accuracy_task_agnostic: TaskAgnostic | None
     accuracy_after_learning: AfterLearning
+    front: FrontRecord | None
+    gates: dict[str, GateResults]
     bytes_per_task: BytesPerTask
     bytes_held: BytesHeld
     classes: list[int]

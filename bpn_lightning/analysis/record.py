@@ -82,7 +82,19 @@ class RunRecord:
     def setup(self) -> str:
         """The method with what sets it apart; runs of one place and setup differ by their seed."""
         varied = (f"{short(key)} {value}" for key, value in self.variant.items())
-        return ", ".join(filter(None, [self.method, *varied, self.note]))
+        return ", ".join(filter(None, [self.method, self.parts, *varied, self.note]))
+
+    @property
+    def gates(self) -> Mapping[str, Any]:
+        """What its gates gave, by their names."""
+        return self.results.get("gates") or {}
+
+    @property
+    def parts(self) -> str:
+        """Its gates and its front, or ""."""
+        gates, front = "+".join(self.gates), self.at("front", "name")
+        named = (("gate", gates), ("front", front))
+        return ", ".join(f"{part} {name}" for part, name in named if name)
 
     @property
     def name(self) -> str:

@@ -65,7 +65,8 @@ def _check_one_setting(cells: Sequence[Cell], root: Path) -> None:
         config.pop("data.init_args.seed", None)
         of_stream = {key: value for key, value in config.items() if key.startswith("data.")}
         place = (cell.experiment, cell.label, cell.variant)
-        for group, part in (((*place, cell.method), config), (place, of_stream)):
+        own = (cell.method, cell.gate, cell.front)
+        for group, part in (((*place, own), config), (place, of_stream)):
             other, there = first.setdefault(group, (folder, part))
             different = differences(part, there, 3)
             if different:
@@ -98,12 +99,8 @@ def check_kept(name: str, records: Sequence[RunRecord] | None, folder: Path) -> 
         )
     if records is None:
         return
-    have = {(one.place, one.method, one.seed, str(one.variant)) for one in records}
-    lost = [
-        f"{one.place}, {one.method}, seed {one.seed}"
-        for one in earlier.records
-        if (one.place, one.method, one.seed, str(one.variant)) not in have
-    ]
+    have = {(one.place, one.setup, one.seed) for one in records}
+    lost = [one.name for one in earlier.records if (one.place, one.setup, one.seed) not in have]
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise ResultsError(

@@ -8,6 +8,8 @@
     experiments:
       - config: digits_inc.yaml           a file, one beside the grid, or a packaged one
         methods: all                      those with tuned values, or a list
+        gate: slda+ncm                    as `bpn-fit --gate` takes them
+        front: patches                    as `bpn-fit --front` takes it
         set: {data.init_args.epochs_per_task: 5}              flags of every run
         vary: {strategies.bd.rank: [1, 10, 100]}              one run per value
         label: short                      tells apart entries with the same config
@@ -36,7 +38,7 @@ from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
-from bpn_lightning.run.identity import short
+from bpn_lightning.run.identity import method_folder, short
 
 __all__ = [
     "ARTIFACTS",
@@ -63,10 +65,11 @@ ARTIFACTS = (
     "drift",
     "parameters",
     "paired_tests",
+    "gates",
 )
 """What ``report:`` may name, in the order of :mod:`bpn_lightning.bench.report`."""
 
-GROUPS = ("trainer", "model", "data", "strategies")
+GROUPS = ("trainer", "model", "data", "strategies", "gates", "fronts")
 """What the keys of a run begin with."""
 
 SINGLE_KEYS = tuple(
@@ -79,7 +82,9 @@ OPTIONS = ("--jobs", "--executor", "--address", "--gpus", "--retry", "--only", "
 MOST_RUNS = 10_000
 
 _KEYS = ("title", "text", "seeds", "experiments", "compare", "report")
-_ENTRY_KEYS = ("config", "methods", "seeds", "set", "vary", "label", "probes", "not_run")
+_ENTRY_KEYS = (
+    *("config", "methods", "gate", "front", "seeds", "set", "vary", "label", "probes", "not_run"),
+)
 
 PROBES = {"regions": "Regions", "drift": "Drift"}
 """What ``probes:`` may name, and the classes of :mod:`bpn_lightning.paper.probes`."""
@@ -104,6 +109,8 @@ class Cell:
         variant: the varied keys and their values.
         settings: the keys that the entry sets, and their values.
         probes: names of :data:`PROBES`.
+        gate: as ``bpn-fit --gate`` takes them, or None.
+        front: as ``bpn-fit --front`` takes it, or None.
     """
 
     config: str
@@ -114,13 +121,17 @@ class Cell:
     variant: Variant = ()
     settings: Variant = ()
     probes: tuple[str, ...] = ()
+    gate: str | None = None
+    front: str | None = None
 
     @property
     def name(self) -> str:
         """``digits_inc, bd+ewc, seed 0, rank 10``, for people."""
         parts = (f"{short(key)} {value}" for key, value in self.variant)
         label = [self.label] if self.label else []
-        return ", ".join([self.experiment, *label, self.method, f"seed {self.seed}", *parts])
+        named = (("gate", self.gate), ("front", self.front))
+        with_parts = [self.method, *(f"{key} {value}" for key, value in named if value)]
+        return ", ".join([self.experiment, *label, *with_parts, f"seed {self.seed}", *parts])
 
     def runs(self, root: Path) -> Path:
         """What ``bpn-fit --runs`` gets: variants lie beside each other, each with runs of its own."""
@@ -129,7 +140,8 @@ class Cell:
 
     def folder(self, root: Path) -> Path:
         """Where its results are."""
-        return self.runs(root) / self.experiment / self.method / f"seed_{self.seed}"
+        method = method_folder(self.method, self.gate, self.front)
+        return self.runs(root) / self.experiment / method / f"seed_{self.seed}"
 
     @property
     def flags(self) -> list[str]:
@@ -138,6 +150,7 @@ class Cell:
         head = ["--config", self.config, "--method", self.method, UNTRUSTED]
         values = _flags(self.settings + self.variant)
         looks = [f"{_PROBE_FLAG}.{PROBES[name]}" for name in self.probes]
+        head += _part_flags(self.gate, self.front)
         return [*head, "--seed_everything", str(self.seed), *values, *looks]
 
 
@@ -316,9 +329,19 @@ def _cells(
         check_name(f"label of {here}", label)
     for key in (*dict(settings), *varied):
         check_key(str(key), here)
+    gate, front = (_part(entry, key, here) for key in ("gate", "front"))
     for method, variant in product(methods, variants):
         flags = _flags(settings + variant)
-        line = ["--config", config, "--method", method, UNTRUSTED, *flags, *passed_on]
+        line = [
+            "--config",
+            config,
+            "--method",
+            method,
+            UNTRUSTED,
+            *_part_flags(gate, front),
+            *flags,
+            *passed_on,
+        ]
         _command(line, here)
     probes = entry.get("probes") or ()
     probes = tuple(probes) if isinstance(probes, list) else (probes,) if probes else ()
@@ -329,13 +352,28 @@ def _cells(
                 f"{did_you_mean(str(name), PROBES)}"
             )
     cells = [
-        Cell(config, experiment, method, seed, label, variant, settings, probes)
+        Cell(config, experiment, method, seed, label, variant, settings, probes, gate, front)
         for variant, method, seed in product(variants, methods, seeds)
     ]
     for cell in cells:
         if varied:
             check_name(f"the values of vary of {here}, joined,", cell.runs(Path()).name)
     return cells
+
+
+def _part(entry: Mapping[str, Any], key: str, here: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ConfigurationError(
+            f"Expected {key} of {here} to be a name, but got {value!r:.80}. Write `{key}: "
+            f"{'slda+ncm' if key == 'gate' else 'patches'}`."
+        )
+    return value
+
+
+def _part_flags(gate: str | None, front: str | None) -> list[str]:
+    named = (("gate", gate), ("front", front))
+    return [word for key, value in named if value for word in (f"--{key}", value)]
 
 
 def _methods(entry: Mapping[str, Any], config: str, experiment: str, here: str) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bpn_lightning.analysis.artifact import Artifact
 from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
+from bpn_lightning.bench.gates import gates
 from bpn_lightning.bench.sweeps import gains, sweeps
 from bpn_lightning.bench.tables import accuracy, paired_tests
 from bpn_lightning.errors import ResultsError
@@ -30,6 +31,7 @@ MAKERS: dict[str, Callable[[Collection], list[Artifact]]] = {
     "sweeps": sweeps,
     "gains": gains,
     "paired_tests": paired_tests,
+    "gates": gates,
 }
 """How each name of ``report:`` is made."""
 

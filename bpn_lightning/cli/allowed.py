@@ -9,7 +9,7 @@ after its names are resolved, and before any of them is instantiated or called. 
 - classification metrics of torchmetrics;
 - callbacks, profilers, and a few loggers, plugins and strategies of Lightning that write only below the
   run's folder;
-- our strategies, streams, backbones and callbacks, and those of registered plugins.
+- our strategies, streams, gates, fronts, backbones and callbacks, and those of registered plugins.
 
 All of them are safe with any arguments, since arguments that are functions or classes are restricted to the
 same list.
@@ -38,6 +38,7 @@ from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.errors import ConfigurationError, needs_trust
 from bpn_lightning.files import has_variable
 from bpn_lightning.strategies import STRATEGIES
+from bpn_lightning.strategies.table import GATES
 
 __all__ = [
     "Given",
@@ -200,7 +201,8 @@ def allowed_objects() -> tuple[Any, ...]:
             if not name.startswith("_") and isinstance(one, type) and issubclass(one, _found(base))
         ]
     found += [getattr(models, name) for name in models.list_models(module=models)]
-    ours = [target.split(":") for target in (*STRATEGIES.values(), *DATAMODULES.values())]
+    tables = (STRATEGIES, DATAMODULES, GATES, registry.FRONTS)
+    ours = [target.split(":") for table in tables for target in table.values()]
     return (*found, *(getattr(import_module(module), name) for module, name in ours))
 
 
@@ -275,7 +277,8 @@ def _paths(typed: Collection[str]) -> Iterator[str]:
 
 
 def _plugins() -> list[str]:
-    known = (*registry.strategies().values(), *registry.streams().values())
+    kinds = (registry.strategies(), registry.streams(), registry.gates(), registry.fronts())
+    known = [one for kind in kinds for one in kind.values()]
     claims = [claim for one in known for claim in (one, *one.rivals)]
     return [one.class_path for one in claims if one.origin != registry.BUILT_IN]
 

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from bpn_lightning import registry
+from bpn_lightning.cli import parts
 from bpn_lightning.cli.config_files import (
     CONFIGS,
     ConfigLayer,
@@ -58,6 +59,8 @@ class Command:
         method: name of the method.
         strategies: name of each strategy, in order, and its registry entry; None if a config or a flag
             gives its class path.
+        gates: name of each gate, in order, and its registry entry.
+        front: the same of the front; empty if there is none.
         plugins: streams of other packages that are used.
         importable: modules that may be imported by name.
         trust: whether other modules may be imported, too.
@@ -71,6 +74,8 @@ class Command:
     experiment: str
     method: str
     strategies: dict[str, registry.Registered | None]
+    gates: dict[str, registry.Registered]
+    front: dict[str, registry.Registered]
     plugins: list[registry.Registered]
     importable: frozenset[str]
     trust: bool
@@ -137,6 +142,17 @@ def read_command(argv: Sequence[str]) -> Command:
     first = next((i for i, layer in enumerate(layers) if layer.strategies), len(layers))
     if method_layer is not None:
         layers.insert(first, method_layer)
+    used: dict[str, dict[str, registry.Registered]] = {}
+    for option in parts.GROUPS:
+        typed_part = getattr(flags, option)
+        wanted = _last(layers, option) if typed_part is None else typed_part
+        used[option] = parts.choose(option, None if wanted in (None, "null") else wanted)
+        if typed_part is not None:  # instead of what the files name
+            layers = [parts.without_other(layer, option, used[option]) for layer in layers]
+        parts.check_values(option, used[option], layers, _flags(rest))
+    tuned = parts.tuned_layer(experiments, folders, used)
+    if tuned is not None:
+        layers.insert(0, tuned)
 
     for where, values in [(FLAGS, list(argv)), *((layer.name, layer.content) for layer in layers)]:
         if not is_utf8(json.dumps(values, ensure_ascii=False, default=str, skipkeys=True)):
@@ -147,7 +163,9 @@ def read_command(argv: Sequence[str]) -> Command:
     plugins = _named_plugins(layers, rest)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
     refuse_never(by_files + typed)
-    registered = [one.class_path for one in (*plugins, *chosen.values()) if one is not None]
+    of_parts = [one for group in used.values() for one in group.values()]
+    entries = (*plugins, *chosen.values(), *of_parts)
+    registered = [one.class_path for one in entries if one is not None]
     in_files = words([*(layer.content for layer in layers), *registered])
     in_flags = words(
         [value for key, value in flag_values(rest) if key not in ("runs", "ckpt_path")]
@@ -163,11 +181,14 @@ def read_command(argv: Sequence[str]) -> Command:
         flags=[
             f"--experiment={experiment}",
             f"--method={method}",
+            *(f"--{option}={'+'.join(names) or 'null'}" for option, names in used.items()),
             *rest,  # last, since `--data.help CLASS` consumes the rest of the line
         ],
         experiment=experiment,
         method=method,
         strategies=chosen,
+        gates=used["gate"],
+        front=used["front"],
         plugins=plugins,
         importable=importable(trusted),
         trust=flags.trust is True,
@@ -183,6 +204,8 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--method")
     parser.add_argument("--experiment")
+    for option in parts.GROUPS:
+        parser.add_argument(f"--{option}")
     parser.add_argument("--trust", nargs="?", const="true")
     try:
         flags, rest = parser.parse_known_args(argv)

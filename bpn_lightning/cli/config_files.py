@@ -25,7 +25,10 @@ __all__ = [
 CONFIGS = Path(str(files("bpn_lightning.configs")))
 
 #: Keys whose value has to be a mapping; anything else would cause a traceback.
-GROUPS = ("trainer", "model", "strategies")
+GROUPS = ("trainer", "model", "strategies", "gates", "fronts")
+
+#: Those of which each key is a name with a mapping of its own.
+NAMED = ("strategies", "gates", "fronts")
 
 #: The maximum number of values in a config, counting aliases at each occurrence, which can expand to billions.
 MAX_VALUES = 100_000
@@ -50,7 +53,11 @@ class ConfigLayer:
     @property
     def strategies(self) -> dict[str, Any]:
         """The values of strategies, by their names."""
-        return self.content.get("strategies") or {}
+        return self.values("strategies")
+
+    def values(self, group: str) -> dict[str, Any]:
+        """The values of a group of names: strategies, gates or fronts."""
+        return self.content.get(group) or {}
 
     def without_strategies(self) -> "ConfigLayer":
         """A copy without ``strategies:``, if another method is given on the command line."""
@@ -159,10 +166,11 @@ def read_layer(path: Path) -> ConfigLayer:
                 f"Expected `{group}:` in {path} to be a mapping, but got {content[group]!r}. "
                 f"Put its keys below `{group}:`, indented."
             )
-    for name, value in (content.get("strategies") or {}).items():
-        if not isinstance(value, Mapping):
-            raise ConfigurationError(
-                f"Expected `strategies.{name}:` in {path} to be a mapping, but got {value!r}. "
-                f"For its defaults write `{name}: {{}}`."
-            )
+    for group in NAMED:
+        for name, value in (content.get(group) or {}).items():
+            if not isinstance(value, Mapping):
+                raise ConfigurationError(
+                    f"Expected `{group}.{name}:` in {path} to be a mapping, but got {value!r}. "
+                    f"For its defaults write `{name}: {{}}`."
+                )
     return ConfigLayer(str(path), content)

@@ -28,7 +28,8 @@ def refuse_other_name(folder: Path, names: Mapping[str, Any]) -> None:
         ResultsError: its config.yaml is of a run of another experiment, method or seed.
     """
     found = run_names(_config(folder))
-    if None not in found.values() and found != names:
+    named = all(found[key] is not None for key in ("experiment", "method", "seed"))
+    if named and found != names:
         raise ResultsError(
             f"Expected {folder} to be the folder of {run_name(names)}, but it is that of "
             f"{run_name(found)}, because of a link or a name that differs only in upper and lower case. "

@@ -35,7 +35,7 @@ from bpn_lightning.run.checkpoints import AtomicCheckpointIO
 from bpn_lightning.run.console import StreamProgress
 from bpn_lightning.run.dashboards import Dashboard
 from bpn_lightning.run.folder import RunFolder
-from bpn_lightning.run.identity import defining, flatten, run_names
+from bpn_lightning.run.identity import defining, flatten, method_folder, run_names
 from bpn_lightning.run.loggers import RunName, complete_loggers, go_offline
 from bpn_lightning.run.recording import Intervals, LastCheckpoint, MetricsFile
 from bpn_lightning.trainer.launch import check_launch
@@ -52,7 +52,8 @@ class ContinualCLI(LightningCLI):
     """LightningCLI for one fit of a stream.
 
     The parser is created for the method: each of its strategies has typed arguments below
-    ``strategies.<name>``, and there are no others.
+    ``strategies.<name>``, each gate below ``gates.<name>``, the front below ``fronts.<name>``, and there
+    are no others.
 
     Args:
         command: the command line, in order of precedence.
@@ -126,7 +127,8 @@ class ContinualCLI(LightningCLI):
         """The folder of this run's results."""
         config = self.config
         seed = f"seed_{config.seed_everything}"
-        return Path(str(config.runs), str(config.experiment), str(config.method), seed)
+        method = method_folder(str(config.method), config.gate, config.front)
+        return Path(str(config.runs), str(config.experiment), method, seed)
 
     @property
     def resolved(self) -> Namespace:
@@ -147,6 +149,7 @@ class ContinualCLI(LightningCLI):
         self.intervals = Intervals(*(self.config[f"checkpoint_every_n_{unit}"] for unit in units))
         for key in ("experiment", "method"):
             check_name(key, self.config[key])  # again, after resolving interpolations
+        check_name("method, gate and front, joined,", self.folder.parent.name)
         refuse_outside(Path(str(self.config.runs)), self.folder)
         if not self.command.trust:
             self._check_trust()
@@ -206,6 +209,10 @@ class ContinualCLI(LightningCLI):
             owner = None if one is None else one.load()
             key = f"strategies.{name}"  # missing if it has no arguments
             values += given(config.get(key), key, owner=owner)
+        for group, entries in (("gates", self.command.gates), ("fronts", self.command.front)):
+            for name, entry in entries.items():
+                key = f"{group}.{name}"
+                values += given(config.get(key), key, owner=entry.load())
         flags = list(given(config.trainer, "trainer", owner=Trainer))
         caches = [one for one in values if one.key.endswith(".cache_dir")]
         check_given([*values, *flags], typed)
@@ -230,7 +237,7 @@ class ContinualCLI(LightningCLI):
             return False
         run = RunName(
             experiment=config.experiment,
-            method=config.method,
+            method=method_folder(config.method, config.gate, config.front),
             seed=config.seed_everything,
             runs=Path(config.runs),
             folder=self.folder,

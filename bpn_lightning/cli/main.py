@@ -25,6 +25,8 @@ Train a method over a stream of tasks, in one Lightning fit.
   --config NAME       a file, or a packaged experiment; later ones override earlier ones
   --method METHOD     strategies joined by +, or a method with tuned values of the experiment;
                       your own class by its import path, such as bd+my_lab.replay.Replay
+  --gate NAMES        gates that name the task of an input, joined by +, such as slda+ppca
+  --front NAME        a fixed feature extractor before network and gates, such as patches
   --seed_everything N the run's seed; part of the path of its results
   --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
   --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
@@ -32,10 +34,12 @@ Train a method over a stream of tasks, in one Lightning fit.
   --overwrite         replace the results of an earlier run
   --logger NAME       also log to wandb, tensorboard, csv or mlflow, or to several: wandb,tensorboard
   --quiet, --json     print nothing, or only the run's results.json, on standard output
-  --trainer.FLAG, --model.ARGUMENT, --data.init_args.ARGUMENT, --strategies.NAME.ARGUMENT
-                      any flag of the Trainer, the module, the stream and the strategies
+  --trainer.FLAG, --model.ARGUMENT, --data.init_args.ARGUMENT, --strategies.NAME.ARGUMENT,
+  --gates.NAME.ARGUMENT, --fronts.NAME.ARGUMENT
+                      any flag of the Trainer, the module, the stream, the strategies, the gates
+                      and the front
 
-  --list              list configs, methods, strategies and streams, including plugins
+  --list              list configs, methods, strategies, streams, gates and fronts, including plugins
   --print_config      print the resolved configuration, and exit
   --data.help CLASS, --model.backbone.help CLASS, --model.optimizer.help CLASS
                       the arguments of a class
@@ -120,6 +124,8 @@ def _list() -> str:
     for title, registered in (
         ("strategies, joined by + in --method", registry.strategies()),
         ("streams, for data.class_path", registry.streams()),
+        ("gates, joined by + in --gate", registry.gates()),
+        ("fronts, for --front", registry.fronts()),
     ):
         lines += ["", title]
         for entry in registered.values():

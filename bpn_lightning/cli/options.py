@@ -57,7 +57,7 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
 
     Args:
         parser: the parser of the complete configuration.
-        command: each argument of its strategies becomes an option.
+        command: each argument of its strategies, gates and front becomes an option.
     """
     parser.add_argument(
         "--experiment",
@@ -73,10 +73,22 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
         "values of the experiment.",
     )
     parser.add_argument(
+        "--gate",
+        type=str | None,
+        default=None,
+        help="Gates that name the task of an input, joined by '+'; `bpn-fit --list` lists them.",
+    )
+    parser.add_argument(
+        "--front",
+        type=str | None,
+        default=None,
+        help="A fixed feature extractor before network and gates; `bpn-fit --list` lists them.",
+    )
+    parser.add_argument(
         "--runs",
         type=str,
         default="runs",
-        help="Results go to <runs>/<experiment>/<method>/seed_<n>/.",
+        help="Results go to <runs>/<experiment>/<method>/seed_<n>/, with gate and front after the method.",
     )
     parser.add_argument(
         "--overwrite",
@@ -123,6 +135,11 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
             parser.add_lightning_class_args(ContinualStrategy, key, subclass_mode=True)
         else:
             parser.add_lightning_class_args(registered.load(), key)
+    for name, gate in command.gates.items():
+        parser.add_lightning_class_args(gate.load(), f"gates.{name}")
+    for name, front in command.front.items():
+        parser.add_class_arguments(front.load(), f"fronts.{name}", sub_configs=False)
+        parser.link_arguments(f"fronts.{name}", "model.front", apply_on="instantiate")
     parser.add_argument("--help_all", action="help", help="Show this text.")
 
 

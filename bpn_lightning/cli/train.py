@@ -19,11 +19,12 @@ from bpn_lightning.cli.output import notify, quiet_lightning
 from bpn_lightning.cli.resume import how_to_resume, last_checkpoint, previous_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.run.console import final_table
+from bpn_lightning.run.console import final_table, gate_table
 from bpn_lightning.run.dashboards import close_adapters, upload_artifacts
 from bpn_lightning.run.folder import written_files
 from bpn_lightning.run.provenance import collect_provenance
-from bpn_lightning.run.results import write_results
+from bpn_lightning.run.results import read_results, write_results
+from bpn_lightning.run.schema import FrontRecord
 from bpn_lightning.terminal import INTERRUPTED
 from bpn_lightning.untrusted import read_text
 
@@ -129,6 +130,8 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         bytes_held=held,
         unsettled=module.unsettled,
         metrics=module.task_metrics,
+        gate_scores=module.gate_scores,
+        front=_front(cli),
         provenance=collect_provenance(seconds),
         extra={"curve": module.curve} if module.history.evaluate_every == "epoch" else {},
     )
@@ -160,3 +163,15 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         results.parent,
         module.unsettled,
     )
+    found = read_results(results)
+    if found["gates"]:
+        gate_table(Console(), found["gates"], found["front"], found["accuracy"]["average"])
+
+
+def _front(cli: ContinualCLI) -> FrontRecord | None:
+    """The run's front: its registered name, or that of its class, and its bytes."""
+    front = cli.model.network.front
+    if front is None:
+        return None
+    name = cli.config.front or type(front).__name__
+    return {"name": name, "bytes": sum(one.nbytes for one in front.state_dict().values())}

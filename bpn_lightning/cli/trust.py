@@ -69,7 +69,7 @@ FLAGS = "the flags"
 #: Keys whose value may be a class path, or a list of class paths.
 _PLACES = frozenset(
     {"accelerator", "backbone", "callbacks", "class_path", "data", "logger", "loss", "metrics"}
-    | {"optimizer", "plugins", "profiler", "scheduler", "strategy", "streams"}
+    | {"front", "network", "optimizer", "plugins", "profiler", "scheduler", "strategy", "streams"}
 )
 
 #: Groups of keys, which jsonargparse would also read from a file.
@@ -254,6 +254,7 @@ def restrict_imports(allowed: Collection[str], trust: bool) -> None:
 
 def _plugins() -> set[str]:
     """Top-level modules of the registered plugins."""
-    groups = ("bpn_lightning.strategies", "bpn_lightning.datamodules")
+    kinds = ("strategies", "datamodules", "gates", "fronts")
+    groups = [f"bpn_lightning.{kind}" for kind in kinds]
     points = [point for group in groups for point in entry_points(group=group)]
     return {point.module.partition(".")[0] for point in points}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from math import isnan
+from statistics import fmean
 from typing import Any, Literal, cast
 
 from lightning.pytorch.loggers import Logger
@@ -94,7 +95,9 @@ class History:
         self.settling.load(state["settling"])
 
 
-def stream_metrics(host: Host, current_only: bool) -> dict[str, float]:
+def stream_metrics(
+    host: Host, current_only: bool, gate_scores: Iterable[GateScores] = ()
+) -> dict[str, float]:
     """What is known between two tasks; figures that do not exist yet are left out.
 
     Before training that is the accuracy on every task, so that a file has all its columns at once: a
@@ -103,6 +106,7 @@ def stream_metrics(host: Host, current_only: bool) -> dict[str, float]:
     Args:
         host: of the network whose tasks are learned.
         current_only: whether each task is tested right after it is learned, and no other is.
+        gate_scores: of all moments.
     """
     network = host.network
     learned, matrix = network.closed + 1, network.accuracy_matrix
@@ -125,7 +129,22 @@ def stream_metrics(host: Host, current_only: bool) -> dict[str, float]:
         stored = bytes_per_task(host.strategies, host)
         metrics |= {f"bytes_held/{name}": value for name, value in held.items()}
         metrics |= {f"bytes_per_task/{name}": value for name, value in stored.items()}
+    for one in gate_scores:
+        if one["after"] == learned:
+            metrics |= gate_metrics(one)
     return {name: value for name, value in metrics.items() if not isnan(value)}
+
+
+def gate_metrics(scores: GateScores) -> dict[str, float]:
+    """``accuracy_gate/<name>/...`` of one moment: means over the tasks that were tested."""
+    lists = {
+        "task": scores["task_accuracy"],
+        "end_to_end": scores["mixture"],
+        "own_class": scores["own_class"],
+    }
+    known = {key: [x for x in values or () if x is not None] for key, values in lists.items()}
+    prefix = f"accuracy_gate/{scores['gate']}"
+    return {f"{prefix}/{key}": fmean(values) for key, values in known.items() if values}
 
 
 def per_task(prefix: str, values: Tensor) -> dict[str, float]:

@@ -341,7 +341,9 @@ class TaskLoop:
             self.history.add_gate_scores(epoch, found)
 
     def _log_stream(self) -> None:
-        self._log(stream_metrics(self.host, self.evaluate_on == "current"))
+        self._log(
+            stream_metrics(self.host, self.evaluate_on == "current", self.history.gate_scores)
+        )
 
     def _log(self, metrics: dict[str, float]) -> None:
         trainer = self.host.trainer

@@ -75,14 +75,12 @@ class Front(nn.Module):
 
     # --- fitting ---------------------------------------------------------------------------------
 
-    def fit(
-        self, images: Images, all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums
-    ) -> None:
+    def fit(self, images: Images, all_reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Measure what is fitted, then the mean and deviation of the features.
 
         Args:
             images: a process's own; they are read several times.
-            all_reduce: gives sums over all processes.
+            all_reduce: gives sums over all processes; None where there is one.
 
         Raises:
             DataError: there are no images, or their features are not finite or all constant.
@@ -96,8 +94,8 @@ class Front(nn.Module):
         self.allocate(first.shape[1:])
         self.to(first.device)
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
-            self.fit_extractor(images, all_reduce)
-            self._standardize(images, all_reduce)
+            self.fit_extractor(images, all_reduce or _alone)
+            self._standardize(images, all_reduce or _alone)
 
     def _standardize(self, images: Images, all_reduce: Callable[[Tensor], Tensor]) -> None:
         sums = torch.zeros(3, len(self.mean), dtype=torch.float64, device=self.mean.device)
@@ -202,6 +200,10 @@ class Front(nn.Module):
             bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(bits.numpy().tobytes())
         return digest.hexdigest()[:32]
+
+
+def _alone(sums: Tensor) -> Tensor:
+    return sums
 
 
 def check_whole_numbers(**values: object) -> None:

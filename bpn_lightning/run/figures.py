@@ -1,20 +1,32 @@
-"""The two pictures of a run: each task's accuracy over the stream, and the accuracy matrix."""
+"""The pictures of a run: accuracies over the stream, the accuracy matrix, and what its gates give."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bpn_lightning.run.drawing import FEW, VIRIDIS, cell_color, draw_curves, every_nth
+from bpn_lightning.run.drawing import (
+    COLORS,
+    DASHES,
+    FEW,
+    MARKERS,
+    VIRIDIS,
+    cell_color,
+    draw_curves,
+    every_nth,
+)
+from bpn_lightning.run.gates import GATE_ACCURACIES
 from bpn_lightning.run.moments import moments
+from bpn_lightning.run.schema import GateResults
 
-__all__ = ["accuracy_curves", "accuracy_heatmap"]
+__all__ = ["accuracy_curves", "accuracy_heatmap", "gate_calibration", "gates_over_stream"]
 
 Floats = NDArray[np.float64]
 
@@ -83,6 +95,84 @@ def accuracy_heatmap(matrix: Tensor, *, title: str = "") -> Figure:
         if numbered:
             _write_numbers(axes, values, size=9 if tasks <= FEW else 8)
         figure.colorbar(image, ax=axes, label="accuracy", shrink=0.8)
+    return figure
+
+
+def gates_over_stream(gates: Mapping[str, GateResults], *, title: str = "") -> Figure:
+    """Draw what gates give over the number of tasks learned: a color for each, a marker for each figure.
+
+    Args:
+        gates: by name, as in results.json.
+        title: stands above the picture.
+    """
+    shown = {key: name for key, name in GATE_ACCURACIES.items() if key != "own_class_task_given"}
+    with style.context("default"):
+        figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+        figure.suptitle(title, parse_math=False)
+        axes = figure.add_subplot()
+        axes.set(
+            ylim=(-0.03, 1.03), xlabel="tasks learned", ylabel="mean accuracy over these tasks"
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color="0.92")
+        for number, (gate, results) in enumerate(gates.items()):
+            ends = {one["after"]: one for one in results["over_stream"]}  # the last of each task
+            for place, (key, name) in enumerate(shown.items()):
+                points = [(after, cast(Any, one)[key]) for after, one in ends.items()]
+                known = [(after, value) for after, value in points if value is not None]
+                if known:
+                    axes.plot(
+                        *zip(*known, strict=True),
+                        label=f"{gate}: {name}" if len(gates) > 1 else name,
+                        color=COLORS[number if len(gates) > 1 else place],
+                        linestyle=DASHES[place % len(DASHES)],
+                        marker=MARKERS[place],
+                        markersize=5,
+                        clip_on=False,
+                    )
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.5)
+    return figure
+
+
+def gate_calibration(gates: Mapping[str, GateResults], *, title: str = "") -> Figure:
+    """Draw the reliability of task probabilities: how often the likeliest task is right, over its probability.
+
+    A marker's area grows with the number of test samples of its bin; a calibrated gate lies on the
+    diagonal.
+
+    Args:
+        gates: by name, as in results.json.
+        title: stands above the picture.
+    """
+    with style.context("default"):
+        figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+        figure.suptitle(title, parse_math=False)
+        axes = figure.add_subplot()
+        axes.set(
+            xlim=(0, 1.02),
+            ylim=(0, 1.02),
+            xlabel="probability of the likeliest task",
+            ylabel="is right",
+        )
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
+        for number, (gate, results) in enumerate(gates.items()):
+            bins = results["calibration"]
+            if bins is None:
+                continue
+            total, color = sum(bins["counts"]), COLORS[number % len(COLORS)]
+            kept = [
+                (x, y, 20 + 400 * count / total)
+                for x, y, count in zip(
+                    bins["confidence"], bins["accuracy"], bins["counts"], strict=True
+                )
+                if x is not None and y is not None
+            ]
+            x, y, sizes = zip(*kept, strict=True)
+            label = f"{gate}, error {bins['error']:.3f}"
+            axes.plot(x, y, color=color, linestyle=DASHES[number % len(DASHES)], linewidth=1.2)
+            axes.scatter(x, y, sizes, color=color, alpha=0.6, label=label)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper left")
     return figure
 
 

@@ -26,6 +26,7 @@ _FILES = (
     "results.json",
     "accuracy_matrix.csv",
     "task_metrics.csv",
+    "gates.csv",
     "config.yaml",
     "metrics.csv",
 )
@@ -37,6 +38,8 @@ _WRITTEN = (
     *_FILES,
     "figures/accuracy_over_stream.*",
     "figures/accuracy_matrix.*",
+    "figures/gates_over_stream.*",
+    "figures/gate_calibration.*",
     "checkpoints/*.ckpt",
 )
 

@@ -9,6 +9,7 @@ __all__ = [
     "defining",
     "differences",
     "flatten",
+    "method_folder",
     "run_name",
     "run_names",
     "short",
@@ -17,7 +18,7 @@ __all__ = [
 #: The keys that have to be the same in a run and its checkpoints; docs/resume.md lists those that may
 #: differ.
 DEFINING = (
-    *("method", "model", "data", "strategies"),
+    *("method", "gate", "front", "model", "data", "strategies", "gates", "fronts"),
     *(
         f"trainer.{flag}"
         for flag in (
@@ -36,6 +37,9 @@ DATA_PLACES = ("root", "path", "cache_dir", "download")
 
 #: Keys that change when and where results are shown, but not the results.
 OBSERVED = ("model.evaluate_every", "model.task_agnostic")
+
+PARTS = ("gate", "front")
+"""What a run may have besides a method."""
 
 MOST = 10
 """The maximum number of differences that a message names."""
@@ -58,14 +62,32 @@ def decides(key: str) -> bool:
 
 
 def run_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Experiment, method and seed, which determine the folder of a run."""
-    keys = {"experiment": "experiment", "method": "method", "seed": "seed_everything"}
-    return {name: config.get(key) for name, key in keys.items()}
+    """Experiment, method, seed, gate and front, which determine the folder of a run.
+
+    The last two are None where a run has none.
+    """
+    named = ("experiment", "method", "gate", "front")
+    return {name: config.get(name) for name in named} | {"seed": config.get("seed_everything")}
 
 
 def run_name(names: Mapping[str, Any]) -> str:
-    """The same as readable text."""
-    return f"{names['experiment']}, method {names['method']}, seed {names['seed']}"
+    """The same as readable text.
+
+    >>> run_name({"experiment": "toy", "method": "psp", "gate": "slda", "front": None, "seed": 0})
+    'toy, method psp, gate slda, seed 0'
+    """
+    shown = [f"{part} {names[part]}" for part in ("method", *PARTS) if names[part] is not None]
+    return ", ".join([str(names["experiment"]), *shown, f"seed {names['seed']}"])
+
+
+def method_folder(method: str, gate: str | None = None, front: str | None = None) -> str:
+    """The name of the folder of a method's runs.
+
+    >>> method_folder("psp"), method_folder("psp", "slda+ppca", "patches")
+    ('psp', 'psp,gate=slda+ppca,front=patches')
+    """
+    named = zip(PARTS, (gate, front), strict=True)
+    return ",".join([method, *(f"{part}={name}" for part, name in named if name is not None)])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,10 @@
     │                         measured
     ├── task_metrics.csv      after_task,task,<name>,...; one row per measured moment and task, of metrics
     │                         that are single numbers; there only where the module has `metrics`
-    ├── figures/              accuracy_over_stream and accuracy_matrix, each as .png and .svg
+    ├── gates.csv             gate,after,epoch,task_accuracy,...; one row per gate and measured moment, means
+    │                         over the tasks learned by then; there only where the run has gates
+    ├── figures/              accuracy_over_stream and accuracy_matrix, each as .png and .svg; with gates
+    │                         also gates_over_stream and gate_calibration
     └── config.yaml  metrics.csv  checkpoints/     written elsewhere while the run goes on
 
 results.json is written last: a folder that has one holds a finished run. Two equal runs write equal
@@ -27,7 +30,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.run.schema import MAX_TASKS, SCHEMA_VERSION, Provenance, Results, read_schema
+from bpn_lightning.run.gates import gate_results, gates_csv
+from bpn_lightning.run.schema import (
+    MAX_TASKS,
+    SCHEMA_VERSION,
+    FrontRecord,
+    Provenance,
+    Results,
+    read_schema,
+)
 from bpn_lightning.untrusted import read_text
 
 if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it below
@@ -35,6 +46,7 @@ if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it bel
 
     from bpn_lightning.costs import Bytes
     from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
+    from bpn_lightning.metrics.gate_scores import GateScores
     from bpn_lightning.metrics.settling import Unsettled
     from bpn_lightning.tasks import Task
 
@@ -45,6 +57,8 @@ _MATRIX = "accuracy_matrix.csv"
 _TASK_METRICS = "task_metrics.csv"
 _OVER_STREAM = "figures/accuracy_over_stream"
 _HEATMAP = "figures/accuracy_matrix"
+_GATES = "gates.csv"
+_GATE_FIGURES = ("figures/gates_over_stream", "figures/gate_calibration")
 
 
 def write_results(
@@ -61,6 +75,8 @@ def write_results(
     provenance: Provenance,
     unsettled: Sequence["Unsettled"] = (),
     metrics: Sequence[Mapping[str, Any]] = (),
+    gate_scores: Sequence["GateScores"] = (),
+    front: FrontRecord | None = None,
     config: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -79,6 +95,8 @@ def write_results(
         provenance: what may differ between equal runs, see :mod:`bpn_lightning.run.provenance`.
         unsettled: tasks that lost accuracy in their last epoch.
         metrics: what the module's ``task_metrics`` are.
+        gate_scores: what the module's ``gate_scores`` are.
+        front: the run's, if it has one.
         config: the text of config.yaml; None where somebody else writes that file.
         extra: more results, of types that JSON knows; NaN becomes null.
 
@@ -90,7 +108,12 @@ def write_results(
         ResultsError: a file cannot be written.
     """
     from bpn_lightning.run.drawing import save_figure
-    from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap
+    from bpn_lightning.run.figures import (
+        accuracy_curves,
+        accuracy_heatmap,
+        gate_calibration,
+        gates_over_stream,
+    )
 
     if len(tasks) != matrix.num_tasks:
         raise ConfigurationError(
@@ -99,6 +122,7 @@ def write_results(
         )
     summary = matrix.summary()
     learned = matrix.tasks_learned
+    gates = gate_results(gate_scores)
     results: Results = {
         "schema_version": SCHEMA_VERSION,
         "experiment": experiment,
@@ -119,6 +143,8 @@ def write_results(
             "forgetting": summary["forgetting"],
         },
         "accuracy_task_agnostic": summary["task_agnostic"],
+        "front": front,
+        "gates": gates,
         "accuracy_after_learning": summary["after_learning"],
         "unsettled_tasks": [
             {"id": one.task, "split": one.split, "before": one.before, "after": one.after}
@@ -146,6 +172,11 @@ def write_results(
         write_atomically(folder / _MATRIX, _matrix_csv(matrix.accuracy).encode())
         if metrics:
             write_atomically(folder / _TASK_METRICS, _metrics_csv(metrics).encode())
+        if gates:
+            write_atomically(folder / _GATES, gates_csv(gates).encode())
+            over, calibration = _GATE_FIGURES
+            save_figure(gates_over_stream(gates, title=title), folder / over)
+            save_figure(gate_calibration(gates, title=title), folder / calibration)
         save_figure(over_stream, folder / _OVER_STREAM)
         save_figure(accuracy_heatmap(matrix.accuracy, title=title), folder / _HEATMAP)
         write_atomically(folder / _RESULTS, _json(results).encode())

@@ -19,6 +19,11 @@ __all__ = [
     "Accuracy",
     "BytesHeld",
     "BytesPerTask",
+    "CalibrationBins",
+    "FrontRecord",
+    "GateAccuracy",
+    "GateMoment",
+    "GateResults",
     "Host",
     "Provenance",
     "Results",
@@ -28,7 +33,7 @@ __all__ = [
     "violations",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Goes up when a key of results.json is renamed, removed or changes its meaning."""
 
 
@@ -120,6 +125,75 @@ class Provenance(TypedDict):
     host: Host
 
 
+class FrontRecord(TypedDict):
+    """The fixed feature extractor before network and gates."""
+
+    name: str
+    bytes: int
+    """Of its tensors, which all tasks share."""
+
+
+class GateAccuracy(TypedDict):
+    """Accuracies of a gate after the last task learned."""
+
+    average: float | None
+    """Mean over the tasks learned."""
+    per_task: list[float | None]
+    """One per task of the stream; null for tasks that were not learned."""
+
+
+class CalibrationBins(TypedDict):
+    """Task probabilities in 15 bins of equal width, by how large the largest is."""
+
+    error: float
+    """Expected calibration error."""
+    counts: list[int]
+    """Samples of each bin."""
+    confidence: list[float | None]
+    """Their mean largest task probability; null for an empty bin."""
+    accuracy: list[float | None]
+    """The fraction of them whose likeliest task is theirs; null for an empty bin."""
+
+
+class GateMoment(TypedDict):
+    """Averages of a gate over the tasks learned by some moment of the stream."""
+
+    after: int
+    """Tasks learned by then."""
+    epoch: int
+    """Epochs of the stream done by then."""
+    task_accuracy: float | None
+    end_to_end: float | None
+    mixture: float | None
+    own_class: float | None
+    own_class_task_given: float | None
+    calibration_error: float | None
+    rejection: float | None
+    """Area under the ROC curve by which the largest task score tells learned tasks from others."""
+
+
+class GateResults(TypedDict):
+    """What one gate gave: the task ID is not given, unless a key says so."""
+
+    task_accuracy: GateAccuracy
+    """Whose task is named."""
+    end_to_end: GateAccuracy
+    """Whose class is named by the mode of the likeliest task."""
+    mixture: GateAccuracy
+    """Whose class is named by p(task) p(class | task) over the likeliest ``modes`` tasks."""
+    modes: int
+    own_class: GateAccuracy | None
+    """Whose class is that of the gate's likeliest row; null where rows stand for tasks."""
+    own_class_task_given: GateAccuracy | None
+    """The same among the rows of the sample's task."""
+    calibration: CalibrationBins | None
+    over_stream: list[GateMoment]
+    bytes_held: int
+    """For use after the last task."""
+    bytes_per_task: int
+    """Of these, what one task adds."""
+
+
 class Results(TypedDict):
     """The schema of results.json."""
 
@@ -135,6 +209,10 @@ class Results(TypedDict):
     accuracy: Accuracy
     accuracy_task_agnostic: TaskAgnostic | None
     """The same without any task id (class-incremental); null where it was not measured."""
+    front: FrontRecord | None
+    """Null for a run without one."""
+    gates: dict[str, GateResults]
+    """By the gates' names, in their order."""
     accuracy_after_learning: AfterLearning
     """On each task at the moment when it had just been learned, with its id."""
     unsettled_tasks: list[UnsettledTask]

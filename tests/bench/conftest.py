@@ -48,7 +48,7 @@ results["seed"] = int(given["--seed_everything"])
 def results(first: float = 0.4, average: float = 0.6) -> dict[str, Any]:
     """A results.json of two tasks of two epochs."""
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "experiment": "digits_inc",
         "method": "ewc",
         "seed": 0,
@@ -64,6 +64,8 @@ def results(first: float = 0.4, average: float = 0.6) -> dict[str, Any]:
             "forgetting": 0.5,
         },
         "accuracy_task_agnostic": {"average": 0.3, "first_task": 0.1, "per_task": [0.1, 0.5]},
+        "front": None,
+        "gates": {},
         "accuracy_after_learning": {"average": 0.85, "per_task": [0.9, 0.8]},
         "unsettled_tasks": [],
         "metrics": {},

@@ -162,8 +162,8 @@ def test_a_full_disk_leaves_the_earlier_results(
     ("text", "message"),
     [
         ("{", "to be what bpn-bench keeps of a grid"),
-        ('{"schema_version": 7}', "schema_version of .* to be 1, but got 7"),
-        ('{"schema_version": 1, "grid": {}}', "grid.name of .* to be there, but got nothing"),
+        ('{"schema_version": 7}', "schema_version of .* to be 2, but got 7"),
+        ('{"schema_version": 2, "grid": {}}', "grid.name of .* to be there, but got nothing"),
     ],
 )
 def test_a_broken_cells_json_is_named(tmp_path: Path, text: str, message: str) -> None:

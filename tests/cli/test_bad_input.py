@@ -87,7 +87,7 @@ def whole_results(**change: Any) -> str:
     accuracy = {"average": 0.5, "first_task": 0.5, "per_task": [0.5], "bwt": None, "fwt": None}
     host = {"name": "n", "platform": "p", "cpu": "c", "gpu": None, "threads": 1}
     found = {
-        "schema_version": 2,
+        "schema_version": 3,
         "experiment": "e",
         "method": "m",
         "seed": 0,
@@ -96,6 +96,8 @@ def whole_results(**change: Any) -> str:
         "tasks_not_learned": [],
         "accuracy": {**accuracy, "forgetting": None},
         "accuracy_task_agnostic": None,
+        "front": None,
+        "gates": {},
         "accuracy_after_learning": {"average": 0.5, "per_task": [0.5]},
         "unsettled_tasks": [],
         "metrics": {},
@@ -110,7 +112,7 @@ def whole_results(**change: Any) -> str:
 def whole_cells(**change: Any) -> str:
     """A cells.json that is read, but for what changes."""
     grid = {"name": "g", "title": "G", "text": "", "compare": [], "report": ["accuracy"]}
-    whole = {"schema_version": 1, "grid": grid, "not_run": [], "missing": [], "cells": []}
+    whole = {"schema_version": 2, "grid": grid, "not_run": [], "missing": [], "cells": []}
     return json.dumps(whole | change)
 
 

@@ -30,7 +30,7 @@ def results(method: str, seed: int, matrix: Matrix, **more: Any) -> dict[str, An
     last = [*matrix[learned][:learned], *[None] * (tasks - learned)]
     right_after = [matrix[k + 1][k] for k in range(learned)] + [None] * (tasks - learned)
     found = {
-        "schema_version": 2,
+        "schema_version": 3,
         "experiment": "digits_inc",
         "method": method,
         "seed": seed,
@@ -46,6 +46,8 @@ def results(method: str, seed: int, matrix: Matrix, **more: Any) -> dict[str, An
             "forgetting": 0.5,
         },
         "accuracy_task_agnostic": {"average": 0.3, "first_task": 0.1, "per_task": last},
+        "front": None,
+        "gates": {},
         "accuracy_after_learning": {"average": mean(right_after), "per_task": right_after},
         "unsettled_tasks": [],
         "metrics": {},

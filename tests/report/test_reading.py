@@ -79,8 +79,8 @@ def test_a_stream_that_ended_early(make_run: Make) -> None:
         ({"checkpoints/last.ckpt": ""}, "not finished", "It has a checkpoint to go on from."),
         ({"failed.json": "{}", "log.txt": "x"}, "failed", "Its log.txt says why."),
         ({"results.json": "{"}, "unreadable", "to be the results.json of a finished run"),
-        ({"results.json": '{"schema_version": 1}'}, "unreadable", "to be 2, but got 1"),
-        ({"results.json": '{"schema_version": 2}'}, "unreadable", "Expected experiment of"),
+        ({"results.json": '{"schema_version": 1}'}, "unreadable", "to be 3, but got 1"),
+        ({"results.json": '{"schema_version": 3}'}, "unreadable", "Expected experiment of"),
     ],
 )
 def test_a_run_without_results_is_named(
@@ -307,6 +307,8 @@ KEPT = {
     },
     "accuracy_task_agnostic": None,
     "accuracy_after_learning": {"average": 0.85, "per_task": [0.9, 0.8]},
+    "front": None,
+    "gates": {},
     "bytes_per_task": {"measured": 552, "paper": 520},
     "bytes_held": {"training": 1104, "inference": 552},
     "classes": [1, 1],

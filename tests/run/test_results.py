@@ -75,7 +75,7 @@ def test_results_json(tmp_path: Path) -> None:
     assert path == tmp_path / "a" / "b" / "results.json"
     found = json.loads(path.read_bytes())
     assert found == {
-        "schema_version": 2,
+        "schema_version": 3,
         "experiment": "tiny",
         "method": "bd+ewc",
         "seed": 3,
@@ -99,6 +99,8 @@ def test_results_json(tmp_path: Path) -> None:
             "first_task": 0.1,
             "per_task": [0.1, 0.2, 0.6],
         },
+        "front": None,
+        "gates": {},
         "accuracy_after_learning": {
             "average": pytest.approx(0.8),
             "per_task": [0.9, 0.8, 0.7],
@@ -255,7 +257,7 @@ def test_results_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (lambda r: r.update(accuracy=None), "accuracy of .* an object, but got None"),
         (lambda r: r.update(accuracy_task_agnostic=3), "an object or null, but got 3"),
         (lambda r: r["provenance"]["versions"].update(torch=2), r"provenance\.versions\.torch of"),
-        (lambda r: r.update(schema_version=99), "schema_version of .* to be 2, but got 99"),
+        (lambda r: r.update(schema_version=99), "schema_version of .* to be 3, but got 99"),
         (lambda r: r.pop("schema_version"), "but got None"),
     ],
 )

@@ -1,0 +1,90 @@
+"""What gates gave, as results.json and gates.csv hold it. No torch here."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from bpn_lightning.run.schema import GateAccuracy, GateMoment, GateResults
+
+if TYPE_CHECKING:
+    from bpn_lightning.metrics.gate_scores import GateScores
+
+__all__ = ["GATE_ACCURACIES", "gate_results", "gates_csv"]
+
+#: The accuracies of a gate, and what each is for people.
+GATE_ACCURACIES = {
+    "task_accuracy": "task accuracy",
+    "end_to_end": "mode of the likeliest task",
+    "mixture": "gate and modes",
+    "own_class": "gate's own class",
+    "own_class_task_given": "own class, task ID given",
+}
+
+
+def gate_results(scores: Sequence["GateScores"]) -> dict[str, GateResults]:
+    """By gate, its accuracies after the last task learned, and their averages over the stream.
+
+    Args:
+        scores: of all moments and gates, in their order, as the module's ``gate_scores``.
+    """
+    names = dict.fromkeys(one["gate"] for one in scores)
+    return {name: _of_gate([one for one in scores if one["gate"] == name]) for name in names}
+
+
+def gates_csv(gates: Mapping[str, GateResults]) -> str:
+    """A row for each gate and moment, each number by its repr; an empty cell was not measured."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = list(GateMoment.__annotations__)
+    writer.writerow(["gate", *columns])
+    for name, gate in gates.items():
+        for moment in gate["over_stream"]:
+            values: Mapping[str, Any] = moment
+            cells = [values[key] for key in columns]
+            writer.writerow([name, *("" if cell is None else repr(cell) for cell in cells)])
+    return text.getvalue()
+
+
+def _of_gate(moments: Sequence["GateScores"]) -> GateResults:
+    last = moments[-1]
+    return {
+        "task_accuracy": _accuracy(last["task_accuracy"]),
+        "end_to_end": _accuracy(last["end_to_end"]),
+        "mixture": _accuracy(last["mixture"]),
+        "modes": last["modes"],
+        "own_class": None if last["own_class"] is None else _accuracy(last["own_class"]),
+        "own_class_task_given": None
+        if last["own_class_task_given"] is None
+        else _accuracy(last["own_class_task_given"]),
+        "calibration": last["calibration"],
+        "over_stream": [_moment(one) for one in moments],
+        "bytes_held": last["bytes_held"],
+        "bytes_per_task": last["bytes_per_task"],
+    }
+
+
+def _moment(one: "GateScores") -> GateMoment:
+    calibration = one["calibration"]
+    return {
+        "after": one["after"],
+        "epoch": one["epoch"],
+        "task_accuracy": _average(one["task_accuracy"]),
+        "end_to_end": _average(one["end_to_end"]),
+        "mixture": _average(one["mixture"]),
+        "own_class": _average(one["own_class"]),
+        "own_class_task_given": _average(one["own_class_task_given"]),
+        "calibration_error": None if calibration is None else calibration["error"],
+        "rejection": one["rejection"],
+    }
+
+
+def _accuracy(per_task: Sequence[float | None]) -> GateAccuracy:
+    return {"average": _average(per_task), "per_task": list(per_task)}
+
+
+def _average(per_task: Sequence[float | None] | None) -> float | None:
+    """The mean over tasks, as ACC is: each counts alike, whatever its number of samples."""
+    known = [value for value in per_task or () if value is not None]
+    return fmean(known) if known else None
