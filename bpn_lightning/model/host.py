@@ -96,9 +96,9 @@ class Host:
         """A raw batch as the network takes it: prepared by the stream, then through the front."""
         if self.network.front is not None and not (augment and batch.augmentation is not None):
             return self.for_gates(batch)
-        return self.extract(self.stream.prepare(batch, augment))
+        return self.apply_front(self.stream.prepare(batch, augment))
 
-    def extract(self, batch: Batch) -> Batch:
+    def apply_front(self, batch: Batch) -> Batch:
         """A batch that the stream has prepared, as the network takes it: through the front."""
         front = self.network.front
         if front is None:

@@ -281,7 +281,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms; see :class:`~bpn_lightning.model.step.Step`."""
-        return self.step.loss(self.host.extract(batch), batch_idx)
+        return self.step.loss(self.host.apply_front(batch), batch_idx)
 
     def on_after_backward(self) -> None:
         """Reduce what DDP does not."""
@@ -317,7 +317,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses and right answers, each sample in its own task's mode."""
-        self._scores.add(self.host, self.host.extract(batch))
+        self._scores.add(self.host, self.host.apply_front(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracy of the open task, and the mean accuracy over it and those before."""
@@ -347,7 +347,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         Raw inputs, alone or first in a tuple or list, are prepared and answered as by :meth:`predict`.
         """
         if isinstance(batch, Batch):
-            return cast(Tensor, self(self.host.extract(batch).inputs, task=batch.task))
+            return cast(Tensor, self(self.host.apply_front(batch).inputs, task=batch.task))
         return self.predict(raw_inputs(batch))
 
     # --- checkpoints -----------------------------------------------------------------------------

@@ -296,13 +296,13 @@ class Patches(Front):
 
     def extract(self, inputs: Tensor) -> Tensor:
         """A chunk of images at a time; all at once in an exported program, whose batch has any size."""
-        if torch.compiler.is_compiling():
-            return self._extract(inputs)
-        rows, columns = self._rows_and_columns(inputs.shape)
-        numbers = rows * columns * (self.num_patches + len(self.offset))
-        chunks = torch.split(inputs, chunk_of(numbers, inputs.device))
+        chunks: Sequence[Tensor] = [inputs]
+        if not torch.compiler.is_compiling():
+            rows, columns = self._rows_and_columns(inputs.shape)
+            numbers = rows * columns * (self.num_patches + len(self.offset))
+            chunks = torch.split(inputs, chunk_of(numbers, inputs.device))
         features = torch.cat([self._activations(chunk) for chunk in chunks])
-        return features.sqrt_() if self.square_root else features
+        return features.sqrt() if self.square_root else features
 
     def _activations(self, images: Tensor) -> Tensor:
         maps = whitened_maps(images, self.filters, self.offset, self.floor, self.stride)
