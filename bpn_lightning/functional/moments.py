@@ -136,7 +136,7 @@ def draw_held_out(samples: Tensor, fraction: float, seed: int = 0) -> Tensor:
         ``(n,)`` bool.
 
     >>> draw_held_out(torch.arange(10), 0.2).nonzero().flatten().tolist()
-    [4, 7]
+    [4, 9]
     """
     scrambled = (samples + 1 + seed) % _WORD * _MULTIPLIER % _WORD
     return scrambled < fraction * _WORD
