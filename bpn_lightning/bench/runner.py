@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
@@ -179,6 +179,10 @@ class Runner:
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = [pool.submit(self._run, cell, len(todo), started) for cell in todo]
             try:
+                # With a timeout: Ctrl-C just before a wait without end would not be noticed.
+                while (far := wait(futures, 0.5, FIRST_EXCEPTION)).not_done:
+                    for future in far.done:
+                        future.result()
                 found = [future.result() for future in futures]
             except BaseException:
                 self._stopped.set()

@@ -39,6 +39,8 @@ def test_files_come_first_then_the_method_then_the_flags_wherever_they_stand() -
     assert command.flags == [
         "--experiment=digits_inc",
         "--method=ewc",
+        "--gate=null",
+        "--front=null",
         *("--seed_everything", "1", "--trainer.devices=1"),
     ]
     assert list(command.strategies) == ["ewc"]
