@@ -24,9 +24,8 @@ from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.gates.base import TaskGate, check_choice, check_positive
 from bpn_lightning.tasks import Batch, ContinualStream, Task
 
-__all__ = ["FLOAT32", "FeatureGate", "Features", "Per"]
+__all__ = ["FLOAT32", "FeatureGate", "Per"]
 
-Features = Literal["front"]
 Per = Literal["class", "task"]
 
 FLOAT32, FLOAT64 = 4, 8
@@ -49,6 +48,9 @@ class _Part(NamedTuple):
 class FeatureGate(TaskGate):
     """A gate that is fitted on features, one row for each class of each task, or for each task.
 
+    Features are what the network's front gives; without a front, the inputs themselves, flattened and
+    all under the first task's normalization.
+
     A task is fitted at its end: :meth:`add` sums its samples, :meth:`reduce` the processes,
     :meth:`calibrate` looks at the samples that were held out, and :meth:`finish` writes the task's
     rows from the sums of all its samples. Nothing depends on the order of samples, batches and
@@ -59,8 +61,6 @@ class FeatureGate(TaskGate):
     tasks of all held-out samples so far were likeliest, each when its own task had just been learned.
 
     Args:
-        features: what it looks at: ``front``, which is what the network's front gives, or the prepared
-            inputs, all under the first task's normalization, where there is none.
         project: dimensions of a random projection of the features, drawn from the stream's seed and
             the gate's name and never stored; None for none.
         per: whether a row stands for a ``class`` or for a whole ``task``.
@@ -83,14 +83,12 @@ class FeatureGate(TaskGate):
     def __init__(
         self,
         *,
-        features: Features = "front",
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
         modes: int = 2,
         name: str | None = None,
     ) -> None:
-        check_choice("features", features, ("front",))
         check_choice("per", per, ("class", "task"))
         if project is not None:
             check_positive("project", project, "Leave it out for no projection.")
@@ -99,7 +97,6 @@ class FeatureGate(TaskGate):
                 f"Expected held_out to be a fraction from 0 to below 1, but got {held_out!r}. "
                 "0 holds out nothing."
             )
-        self.features: Features = features
         self.project = project
         self.per: Per = per
         self.held_out = float(held_out)

@@ -17,7 +17,7 @@ from bpn_lightning.functional.gaussians import (
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
 from bpn_lightning.strategies.gates.base import check_number
-from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Features, Per
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
 
 __all__ = ["FeCAM"]
 
@@ -44,7 +44,7 @@ class FeCAM(FeatureGate):
         tukey: lambda, above 0; 1 leaves the features as they are.
         normalize: whether covariances become correlations; without it the scores are the Gaussians'
             log-likelihoods.
-        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
+        project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``means`` (rows, d), ``whitening`` (rows, d, d) and ``log_determinant`` (rows,), float32:
@@ -64,7 +64,6 @@ class FeCAM(FeatureGate):
         *,
         tukey: float = 1.0,
         normalize: bool = True,
-        features: Features = "front",
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
@@ -80,9 +79,7 @@ class FeCAM(FeatureGate):
         self.shrinkage = shrinkage
         self.tukey = float(tukey)
         self.normalize = normalize
-        super().__init__(
-            features=features, project=project, per=per, held_out=held_out, modes=modes, name=name
-        )
+        super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
 
     def _projected(self, features: Tensor) -> Tensor:
         """Through the projection, after Tukey's transform."""

@@ -20,7 +20,7 @@ class NearestClassMean(FeatureGate):
     identity for their metric, and eq. 5 for the scores' form.
 
     Args:
-        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
+        project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``means`` (rows, d) float32: 4 d bytes for each row, nothing shared.

@@ -13,7 +13,7 @@ from bpn_lightning.functional.gaussians import (
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
 from bpn_lightning.strategies.gates.base import check_positive
-from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Features, Per
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
 
 __all__ = ["ProbabilisticPCA"]
 
@@ -28,7 +28,7 @@ class ProbabilisticPCA(FeatureGate):
 
     Args:
         rank: q, directions of each row; below the dimensions and below each row's samples less 1.
-        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
+        project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``means`` (rows, d), ``directions`` (rows, q, d), ``variances`` (rows, q) and ``noise`` (rows,),
@@ -46,7 +46,6 @@ class ProbabilisticPCA(FeatureGate):
         self,
         rank: int = 16,
         *,
-        features: Features = "front",
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
@@ -55,9 +54,7 @@ class ProbabilisticPCA(FeatureGate):
     ) -> None:
         check_positive("rank", rank)
         self.rank = rank
-        super().__init__(
-            features=features, project=project, per=per, held_out=held_out, modes=modes, name=name
-        )
+        super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
 
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
         """The principal directions of each new row."""

@@ -11,7 +11,7 @@ from bpn_lightning.functional.moments import Moments, SecondMoments
 from bpn_lightning.functional.ridge import held_out_errors, ridge_weights
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.gates.base import check_optional, check_positive
-from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Features, Per
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
 
 __all__ = ["RIDGES", "RanPAC"]
 
@@ -37,7 +37,7 @@ class RanPAC(FeatureGate):
         width: M, how many random features.
         ridge: lambda, at least 0; None is the one at which the squared error of held-out samples is
             smallest, chosen again at each task.
-        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
+        project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``weights`` (rows, M) float32: 4 M bytes for each row, solved again at each task; R is drawn
@@ -54,7 +54,6 @@ class RanPAC(FeatureGate):
         width: int = 1000,
         ridge: float | None = None,
         *,
-        features: Features = "front",
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
@@ -65,9 +64,7 @@ class RanPAC(FeatureGate):
         check_optional("ridge", ridge, inf)
         self.random_width = width
         self.ridge = ridge
-        super().__init__(
-            features=features, project=project, per=per, held_out=held_out, modes=modes, name=name
-        )
+        super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
 
     @property
     def arguments(self) -> dict[str, Any]:

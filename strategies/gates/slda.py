@@ -14,7 +14,7 @@ from bpn_lightning.functional.gaussians import (
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
 from bpn_lightning.strategies.gates.base import check_optional
-from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Features, Per
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
 
 __all__ = ["SHRINKAGES", "SLDA"]
 
@@ -38,7 +38,7 @@ class SLDA(FeatureGate):
     Args:
         shrinkage: alpha, 0 to 1; None is the one of 25 between 1e-6 and 1 at which held-out samples of
             all tasks so far are likeliest, chosen again at each task.
-        features, project, per, held_out, modes, name: see :class:`FeatureGate`.
+        project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
         ``means`` (rows, d), ``whitening`` (d, d) and ``log_determinant`` (1,), float32: 4 d bytes for
@@ -54,7 +54,6 @@ class SLDA(FeatureGate):
         self,
         shrinkage: float | None = None,
         *,
-        features: Features = "front",
         project: int | None = None,
         per: Per = "class",
         held_out: float = 0.1,
@@ -63,9 +62,7 @@ class SLDA(FeatureGate):
     ) -> None:
         check_optional("shrinkage", shrinkage, 1)
         self.shrinkage = shrinkage
-        super().__init__(
-            features=features, project=project, per=per, held_out=held_out, modes=modes, name=name
-        )
+        super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
 
     @property
     def open_argument(self) -> str | None:

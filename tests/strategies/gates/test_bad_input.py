@@ -35,10 +35,6 @@ def noise(count: int = 40, width: int = 20) -> tuple[Tensor, Tensor]:
     ("make", "message"),
     [
         (
-            lambda: SLDA(features="pixels"),
-            "Expected features to be one of front, but got 'pixels'.",
-        ),  # type: ignore[arg-type]
-        (
             lambda: SLDA(per="clas"),
             "Expected per to be one of class, task, but got 'clas'. Did you",
         ),  # type: ignore[arg-type]
