@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, device
 
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.division import (
     Division,
@@ -473,11 +474,3 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         targets = torch.zeros(len(raw), dtype=torch.long)
         prepared = self.prepare(Batch(raw, targets, first + task, len(raw))).inputs
         return one.steps is not None and torch.equal(prepared, one.apply(raw, task))
-
-
-def check_positive_int(name: str, value: int) -> None:
-    """Refuse a value that is not a whole number of at least 1."""
-    if not isinstance(value, int) or value < 1:
-        raise ConfigurationError(
-            f"Expected {name} to be a whole number of at least 1, but got {value!r}."
-        )

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from bpn_lightning.datamodules.base import ContinualDataModule, check_positive_int
+from bpn_lightning.checks import check_positive_int
+from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.division import SamplesOfTasks
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.splitting import blur_boundaries, choose_classes

@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from bpn_lightning.datamodules.base import ContinualDataModule, check_positive_int
+from bpn_lightning.checks import check_positive_int
+from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.normalization import IDENTITY
 from bpn_lightning.datamodules.readers import ImageData

@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.datamodules.augmentation import CropAndFlip
-from bpn_lightning.datamodules.base import ContinualDataModule, check_positive_int
+from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.image_cache import cached_images
 from bpn_lightning.datamodules.image_sets import Entry, ImageSet
 from bpn_lightning.datamodules.loading import Samples

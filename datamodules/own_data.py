@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.datamodules.arrays import ARRAYS, from_arrays
-from bpn_lightning.datamodules.base import check_positive_int
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.normalization import IDENTITY, ChannelStats
 from bpn_lightning.datamodules.readers import ImageData, read_class_folders, read_npz

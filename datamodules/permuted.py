@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpn_lightning.datamodules.base import ContinualDataModule, check_positive_int
+from bpn_lightning.checks import check_positive_int
+from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.torchvision_sets import SplitMNIST

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.projection import (
@@ -89,11 +90,11 @@ class GradientEpisodicMemory(ContinualStrategy):
         ridge: float = RIDGE,
         replay_batch_size: int | None = None,
     ) -> None:
-        _check_positive_int(
+        check_positive_int(
             "memory_size", memory_size, "Without a memory it is fine-tuning: leave GEM out."
         )
         if replay_batch_size is not None:
-            _check_positive_int("replay_batch_size", replay_batch_size, "null uses all at once.")
+            check_positive_int("replay_batch_size", replay_batch_size, "null uses all at once.")
         for argument, choice, known in (
             ("memory_per", memory_per, ("task", "class")),
             ("margin_mode", margin_mode, MARGIN_MODES),
@@ -360,7 +361,7 @@ class AveragedGEM(GradientEpisodicMemory):
             replay_batch_size=replay_batch_size,
         )
         if sample_size is not None:
-            _check_positive_int("sample_size", sample_size, "null uses the whole memory.")
+            check_positive_int("sample_size", sample_size, "null uses the whole memory.")
         self.sample_size = sample_size
         self.ridge = 0.0  # a single gradient needs no regularization
 
@@ -396,13 +397,6 @@ def _added(total: Tensor | None, found: Tensor, groups: Tensor, number: int) -> 
     if total is None:
         total = found.new_zeros(number, found.shape[1])
     return total.index_add_(0, groups.to(total.device), found)
-
-
-def _check_positive_int(argument: str, value: int, remedy: str) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigurationError(
-            f"Expected {argument} to be a whole number of at least 1, but got {value!r}. {remedy}"
-        )
 
 
 def _non_sgd_rule(optimizer: Optimizer) -> str:

@@ -17,7 +17,7 @@ ROOMS = ("strategies", "datamodules", "configs")
 LAYERS = [
     {"terminal", "trainer.lightning"},
     {"errors", "random_state"},
-    {"files", "preparation", "tasks", "untrusted"},
+    {"checks", "files", "preparation", "tasks", "untrusted"},
     {"costs", "losses", "metrics"},
     {"nn"},
     {"host"},

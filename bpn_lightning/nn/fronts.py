@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
+from bpn_lightning.checks import check_above_zero, check_choice, check_positive_int
+from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.nn.backbones import read_state_dict
 from bpn_lightning.random_state import seeded_generator
 
-__all__ = ["Front", "FrozenNetwork", "Images", "RandomFeatures", "check_whole_numbers"]
+__all__ = ["Front", "FrozenNetwork", "Images", "RandomFeatures"]
 
 #: Begins to yield batches of images, ``(n, *input_shape)`` floats, anew at each call.
 Images = Callable[[], Iterable[Tensor]]
+
+#: The remedy for an argument that is out of range.
+DEFAULT = "Leave it out for the default."
 
 
 class Front(nn.Module):
@@ -206,20 +210,6 @@ def _alone(sums: Tensor) -> Tensor:
     return sums
 
 
-def check_whole_numbers(**values: object) -> None:
-    """Refuse what is no whole number of at least 1.
-
-    Raises:
-        ConfigurationError: names the argument.
-    """
-    for argument, value in values.items():
-        if type(value) is not int or value < 1:
-            raise ConfigurationError(
-                f"Expected {argument} of a front to be a whole number of at least 1, but got {value!r}. "
-                "Leave it out for the default."
-            )
-
-
 class RandomFeatures(Front):
     r"""Random features: half of them 0, or those of a Gaussian kernel.
 
@@ -255,17 +245,9 @@ class RandomFeatures(Front):
         length: float = 1.0,
         seed: int = 0,
     ) -> None:
-        check_whole_numbers(features=features)
-        if kind not in ("cosine", "relu"):
-            raise ConfigurationError(
-                f"Expected kind of a front to be one of cosine, relu, but got {kind!r}."
-                f"{did_you_mean(str(kind), ('cosine', 'relu'))}"
-            )
-        if not (isinstance(length, int | float) and 0 < length < float("inf")):
-            raise ConfigurationError(
-                f"Expected length of a front to be a number above 0, but got {length!r}. 1 is the size of "
-                "the inputs' deviation."
-            )
+        check_positive_int("features of a front", features, DEFAULT)
+        check_choice("kind of a front", kind, ("cosine", "relu"))
+        check_above_zero("length of a front", length, "1 is the size of the inputs' deviation.")
         super().__init__(features=features, kind=kind, length=length, seed=seed)
         self.features, self.kind, self.length, self.seed = features, kind, length, seed
 
@@ -338,7 +320,7 @@ class FrozenNetwork(Front):
         std: Sequence[float] | None = None,
     ) -> None:
         if size is not None:
-            check_whole_numbers(size=size)
+            check_positive_int("size of a front", size, "Null leaves the images as they are.")
         if std is not None and not all(value > 0 for value in std):
             raise ConfigurationError(
                 f"Expected std of a front to be above 0 for each channel, but got {list(std)}. Leave it "

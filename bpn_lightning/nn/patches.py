@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bpn_lightning.checks import check_above_zero, check_positive_int
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.nn.fronts import Front, Images, check_whole_numbers
+from bpn_lightning.nn.fronts import DEFAULT, Front, Images
 from bpn_lightning.random_state import seeded_generator
 
 __all__ = ["Patches", "kmeans", "triangle", "whitened_maps", "zca"]
@@ -195,13 +196,10 @@ class Patches(Front):
             "samples": samples,
             "iterations": iterations,
         }
-        check_whole_numbers(**numbers)
-        for argument, value in (("contrast", contrast), ("regularization", regularization)):
-            if not (isinstance(value, int | float) and 0 < value < float("inf")):
-                raise ConfigurationError(
-                    f"Expected {argument} of a front to be a number above 0, but got {value!r}. Leave it "
-                    "out for the default."
-                )
+        for argument, number in numbers.items():
+            check_positive_int(f"{argument} of a front", number, DEFAULT)
+        check_above_zero("contrast of a front", contrast, DEFAULT)
+        check_above_zero("regularization of a front", regularization, DEFAULT)
         super().__init__(
             **numbers,
             mirror=mirror,

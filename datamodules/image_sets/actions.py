@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from bpn_lightning.checks import check_choice
 from bpn_lightning.datamodules.image_sets.listing import (
     Counts,
     Entry,
     ImageSet,
     Listing,
-    check_choice,
 )
 from bpn_lightning.datamodules.limits import check_paths_inside
 from bpn_lightning.errors import ConfigurationError

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from bpn_lightning.checks import check_choice
 from bpn_lightning.datamodules.image_sets.listing import (
     Counts,
     Entry,
     ImageSet,
     Listing,
-    check_choice,
 )
 
 __all__ = ["FGVCAircraft"]

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from bpn_lightning.checks import check_choice
 from bpn_lightning.datamodules.image_sets.listing import (
     Counts,
     Entry,
     ImageSet,
     Listing,
-    check_choice,
 )
 
 __all__ = ["Flowers102"]

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from bpn_lightning.checks import check_choice
 from bpn_lightning.datamodules.image_sets.listing import (
     Counts,
     Entry,
     ImageSet,
     Listing,
-    check_choice,
 )
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.untrusted import read_text

@@ -18,10 +18,10 @@ from bpn_lightning.datamodules.limits import (
     open_image,
     refuse_bomb,
 )
-from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
+from bpn_lightning.errors import DataError
 from bpn_lightning.untrusted import open_untrusted, read_text
 
-__all__ = ["Counts", "Entry", "ImageSet", "Listing", "check_choice"]
+__all__ = ["Counts", "Entry", "ImageSet", "Listing"]
 
 
 class Counts(NamedTuple):
@@ -276,17 +276,3 @@ class ImageSet(ABC):
             count = sum(int(np.prod(shape, dtype=object)) for _, shape, _ in whosmat(file))
             packed, inflated = matlab_sizes(file)
         refuse_bomb(path, packed, max(8 * count, inflated))
-
-
-def check_choice(argument: str, value: object, known: tuple[object, ...]) -> None:
-    """Refuse an unknown value of an option.
-
-    Raises:
-        ConfigurationError: names the option and its choices.
-    """
-    if value not in known:
-        choices = [str(choice) for choice in known]
-        raise ConfigurationError(
-            f"Expected {argument} to be one of {', '.join(choices)}, but got {value!r}."
-            f"{did_you_mean(str(value), choices)}"
-        )

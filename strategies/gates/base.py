@@ -3,23 +3,16 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from inspect import signature
-from math import isfinite
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.checks import check_positive_int
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.table import GATES
 
-__all__ = [
-    "TaskGate",
-    "check_choice",
-    "check_gate_names",
-    "check_number",
-    "check_optional",
-    "check_positive",
-]
+__all__ = ["TaskGate", "check_gate_names"]
 
 
 class TaskGate(ContinualStrategy):
@@ -38,7 +31,7 @@ class TaskGate(ContinualStrategy):
     looks_at: ClassVar[Literal["features", "logits"]] = "features"
 
     def __init__(self, modes: int = 2, name: str | None = None) -> None:
-        check_positive("modes", modes, "1 answers in the likeliest task's mode alone.")
+        check_positive_int("modes", modes, "1 answers in the likeliest task's mode alone.")
         self.modes = modes
         self.name = self._registered_name() if name is None else name
         self.reset()
@@ -95,55 +88,6 @@ class TaskGate(ContinualStrategy):
             None where it knows tasks only.
         """
         return None
-
-
-def check_choice(argument: str, value: object, known: Sequence[str]) -> None:
-    """Refuse what is none of some words.
-
-    Raises:
-        ConfigurationError: names the argument and what is known.
-    """
-    if value not in known:
-        raise ConfigurationError(
-            f"Expected {argument} to be one of {', '.join(known)}, but got {value!r}."
-            f"{did_you_mean(str(value), known)}"
-        )
-
-
-def check_positive(argument: str, value: object, remedy: str = "Raise it.") -> None:
-    """Refuse what is no whole number of at least 1.
-
-    Raises:
-        ConfigurationError: names the argument.
-    """
-    if type(value) is not int or value < 1:
-        raise ConfigurationError(
-            f"Expected {argument} to be a whole number of at least 1, but got {value!r}. {remedy}"
-        )
-
-
-def check_number(argument: str, value: object, most: float, remedy: str = "") -> None:
-    """Refuse what is no number from 0 to a limit.
-
-    Raises:
-        ConfigurationError: names the argument.
-    """
-    if not (isinstance(value, int | float) and isfinite(value) and 0 <= value <= most):
-        limit = f"from 0 to {most:g}" if isfinite(most) else "of at least 0"
-        raise ConfigurationError(
-            f"Expected {argument} to be a number {limit}, but got {value!r}. "
-            f"{remedy or 'Leave it out for the default.'}"
-        )
-
-
-def check_optional(argument: str, value: float | None, most: float) -> None:
-    """Refuse what is no number from 0 to a limit; None is left to be chosen.
-
-    Raises:
-        ConfigurationError: names the argument.
-    """
-    if value is not None:
-        check_number(argument, value, most, "Null chooses it on held-out samples.")
 
 
 def check_gate_names(gates: Sequence[TaskGate]) -> None:

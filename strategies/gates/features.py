@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bpn_lightning.checks import check_choice, check_positive_int
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensors_in
 from bpn_lightning.errors import CheckpointError, ConfigurationError, DataError
 from bpn_lightning.functional.moments import Moments, SecondMoments, draw_held_out
@@ -21,7 +22,7 @@ from bpn_lightning.functional.task_scores import (
 )
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.gates.base import TaskGate, check_choice, check_positive
+from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, ContinualStream, Task
 
 __all__ = ["FLOAT32", "FeatureGate", "Per"]
@@ -91,7 +92,7 @@ class FeatureGate(TaskGate):
     ) -> None:
         check_choice("per", per, ("class", "task"))
         if project is not None:
-            check_positive("project", project, "Leave it out for no projection.")
+            check_positive_int("project", project, "Leave it out for no projection.")
         if not (isinstance(held_out, int | float) and 0 <= held_out < 1):
             raise ConfigurationError(
                 f"Expected held_out to be a fraction from 0 to below 1, but got {held_out!r}. "

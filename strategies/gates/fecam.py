@@ -1,13 +1,13 @@
 """A Gaussian of each class's own, whose covariance is shrunk and normalized."""
 
 from collections.abc import Mapping
-from math import inf
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.checks import check_above_zero, check_number
+from bpn_lightning.errors import DataError
 from bpn_lightning.functional.gaussians import (
     LOG_2PI,
     Whitening,
@@ -16,7 +16,6 @@ from bpn_lightning.functional.gaussians import (
     whitening,
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
-from bpn_lightning.strategies.gates.base import check_number
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
 
 __all__ = ["FeCAM"]
@@ -70,12 +69,12 @@ class FeCAM(FeatureGate):
         modes: int = 2,
         name: str | None = None,
     ) -> None:
-        check_number("shrinkage", shrinkage, inf)
-        if not (isinstance(tukey, int | float) and 0 < tukey < inf):
-            raise ConfigurationError(
-                f"Expected tukey to be a power above 0, but got {tukey!r}. 1 leaves features as they "
-                "are; the paper uses 0.5 on features that are not negative."
-            )
+        check_number("shrinkage", shrinkage, "Leave it out for the paper's 1.")
+        check_above_zero(
+            "tukey",
+            tukey,
+            "1 leaves features as they are; 0.5 is for features that are not negative.",
+        )
         self.shrinkage = shrinkage
         self.tukey = float(tukey)
         self.normalize = normalize

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.gaussians import (
     PrincipalSubspaces,
@@ -12,7 +13,6 @@ from bpn_lightning.functional.gaussians import (
     subspace_log_likelihoods,
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
-from bpn_lightning.strategies.gates.base import check_positive
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
 
 __all__ = ["ProbabilisticPCA"]
@@ -52,7 +52,7 @@ class ProbabilisticPCA(FeatureGate):
         modes: int = 2,
         name: str | None = None,
     ) -> None:
-        check_positive("rank", rank)
+        check_positive_int("rank", rank)
         self.rank = rank
         super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
 

@@ -1,16 +1,15 @@
 """Ridge regression on random features."""
 
 from collections.abc import Mapping
-from math import inf
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from bpn_lightning.checks import check_number, check_positive_int
 from bpn_lightning.functional.moments import Moments, SecondMoments
 from bpn_lightning.functional.ridge import held_out_errors, ridge_weights
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.gates.base import check_optional, check_positive
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
 
 __all__ = ["RIDGES", "RanPAC"]
@@ -60,8 +59,9 @@ class RanPAC(FeatureGate):
         modes: int = 2,
         name: str | None = None,
     ) -> None:
-        check_positive("width", width)
-        check_optional("ridge", ridge, inf)
+        check_positive_int("width", width)
+        if ridge is not None:
+            check_number("ridge", ridge, "Null chooses it on held-out samples.")
         self.random_width = width
         self.ridge = ridge
         super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)

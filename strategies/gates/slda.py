@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from bpn_lightning.checks import check_number
 from bpn_lightning.functional.gaussians import (
     LOG_2PI,
     shrink,
@@ -13,7 +14,6 @@ from bpn_lightning.functional.gaussians import (
     whitening,
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
-from bpn_lightning.strategies.gates.base import check_optional
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
 
 __all__ = ["SHRINKAGES", "SLDA"]
@@ -60,7 +60,8 @@ class SLDA(FeatureGate):
         modes: int = 2,
         name: str | None = None,
     ) -> None:
-        check_optional("shrinkage", shrinkage, 1)
+        if shrinkage is not None:
+            check_number("shrinkage", shrinkage, "Null chooses it on held-out samples.", at_most=1)
         self.shrinkage = shrinkage
         super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
 

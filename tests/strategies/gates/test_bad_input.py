@@ -49,7 +49,7 @@ def noise(count: int = 40, width: int = 20) -> tuple[Tensor, Tensor]:
         (lambda: SLDA(1.5), "Expected shrinkage to be a number from 0 to 1, but got 1.5. Null"),
         (lambda: SLDA(float("nan")), "Expected shrinkage to be a number from 0 to 1, but got nan"),
         (lambda: FeCAM(-1), "Expected shrinkage to be a number of at least 0, but got -1."),
-        (lambda: FeCAM(tukey=0), "Expected tukey to be a power above 0, but got 0. 1 leaves"),
+        (lambda: FeCAM(tukey=0), "Expected tukey to be a number above 0, but got 0. 1 leaves"),
         (
             lambda: ProbabilisticPCA(0),
             "Expected rank to be a whole number of at least 1, but got 0.",
