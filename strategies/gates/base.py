@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,9 @@ from bpn_lightning.strategies.table import GATES
 __all__ = ["TaskGate", "check_gate_names"]
 
 
+# A dataclass, because its constructor includes the arguments of all base classes: a gate declares only
+# its own, and jsonargparse still finds every flag.
+@dataclass(eq=False, repr=False, kw_only=True)
 class TaskGate(ContinualStrategy):
     """Names the task of an input: an ordinary strategy, of which a run may have several.
 
@@ -30,10 +34,13 @@ class TaskGate(ContinualStrategy):
     #: What it looks at: features of an input, or the logits of every learned task's mode.
     looks_at: ClassVar[Literal["features", "logits"]] = "features"
 
-    def __init__(self, modes: int = 2, name: str | None = None) -> None:
-        check_positive_int("modes", modes, "1 answers in the likeliest task's mode alone.")
-        self.modes = modes
-        self.name = self._registered_name() if name is None else name
+    modes: int = 2
+    name: str = None  # type: ignore[assignment]  # None until the class is known
+
+    def __post_init__(self) -> None:
+        check_positive_int("modes", self.modes, "1 answers in the likeliest task's mode alone.")
+        if self.name is None:
+            self.name = self._registered_name()
         self.reset()
 
     def _registered_name(self) -> str:

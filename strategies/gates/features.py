@@ -6,6 +6,7 @@ again from sums that are exact.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class _Part(NamedTuple):
         return _Part(self.task, self.fit.reduced(all_reduce), self.held.reduced(all_reduce))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class FeatureGate(TaskGate):
     """A gate that is fitted on features, one row for each class of each task, or for each task.
 
@@ -81,27 +83,20 @@ class FeatureGate(TaskGate):
     #: Samples of a group below which it has no row.
     least: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        *,
-        project: int | None = None,
-        per: Per = "class",
-        held_out: float = 0.1,
-        modes: int = 2,
-        name: str | None = None,
-    ) -> None:
-        check_choice("per", per, ("class", "task"))
-        if project is not None:
-            check_positive_int("project", project, "Leave it out for no projection.")
-        if not (isinstance(held_out, int | float) and 0 <= held_out < 1):
+    project: int | None = None
+    per: Per = "class"
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice("per", self.per, ("class", "task"))
+        if self.project is not None:
+            check_positive_int("project", self.project, "Leave it out for no projection.")
+        if not (isinstance(self.held_out, int | float) and 0 <= self.held_out < 1):
             raise ConfigurationError(
-                f"Expected held_out to be a fraction from 0 to below 1, but got {held_out!r}. "
+                f"Expected held_out to be a fraction from 0 to below 1, but got {self.held_out!r}. "
                 "0 holds out nothing."
             )
-        self.project = project
-        self.per: Per = per
-        self.held_out = float(held_out)
-        super().__init__(modes, name)
+        super().__post_init__()
 
     def reset(self) -> None:
         """Forget every task."""
@@ -114,7 +109,7 @@ class FeatureGate(TaskGate):
         self.retained: tuple[Moments, Moments] | None = None
         self.likelihoods = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
         self._part: _Part | None = None
-        self._projection: Tensor | None = None
+        self._random: dict[str, Tensor] = {}
 
     # --- what a method says ----------------------------------------------------------------------
 
@@ -397,16 +392,21 @@ class FeatureGate(TaskGate):
         features = features.float()
         if self.project is None:
             return features
-        if self._projection is None or self._projection.device != features.device:
-            generator = seeded_generator("projection", self.seed, self.name)
-            drawn = torch.randn(self.inputs, self.project, generator=generator)
-            self._projection = (drawn / self.project**0.5).to(features.device)
-        return features @ self._projection
+        return self._times_random("projection", features, self.project, self.project)
+
+    def _times_random(self, what: str, features: Tensor, columns: int, divisor: int) -> Tensor:
+        """Features by normal numbers of variance 1 / divisor: of the seed and the name, never stored."""
+        matrix = self._random.get(what)
+        if matrix is None or matrix.device != features.device:
+            generator = seeded_generator(what, self.seed, self.name)
+            drawn = torch.randn(features.shape[1], columns, generator=generator)
+            self._random[what] = matrix = (drawn / divisor**0.5).to(features.device)
+        return features @ matrix
 
     # --- state and costs -------------------------------------------------------------------------
 
     @property
-    def width(self) -> int:
+    def dimensions(self) -> int:
         """Dimensions of what is summed; 0 before the first batch."""
         return self.project if self.project is not None and self.inputs else self.inputs
 
@@ -443,11 +443,11 @@ class FeatureGate(TaskGate):
         retained = [Moments(*moments) for moments in state_dict["retained"]]
         self.retained = (retained[0], retained[1]) if retained else None
         self.likelihoods = state_dict["likelihoods"]
-        self._projection = None
+        self._random = {}
         if self._inference_bytes() != sum(v.numel() * FLOAT32 for v in self.rows.values()):
             raise CheckpointError(
                 f"Expected the state of gate {self.name} to hold {len(self.row_tasks)} rows of width "
-                f"{self.width}, but got {[tuple(v.shape) for v in self.rows.values()]}. Load it into "
+                f"{self.dimensions}, but got {[tuple(v.shape) for v in self.rows.values()]}. Load it into "
                 "a gate with the arguments that wrote it."
             )
 
@@ -469,24 +469,24 @@ class FeatureGate(TaskGate):
         inference = self._inference_bytes()
         sums = 0
         if self.retained is not None:
-            matrices = self.width**2 if self.second_moments == "shared" else 0
-            sums = 2 * FLOAT64 * (len(self.row_tasks) * (self.width + 1) + matrices)
+            matrices = self.dimensions**2 if self.second_moments == "shared" else 0
+            sums = 2 * FLOAT64 * (len(self.row_tasks) * (self.dimensions + 1) + matrices)
         training = inference + sums + FLOAT64 * len(TEMPERATURES)
         return DeclaredBytes(training, inference, self._bytes_of_first_task())
 
     def _inference_bytes(self) -> int:
         if not self.row_tasks:
             return 0
-        rows = len(self.row_tasks) * self.row_bytes(self.width)
-        return rows + self.shared_bytes(self.width)
+        rows = len(self.row_tasks) * self.row_bytes(self.dimensions)
+        return rows + self.shared_bytes(self.dimensions)
 
     def _bytes_of_first_task(self) -> int:
-        return self.row_tasks.count(0) * self.row_bytes(self.width)
+        return self.row_tasks.count(0) * self.row_bytes(self.dimensions)
 
     def singular(self, argument: str, value: float | None, remedy: str) -> ConfigurationError:
         """The error where a covariance cannot be inverted."""
         return ConfigurationError(
-            f"Expected {argument} of gate {self.name} to make the covariance of {self.width} features "
+            f"Expected {argument} of gate {self.name} to make the covariance of {self.dimensions} features "
             f"invertible, but got {value}. {remedy}"
         )
 
@@ -501,6 +501,6 @@ class FeatureGate(TaskGate):
         spread = scatter.diagonal(dim1=1, dim2=2).sum(1)
         if bool((spread <= scale * ROUNDING).any()):
             raise DataError(
-                f"Expected the features of gate {self.name} to vary within a class, but got {self.width} "
+                f"Expected the features of gate {self.name} to vary within a class, but got {self.dimensions} "
                 "constant ones. Use other features, or a front that was fitted on these inputs."
             )

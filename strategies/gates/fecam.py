@@ -1,6 +1,7 @@
 """A Gaussian of each class's own, whose covariance is shrunk and normalized."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,11 +17,12 @@ from bpn_lightning.functional.gaussians import (
     whitening,
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
-from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["FeCAM"]
 
 
+@dataclass(eq=False, repr=False)
 class FeCAM(FeatureGate):
     r"""Mahalanobis distances to class means, each by the class's own normalized covariance.
 
@@ -57,28 +59,18 @@ class FeCAM(FeatureGate):
     second_moments: ClassVar[SecondMoments] = "group"
     least: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        shrinkage: float = 1.0,
-        *,
-        tukey: float = 1.0,
-        normalize: bool = True,
-        project: int | None = None,
-        per: Per = "class",
-        held_out: float = 0.1,
-        modes: int = 2,
-        name: str | None = None,
-    ) -> None:
-        check_number("shrinkage", shrinkage, "Leave it out for the paper's 1.")
+    shrinkage: float = 1.0
+    tukey: float = field(default=1.0, kw_only=True)
+    normalize: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_number("shrinkage", self.shrinkage, "Leave it out for the paper's 1.")
         check_above_zero(
             "tukey",
-            tukey,
+            self.tukey,
             "1 leaves features as they are; 0.5 is for features that are not negative.",
         )
-        self.shrinkage = shrinkage
-        self.tukey = float(tukey)
-        self.normalize = normalize
-        super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
+        super().__post_init__()
 
     def _projected(self, features: Tensor) -> Tensor:
         """Through the projection, after Tukey's transform."""

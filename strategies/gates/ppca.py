@@ -1,6 +1,7 @@
 """Probabilistic principal components of each class or task."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,11 +14,12 @@ from bpn_lightning.functional.gaussians import (
     subspace_log_likelihoods,
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
-from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["ProbabilisticPCA"]
 
 
+@dataclass(eq=False, repr=False)
 class ProbabilisticPCA(FeatureGate):
     r"""The log-likelihood of a few principal directions of each class or task, and noise.
 
@@ -42,36 +44,28 @@ class ProbabilisticPCA(FeatureGate):
     second_moments: ClassVar[SecondMoments] = "group"
     least: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        rank: int = 16,
-        *,
-        project: int | None = None,
-        per: Per = "class",
-        held_out: float = 0.1,
-        modes: int = 2,
-        name: str | None = None,
-    ) -> None:
-        check_positive_int("rank", rank)
-        self.rank = rank
-        super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        super().__post_init__()
 
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
         """The principal directions of each new row."""
         self.check_spread(moments)
-        limit = min(self.width, int(moments.counts.min()) - 1) - 1
+        limit = min(self.dimensions, int(moments.counts.min()) - 1) - 1
         if self.rank > limit:
             raise self._too_large(f"at most {limit}")
         covariances = moments.scatter() / moments.counts[:, None, None]
         found = principal_subspaces(moments.means, covariances, self.rank)
-        smallest = found.variances[:, 0] * self.width * 1e-14
+        smallest = found.variances[:, 0] * self.dimensions * 1e-14
         if not bool((found.noise > smallest).all()):
             raise self._too_large("below the number of directions in which every row varies")
         return {key: value.float() for key, value in found._asdict().items()}
 
     def _too_large(self, rule: str) -> ConfigurationError:
         return ConfigurationError(
-            f"Expected rank of gate {self.name} to be {rule}, with {self.width} features and the rarest "
+            f"Expected rank of gate {self.name} to be {rule}, with {self.dimensions} features and the rarest "
             f"row's samples, but got {self.rank}. Lower it, or set per to 'task'."
         )
 

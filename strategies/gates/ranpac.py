@@ -1,16 +1,15 @@
 """Ridge regression on random features."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from bpn_lightning.checks import check_number, check_positive_int
 from bpn_lightning.functional.moments import Moments, SecondMoments
 from bpn_lightning.functional.ridge import held_out_errors, ridge_weights
-from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["RIDGES", "RanPAC"]
 
@@ -18,6 +17,7 @@ __all__ = ["RIDGES", "RanPAC"]
 RIDGES = tuple(10.0**power for power in range(-8, 9))
 
 
+@dataclass(eq=False, repr=False)
 class RanPAC(FeatureGate):
     r"""Ridge regression of the classes on random features, from sums.
 
@@ -48,48 +48,25 @@ class RanPAC(FeatureGate):
 
     second_moments: ClassVar[SecondMoments] = "shared"
 
-    def __init__(
-        self,
-        width: int = 1000,
-        ridge: float | None = None,
-        *,
-        project: int | None = None,
-        per: Per = "class",
-        held_out: float = 0.1,
-        modes: int = 2,
-        name: str | None = None,
-    ) -> None:
-        check_positive_int("width", width)
-        if ridge is not None:
-            check_number("ridge", ridge, "Null chooses it on held-out samples.")
-        self.random_width = width
-        self.ridge = ridge
-        super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
+    width: int = 1000
+    ridge: float | None = None
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Of its constructor; ``width`` is an attribute of all gates."""
-        return {**super().arguments, "width": self.random_width}
-
-    def reset(self) -> None:
-        """Forget every task."""
-        super().reset()
-        self._random: Tensor | None = None
+    def __post_init__(self) -> None:
+        check_positive_int("width", self.width)
+        if self.ridge is not None:
+            check_number("ridge", self.ridge, "Null chooses it on held-out samples.")
+        super().__post_init__()
 
     def _projected(self, features: Tensor) -> Tensor:
         """The random features, after the projection."""
         projected = super()._projected(features)
-        if self._random is None or self._random.device != projected.device:
-            size = projected.shape[1]
-            generator = seeded_generator("random features", self.seed, self.name)
-            drawn = torch.randn(size, self.random_width, generator=generator)
-            self._random = (drawn / size**0.5).to(projected.device)
-        return (projected @ self._random).relu()
+        size = projected.shape[1]
+        return self._times_random("random features", projected, self.width, size).relu()
 
     @property
-    def width(self) -> int:
-        """Dimensions of what is summed; 0 before the first batch."""
-        return self.random_width if self.inputs else 0
+    def dimensions(self) -> int:
+        """As many as there are random features."""
+        return self.width if self.inputs else 0
 
     @property
     def open_argument(self) -> str | None:
@@ -119,8 +96,3 @@ class RanPAC(FeatureGate):
     def row_bytes(self, width: int) -> int:
         """One row of weights."""
         return FLOAT32 * width
-
-    def load_state_dict(self, state_dict: dict) -> None:  # type: ignore[type-arg]
-        """Take over what was saved, and draw the features anew."""
-        super().load_state_dict(state_dict)
-        self._random = None

@@ -1,6 +1,7 @@
 """Linear discriminant analysis with one covariance for all classes of all tasks."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from bpn_lightning.functional.gaussians import (
     whitening,
 )
 from bpn_lightning.functional.moments import Moments, SecondMoments
-from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate, Per
+from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["SHRINKAGES", "SLDA"]
 
@@ -22,6 +23,7 @@ __all__ = ["SHRINKAGES", "SLDA"]
 SHRINKAGES = (*(10 ** (step / 4) for step in range(-24, 0)), 1.0)
 
 
+@dataclass(eq=False, repr=False)
 class SLDA(FeatureGate):
     r"""Gaussian classes that share one covariance, which all samples so far are summed for.
 
@@ -50,20 +52,13 @@ class SLDA(FeatureGate):
 
     second_moments: ClassVar[SecondMoments] = "shared"
 
-    def __init__(
-        self,
-        shrinkage: float | None = None,
-        *,
-        project: int | None = None,
-        per: Per = "class",
-        held_out: float = 0.1,
-        modes: int = 2,
-        name: str | None = None,
-    ) -> None:
-        if shrinkage is not None:
-            check_number("shrinkage", shrinkage, "Null chooses it on held-out samples.", at_most=1)
-        self.shrinkage = shrinkage
-        super().__init__(project=project, per=per, held_out=held_out, modes=modes, name=name)
+    shrinkage: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.shrinkage is not None:
+            remedy = "Null chooses it on held-out samples."
+            check_number("shrinkage", self.shrinkage, remedy, at_most=1)
+        super().__post_init__()
 
     @property
     def open_argument(self) -> str | None:
