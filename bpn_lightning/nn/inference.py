@@ -13,49 +13,13 @@ from bpn_lightning.nn.layers import TaskModule
 __all__ = ["FixedModeNetwork", "PerSampleNetwork"]
 
 
-class FixedModeNetwork(nn.Module):
-    """A copy of a network in the mode that it is in: logits as a function of inputs alone.
+class _CopiedNetwork(nn.Module):
+    """A copy of a network, in evaluation mode.
 
     Args:
-        backbone: maps ``(batch, *input_shape)`` to features.
+        backbone: maps ``(batch, *input_shape)``, or a front's features, to features.
         head: maps features to logits.
-        columns: ``(start, stop)`` of the head's columns that take part.
-        front: what inputs go through before the backbone; None: they do not.
-
-    Raises:
-        ConfigurationError: the backbone cannot be copied.
-    """
-
-    outside: Tensor
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Linear,
-        columns: tuple[int, int],
-        front: Front | None = None,
-    ) -> None:
-        super().__init__()
-        self.backbone, self.head, self.front = _copied(backbone, head, front)
-        self.register_buffer("outside", _outside([columns], head)[0])
-        self.eval()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``(batch, *input_shape)``, prepared, to logits ``(batch, num_classes)``.
-
-        They are -inf in the columns that the mask leaves out.
-        """
-        logits: Tensor = self.head(self.backbone(_features(self.front, inputs)))
-        return logits.masked_fill(self.outside, float("-inf"))
-
-
-class PerSampleNetwork(nn.Module):
-    """A copy of a network in which each sample has its own mode: a function of inputs and task IDs.
-
-    Args:
-        backbone: maps ``(batch, *input_shape)`` to features.
-        head: maps features to logits.
-        columns: ``(start, stop)`` of the head's columns that take part, for each task.
+        columns: ``(start, stop)`` of the head's columns that take part, for each mode.
         front: what inputs go through before the backbone; None: they do not.
 
     Raises:
@@ -72,9 +36,42 @@ class PerSampleNetwork(nn.Module):
         front: Front | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, self.head, self.front = _copied(backbone, head, front)
+        try:
+            self.backbone, self.head, self.front = deepcopy((backbone, head, front))
+        except (RuntimeError, TypeError) as error:
+            raise ConfigurationError(
+                f"Expected backbone to be a network that copy.deepcopy copies, but got: {error}. Where it "
+                "has torch.nn.utils.weight_norm, use that of torch.nn.utils.parametrizations."
+            ) from error
         self.register_buffer("outside", _outside(columns, head))
         self.eval()
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        if self.front is not None:
+            inputs = self.front.standardized(inputs)
+        logits: Tensor = self.head(self.backbone(inputs))
+        return logits
+
+
+class FixedModeNetwork(_CopiedNetwork):
+    """A copy of a network in the mode that it is in: logits as a function of inputs alone.
+
+    ``columns`` has one entry, that of the mode.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(batch, *input_shape)``, prepared, to logits ``(batch, num_classes)``.
+
+        They are -inf in the columns that the mask leaves out.
+        """
+        return self._logits(inputs).masked_fill(self.outside, float("-inf"))
+
+
+class PerSampleNetwork(_CopiedNetwork):
+    """A copy of a network in which each sample has its own mode: a function of inputs and task IDs.
+
+    ``columns`` has one entry for each task.
+    """
 
     def forward(self, inputs: Tensor, tasks: Tensor) -> Tensor:
         """``(batch, *input_shape)`` and ``(batch,)`` int64 to logits ``(batch, num_classes)``.
@@ -85,31 +82,15 @@ class PerSampleNetwork(nn.Module):
         for part in parts:
             part.switch(tasks)
         try:
-            logits: Tensor = self.head(self.backbone(_features(self.front, inputs)))
+            logits = self._logits(inputs)
         finally:
             for part in parts:
                 part.switch(0)  # a module keeps no tensor of one call
         return logits.masked_fill(self.outside[tasks], float("-inf"))
 
 
-def _features(front: Front | None, inputs: Tensor) -> Tensor:
-    return inputs if front is None else front.standardized(inputs)
-
-
-def _copied(
-    backbone: nn.Module, head: nn.Linear, front: Front | None
-) -> tuple[nn.Module, nn.Linear, Front | None]:
-    try:
-        return deepcopy((backbone, head, front))
-    except (RuntimeError, TypeError) as error:
-        raise ConfigurationError(
-            f"Expected backbone to be a network that copy.deepcopy copies, but got: {error}. Where it "
-            "has torch.nn.utils.weight_norm, use that of torch.nn.utils.parametrizations."
-        ) from error
-
-
 def _outside(columns: Sequence[tuple[int, int]], head: nn.Linear) -> Tensor:
     """Which columns take no part, ``(modes, num_classes)``."""
     edges = torch.tensor(columns, device=head.weight.device)
-    places = torch.arange(head.out_features, device=head.weight.device)
-    return (places < edges[:, :1]) | (places >= edges[:, 1:])
+    indices = torch.arange(head.out_features, device=head.weight.device)
+    return (indices < edges[:, :1]) | (indices >= edges[:, 1:])

@@ -297,7 +297,8 @@ class ContinualNetwork(nn.Module):
 
         Returns:
             In evaluation mode, with ``forward(inputs)`` or ``forward(inputs, tasks)``: inputs ``(batch,
-            ...)`` as the stream prepares them, which go through the front first, task IDs ``(batch,)`` int64, logits ``(batch, num_classes)``.
+            ...)`` as the stream prepares them, which go through the front first, task IDs ``(batch,)``
+            int64, logits ``(batch, num_classes)``.
 
         Raises:
             ConfigurationError: the stream has no such task, the backbone cannot be copied, or task is
@@ -305,9 +306,8 @@ class ContinualNetwork(nn.Module):
         """
         if task is not None:
             with self.task_mode(task):
-                return FixedModeNetwork(
-                    self.backbone, self.built_head, self.columns(task), self.front
-                )
+                columns = [self.columns(task)]
+                return FixedModeNetwork(self.backbone, self.built_head, columns, self.front)
         whole = [type(part).__name__ for part in self.task_modules() if not part.per_sample]
         if whole:
             raise ConfigurationError(
