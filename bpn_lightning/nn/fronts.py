@@ -102,23 +102,11 @@ class Front(nn.Module):
             self._standardize(images, all_reduce or _alone)
 
     def _standardize(self, images: Images, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        sums = torch.zeros(3, len(self.mean), dtype=torch.float64, device=self.mean.device)
-        for batch in images():
-            features = self._features(batch).double()
-            sums += torch.stack(
-                (
-                    features.new_full(sums.shape[1:], len(features)),
-                    features.sum(0),
-                    features.square().sum(0),
-                )
-            )
-        count, first, second = all_reduce(sums)
-        mean = first / count
-        square = second / count
+        mean, square = _mean_and_square(map(self._features, images()), self.mean, all_reduce)
         variance = square - mean.square()
-        varies = variance > 1e-10 * square
-        if not (bool(second.isfinite().all()) and bool(varies.any())):
-            what = "constant ones only" if second.isfinite().all() else "NaN or infinite values"
+        varies, finite = variance > 1e-10 * square, bool(square.isfinite().all())
+        if not (finite and bool(varies.any())):
+            what = "constant ones only" if finite else "NaN or infinite values"
             raise DataError(
                 f"Expected the features of the front {type(self).__name__} to be finite and to vary, but "
                 f"got {what}. Look at the images of the first task."
@@ -210,6 +198,24 @@ def _alone(sums: Tensor) -> Tensor:
     return sums
 
 
+def _mean_and_square(
+    batches: Iterable[Tensor], like: Tensor, all_reduce: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Means of the columns and of their squares over all processes, ``(width,)`` float64 each.
+
+    Args:
+        batches: a process's own, ``(n, width)``; a process may have none.
+        like: has the width and the device of the result.
+        all_reduce: gives sums over all processes.
+    """
+    sums = torch.zeros(3, len(like), dtype=torch.float64, device=like.device)
+    for batch in batches:
+        x = batch.double()
+        sums += torch.stack((x.new_full(x.shape[1:], len(x)), x.sum(0), x.square().sum(0)))
+    count, first, second = all_reduce(sums)
+    return first / count, second / count
+
+
 class RandomFeatures(Front):
     r"""Random features: half of them 0, or those of a Gaussian kernel.
 
@@ -270,13 +276,9 @@ class RandomFeatures(Front):
         """Measure the size of the inputs, for cosines."""
         if self.kind == "relu":
             return
-        size = len(self.matrix)
-        sums = torch.zeros(3, size, dtype=torch.float64, device=self.matrix.device)
-        for batch in images():
-            x = batch.flatten(1).double()
-            sums += torch.stack((x.new_full((size,), len(x)), x.sum(0), x.square().sum(0)))
-        count, first, second = all_reduce(sums)
-        variance = (second / count - (first / count).square()).sum().clamp(min=0)
+        inputs = (batch.flatten(1) for batch in images())
+        mean, square = _mean_and_square(inputs, self.matrix[:, 0], all_reduce)
+        variance = (square - mean.square()).sum().clamp(min=0)
         # Inputs that do not vary are refused where their features are standardized.
         self.scale.copy_(torch.where(variance > 0, self.length * variance.sqrt(), 1.0).reciprocal())
 
