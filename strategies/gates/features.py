@@ -170,15 +170,15 @@ class FeatureGate(TaskGate):
                 "NaN or infinite values. Look at the inputs, and at the front that made them."
             )
         if self._part is None:
-            zero = Moments.zero(
-                self._groups(task), projected.shape[1], self.second_moments, projected.device
-            )
-            self._part = _Part(task, zero, Moments(*(value.clone() for value in zero)))
+            size = (self._groups(task), projected.shape[1])
+            kind, device = self.second_moments, projected.device
+            fit, held = (Moments.zero(*size, kind, device) for _ in range(2))
+            self._part = _Part(task, fit, held)
         groups = columns - task.columns[0] if self.per == "class" else torch.zeros_like(columns)
-        held = torch.zeros_like(groups, dtype=torch.bool) if held_out is None else held_out
-        self._part.fit.add_(projected[~held], groups[~held])
-        if held.any():
-            self._part.held.add_(projected[held], groups[held])
+        chosen = torch.zeros_like(groups, dtype=torch.bool) if held_out is None else held_out
+        self._part.fit.add_(projected[~chosen], groups[~chosen])
+        if chosen.any():
+            self._part.held.add_(projected[chosen], groups[chosen])
 
     def discard(self) -> None:
         """Forget what was summed of a task that is not finished."""
@@ -246,7 +246,7 @@ class FeatureGate(TaskGate):
         """Fit the task: one pass over its samples, and one over those that are held out."""
         self.discard()
         for batch in host.gate_batches(task.id, "train"):
-            self.add(task, self.read(host, batch.inputs), batch.targets, self._held_out(batch))
+            self.add(task, batch.inputs.flatten(1), batch.targets, self._held_out(batch))
         self.reduce(host.all_reduce)
         likelihoods, trial = None, self.trial_rows() if self.held_out else None
         if trial is not None:
@@ -254,13 +254,9 @@ class FeatureGate(TaskGate):
             for batch in host.gate_batches(task.id, "train"):
                 held = batch.inputs[self._held_out(batch)]
                 if len(held):
-                    total += self.calibrate(trial, self.read(host, held))
+                    total += self.calibrate(trial, held.flatten(1))
             likelihoods = host.all_reduce(total)
         self.finish(likelihoods)
-
-    def read(self, host: ContinualHost, inputs: Tensor) -> Tensor:
-        """What this gate sees of prepared inputs, ``(n, d)``."""
-        return inputs.flatten(1)
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Take the seed of the projection from the stream."""
