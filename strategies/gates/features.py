@@ -46,6 +46,10 @@ class _Part(NamedTuple):
     def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> "_Part":
         return _Part(self.task, self.fit.reduced(all_reduce), self.held.reduced(all_reduce))
 
+    def can_choose(self, least: int) -> bool:
+        """Whether samples are held out, and each group has enough others."""
+        return bool(self.held.counts.sum() > 0 and self.fit.counts.min() >= least)
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class FeatureGate(TaskGate):
@@ -170,10 +174,9 @@ class FeatureGate(TaskGate):
                 "NaN or infinite values. Look at the inputs, and at the front that made them."
             )
         if self._part is None:
-            size = (self._groups(task), projected.shape[1])
-            kind, device = self.second_moments, projected.device
-            fit, held = (Moments.zero(*size, kind, device) for _ in range(2))
-            self._part = _Part(task, fit, held)
+            size = self._groups(task), projected.shape[1]
+            zeros = (Moments.zero(*size, self.second_moments, projected.device) for _ in range(2))
+            self._part = _Part(task, *zeros)
         groups = columns - task.columns[0] if self.per == "class" else torch.zeros_like(columns)
         chosen = torch.zeros_like(groups, dtype=torch.bool) if held_out is None else held_out
         self._part.fit.add_(projected[~chosen], groups[~chosen])
@@ -196,8 +199,7 @@ class FeatureGate(TaskGate):
             None where too few samples are left for that.
         """
         part = self._open_part()
-        held_enough = bool(part.held.counts.sum() > 0)
-        if not held_enough or part.fit.counts.min() < self.least:
+        if not part.can_choose(self.least):
             return None
         self._choose(part)
         return self._all_rows(part.fit)
@@ -229,7 +231,7 @@ class FeatureGate(TaskGate):
         """
         part = self._open_part()
         self._check_counts()
-        if self.open_argument is not None and self.chosen is None:
+        if self.chosen is None:
             self._choose(part)
         rows = self._all_rows(part.fit.plus(part.held))
         retained = self._with_retained(part.fit, part.held)
@@ -296,13 +298,15 @@ class FeatureGate(TaskGate):
         argument = self.open_argument
         if argument is None:
             return
-        if not part.held.counts.sum() > 0 or part.fit.counts.min() < self.least:
+        if not part.can_choose(self.least):
             raise ConfigurationError(
                 f"Expected {argument} of gate {self.name} to be a number where no samples of task "
                 f"{part.task.id} can be held out to choose it, but got null. Set {argument}, or raise "
                 "held_out."
             )
-        self.chosen = self.choose(*self._with_retained(part.fit, part.held))
+        fit, held = self._with_retained(part.fit, part.held)
+        self._check_spread(fit)
+        self.chosen = self.choose(fit, held)
 
     def _with_retained(self, fit: Moments, held: Moments) -> tuple[Moments, Moments]:
         """Those of earlier tasks, where they are kept, and the open task's."""
@@ -313,15 +317,32 @@ class FeatureGate(TaskGate):
 
     def _all_rows(self, moments: Moments) -> dict[str, Tensor]:
         """What is stored of all tasks, with these of the open one."""
-        if self.second_moments == "group":
-            new = self.fitted(moments)
-            return {
-                key: torch.cat((self.rows[key], value)) if self.rows else value
-                for key, value in new.items()
-            }
         if self.retained is not None:
             moments = self.retained[0].plus(self.retained[1]).append(moments, self.second_moments)
-        return self.fitted(moments)
+        self._check_spread(moments)
+        fitted = self.fitted(moments)
+        if self.second_moments == "group" and self.rows:
+            return {key: torch.cat((self.rows[key], value)) for key, value in fitted.items()}
+        return fitted
+
+    def _check_spread(self, moments: Moments) -> None:
+        """Refuse features that are constant within every group, where covariances are needed."""
+        if self.second_moments == "none":
+            return
+        scale = moments.second.diagonal(dim1=1, dim2=2).sum(1)
+        spread = moments.scatter().diagonal(dim1=1, dim2=2).sum(1)
+        if bool((spread <= scale * ROUNDING).any()):
+            raise DataError(
+                f"Expected the features of gate {self.name} to vary within a class, but got {self.dimensions} "
+                "constant ones. Use other features, or a front that was fitted on these inputs."
+            )
+
+    def singular(self, argument: str, value: float | None, remedy: str) -> ConfigurationError:
+        """The error where a covariance cannot be inverted."""
+        return ConfigurationError(
+            f"Expected {argument} of gate {self.name} to make the covariance of {self.dimensions} features "
+            f"invertible, but got {value}. {remedy}"
+        )
 
     # --- inference -------------------------------------------------------------------------------
 
@@ -468,35 +489,11 @@ class FeatureGate(TaskGate):
             matrices = self.dimensions**2 if self.second_moments == "shared" else 0
             sums = 2 * FLOAT64 * (len(self.row_tasks) * (self.dimensions + 1) + matrices)
         training = inference + sums + FLOAT64 * len(TEMPERATURES)
-        return DeclaredBytes(training, inference, self._bytes_of_first_task())
+        per_task = self.row_tasks.count(0) * self.row_bytes(self.dimensions)
+        return DeclaredBytes(training, inference, per_task)
 
     def _inference_bytes(self) -> int:
         if not self.row_tasks:
             return 0
         rows = len(self.row_tasks) * self.row_bytes(self.dimensions)
         return rows + self.shared_bytes(self.dimensions)
-
-    def _bytes_of_first_task(self) -> int:
-        return self.row_tasks.count(0) * self.row_bytes(self.dimensions)
-
-    def singular(self, argument: str, value: float | None, remedy: str) -> ConfigurationError:
-        """The error where a covariance cannot be inverted."""
-        return ConfigurationError(
-            f"Expected {argument} of gate {self.name} to make the covariance of {self.dimensions} features "
-            f"invertible, but got {value}. {remedy}"
-        )
-
-    def check_spread(self, moments: Moments) -> None:
-        """Refuse features that are constant within every group.
-
-        Raises:
-            DataError: they are.
-        """
-        scatter = moments.scatter()
-        scale = moments.second.diagonal(dim1=1, dim2=2).sum(1)
-        spread = scatter.diagonal(dim1=1, dim2=2).sum(1)
-        if bool((spread <= scale * ROUNDING).any()):
-            raise DataError(
-                f"Expected the features of gate {self.name} to vary within a class, but got {self.dimensions} "
-                "constant ones. Use other features, or a front that was fitted on these inputs."
-            )

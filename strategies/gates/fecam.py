@@ -85,7 +85,6 @@ class FeCAM(FeatureGate):
 
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
         """Mean and whitening matrix of each new row."""
-        self.check_spread(moments)
         covariances = moments.scatter() / moments.counts[:, None, None]
         found = [self._whitening(covariance) for covariance in covariances]
         return {

@@ -52,7 +52,6 @@ class ProbabilisticPCA(FeatureGate):
 
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
         """The principal directions of each new row."""
-        self.check_spread(moments)
         limit = min(self.dimensions, int(moments.counts.min()) - 1) - 1
         if self.rank > limit:
             raise self._too_large(f"at most {limit}")

@@ -82,7 +82,6 @@ class RanPAC(FeatureGate):
 
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
         """The weights of all rows."""
-        self.check_spread(moments)
         ridge = self.chosen if self.ridge is None else self.ridge
         weights = ridge_weights(moments.second[0], moments.first, ridge or 0.0)
         if weights is None:

@@ -67,7 +67,6 @@ class SLDA(FeatureGate):
 
     def choose(self, fit: Moments, held: Moments) -> float:
         """The shrinkage at which held-out samples are likeliest."""
-        self.check_spread(fit)
         covariance = fit.scatter()[0] / fit.counts.sum()
         scatter, count = held.scatter(fit.means)[0], float(held.counts.sum())
         likelihoods = shrinkage_log_likelihoods(covariance, scatter, count, SHRINKAGES)
@@ -75,7 +74,6 @@ class SLDA(FeatureGate):
 
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
         """The means of all rows, and what whitens the covariance."""
-        self.check_spread(moments)
         shrinkage = self.chosen if self.shrinkage is None else self.shrinkage
         covariance = moments.scatter()[0] / moments.counts.sum()
         whitened = whitening(shrink(covariance, shrinkage or 0.0))
