@@ -69,24 +69,13 @@ class Moments(NamedTuple):
         """Those of the samples of both, of the same groups."""
         return Moments(*(one + two for one, two in zip(self, other, strict=True)))
 
-    def append(self, other: "Moments", kind: SecondMoments) -> "Moments":
-        """Those of the groups of both, the other's last."""
-        second = (
-            self.second + other.second
-            if kind == "shared"
-            else torch.cat((self.second, other.second))
-        )
+    def append(self, other: "Moments") -> "Moments":
+        """Those of the groups of both, the other's last, where all share their second moments."""
         return Moments(
-            torch.cat((self.counts, other.counts)), torch.cat((self.first, other.first)), second
+            torch.cat((self.counts, other.counts)),
+            torch.cat((self.first, other.first)),
+            self.second + other.second,
         )
-
-    def of_groups(self, chosen: Tensor) -> "Moments":
-        """Those of some groups, where each has second moments of its own.
-
-        Args:
-            chosen: ``(groups,)`` bool.
-        """
-        return Moments(*(tensor[chosen] for tensor in self))
 
     def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> "Moments":
         """Those of the samples of all processes."""

@@ -76,7 +76,7 @@ class FeatureGate(TaskGate):
 
     State:
         ``rows``, what the method says of each row and of all, float32, for inference; while learning,
-        float64 sums of all rows, where a method needs those of earlier tasks (``retained``).
+        float64 sums of all rows, where they share second moments (``retained``).
 
     Raises:
         ConfigurationError: an argument breaks a rule.
@@ -121,8 +121,8 @@ class FeatureGate(TaskGate):
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
         """What is stored, float32: of the rows whose moments these are, rows first, or of all of them.
 
-        With second moments of each group's own, the rows of a new task are asked for and appended;
-        else all rows of all tasks, and what they share.
+        With shared second moments these are all rows of all tasks, and what they share; else the rows of
+        a new task, which are appended.
         """
 
     @abstractmethod
@@ -237,7 +237,7 @@ class FeatureGate(TaskGate):
         retained = self._with_retained(part.fit, part.held)
         # From here on nothing fails, so that a task is either finished or not.
         self.rows = rows
-        self.retained = retained if self.second_moments != "group" else None
+        self.retained = retained if self.second_moments == "shared" else None
         self.row_tasks += [part.task.id] * self._groups(part.task)
         self.row_columns += list(range(*part.task.columns)) if self.per == "class" else [-1]
         if likelihoods is not None:
@@ -312,16 +312,15 @@ class FeatureGate(TaskGate):
         """Those of earlier tasks, where they are kept, and the open task's."""
         if self.retained is None:
             return fit, held
-        kind = self.second_moments
-        return self.retained[0].append(fit, kind), self.retained[1].append(held, kind)
+        return self.retained[0].append(fit), self.retained[1].append(held)
 
     def _all_rows(self, moments: Moments) -> dict[str, Tensor]:
         """What is stored of all tasks, with these of the open one."""
         if self.retained is not None:
-            moments = self.retained[0].plus(self.retained[1]).append(moments, self.second_moments)
+            moments = self.retained[0].plus(self.retained[1]).append(moments)
         self._check_spread(moments)
         fitted = self.fitted(moments)
-        if self.second_moments == "group" and self.rows:
+        if self.second_moments != "shared" and self.rows:
             return {key: torch.cat((self.rows[key], value)) for key, value in fitted.items()}
         return fitted
 
@@ -486,8 +485,8 @@ class FeatureGate(TaskGate):
         inference = self._inference_bytes()
         sums = 0
         if self.retained is not None:
-            matrices = self.dimensions**2 if self.second_moments == "shared" else 0
-            sums = 2 * FLOAT64 * (len(self.row_tasks) * (self.dimensions + 1) + matrices)
+            numbers = len(self.row_tasks) * (self.dimensions + 1) + self.dimensions**2
+            sums = 2 * FLOAT64 * numbers
         training = inference + sums + FLOAT64 * len(TEMPERATURES)
         per_task = self.row_tasks.count(0) * self.row_bytes(self.dimensions)
         return DeclaredBytes(training, inference, per_task)

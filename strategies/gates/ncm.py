@@ -23,11 +23,12 @@ class NearestClassMean(FeatureGate):
         project, per, held_out, modes, name: see :class:`FeatureGate`.
 
     State:
-        ``means`` (rows, d) float32: 4 d bytes for each row, nothing shared.
+        ``means`` (rows, d) float32: 4 d bytes for each row, nothing shared and nothing more to go on
+        learning.
     """
 
     def fitted(self, moments: Moments) -> dict[str, Tensor]:
-        """The means of all rows."""
+        """The means of each new row."""
         return {"means": moments.means.float()}
 
     def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
