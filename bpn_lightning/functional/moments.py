@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "SecondMoments", "draw_held_out"]
+__all__ = ["GroupSums", "SecondMoments", "draw_held_out"]
 
 SecondMoments = Literal["none", "shared", "group"]
 
@@ -18,7 +18,7 @@ SecondMoments = Literal["none", "shared", "group"]
 _MULTIPLIER, _WORD = 2_654_435_761, 2**32
 
 
-class Moments(NamedTuple):
+class GroupSums(NamedTuple):
     r"""What is summed over the samples of some groups.
 
     Attributes:
@@ -35,7 +35,7 @@ class Moments(NamedTuple):
     @classmethod
     def zero(
         cls, groups: int, width: int, kind: SecondMoments, device: torch.device | str = "cpu"
-    ) -> "Moments":
+    ) -> "GroupSums":
         """Of no samples.
 
         Args:
@@ -65,25 +65,25 @@ class Moments(NamedTuple):
         elif len(self.second):
             self.second[0].addmm_(x.T, x)
 
-    def plus(self, other: "Moments") -> "Moments":
+    def plus(self, other: "GroupSums") -> "GroupSums":
         """Those of the samples of both, of the same groups."""
-        return Moments(*(one + two for one, two in zip(self, other, strict=True)))
+        return GroupSums(*(one + two for one, two in zip(self, other, strict=True)))
 
-    def append(self, other: "Moments") -> "Moments":
+    def append(self, other: "GroupSums") -> "GroupSums":
         """Those of the groups of both, the other's last, where all share their second moments."""
-        return Moments(
+        return GroupSums(
             torch.cat((self.counts, other.counts)),
             torch.cat((self.first, other.first)),
             self.second + other.second,
         )
 
-    def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> "Moments":
+    def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> "GroupSums":
         """Those of the samples of all processes."""
-        return Moments(*(all_reduce(tensor) if tensor.numel() else tensor for tensor in self))
+        return GroupSums(*(all_reduce(tensor) if tensor.numel() else tensor for tensor in self))
 
-    def to(self, device: torch.device) -> "Moments":
+    def to(self, device: torch.device) -> "GroupSums":
         """The same on a device."""
-        return Moments(*(tensor.to(device) for tensor in self))
+        return GroupSums(*(tensor.to(device) for tensor in self))
 
     @property
     def means(self) -> Tensor:

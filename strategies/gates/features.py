@@ -15,7 +15,7 @@ from torch import Tensor
 from bpn_lightning.checks import check_choice, check_positive_int
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensors_in
 from bpn_lightning.errors import CheckpointError, ConfigurationError, DataError
-from bpn_lightning.functional.moments import Moments, SecondMoments, draw_held_out
+from bpn_lightning.functional.moments import GroupSums, SecondMoments, draw_held_out
 from bpn_lightning.functional.task_scores import (
     TEMPERATURES,
     by_task,
@@ -40,8 +40,8 @@ class _Part(NamedTuple):
     """What was summed of one task: of the samples to fit, and of those held out."""
 
     task: Task
-    fit: Moments
-    held: Moments
+    fit: GroupSums
+    held: GroupSums
 
     def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> "_Part":
         return _Part(self.task, self.fit.reduced(all_reduce), self.held.reduced(all_reduce))
@@ -110,7 +110,7 @@ class FeatureGate(TaskGate):
         self.row_columns: list[int] = []
         self.rows: dict[str, Tensor] = {}
         self.chosen: float | None = None
-        self.retained: tuple[Moments, Moments] | None = None
+        self.retained: tuple[GroupSums, GroupSums] | None = None
         self.likelihoods = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
         self._part: _Part | None = None
         self._random: dict[str, Tensor] = {}
@@ -118,7 +118,7 @@ class FeatureGate(TaskGate):
     # --- what a method says ----------------------------------------------------------------------
 
     @abstractmethod
-    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+    def fitted(self, moments: GroupSums) -> dict[str, Tensor]:
         """What is stored, float32: of the rows whose moments these are, rows first, or of all of them.
 
         With shared second moments these are all rows of all tasks, and what they share; else the rows of
@@ -137,7 +137,7 @@ class FeatureGate(TaskGate):
         """Bytes of what all rows share at inference."""
         return 0
 
-    def choose(self, fit: Moments, held: Moments) -> float:
+    def choose(self, fit: GroupSums, held: GroupSums) -> float:
         """What the held-out samples prefer, for a method that leaves something open.
 
         Args:
@@ -175,7 +175,7 @@ class FeatureGate(TaskGate):
             )
         if self._part is None:
             size = self._groups(task), projected.shape[1]
-            zeros = (Moments.zero(*size, self.second_moments, projected.device) for _ in range(2))
+            zeros = (GroupSums.zero(*size, self.second_moments, projected.device) for _ in range(2))
             self._part = _Part(task, *zeros)
         groups = columns - task.columns[0] if self.per == "class" else torch.zeros_like(columns)
         chosen = torch.zeros_like(groups, dtype=torch.bool) if held_out is None else held_out
@@ -308,13 +308,13 @@ class FeatureGate(TaskGate):
         self._check_spread(fit)
         self.chosen = self.choose(fit, held)
 
-    def _with_retained(self, fit: Moments, held: Moments) -> tuple[Moments, Moments]:
+    def _with_retained(self, fit: GroupSums, held: GroupSums) -> tuple[GroupSums, GroupSums]:
         """Those of earlier tasks, where they are kept, and the open task's."""
         if self.retained is None:
             return fit, held
         return self.retained[0].append(fit), self.retained[1].append(held)
 
-    def _all_rows(self, moments: Moments) -> dict[str, Tensor]:
+    def _all_rows(self, moments: GroupSums) -> dict[str, Tensor]:
         """What is stored of all tasks, with these of the open one."""
         if self.retained is not None:
             moments = self.retained[0].plus(self.retained[1]).append(moments)
@@ -324,7 +324,7 @@ class FeatureGate(TaskGate):
             return {key: torch.cat((self.rows[key], value)) for key, value in fitted.items()}
         return fitted
 
-    def _check_spread(self, moments: Moments) -> None:
+    def _check_spread(self, moments: GroupSums) -> None:
         """Refuse features that are constant within every group, where covariances are needed."""
         if self.second_moments == "none":
             return
@@ -456,7 +456,7 @@ class FeatureGate(TaskGate):
         self.row_columns = [int(column) for column in state_dict["row_columns"]]
         self.rows = dict(state_dict["rows"])
         self.chosen = state_dict["chosen"]
-        retained = [Moments(*moments) for moments in state_dict["retained"]]
+        retained = [GroupSums(*moments) for moments in state_dict["retained"]]
         self.retained = (retained[0], retained[1]) if retained else None
         self.likelihoods = state_dict["likelihoods"]
         self._random = {}

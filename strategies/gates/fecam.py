@@ -16,7 +16,7 @@ from bpn_lightning.functional.gaussians import (
     shrink_apart,
     whitening,
 )
-from bpn_lightning.functional.moments import Moments, SecondMoments
+from bpn_lightning.functional.moments import GroupSums, SecondMoments
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["FeCAM"]
@@ -83,7 +83,7 @@ class FeCAM(FeatureGate):
             )
         return super()._projected(features**self.tukey)
 
-    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+    def fitted(self, moments: GroupSums) -> dict[str, Tensor]:
         """Mean and whitening matrix of each new row."""
         covariances = moments.scatter() / moments.counts[:, None, None]
         found = [self._whitening(covariance) for covariance in covariances]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from bpn_lightning.functional.gaussians import squared_distances
-from bpn_lightning.functional.moments import Moments
+from bpn_lightning.functional.moments import GroupSums
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["NearestClassMean"]
@@ -27,7 +27,7 @@ class NearestClassMean(FeatureGate):
         learning.
     """
 
-    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+    def fitted(self, moments: GroupSums) -> dict[str, Tensor]:
         """The means of each new row."""
         return {"means": moments.means.float()}
 

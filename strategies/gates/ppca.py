@@ -13,7 +13,7 @@ from bpn_lightning.functional.gaussians import (
     principal_subspaces,
     subspace_log_likelihoods,
 )
-from bpn_lightning.functional.moments import Moments, SecondMoments
+from bpn_lightning.functional.moments import GroupSums, SecondMoments
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["ProbabilisticPCA"]
@@ -50,7 +50,7 @@ class ProbabilisticPCA(FeatureGate):
         check_positive_int("rank", self.rank)
         super().__post_init__()
 
-    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+    def fitted(self, moments: GroupSums) -> dict[str, Tensor]:
         """The principal directions of each new row."""
         limit = min(self.dimensions, int(moments.counts.min()) - 1) - 1
         if self.rank > limit:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from bpn_lightning.checks import check_number, check_positive_int
-from bpn_lightning.functional.moments import Moments, SecondMoments
+from bpn_lightning.functional.moments import GroupSums, SecondMoments
 from bpn_lightning.functional.ridge import held_out_errors, ridge_weights
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
@@ -73,14 +73,14 @@ class RanPAC(FeatureGate):
         """Ridge, unless it was given."""
         return "ridge" if self.ridge is None else None
 
-    def choose(self, fit: Moments, held: Moments) -> float:
+    def choose(self, fit: GroupSums, held: GroupSums) -> float:
         """The ridge at which the squared error of held-out samples is smallest."""
         errors = held_out_errors(
             fit.second[0], fit.first, held.second[0], held.first, float(held.counts.sum()), RIDGES
         )
         return RIDGES[int(errors.argmin())]
 
-    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+    def fitted(self, moments: GroupSums) -> dict[str, Tensor]:
         """The weights of all rows."""
         ridge = self.chosen if self.ridge is None else self.ridge
         weights = ridge_weights(moments.second[0], moments.first, ridge or 0.0)

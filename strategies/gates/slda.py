@@ -14,7 +14,7 @@ from bpn_lightning.functional.gaussians import (
     squared_distances,
     whitening,
 )
-from bpn_lightning.functional.moments import Moments, SecondMoments
+from bpn_lightning.functional.moments import GroupSums, SecondMoments
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["SHRINKAGES", "SLDA"]
@@ -65,14 +65,14 @@ class SLDA(FeatureGate):
         """Shrinkage, unless it was given."""
         return "shrinkage" if self.shrinkage is None else None
 
-    def choose(self, fit: Moments, held: Moments) -> float:
+    def choose(self, fit: GroupSums, held: GroupSums) -> float:
         """The shrinkage at which held-out samples are likeliest."""
         covariance = fit.scatter()[0] / fit.counts.sum()
         scatter, count = held.scatter(fit.means)[0], float(held.counts.sum())
         likelihoods = shrinkage_log_likelihoods(covariance, scatter, count, SHRINKAGES)
         return SHRINKAGES[int(likelihoods.argmax())]
 
-    def fitted(self, moments: Moments) -> dict[str, Tensor]:
+    def fitted(self, moments: GroupSums) -> dict[str, Tensor]:
         """The means of all rows, and what whitens the covariance."""
         shrinkage = self.chosen if self.shrinkage is None else self.shrinkage
         covariance = moments.scatter()[0] / moments.counts.sum()

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from bpn_lightning.functional.moments import Moments, SecondMoments, draw_held_out
+from bpn_lightning.functional.moments import GroupSums, SecondMoments, draw_held_out
 
 KINDS: list[SecondMoments] = ["none", "shared", "group"]
 
 
-def made(kind: SecondMoments, parts: list[torch.Tensor], width: int = 4) -> Moments:
+def made(kind: SecondMoments, parts: list[torch.Tensor], width: int = 4) -> GroupSums:
     """The moments of a fixed data set, of which each part is added by its samples' numbers."""
     x, groups = data()
-    sums = Moments.zero(3, width, kind)
+    sums = GroupSums.zero(3, width, kind)
     for part in parts:
         sums.add_(x[part], groups[part])
     return sums
