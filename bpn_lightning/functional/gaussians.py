@@ -28,7 +28,7 @@ LOG_2PI = log(2 * pi)
 
 
 def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
-    r"""A covariance on its way to a multiple of the identity of the same trace.
+    r"""A covariance shrunk toward a multiple of the identity with the same trace.
 
     .. math:: (1 - \alpha) S + \alpha \frac{\operatorname{tr} S}{d} I
 
@@ -53,7 +53,7 @@ def shrink_apart(covariance: Tensor, shrinkage: float) -> Tensor:
     Goswami et al. (2023), https://arxiv.org/abs/2309.14062, whose two factors are one here.
 
     Args:
-        covariance: S, ``(d, d)``; V1 is the mean of its diagonal, V2 of what is off it.
+        covariance: S, ``(d, d)``; V1 is the mean of its diagonal, V2 of its off-diagonal entries.
         shrinkage: gamma, at least 0.
     """
     width = len(covariance)
@@ -65,7 +65,7 @@ def shrink_apart(covariance: Tensor, shrinkage: float) -> Tensor:
 
 
 def correlation(covariance: Tensor) -> Tensor:
-    """A covariance over the products of its standard deviations, ``(d, d)``."""
+    """A covariance divided by the products of its standard deviations, ``(d, d)``."""
     deviation = covariance.diagonal().sqrt()
     return covariance.div(torch.outer(deviation, deviation))
 
@@ -170,8 +170,7 @@ class PrincipalSubspaces(NamedTuple):
 def principal_subspaces(means: Tensor, covariances: Tensor, rank: int) -> PrincipalSubspaces:
     r"""The maximum-likelihood solution of probabilistic PCA.
 
-    The largest eigenvalues stay, and the mean of the others is the noise, eq. 8 of Tipping and
-    Bishop (1999).
+    The largest eigenvalues stay, and the mean of the others is the noise (Tipping and Bishop, 1999).
 
     Args:
         means: ``(groups, d)``.

@@ -25,7 +25,7 @@ class GroupSums(NamedTuple):
         counts: :math:`n_g`, ``(groups,)`` float64.
         first: :math:`\sum x`, ``(groups, d)`` float64.
         second: :math:`\sum x x^T`, float64: ``(groups, d, d)``; ``(1, d, d)`` over all groups where
-            they share it; ``(0, d, d)`` where nobody needs it.
+            they share it; ``(0, d, d)`` where they are not needed.
     """
 
     counts: Tensor
@@ -42,7 +42,7 @@ class GroupSums(NamedTuple):
             groups: how many.
             width: d.
             kind: whose second moments are summed: each ``group``'s, those of all (``shared``), ``none``.
-            device: where they lie.
+            device: of the sums.
         """
         matrices = {"none": 0, "shared": 1, "group": groups}[kind]
         shapes = ((groups,), (groups, width), (matrices, width, width))
@@ -113,11 +113,11 @@ class GroupSums(NamedTuple):
 def draw_held_out(samples: Tensor, fraction: float, seed: int = 0) -> Tensor:
     """Which samples are summed apart: a draw by a sample's own number, the same in every process.
 
-    The numbers are multiplied by a constant modulo 2^32, so that no period of the classes in a data
-    set lets a class come off with all of its samples, or none.
+    The numbers are multiplied by a constant modulo 2^32, so that classes that repeat with a period in
+    the data are drawn alike.
 
     Args:
-        samples: ``(n,)`` int64, the place of each in its task's data.
+        samples: ``(n,)`` int64, the index of each in its task's data.
         fraction: of the samples, 0 to 1.
         seed: shifts the draw.
 

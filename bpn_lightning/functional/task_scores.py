@@ -1,7 +1,7 @@
 """From scores to tasks: scores of modes' logits, sums over the rows of a task, temperatures.
 
-A score is larger where a task is likelier. Logits of modes are ``(tasks, n, classes)``: what every
-task's mode says of the same samples, at the classes that take part in all of them.
+A score is larger where a task is likelier. Logits of modes are ``(tasks, n, classes)``: those of the
+same samples in the mode of every task, at that task's own classes.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def negative_entropy(logits: Tensor) -> Tensor:
 
 
 def energy(logits: Tensor) -> Tensor:
-    r"""Minus the free energy, :math:`\log \sum_c e^{f_c}`, eq. 4 of Liu et al. (2020) at temperature 1.
+    r"""Minus the free energy, :math:`\log \sum_c e^{f_c}`, at temperature 1 (Liu et al., 2020).
 
     Args:
         logits: of modes, ``(tasks, n, classes)``.
@@ -71,7 +71,7 @@ def one_step_gradient(
     .. math:: -\frac{\partial H(p(\alpha))}{\partial \alpha_k} \quad\text{at}\quad
         \alpha = (1/T, \dots, 1/T)
 
-    Wortsman et al. (2020), eq. 4 and 5, https://arxiv.org/abs/2006.14769.
+    Wortsman et al. (2020), https://arxiv.org/abs/2006.14769.
 
     Args:
         forward: maps weights of modes, ``(n, tasks)``, to the mixture's logits, ``(n, classes)``.

@@ -18,7 +18,7 @@ from bpn_lightning.random_state import seeded_generator
 
 __all__ = ["Front", "FrozenNetwork", "Images", "RandomFeatures"]
 
-#: Begins to yield batches of images, ``(n, *input_shape)`` floats, anew at each call.
+#: Each call yields all batches of images again, ``(n, *input_shape)`` floats.
 Images = Callable[[], Iterable[Tensor]]
 
 #: The remedy for an argument that is out of range.
@@ -168,7 +168,7 @@ class Front(nn.Module):
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], **more: Any) -> "Front":
-        """A front with room for the state that :meth:`record` was written beside.
+        """A front with room for the state that belongs to a :meth:`record`.
 
         Args:
             record: of the same class.

@@ -97,8 +97,7 @@ def triangle(maps: Tensor, centers: Tensor, pool: int) -> Tensor:
 
     .. math:: f_k(x) = \max(0, \bar z - z_k), \quad z_k = |x - c_k|
 
-    The "triangle" activation of Coates, Ng and Lee (2011), section 3.2.3, and their pooling, which
-    sums.
+    The "triangle" activation of Coates, Ng and Lee (2011), as means over a part where they have sums.
 
     Args:
         maps: of :func:`whitened_maps`, ``(n, d, rows, columns)``.
@@ -133,8 +132,8 @@ def patches_at(images: Tensor, places: Sequence[tuple[int, int]], size: int) -> 
 class Patches(Front):
     r"""What each part of an image has of a vocabulary of whitened patches.
 
-    Coates, Ng, Lee, "An analysis of single-layer networks in unsupervised feature learning" (2011),
-    section 3: patches of the first task's images, each with its own mean and deviation taken off, are
+    Coates, Ng, Lee, "An analysis of single-layer networks in unsupervised feature learning" (2011):
+    patches of the first task's images, each standardized by its own mean and deviation, are
     whitened and clustered by k-means; an image's features are the triangle activations of all centers
     over its patches, averaged over pool x pool parts.
 

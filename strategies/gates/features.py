@@ -266,7 +266,7 @@ class FeatureGate(TaskGate):
 
     def _held_out(self, batch: Batch) -> Tensor:
         places = batch.samples
-        if places is None:  # a loader of somebody else's: number them within the batch
+        if places is None:  # of another loader: number them within the batch
             places = batch.start + torch.arange(len(batch.targets))
         return draw_held_out(places.to(batch.targets.device), self.held_out, self.seed)
 

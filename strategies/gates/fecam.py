@@ -31,17 +31,16 @@ class FeCAM(FeatureGate):
         \Sigma = S_c + \gamma V_1 I + \gamma V_2 (1 - I)
 
     Goswami, Liu, Twardowski, van de Weijer, "FeCAM: Exploiting the heterogeneity of class
-    distributions in exemplar-free continual learning" (2023), https://arxiv.org/abs/2309.14062,
-    section 4. :math:`\tilde x = x^\lambda` is Tukey's transform, V1 and V2 the means of the
-    covariance's diagonal and of what is off it.
+    distributions in exemplar-free continual learning" (2023), https://arxiv.org/abs/2309.14062.
+    :math:`\tilde x = x^\lambda` is Tukey's transform, V1 and V2 the means of the covariance's diagonal
+    and off-diagonal entries.
 
     Differs from the paper: one gamma for both means; lambda is 1 by default, since features that are
     standardized are negative as well; no features are scaled to length 1.
 
     Args:
-        shrinkage: gamma, at least 0, as in the paper 1. It is not chosen on held-out samples: the one
-            at which they are likeliest as a class's own is too small to tell classes apart (on pixels
-            of MNIST 0.001 with .913 of the tasks named, against .963 at 1).
+        shrinkage: gamma, at least 0; 1 as in the paper. It is not chosen on held-out samples: they are
+            likeliest, each under its own class, at a gamma that is too small to discriminate classes.
         tukey: lambda, above 0; 1 leaves the features as they are.
         normalize: whether covariances become correlations; without it the scores are the Gaussians'
             log-likelihoods.

@@ -47,7 +47,7 @@ class Energy(TaskGate):
     r"""The mode of the least free energy: the largest :math:`\log \sum_c e^{f_c}`.
 
     Liu, Wang, Owens, Li, "Energy-based out-of-distribution detection" (2020),
-    https://arxiv.org/abs/2010.03759, eq. 4 at temperature 1.
+    https://arxiv.org/abs/2010.03759, at temperature 1.
 
     State:
         none.

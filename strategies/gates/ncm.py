@@ -16,8 +16,8 @@ class NearestClassMean(FeatureGate):
 
     .. math:: -\tfrac12 |x - \mu_c|^2
 
-    Mensink, Verbeek, Perronnin, Csurka (2013), "Distance-based image classification", eq. 1 with the
-    identity for their metric, and eq. 5 for the scores' form.
+    Mensink, Verbeek, Perronnin, Csurka (2013), "Distance-based image classification: Generalizing
+    to new classes at near-zero cost", with the identity for their metric.
 
     Args:
         project, per, held_out, modes, name: see :class:`FeatureGate`.

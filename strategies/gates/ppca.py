@@ -25,8 +25,8 @@ class ProbabilisticPCA(FeatureGate):
 
     .. math:: \log N(x; \mu_c, W_c W_c^T + \sigma_c^2 I)
 
-    Tipping and Bishop, "Probabilistic principal component analysis" (1999), eq. 4 with the
-    maximum-likelihood solution of eq. 7 and 8.
+    Tipping and Bishop, "Probabilistic principal component analysis" (1999), with their
+    maximum-likelihood solution.
 
     Args:
         rank: q, directions of each row; below the dimensions and below each row's samples less 1.

@@ -25,8 +25,8 @@ class RanPAC(FeatureGate):
         G = \sum h^T h, \quad C = \sum h^T y
 
     McDonnell, Gong, Parvaneh, Abbasnejad, van den Hengel, "RanPAC: Random projections and pre-trained
-    models for continual learning" (2023), https://arxiv.org/abs/2307.02251, eq. 5 and Alg. 1; y has a
-    1 at the sample's own row. RanDumb (Prabhu et al., 2024, https://arxiv.org/abs/2402.08823) is
+    models for continual learning" (2023), https://arxiv.org/abs/2307.02251; y has a 1 at the sample's
+    own row. RanDumb (Prabhu et al., 2024, https://arxiv.org/abs/2402.08823) is
     :class:`~bpn_lightning.strategies.gates.slda.SLDA` on a ``random`` front of cosines.
 
     Differs from the paper: R has variance 1 / d, so that the features keep their size; lambda is

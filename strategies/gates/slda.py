@@ -31,7 +31,7 @@ class SLDA(FeatureGate):
         \quad S = \frac1n \sum_c \sum_{x \in c} (x - \mu_c)(x - \mu_c)^T
 
     Hayes and Kanan, "Lifelong machine learning with deep streaming linear discriminant analysis"
-    (2020), https://arxiv.org/abs/1909.01520, section 3.
+    (2020), https://arxiv.org/abs/1909.01520.
 
     Differs from the paper: the covariance is that about the final means, from sums, so that it does
     not depend on the order of samples; shrinkage is relative to the features' mean variance, and all

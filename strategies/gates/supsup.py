@@ -16,8 +16,7 @@ class SupSup(TaskGate):
     .. math:: \arg\max_k \left(-\frac{\partial H(p(\alpha))}{\partial \alpha_k}\right), \quad
         \alpha = (1/T, \dots, 1/T)
 
-    Wortsman et al., "Supermasks in superposition" (2020), https://arxiv.org/abs/2006.14769, eq. 4
-    and 5.
+    Wortsman et al., "Supermasks in superposition" (2020), https://arxiv.org/abs/2006.14769.
 
     Differs from the paper: the logits of the modes are mixed, and not their weights, so it costs a
     forward in each mode; :func:`~bpn_lightning.functional.task_scores.one_step_gradient` takes any

@@ -91,7 +91,7 @@ def test_no_shrinkage_is_never_the_likeliest_of_a_singular_covariance() -> None:
 def test_probabilistic_pca_is_that_of_scikit_learn(rank: int) -> None:
     x, held = samples(40), samples(11, seed=1)
     peer = PCA(rank, svd_solver="full").fit(x)
-    # It divides by n - 1; the likelihood's maximum, eq. 8, by n.
+    # It divides by n - 1; the likelihood's maximum by n.
     peer.explained_variance_ *= 39 / 40
     peer.noise_variance_ *= 39 / 40
     found = gaussians.principal_subspaces(

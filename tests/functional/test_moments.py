@@ -82,7 +82,7 @@ def test_groups_are_appended_and_the_old_ones_stay() -> None:
 
 @pytest.mark.parametrize("period", [1, 2, 5, 10])
 def test_held_out_samples_are_a_fair_draw_of_every_class(period: int) -> None:
-    """Labels that repeat with a period, as in made-up data: none may come off with all or none."""
+    """Labels that repeat with a period, as in generated data: each is held out alike."""
     samples = torch.arange(5000)
     held = draw_held_out(samples, 0.1, seed=4)
     for label in range(period):
