@@ -105,6 +105,7 @@ def auroc(positive: Tensor, negative: Tensor) -> float | None:
     """
     if not len(positive) or not len(negative):
         return None
+    # torchmetrics takes scores outside 0 to 1 for logits, and its sigmoid makes large ones equal.
     ordered = negative.sort().values
     below = torch.searchsorted(ordered, positive, right=False)
     not_above = torch.searchsorted(ordered, positive, right=True)

@@ -166,24 +166,6 @@ class Front(nn.Module):
         """Its arguments and the shape of its inputs, as plain values; ``state_dict`` has the rest."""
         return {**self.arguments, "input_shape": list(self.input_shape or ())}
 
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any], **more: Any) -> "Front":
-        """A front with room for the state that belongs to a :meth:`record`.
-
-        Args:
-            record: of the same class.
-            more: arguments that are no plain values, such as a network.
-
-        Raises:
-            ConfigurationError: the record has arguments that the front does not take.
-        """
-        arguments = dict(record)
-        shape = arguments.pop("input_shape")
-        made = cls(**arguments, **more)
-        if shape:
-            made.allocate(shape)
-        return made
-
     def fingerprint(self) -> str:
         """A hash of the arguments and of every bit that was fitted or loaded."""
         digest = blake2b(repr((type(self).__name__, sorted(self.record().items()))).encode())

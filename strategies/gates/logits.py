@@ -1,7 +1,5 @@
 """Gates that look at the logits of every learned task's mode and need no fit."""
 
-from typing import ClassVar, Literal
-
 from torch import Tensor
 
 from bpn_lightning.functional.task_scores import confidence, energy, negative_entropy
@@ -20,7 +18,7 @@ class Confidence(TaskGate):
         none.
     """
 
-    looks_at: ClassVar[Literal["features", "logits"]] = "logits"
+    looks_at = "logits"
 
     def task_scores(self, seen: Tensor) -> Tensor:
         """``(n, tasks)`` of logits ``(tasks, n, classes)``."""
@@ -36,7 +34,7 @@ class Entropy(TaskGate):
         none.
     """
 
-    looks_at: ClassVar[Literal["features", "logits"]] = "logits"
+    looks_at = "logits"
 
     def task_scores(self, seen: Tensor) -> Tensor:
         """``(n, tasks)`` of logits ``(tasks, n, classes)``."""
@@ -53,7 +51,7 @@ class Energy(TaskGate):
         none.
     """
 
-    looks_at: ClassVar[Literal["features", "logits"]] = "logits"
+    looks_at = "logits"
 
     def task_scores(self, seen: Tensor) -> Tensor:
         """``(n, tasks)`` of logits ``(tasks, n, classes)``."""

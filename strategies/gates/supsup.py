@@ -1,7 +1,5 @@
 """One gradient step on the weights of a mixture of modes."""
 
-from typing import ClassVar, Literal
-
 from torch import Tensor
 
 from bpn_lightning.functional.task_scores import mixed_logits, one_step_gradient
@@ -26,7 +24,7 @@ class SupSup(TaskGate):
         none.
     """
 
-    looks_at: ClassVar[Literal["features", "logits"]] = "logits"
+    looks_at = "logits"
 
     def task_scores(self, seen: Tensor) -> Tensor:
         """``(n, tasks)`` of logits ``(tasks, n, classes)``."""
