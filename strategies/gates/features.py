@@ -1,7 +1,7 @@
 """Gates that are fitted on features: sums while a task is read, rows when it ends.
 
-A gate never stores a sample. What it holds of a task is written once, when the task ends, or solved
-again from sums that are exact.
+A gate keeps no sample beyond its task. What it holds of a task is written once, when the task ends, or
+solved again from sums that are exact.
 """
 
 from abc import abstractmethod
@@ -245,18 +245,19 @@ class FeatureGate(TaskGate):
         self._part = None
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
-        """Fit the task: one pass over its samples, and one over those that are held out."""
+        """Fit the task in one pass; the features of held-out samples are held until it ends."""
         self.discard()
+        held = []
         for batch in host.gate_batches(task.id, "train"):
-            self.add(task, batch.inputs.flatten(1), batch.targets, self._held_out(batch))
+            features, chosen = batch.inputs.flatten(1), self._held_out(batch)
+            self.add(task, features, batch.targets, chosen)
+            held.append(features[chosen])
         self.reduce(host.all_reduce)
         likelihoods, trial = None, self.trial_rows() if self.held_out else None
         if trial is not None:
             total = torch.zeros(len(TEMPERATURES), dtype=torch.float64, device=host.device)
-            for batch in host.gate_batches(task.id, "train"):
-                held = batch.inputs[self._held_out(batch)]
-                if len(held):
-                    total += self.calibrate(trial, held.flatten(1))
+            for features in held:
+                total += self.calibrate(trial, features)
             likelihoods = host.all_reduce(total)
         self.finish(likelihoods)
 

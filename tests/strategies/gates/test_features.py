@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.datamodules.digits import SplitDigits
+from bpn_lightning.model.host import Host
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn.backbones import MLP
 from bpn_lightning.strategies.gates.features import FeatureGate
@@ -271,6 +272,22 @@ def test_a_gate_is_fitted_by_a_fit(name: str, fit: Callable[..., Any], learn: Le
         torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-3)
     right = (gate.tasks(x) == y // 2).double().mean()
     assert right > 0.8
+
+
+def test_a_task_is_read_once(fit: Callable[..., Any], monkeypatch: Any) -> None:
+    """Its samples go through the front each time, which may cost more than all the rest."""
+    read: list[tuple[int, str]] = []
+    gate_batches = Host.gate_batches
+
+    def counted(host: Host, task_id: int, split: Any) -> Any:
+        read.append((task_id, split))
+        return gate_batches(host, task_id, split)
+
+    monkeypatch.setattr(Host, "gate_batches", counted)
+    gate = SLDA()
+    fit([gate], stream=SplitDigits(num_tasks=3, epochs_per_task=1))
+    assert [task for task, split in read if split == "train"] == [0, 1, 2]
+    assert gate.temperature != 1
 
 
 def test_a_gate_changes_nothing_of_what_is_learned(fit: Callable[..., Any]) -> None:
