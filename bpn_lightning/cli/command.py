@@ -84,6 +84,20 @@ class Command:
     notices: list[str]
 
     @property
+    def entries(self) -> dict[str, registry.Registered | None]:
+        """The same of strategies, gates and front, by the keys of their values, such as ``gates.slda``."""
+        groups: dict[str, Mapping[str, registry.Registered | None]] = {
+            "strategies": self.strategies,
+            "gates": self.gates,
+            "fronts": self.front,
+        }
+        return {
+            f"{group}.{name}": entry
+            for group, named in groups.items()
+            for name, entry in named.items()
+        }
+
+    @property
     def args(self) -> list[str]:
         """The arguments for the parser."""
         return [

@@ -10,6 +10,7 @@ __all__ = [
     "differences",
     "flatten",
     "method_folder",
+    "part_names",
     "run_name",
     "run_names",
     "short",
@@ -76,8 +77,18 @@ def run_name(names: Mapping[str, Any]) -> str:
     >>> run_name({"experiment": "toy", "method": "psp", "gate": "slda", "front": None, "seed": 0})
     'toy, method psp, gate slda, seed 0'
     """
-    shown = [f"{part} {names[part]}" for part in ("method", *PARTS) if names[part] is not None]
-    return ", ".join([str(names["experiment"]), *shown, f"seed {names['seed']}"])
+    parts = part_names(names["gate"], names["front"])
+    first = [str(names["experiment"]), f"method {names['method']}"]
+    return ", ".join([*first, *parts, f"seed {names['seed']}"])
+
+
+def part_names(gate: str | None, front: str | None) -> list[str]:
+    """Gates and front as readable texts, of those that a run has.
+
+    >>> part_names("slda+ppca", None)
+    ['gate slda+ppca']
+    """
+    return [f"{part} {name}" for part, name in zip(PARTS, (gate, front), strict=True) if name]
 
 
 def method_folder(method: str, gate: str | None = None, front: str | None = None) -> str:
