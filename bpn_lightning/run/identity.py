@@ -9,6 +9,7 @@ __all__ = [
     "defining",
     "differences",
     "flatten",
+    "is_method_folder",
     "method_folder",
     "part_names",
     "run_name",
@@ -99,6 +100,15 @@ def method_folder(method: str, gate: str | None = None, front: str | None = None
     """
     named = zip(PARTS, (gate, front), strict=True)
     return ",".join([method, *(f"{part}={name}" for part, name in named if name is not None)])
+
+
+def is_method_folder(folder: str, method: str) -> bool:
+    """Whether a folder has the name that :func:`method_folder` gives with some gates and front.
+
+    >>> is_method_folder("psp,front=patches", "psp"), is_method_folder("rank=10", "psp")
+    (True, False)
+    """
+    return folder == method or folder.startswith(tuple(f"{method},{part}=" for part in PARTS))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
