@@ -1,4 +1,4 @@
-"""What gates give where the task ID is not given, beside what their modes add."""
+"""Accuracies of gates if the task ID is not given, and what the modes add to them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class _GateRow(NamedTuple):
         return interval([one.at("gates", self.gate, key, "average") for one in self.row.records])
 
     def gain(self) -> Interval | None:
-        """What gate and modes have over the gate's own class, seed by seed."""
+        """By how much gate and modes exceed the gate's own class, seed by seed."""
         pairs = [
             [one.at("gates", self.gate, key, "average") for key in ("mixture", "own_class")]
             for one in self.row.records

@@ -82,7 +82,7 @@ def check_values(
 def check_one_front(
     front: Mapping[str, object], layers: Sequence[ConfigLayer], flags: Sequence[str]
 ) -> None:
-    """Refuse a front by name beside one by import path.
+    """Refuse a front by name together with one by import path.
 
     Raises:
         ConfigurationError: names both.
