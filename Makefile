@@ -58,7 +58,7 @@ check: $(VENV)/.installed-dev roof  ## formatting, lint, types and the rules of 
 	@$(BIN)/mypy
 	@$(BIN)/pytest -q tests/test_packaging.py tests/test_architecture.py
 
-format: $(VENV)/.installed-dev  ## mend the formatting, and what the linter can mend
+format: $(VENV)/.installed-dev  ## fix the formatting, and what the linter can fix
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

@@ -1,12 +1,14 @@
-"""Strategies and streams by name: the built-in ones, and those of installed plugins.
+"""Strategies, streams, gates and fronts by name: the built-in ones, and those of installed plugins.
 
-A package adds a strategy or a stream by an entry point::
+A package adds one by an entry point::
 
     [options.entry_points]
     bpn_lightning.strategies =
         replay = my_package.replay:Replay
     bpn_lightning.datamodules =
         SplitBirds = my_package.birds:SplitBirds
+    bpn_lightning.gates =
+        knn = my_package.knn:NearestNeighbors
 
 A stream's name is the name of its class. Names have to be unique: a name registered twice is refused,
 but only when it is used. Nothing here imports torch: names are listed without importing their classes.
@@ -18,7 +20,7 @@ from functools import reduce
 from importlib import import_module
 from importlib.metadata import entry_points
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.errors import ConfigurationError, did_you_mean
@@ -29,12 +31,14 @@ __all__ = [
     "ALIASES",
     "BUILT_IN",
     "CLASS_PATH",
-    "FRONTS",
+    "KINDS",
+    "Kind",
     "Registered",
     "by_class_path",
     "fronts",
     "gates",
     "is_class_path",
+    "registered",
     "strategies",
     "streams",
 ]
@@ -48,7 +52,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen": ("bd", {"direction": "frozen"}),
 }
 
-#: Fixed feature extractors that stand before a network, and where the class is.
+#: Fixed feature extractors before a network, and where the class is.
 FRONTS: dict[str, str] = {
     "frozen": "bpn_lightning.nn.fronts:FrozenNetwork",
     "patches": "bpn_lightning.nn.patches:Patches",
@@ -57,12 +61,28 @@ FRONTS: dict[str, str] = {
 
 IMPORTABLE = "be importable"
 
-#: The base class of each kind.
-BASES = {
-    "front": "bpn_lightning.nn.fronts:Front",
-    "gate": "bpn_lightning.strategies.gates.base:TaskGate",
-    "strategy": "bpn_lightning.strategies.base:ContinualStrategy",
-    "stream": "bpn_lightning.datamodules.base:ContinualDataModule",
+
+class Kind(NamedTuple):
+    """A kind of class that configs and the command line name.
+
+    Attributes:
+        group: of its entry points, after ``bpn_lightning.``.
+        built_in: ``"module:Class"`` by name.
+        base: the class from which it has to be derived.
+    """
+
+    group: str
+    built_in: dict[str, str]
+    base: str
+
+
+KINDS = {
+    "strategy": Kind("strategies", STRATEGIES, "bpn_lightning.strategies.base:ContinualStrategy"),
+    "stream": Kind(
+        "datamodules", DATAMODULES, "bpn_lightning.datamodules.base:ContinualDataModule"
+    ),
+    "gate": Kind("gates", GATES, "bpn_lightning.strategies.gates.base:TaskGate"),
+    "front": Kind("fronts", FRONTS, "bpn_lightning.nn.fronts:Front"),
 }
 
 
@@ -71,7 +91,7 @@ class Registered:
     """A class that configs and the command line may name.
 
     Args:
-        kind: ``"strategy"``, ``"stream"``, ``"gate"`` or ``"front"``.
+        kind: key of :data:`KINDS`.
         name: the name in configs, and the key of its arguments.
         target: ``"module:Class"``.
         origin: ``"built in"``, ``"class path"``, or the distribution that registers it.
@@ -119,7 +139,7 @@ class Registered:
         if self.origin == BUILT_IN:
             built_in: type = _import(self.target)
             return built_in
-        found, base = self._import(), _import(BASES[self.kind])
+        found, base = self._import(), _import(KINDS[self.kind].base)
         if not isinstance(found, type):
             raise self._refusal(f"be a {base.__name__}", f"got no class: {type(found).__name__}")
         if not issubclass(found, base):
@@ -163,24 +183,22 @@ class Registered:
 
 def strategies() -> dict[str, Registered]:
     """All registered strategies, built-in ones first."""
-    aliases = {alias: STRATEGIES[name] for alias, (name, _) in ALIASES.items()}
-    found = _registered("strategy", STRATEGIES | aliases, "bpn_lightning.strategies")
-    return {name: one for name, one in found.items() if name not in aliases or one.rivals}
+    return registered("strategy")
 
 
 def streams() -> dict[str, Registered]:
     """All registered streams, built-in ones first."""
-    return _registered("stream", DATAMODULES, "bpn_lightning.datamodules")
+    return registered("stream")
 
 
 def gates() -> dict[str, Registered]:
-    """Everything that names tasks and has a name, built-in ones first."""
-    return _registered("gate", GATES, "bpn_lightning.gates")
+    """All registered gates, built-in ones first."""
+    return registered("gate")
 
 
 def fronts() -> dict[str, Registered]:
-    """Every front that has a name, built-in ones first."""
-    return _registered("front", FRONTS, "bpn_lightning.fronts")
+    """All registered fronts, built-in ones first."""
+    return registered("front")
 
 
 def is_class_path(name: str) -> bool:
@@ -198,14 +216,22 @@ def by_class_path(path: str) -> Registered:
     return Registered("strategy", name, f"{module}:{name}", CLASS_PATH)
 
 
-def _registered(kind: str, table: dict[str, str], group: str) -> dict[str, Registered]:
-    """The table, then the entry points; of several with the same name, the first lists the others."""
-    built_in = [Registered(kind, name, target, BUILT_IN) for name, target in table.items()]
+def registered(kind: str) -> dict[str, Registered]:
+    """The built-in classes, then the entry points; of several with the same name, the first lists the others.
+
+    Args:
+        kind: key of :data:`KINDS`.
+    """
+    group, table, _ = KINDS[kind]
+    aliases = {alias: table[name] for alias, (name, _) in ALIASES.items() if kind == "strategy"}
+    built_in = [
+        Registered(kind, name, target, BUILT_IN) for name, target in (table | aliases).items()
+    ]
     plugins = [
         Registered(
             kind, point.name, _target(point.value), f"{point.dist.name} {point.dist.version}"
         )
-        for point in entry_points(group=group)
+        for point in entry_points(group=f"bpn_lightning.{group}")
         if point.dist is not None
     ]
     found: dict[str, Registered] = {}
@@ -213,7 +239,7 @@ def _registered(kind: str, table: dict[str, str], group: str) -> dict[str, Regis
         first = found.setdefault(one.name, one)
         if first is not one:
             found[one.name] = replace(first, rivals=(*first.rivals, one))
-    return found
+    return {name: one for name, one in found.items() if name not in aliases or one.rivals}
 
 
 def _target(value: str) -> str:

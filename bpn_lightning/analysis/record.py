@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.run.identity import flatten, short
+from bpn_lightning.run.identity import flatten, part_names, short
 from bpn_lightning.run.moments import Moments, Row, moments, tasks_learned
 from bpn_lightning.run.results import read_matrix_rows, read_results
 from bpn_lightning.run.schema import MAX_TASKS
@@ -81,20 +81,14 @@ class RunRecord:
     @property
     def setup(self) -> str:
         """The method with what sets it apart; runs of one place and setup differ by their seed."""
+        parts = part_names("+".join(self.gates), self.at("front", "name"))
         varied = (f"{short(key)} {value}" for key, value in self.variant.items())
-        return ", ".join(filter(None, [self.method, self.parts, *varied, self.note]))
+        return ", ".join(filter(None, [self.method, *parts, *varied, self.note]))
 
     @property
     def gates(self) -> Mapping[str, Any]:
         """What its gates gave, by their names."""
         return self.results.get("gates") or {}
-
-    @property
-    def parts(self) -> str:
-        """Its gates and its front, or ""."""
-        gates, front = "+".join(self.gates), self.at("front", "name")
-        named = (("gate", gates), ("front", front))
-        return ", ".join(f"{part} {name}" for part, name in named if name)
 
     @property
     def name(self) -> str:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0, 1 where runs failed, 2 where the user can mend it, 130 after Ctrl-C.
+        0, 1 where runs failed, 2 on a usage error, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -165,7 +165,7 @@ def _parse(argv: Sequence[str], known_only: bool) -> tuple[argparse.Namespace, l
         )
     if options.executor == "local" and (options.address or options.gpus):
         raise ConfigurationError(
-            "Expected --address and --gpus to stand beside --executor ray, but it is local. "
+            "Expected --address and --gpus to be given with --executor ray, but it is local. "
             "Add --executor ray, or leave them out."
         )
     if options.gpus < 0:

@@ -1,4 +1,4 @@
-"""What gates give where the task ID is not given, beside what their modes add."""
+"""Accuracies of gates if the task ID is not given, and what the modes add to them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,9 +9,12 @@ from bpn_lightning.analysis.comparison import MethodRow, method_rows
 from bpn_lightning.analysis.pictures import Dots, Line, dot_chart, line_chart
 from bpn_lightning.analysis.statistics import Interval, interval
 from bpn_lightning.analysis.table import Cell, Table
-from bpn_lightning.run.gates import GATE_ACCURACIES
+from bpn_lightning.run.gates import GATE_ACCURACIES, shared_bytes
 
 __all__ = ["gates"]
+
+#: The accuracies in pictures.
+_DRAWN = {key: GATE_ACCURACIES[key] for key in ("task_accuracy", "own_class", "mixture")}
 
 
 class _GateRow(NamedTuple):
@@ -32,7 +35,7 @@ class _GateRow(NamedTuple):
         return interval([one.at("gates", self.gate, key, "average") for one in self.row.records])
 
     def gain(self) -> Interval | None:
-        """What gate and modes have over the gate's own class, seed by seed."""
+        """By how much gate and modes exceed the gate's own class, seed by seed."""
         pairs = [
             [one.at("gates", self.gate, key, "average") for key in ("mixture", "own_class")]
             for one in self.row.records
@@ -44,8 +47,7 @@ class _GateRow(NamedTuple):
         """Of gate and modes for each task, and what tasks share: the rest of the gate, and the front."""
         record = self.row.records[0]
         gate = record.gates[self.gate]
-        shared = gate["bytes_held"] - gate["bytes_per_task"] * record.learned
-        return gate["bytes_per_task"], shared + (record.at("front", "bytes") or 0)
+        return gate["bytes_per_task"], shared_bytes(gate) + (record.at("front", "bytes") or 0)
 
     def over_stream(self, key: str) -> Line:
         """An average over the number of tasks learned."""
@@ -97,10 +99,9 @@ def _accuracies(collection: Collection, place: str, rows: Sequence[_GateRow]) ->
         "bytes per task, gate",
         "bytes shared",
     ]
-    shown = ("task_accuracy", "own_class", "mixture")
     picture = dot_chart(
         [one.name for one in rows],
-        [Dots(GATE_ACCURACIES[key], [one.average(key) for one in rows]) for key in shown],
+        [Dots(title, [one.average(key) for one in rows]) for key, title in _DRAWN.items()],
         title=place,
     )
     caption = (
@@ -114,18 +115,17 @@ def _accuracies(collection: Collection, place: str, rows: Sequence[_GateRow]) ->
 
 
 def _over_stream(place: str, rows: Sequence[_GateRow]) -> Artifact:
-    panels = {key: GATE_ACCURACIES[key] for key in ("task_accuracy", "own_class", "mixture")}
-    lines = {key: [one.over_stream(key) for one in rows] for key in panels}
+    lines = {key: [one.over_stream(key) for one in rows] for key in _DRAWN}
     body: list[list[Cell]] = [
-        [one.name, int(after), *(lines[key][number].y[index] for key in panels)]
+        [one.name, int(after), *(lines[key][number].y[index] for key in _DRAWN)]
         for number, one in enumerate(rows)
         for index, after in enumerate(lines["task_accuracy"][number].x)
     ]
-    table = Table(["modes, gate", "tasks learned", *panels.values()], body)
+    table = Table(["modes, gate", "tasks learned", *_DRAWN.values()], body)
     shown = {float(one.row.records[0].learned) for one in rows} | {1.0}
     ends = [row for row in body if row[1] in shown]
     picture = line_chart(
-        [(name, lines[key]) for key, name in panels.items()],
+        [(name, lines[key]) for key, name in _DRAWN.items()],
         title=place,
         xlabel="tasks learned",
     )

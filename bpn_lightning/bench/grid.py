@@ -38,7 +38,7 @@ from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
-from bpn_lightning.run.identity import method_folder, short
+from bpn_lightning.run.identity import PARTS, method_folder, part_names, short
 
 __all__ = [
     "ARTIFACTS",
@@ -129,9 +129,10 @@ class Cell:
         """``digits_inc, bd+ewc, seed 0, rank 10``, for people."""
         parts = (f"{short(key)} {value}" for key, value in self.variant)
         label = [self.label] if self.label else []
-        named = (("gate", self.gate), ("front", self.front))
-        with_parts = [self.method, *(f"{key} {value}" for key, value in named if value)]
-        return ", ".join([self.experiment, *label, *with_parts, f"seed {self.seed}", *parts])
+        named = part_names(self.gate, self.front)
+        return ", ".join(
+            [self.experiment, *label, self.method, *named, f"seed {self.seed}", *parts]
+        )
 
     def runs(self, root: Path) -> Path:
         """What ``bpn-fit --runs`` gets: variants lie beside each other, each with runs of its own."""
@@ -329,20 +330,11 @@ def _cells(
         check_name(f"label of {here}", label)
     for key in (*dict(settings), *varied):
         check_key(str(key), here)
-    gate, front = (_part(entry, key, here) for key in ("gate", "front"))
+    gate, front = (_part(entry, key, here) for key in PARTS)
     for method, variant in product(methods, variants):
         flags = _flags(settings + variant)
-        line = [
-            "--config",
-            config,
-            "--method",
-            method,
-            UNTRUSTED,
-            *_part_flags(gate, front),
-            *flags,
-            *passed_on,
-        ]
-        _command(line, here)
+        head = ["--config", config, "--method", method, UNTRUSTED, *_part_flags(gate, front)]
+        _command([*head, *flags, *passed_on], here)
     probes = entry.get("probes") or ()
     probes = tuple(probes) if isinstance(probes, list) else (probes,) if probes else ()
     for name in probes:
@@ -372,7 +364,7 @@ def _part(entry: Mapping[str, Any], key: str, here: str) -> str | None:
 
 
 def _part_flags(gate: str | None, front: str | None) -> list[str]:
-    named = (("gate", gate), ("front", front))
+    named = zip(PARTS, (gate, front), strict=True)
     return [word for key, value in named if value for word in (f"--{key}", value)]
 
 

@@ -103,10 +103,10 @@ HEAD = """\
 
 <!-- Made by `bpn-bench report docs/{0}` from the cells.json in its folders. Do not edit. -->
 
-What the experiments of Wen et al. give here, beside the paper's own numbers. Every number is of a run
+What the experiments of Wen et al. give here, compared with the paper's own numbers. Every number is of a run
 of `bpn-fit`; each grid is trained, and its section made, by the command under its title. Intervals
 are 95 % intervals of Student's t over seeds. "Task ID given" means that the network is told which task
-a test image is from, as for the paper's single-head scores; the scores without the task ID (class-incremental) stand beside them."""
+a test image is from, as for the paper's single-head scores; the scores without the task ID (class-incremental) are next to them."""
 
 # The paper's order; what the project adds comes after.
 _ORDER = ("digits", "incremental", "toy", "permuted", "eight_datasets")

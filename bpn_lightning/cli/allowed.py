@@ -34,11 +34,8 @@ from jsonargparse import Namespace
 from bpn_lightning import registry
 from bpn_lightning.cli.messages import SHORT_NAMES
 from bpn_lightning.cli.trust import NEVER
-from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.errors import ConfigurationError, needs_trust
 from bpn_lightning.files import has_variable
-from bpn_lightning.strategies import STRATEGIES
-from bpn_lightning.strategies.table import GATES
 
 __all__ = [
     "Given",
@@ -201,7 +198,7 @@ def allowed_objects() -> tuple[Any, ...]:
             if not name.startswith("_") and isinstance(one, type) and issubclass(one, _found(base))
         ]
     found += [getattr(models, name) for name in models.list_models(module=models)]
-    tables = (STRATEGIES, DATAMODULES, GATES, registry.FRONTS)
+    tables = (kind.built_in for kind in registry.KINDS.values())
     ours = [target.split(":") for table in tables for target in table.values()]
     return (*found, *(getattr(import_module(module), name) for module, name in ours))
 
@@ -277,8 +274,7 @@ def _paths(typed: Collection[str]) -> Iterator[str]:
 
 
 def _plugins() -> list[str]:
-    kinds = (registry.strategies(), registry.streams(), registry.gates(), registry.fronts())
-    known = [one for kind in kinds for one in kind.values()]
+    known = [one for kind in registry.KINDS for one in registry.registered(kind).values()]
     claims = [claim for one in known for claim in (one, *one.rivals)]
     return [one.class_path for one in claims if one.origin != registry.BUILT_IN]
 

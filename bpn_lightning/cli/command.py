@@ -22,13 +22,13 @@ from typing import Any
 import yaml
 
 from bpn_lightning import registry
-from bpn_lightning.cli import parts
 from bpn_lightning.cli.config_files import (
     CONFIGS,
     ConfigLayer,
     find_config,
     read_layer,
 )
+from bpn_lightning.cli.parts import check_one_front, check_values, choose, tuned_layer
 from bpn_lightning.cli.trust import (
     FLAGS,
     Named,
@@ -84,6 +84,20 @@ class Command:
     notices: list[str]
 
     @property
+    def entries(self) -> dict[str, registry.Registered | None]:
+        """The same of strategies, gates and front, by the keys of their values, such as ``gates.slda``."""
+        groups: dict[str, Mapping[str, registry.Registered | None]] = {
+            "strategies": self.strategies,
+            "gates": self.gates,
+            "fronts": self.front,
+        }
+        return {
+            f"{group}.{name}": entry
+            for group, named in groups.items()
+            for name, entry in named.items()
+        }
+
+    @property
     def args(self) -> list[str]:
         """The arguments for the parser."""
         return [
@@ -125,7 +139,7 @@ def read_command(argv: Sequence[str]) -> Command:
     if flags.method is not None and flags.method != stated:
         for layer in [layer for layer in layers if layer.strategies]:
             notices.append(f"--method {method} overrides the `strategies:` of {layer.name}.")
-        layers = [layer.without_strategies() if layer.strategies else layer for layer in layers]
+        layers = [layer.only("strategies") if layer.strategies else layer for layer in layers]
 
     chosen, method_layer = _choose(method, places, known_methods, layers, rest)
     if method_layer is None or method_layer.name == method:
@@ -137,20 +151,15 @@ def read_command(argv: Sequence[str]) -> Command:
             )
     elif (source := Path(method_layer.name).parent.name) != experiment:
         notices.append(f"The values of {method} are those tuned for {source}.")
-    _check_overrides(chosen, method, layers, rest)
+    check_values("strategy", chosen, f"the method {method!r}", layers, _flags(rest))
 
     first = next((i for i, layer in enumerate(layers) if layer.strategies), len(layers))
     if method_layer is not None:
         layers.insert(first, method_layer)
-    used: dict[str, dict[str, registry.Registered]] = {}
-    for option in parts.GROUPS:
-        typed_part = getattr(flags, option)
-        wanted = _last(layers, option) if typed_part is None else typed_part
-        used[option] = parts.choose(option, None if wanted in (None, "null") else wanted)
-        if typed_part is not None:  # instead of what the files name
-            layers = [parts.without_other(layer, option, used[option]) for layer in layers]
-        parts.check_values(option, used[option], layers, _flags(rest))
-    tuned = parts.tuned_layer(experiments, folders, used)
+    gates, layers = _gates_or_front("gate", flags.gate, layers, rest)
+    front, layers = _gates_or_front("front", flags.front, layers, rest)
+    check_one_front(front, layers, _flags(rest))
+    tuned = tuned_layer(experiments, folders, gates, front)
     if tuned is not None:
         layers.insert(0, tuned)
 
@@ -163,8 +172,7 @@ def read_command(argv: Sequence[str]) -> Command:
     plugins = _named_plugins(layers, rest)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
     refuse_never(by_files + typed)
-    of_parts = [one for group in used.values() for one in group.values()]
-    entries = (*plugins, *chosen.values(), *of_parts)
+    entries = (*plugins, *chosen.values(), *gates.values(), *front.values())
     registered = [one.class_path for one in entries if one is not None]
     in_files = words([*(layer.content for layer in layers), *registered])
     in_flags = words(
@@ -181,14 +189,15 @@ def read_command(argv: Sequence[str]) -> Command:
         flags=[
             f"--experiment={experiment}",
             f"--method={method}",
-            *(f"--{option}={'+'.join(names) or 'null'}" for option, names in used.items()),
+            *([] if flags.gate is None else [f"--gate={flags.gate}"]),
+            *([] if flags.front is None else [f"--front={flags.front}"]),
             *rest,  # last, since `--data.help CLASS` consumes the rest of the line
         ],
         experiment=experiment,
         method=method,
         strategies=chosen,
-        gates=used["gate"],
-        front=used["front"],
+        gates=gates,
+        front=front,
         plugins=plugins,
         importable=importable(trusted),
         trust=flags.trust is True,
@@ -204,8 +213,8 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--method")
     parser.add_argument("--experiment")
-    for option in parts.GROUPS:
-        parser.add_argument(f"--{option}")
+    parser.add_argument("--gate")
+    parser.add_argument("--front")
     parser.add_argument("--trust", nargs="?", const="true")
     try:
         flags, rest = parser.parse_known_args(argv)
@@ -226,6 +235,20 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _last(layers: Sequence[ConfigLayer], key: str) -> str | None:
     values = [layer.content[key] for layer in layers if layer.content.get(key) is not None]
     return str(values[-1]) if values else None
+
+
+def _gates_or_front(
+    option: str, typed: str | None, layers: list[ConfigLayer], rest: Sequence[str]
+) -> tuple[dict[str, registry.Registered], list[ConfigLayer]]:
+    """The gates or the front that are used, and the configs without values of those that a flag replaces."""
+    if typed is None:
+        stated = [layer.content[option] for layer in layers if option in layer.content]
+        chosen = choose(option, stated[-1] if stated else None)
+    else:
+        chosen = choose(option, None if typed == "null" else typed)
+        layers = [layer.only(registry.KINDS[option].group, chosen) for layer in layers]
+    check_values(option, chosen, "the run", layers, _flags(rest))
+    return chosen, layers
 
 
 def _choose(
@@ -324,26 +347,6 @@ def _with_class_path(layers: Sequence[ConfigLayer], rest: Sequence[str]) -> set[
         if keys[0] == "strategies" and (len(keys) == 2 or keys[2:] == ["class_path"]):
             found.add(keys[1])
     return found
-
-
-def _check_overrides(
-    chosen: Mapping[str, object], method: str, layers: Sequence[ConfigLayer], rest: Sequence[str]
-) -> None:
-    """Refuse values for a strategy that is not used, which would be ignored silently."""
-    named = [(f"strategies.{name}", name) for layer in layers for name in layer.strategies]
-    for flag in _flags(rest):
-        keys = flag.split(".")
-        if keys[0] == "strategies" and len(keys) > 1:
-            named.append((f"--{flag}", keys[1]))
-    for spelling, name in named:
-        if name not in chosen:
-            remedy = f"{did_you_mean(name, chosen)} `bpn-fit --list` lists all strategies."
-            if name in registry.strategies():
-                remedy = f" Choose a method that has it, such as --method {name}, or leave it out."
-            raise ConfigurationError(
-                f"Expected {spelling} to be about a strategy of the method {method!r} "
-                f"({', '.join(chosen)}), but got {name!r}.{remedy}"
-            )
 
 
 def _named_classes(

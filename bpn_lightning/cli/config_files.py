@@ -1,6 +1,6 @@
 """Config files: the packaged ones, and reading a file as plain keys and values within limits."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,11 +24,11 @@ __all__ = [
 
 CONFIGS = Path(str(files("bpn_lightning.configs")))
 
-#: Keys whose value has to be a mapping; anything else would cause a traceback.
-GROUPS = ("trainer", "model", "strategies", "gates", "fronts")
-
-#: Those of which each key is a name with a mapping of its own.
+#: Groups of which each key is a name with a mapping of its own.
 NAMED = ("strategies", "gates", "fronts")
+
+#: Keys whose value has to be a mapping; anything else would cause a traceback.
+GROUPS = ("trainer", "model", *NAMED)
 
 #: The maximum number of values in a config, counting aliases at each occurrence, which can expand to billions.
 MAX_VALUES = 100_000
@@ -56,13 +56,14 @@ class ConfigLayer:
         return self.values("strategies")
 
     def values(self, group: str) -> dict[str, Any]:
-        """The values of a group of names: strategies, gates or fronts."""
+        """The values of a group: of :data:`GROUPS`."""
         return self.content.get(group) or {}
 
-    def without_strategies(self) -> "ConfigLayer":
-        """A copy without ``strategies:``, if another method is given on the command line."""
-        content = {key: value for key, value in self.content.items() if key != "strategies"}
-        return ConfigLayer(self.name, content)
+    def only(self, group: str, names: Container[str] = ()) -> "ConfigLayer":
+        """A copy with the values of these names of a group, and everything else."""
+        kept = {name: value for name, value in self.values(group).items() if name in names}
+        content = {key: value for key, value in self.content.items() if key != group}
+        return ConfigLayer(self.name, {**content, group: kept} if kept else content)
 
 
 def packaged_configs() -> list[str]:

@@ -203,16 +203,11 @@ class ContinualCLI(LightningCLI):
             *given(config.model, "model", owner=ContinualModule),
             *given(config.data, "data"),
         ]
-        for name, one in self.command.strategies.items():
+        for key, one in self.command.entries.items():
             if one is not None and one.origin == CLASS_PATH:
                 values.append(Given("method", one.load(), one.class_path))
             owner = None if one is None else one.load()
-            key = f"strategies.{name}"  # missing if it has no arguments
-            values += given(config.get(key), key, owner=owner)
-        for group, entries in (("gates", self.command.gates), ("fronts", self.command.front)):
-            for name, entry in entries.items():
-                key = f"{group}.{name}"
-                values += given(config.get(key), key, owner=entry.load())
+            values += given(config.get(key), key, owner=owner)  # missing if it has no arguments
         flags = list(given(config.trainer, "trainer", owner=Trainer))
         caches = [one for one in values if one.key.endswith(".cache_dir")]
         check_given([*values, *flags], typed)

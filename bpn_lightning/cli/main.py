@@ -121,19 +121,19 @@ def _list() -> str:
     for config in configs:
         methods = methods_of(config.removesuffix(".yaml"))
         lines.append(f"  {config:<20} {', '.join(methods)}")
-    for title, registered in (
-        ("strategies, joined by + in --method", registry.strategies()),
-        ("streams, for data.class_path", registry.streams()),
-        ("gates, joined by + in --gate", registry.gates()),
-        ("fronts, for --front", registry.fronts()),
+    for kind, title in (
+        ("strategy", "strategies, joined by + in --method"),
+        ("stream", "streams, for data.class_path"),
+        ("gate", "gates, joined by + in --gate"),
+        ("front", "fronts, for --front"),
     ):
         lines += ["", title]
-        for entry in registered.values():
+        for entry in registry.registered(kind).values():
             lines.append(f"  {entry.name:<20} {entry.class_path}  ({entry.origin})")
             problem = entry.problem()
             if problem is not None:
                 lines.append(f"    not usable: {problem}")
-        if registered and next(iter(registered.values())).kind == "strategy":
+        if kind == "strategy":
             lines += [
                 f"  {alias:<20} {name} with {_arguments(arguments)}"
                 for alias, (name, arguments) in registry.ALIASES.items()

@@ -129,17 +129,14 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
         "json": "Print only results.json.",
     }.items():
         parser.add_argument(f"--{flag}", type=bool, nargs="?", const=True, default=False, help=text)
-    for name, registered in command.strategies.items():
-        key = f"strategies.{name}"
+    for key, registered in command.entries.items():
         if registered is None:
             parser.add_lightning_class_args(ContinualStrategy, key, subclass_mode=True)
+        elif registered.kind == "front":  # an argument of the module and not a callback
+            parser.add_class_arguments(registered.load(), key, sub_configs=False)
+            parser.link_arguments(key, "model.front", apply_on="instantiate")
         else:
             parser.add_lightning_class_args(registered.load(), key)
-    for name, gate in command.gates.items():
-        parser.add_lightning_class_args(gate.load(), f"gates.{name}")
-    for name, front in command.front.items():
-        parser.add_class_arguments(front.load(), f"fronts.{name}", sub_configs=False)
-        parser.link_arguments(f"fronts.{name}", "model.front", apply_on="instantiate")
     parser.add_argument("--help_all", action="help", help="Show this text.")
 
 

@@ -1,7 +1,8 @@
-"""The gates and the front of a command line: registered names, and values that belong to them.
+"""What a command line uses by name, and the values that belong to it.
 
-``gate:`` names gates joined by ``+``, and ``front:`` one front. Values are below ``gates.<name>`` and
-``fronts.<name>``. A folder of configs has tuned ones of an experiment in ``gates/<experiment>.yaml``.
+A method consists of strategies, ``gate:`` names gates joined by ``+``, and ``front:`` one front. Values are
+below ``strategies.<name>``, ``gates.<name>`` and ``fronts.<name>``. A folder of configs has tuned ones of an
+experiment's gates and front in ``gates/<experiment>.yaml``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,14 @@ from bpn_lightning import registry
 from bpn_lightning.cli.config_files import ConfigLayer, read_layer
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 
-__all__ = ["GROUPS", "check_values", "choose", "tuned_layer", "without_other"]
+__all__ = ["check_one_front", "check_values", "choose", "tuned_layer"]
 
-#: The group of values for each option.
-GROUPS = {"gate": "gates", "front": "fronts"}
+#: The option that names what is used of each kind.
+OPTIONS = {"strategy": "method", "gate": "gate", "front": "front"}
 
 
-def choose(option: str, wanted: str | None) -> dict[str, registry.Registered]:
-    """The registered classes that an option names, in order.
+def choose(option: str, wanted: object) -> dict[str, registry.Registered]:
+    """The gates or the front that an option names, in order.
 
     Args:
         option: ``"gate"`` or ``"front"``.
@@ -27,8 +28,8 @@ def choose(option: str, wanted: str | None) -> dict[str, registry.Registered]:
     Raises:
         ConfigurationError: a name is unknown or given twice.
     """
-    known = registry.gates() if option == "gate" else registry.fronts()
-    names = [] if wanted is None else wanted.split("+") if option == "gate" else [wanted]
+    known = registry.registered(option)
+    names = [] if wanted is None else str(wanted).split("+") if option == "gate" else [str(wanted)]
     for name in names:
         if name not in known:
             what = "gates joined by '+'" if option == "gate" else "a front"
@@ -45,65 +46,72 @@ def choose(option: str, wanted: str | None) -> dict[str, registry.Registered]:
 
 
 def check_values(
-    option: str, chosen: Mapping[str, object], layers: Sequence[ConfigLayer], flags: Sequence[str]
+    kind: str,
+    chosen: Mapping[str, object],
+    owner: str,
+    layers: Sequence[ConfigLayer],
+    flags: Sequence[str],
 ) -> None:
     """Refuse values of what is not used, which would be ignored silently.
 
     Args:
-        option: ``"gate"`` or ``"front"``.
-        chosen: what it names.
+        kind: ``"strategy"``, ``"gate"`` or ``"front"``.
+        chosen: what is used of it, by name.
+        owner: what uses it, for messages.
         layers: the config files.
         flags: names of the flags, without dashes.
 
     Raises:
         ConfigurationError: names the key.
     """
-    group = GROUPS[option]
+    group = registry.KINDS[kind].group
     named = [(f"{group}.{name}", name) for layer in layers for name in layer.values(group)]
     keys = [flag.split(".") for flag in flags]
-    if option == "front" and chosen and _states_front(layers, flags):
-        raise ConfigurationError(
-            f"Expected either --front or model.front to give the front, but got both --front "
-            f"{', '.join(chosen)} and model.front. Leave one out; model.front takes the import path of your "
-            "own class."
-        )
     named += [(f"--{'.'.join(key)}", key[1]) for key in keys if key[0] == group and len(key) > 1]
     for spelling, name in named:
         if name not in chosen:
-            used = ", ".join(chosen) or "none"
+            remedy = f"{did_you_mean(name, chosen)} `bpn-fit --list` lists all {group}."
+            if name in registry.registered(kind):
+                remedy = f" Add it, such as by --{OPTIONS[kind]} {name}, or leave it out."
             raise ConfigurationError(
-                f"Expected {spelling} to be about a {option} of the run ({used}), but got {name!r}."
-                f"{did_you_mean(name, chosen)} Add it by --{option} {name}, or leave it out."
+                f"Expected {spelling} to be about a {kind} of {owner} ({', '.join(chosen) or 'none'}), "
+                f"but got {name!r}.{remedy}"
             )
 
 
-def _states_front(layers: Sequence[ConfigLayer], flags: Sequence[str]) -> bool:
-    in_files = any(layer.values("model").get("front") is not None for layer in layers)
-    return in_files or any(flag.split(".")[:2] == ["model", "front"] for flag in flags)
+def check_one_front(
+    front: Mapping[str, object], layers: Sequence[ConfigLayer], flags: Sequence[str]
+) -> None:
+    """Refuse a front by name together with one by import path.
 
-
-def without_other(layer: ConfigLayer, option: str, chosen: Mapping[str, object]) -> ConfigLayer:
-    """A config without the values of gates or fronts that are not used."""
-    group = GROUPS[option]
-    kept = {name: value for name, value in layer.values(group).items() if name in chosen}
-    content = {key: value for key, value in layer.content.items() if key != group}
-    return ConfigLayer(layer.name, {**content, group: kept} if kept else content)
+    Raises:
+        ConfigurationError: names both.
+    """
+    stated = any(layer.values("model").get("front") is not None for layer in layers)
+    stated |= any(flag.split(".")[:2] == ["model", "front"] for flag in flags)
+    if front and stated:
+        raise ConfigurationError(
+            f"Expected either --front or model.front to give the front, but got both --front "
+            f"{', '.join(front)} and model.front. Leave one out; model.front takes the import path of your "
+            "own class."
+        )
 
 
 def tuned_layer(
-    experiments: Sequence[str], folders: Sequence[Path], chosen: Mapping[str, Mapping[str, object]]
+    experiments: Sequence[str],
+    folders: Sequence[Path],
+    gates: Mapping[str, object],
+    front: Mapping[str, object],
 ) -> ConfigLayer | None:
     """The tuned values of an experiment for the gates and the front that are used.
 
     Args:
         experiments: names, the first that has values decides.
         folders: of configs.
-        chosen: what each option names.
+        gates: what is used, by name.
+        front: likewise.
     """
     for path in (folder / "gates" / f"{name}.yaml" for name in experiments for folder in folders):
-        if path.is_file() and any(chosen.values()):
-            layer = read_layer(path)
-            for option, names in chosen.items():
-                layer = without_other(layer, option, names)
-            return layer
+        if path.is_file() and (gates or front):
+            return read_layer(path).only("gates", gates).only("fronts", front)
     return None

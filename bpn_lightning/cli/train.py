@@ -22,8 +22,9 @@ from bpn_lightning.errors import ResultsError
 from bpn_lightning.run.console import final_table, gate_table
 from bpn_lightning.run.dashboards import close_adapters, upload_artifacts
 from bpn_lightning.run.folder import written_files
+from bpn_lightning.run.gates import gate_results
 from bpn_lightning.run.provenance import collect_provenance
-from bpn_lightning.run.results import read_results, write_results
+from bpn_lightning.run.results import write_results
 from bpn_lightning.run.schema import FrontRecord
 from bpn_lightning.terminal import INTERRUPTED
 from bpn_lightning.untrusted import read_text
@@ -118,6 +119,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     config, module = cli.config, cli.model
     stored = bytes_per_task(module.host.strategies, module.host)
     held = bytes_held(module.host.strategies, module.host)
+    front = _front(cli)
     results = write_results(
         cli.folder,
         experiment=config.experiment,
@@ -131,14 +133,14 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         unsettled=module.unsettled,
         metrics=module.task_metrics,
         gate_scores=module.gate_scores,
-        front=_front(cli),
+        front=front,
         provenance=collect_provenance(seconds),
         extra={"curve": module.curve} if module.history.evaluate_every == "epoch" else {},
     )
     if module.closed + 1 == len(module.tasks):  # complete, so there is nothing to resume
         previous_checkpoint(cli.folder).unlink(missing_ok=True)
     if config.log_artifacts:
-        name = f"{config.experiment}-{config.method}-seed_{config.seed_everything}"
+        name = f"{config.experiment}-{cli.folder.parent.name}-seed_{config.seed_everything}"
         try:
             upload_artifacts(
                 cli.trainer.loggers, name, written_files(cli.folder), last_checkpoint(cli.folder)
@@ -153,19 +155,19 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     if config.quiet or config.json:
         return
     title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
+    summary = module.accuracy_matrix.summary()
     final_table(
         Console(),
         title,
         module.tasks,
-        module.accuracy_matrix.summary(),
+        summary,
         stored,
         held,
         results.parent,
         module.unsettled,
     )
-    found = read_results(results)
-    if found["gates"]:
-        gate_table(Console(), found["gates"], found["front"], found["accuracy"]["average"])
+    if module.gate_scores:
+        gate_table(Console(), gate_results(module.gate_scores), front, summary["average"])
 
 
 def _front(cli: ContinualCLI) -> FrontRecord | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bpn_lightning.errors import ConfigurationError, needs_trust
-from bpn_lightning.registry import is_class_path
+from bpn_lightning.registry import KINDS, is_class_path
 
 __all__ = [
     "FLAGS",
@@ -254,7 +254,6 @@ def restrict_imports(allowed: Collection[str], trust: bool) -> None:
 
 def _plugins() -> set[str]:
     """Top-level modules of the registered plugins."""
-    kinds = ("strategies", "datamodules", "gates", "fronts")
-    groups = [f"bpn_lightning.{kind}" for kind in kinds]
+    groups = [f"bpn_lightning.{kind.group}" for kind in KINDS.values()]
     points = [point for group in groups for point in entry_points(group=group)]
     return {point.module.partition(".")[0] for point in points}

@@ -1,4 +1,4 @@
-"""Tables I and II of Wen et al., ours beside theirs, and the parameters that a task adds."""
+"""Tables I and II of Wen et al., ours next to theirs, and the parameters that a task adds."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ __all__ = ["parameters", "table_1", "table_2"]
 
 
 def table_1(collection: Collection) -> list[Artifact]:
-    """Table I: task 1 after all tasks and bytes per task, ours beside the paper's."""
+    """Table I: task 1 after all tasks and bytes per task, ours next to the paper's."""
     body: list[list[Cell]] = []
     marks: list[tuple[str, Interval | None, Interval | None, Interval | None]] = []
     rows = method_rows(collection.records)

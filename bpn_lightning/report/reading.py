@@ -11,7 +11,7 @@ from bpn_lightning.analysis.record import RunRecord, read_run
 from bpn_lightning.bench.grid import Cell
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.report.settings import setting_labels
-from bpn_lightning.run.identity import OBSERVED, decides, short
+from bpn_lightning.run.identity import OBSERVED, decides, is_method_folder, short
 from bpn_lightning.untrusted import is_inside
 
 __all__ = ["Found", "Problem", "find_runs"]
@@ -206,9 +206,12 @@ def _of_folder(folder: Path, root: Path) -> RunRecord:
     """
     record = read_run(folder)
     parts = list(folder.relative_to(root).parts)
-    for own in (f"seed_{record.seed}", record.method, record.experiment):
-        if parts and parts[-1] == own:
-            parts.pop()
+    if parts and parts[-1] == f"seed_{record.seed}":
+        parts.pop()
+    if parts and is_method_folder(parts[-1], record.method):
+        parts.pop()
+    if parts and parts[-1] == record.experiment:
+        parts.pop()
     varied = [word.partition("=") for part in parts if "=" in part for word in part.split(",")]
     return replace(
         record,
@@ -231,8 +234,16 @@ def _of_collection(
     beside = home.parent if home.name == "report" and home != root else home
     inside = "/".join(part for part in home.relative_to(root).parts if part != "report")
     for record in collection.records:
-        variant = tuple(record.variant.items())
-        cell = Cell("", record.experiment, record.method, record.seed, record.label, variant)
+        cell = Cell(
+            "",
+            record.experiment,
+            record.method,
+            record.seed,
+            record.label,
+            tuple(record.variant.items()),
+            gate="+".join(record.gates) or None,
+            front=record.at("front", "name"),
+        )
         if cell.folder(beside) not in folders:
             label = ", ".join(filter(None, [inside, record.label]))
             yield replace(record, label=label, source=path.relative_to(root).as_posix())

@@ -16,7 +16,7 @@ from rich.text import Text
 from bpn_lightning.costs import Bytes
 from bpn_lightning.metrics.accuracy_matrix import Summary
 from bpn_lightning.metrics.settling import Unsettled
-from bpn_lightning.run.gates import GATE_ACCURACIES
+from bpn_lightning.run.gates import GATE_ACCURACIES, shared_bytes
 from bpn_lightning.run.schema import FrontRecord, GateResults
 from bpn_lightning.tasks import Task
 from bpn_lightning.terminal import printable
@@ -271,7 +271,7 @@ def gate_table(
     console: Console,
     gates: Mapping[str, GateResults],
     front: FrontRecord | None,
-    told: float | None,
+    task_id_given: float | None,
 ) -> None:
     """Show a table with the accuracies of each gate, and the bytes that they need.
 
@@ -279,26 +279,21 @@ def gate_table(
         console: the output.
         gates: by name, as in results.json.
         front: the run's, if it has one.
-        told: ACC with the task ID given.
+        task_id_given: ACC with the task ID given.
     """
-    table = Table(title="without the task ID", title_justify="left")
+    table = Table(title="task ID not given", title_justify="left")
     for column in ("gate", *GATE_ACCURACIES.values(), "modes, task ID given"):
         table.add_column(column, justify="left" if column == "gate" else "right", min_width=4)
     for name, gate in gates.items():
         values: Mapping[str, Any] = gate
         averages = [values[key] and values[key]["average"] for key in GATE_ACCURACIES]
-        table.add_row(Text(printable(name)), *map(_fraction, (*averages, told)))
+        table.add_row(Text(printable(name)), *map(_fraction, (*averages, task_id_given)))
     console.print(table)
     for name, gate in gates.items():
-        shared = gate["bytes_held"] - sum(
-            gate["bytes_per_task"]
-            for value in gate["task_accuracy"]["per_task"]
-            if value is not None
-        )
         error = gate["calibration"] and gate["calibration"]["error"]
         _line(
             console,
-            f"gate {name}: {gate['bytes_per_task']:,} bytes per task, {shared:,} shared; "
+            f"gate {name}: {gate['bytes_per_task']:,} bytes per task, {shared_bytes(gate):,} shared; "
             f"calibration error {_fraction(error)}",
         )
     if front is not None:

@@ -71,7 +71,7 @@ def draw_curves(
     """Draw each task's accuracy from the moment on that it starts to be learned.
 
     Dashed lines stand where a task starts. Up to ten tasks have colors, dashes and markers of their
-    own; more are colored by their number, from dark to light, beside the mean over the tasks learned
+    own; more are colored by their number, from dark to light, with the mean over the tasks learned
     so far. Task k's line has the gid ``task-k``.
 
     Args:

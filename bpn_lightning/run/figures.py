@@ -44,7 +44,7 @@ def accuracy_curves(
 
     In the manner of Fig. 6 of Wen et al.: dashed lines stand where a task starts. Up to ten tasks
     have colors, dashes and markers of their own; more are colored by their number, from dark to
-    light, beside the mean over the tasks learned so far.
+    light, with the mean over the tasks learned so far.
 
     Args:
         matrix: ``(tasks + 1, tasks)``, accuracies, NaN where not measured.

@@ -11,7 +11,7 @@ from bpn_lightning.run.schema import GateAccuracy, GateMoment, GateResults
 if TYPE_CHECKING:
     from bpn_lightning.metrics.gate_scores import GateScores
 
-__all__ = ["GATE_ACCURACIES", "gate_results", "gates_csv"]
+__all__ = ["GATE_ACCURACIES", "gate_results", "gates_csv", "shared_bytes"]
 
 #: The accuracies of a gate, and what each is for people.
 GATE_ACCURACIES = {
@@ -31,6 +31,12 @@ def gate_results(scores: Sequence["GateScores"]) -> dict[str, GateResults]:
     """
     names = dict.fromkeys(one["gate"] for one in scores)
     return {name: _of_gate([one for one in scores if one["gate"] == name]) for name in names}
+
+
+def shared_bytes(gate: GateResults) -> int:
+    """What a gate stores for all tasks together, such as a covariance."""
+    learned = gate["over_stream"][-1]["after"] if gate["over_stream"] else 0
+    return gate["bytes_held"] - gate["bytes_per_task"] * learned
 
 
 def gates_csv(gates: Mapping[str, GateResults]) -> str:

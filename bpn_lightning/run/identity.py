@@ -9,7 +9,9 @@ __all__ = [
     "defining",
     "differences",
     "flatten",
+    "is_method_folder",
     "method_folder",
+    "part_names",
     "run_name",
     "run_names",
     "short",
@@ -76,8 +78,18 @@ def run_name(names: Mapping[str, Any]) -> str:
     >>> run_name({"experiment": "toy", "method": "psp", "gate": "slda", "front": None, "seed": 0})
     'toy, method psp, gate slda, seed 0'
     """
-    shown = [f"{part} {names[part]}" for part in ("method", *PARTS) if names[part] is not None]
-    return ", ".join([str(names["experiment"]), *shown, f"seed {names['seed']}"])
+    parts = part_names(names["gate"], names["front"])
+    first = [str(names["experiment"]), f"method {names['method']}"]
+    return ", ".join([*first, *parts, f"seed {names['seed']}"])
+
+
+def part_names(gate: str | None, front: str | None) -> list[str]:
+    """Gates and front as readable texts, of those that a run has.
+
+    >>> part_names("slda+ppca", None)
+    ['gate slda+ppca']
+    """
+    return [f"{part} {name}" for part, name in zip(PARTS, (gate, front), strict=True) if name]
 
 
 def method_folder(method: str, gate: str | None = None, front: str | None = None) -> str:
@@ -88,6 +100,15 @@ def method_folder(method: str, gate: str | None = None, front: str | None = None
     """
     named = zip(PARTS, (gate, front), strict=True)
     return ",".join([method, *(f"{part}={name}" for part, name in named if name is not None)])
+
+
+def is_method_folder(folder: str, method: str) -> bool:
+    """Whether a folder has the name that :func:`method_folder` gives with some gates and front.
+
+    >>> is_method_folder("psp,front=patches", "psp"), is_method_folder("rank=10", "psp")
+    (True, False)
+    """
+    return folder == method or folder.startswith(tuple(f"{method},{part}=" for part in PARTS))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -91,7 +91,7 @@ def write_results(
         curve: accuracies at finer moments, for the picture; may be empty.
         tasks: the stream's tasks.
         bytes_per_task: what a task adds to what is stored, ``measured`` and by the ``paper``.
-        bytes_held: what the strategies hold in the end, beside the network's weights.
+        bytes_held: what the strategies hold in the end, in addition to the network's weights.
         provenance: what may differ between equal runs, see :mod:`bpn_lightning.run.provenance`.
         unsettled: tasks that lost accuracy in their last epoch.
         metrics: what the module's ``task_metrics`` are.

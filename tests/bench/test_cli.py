@@ -26,7 +26,7 @@ def test_help_and_list(capsys: pytest.CaptureFixture[str]) -> None:
         (["digits", "--modle.mask", "task"], "but got 'modle.mask'. Did you mean 'model.'?"),
         (["digits", "--jobs", "0"], "Expected --jobs to be at least 1, but got 0."),
         (["digits", "--executor", "slurm"], "invalid choice: 'slurm' (choose from"),
-        (["digits", "--address", "auto"], "Expected --address and --gpus to stand beside"),
+        (["digits", "--address", "auto"], "Expected --address and --gpus to be given with"),
         (["digits", "--executor", "ray", "--gpus", "-1"], "Expected --gpus to be at least 0"),
         (["digits", "--jobs", "two"], "invalid int value: 'two'"),
         (["digits", "ewc"], "but got 'ewc'"),

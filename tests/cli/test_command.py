@@ -1,5 +1,6 @@
 """The order of precedence, without torch: what the parser gets, and in which order."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,34 @@ def test_files_come_first_then_the_method_then_the_flags_wherever_they_stand() -
     assert command.flags == [
         "--experiment=digits_inc",
         "--method=ewc",
-        "--gate=null",
-        "--front=null",
         *("--seed_everything", "1", "--trainer.devices=1"),
     ]
     assert list(command.strategies) == ["ewc"]
     assert command.notices == []
+
+
+@pytest.mark.parametrize(
+    ("line", "gates"),
+    [
+        ("--config slda.yaml", ["slda"]),
+        ("--config slda.yaml --config none.yaml", []),
+        ("--config none.yaml --config slda.yaml --gate ncm+ppca", ["ncm", "ppca"]),
+        ("--config slda.yaml --gate null", []),
+    ],
+)
+def test_the_last_to_name_gates_decides_as_it_does_for_the_parser(
+    line: str, gates: list[str]
+) -> None:
+    write("slda.yaml", "method: ewc\ngate: slda")
+    write("none.yaml", "method: ewc\ngate: null")
+    command = read_command(line.split())
+    assert list(command.gates) == gates
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=yaml.safe_load, action="append")
+    parser.add_argument("--gate", type=yaml.safe_load, action="append", default=[])
+    parsed, _ = parser.parse_known_args(command.args)
+    in_files = [config["gate"] for config in parsed.config if "gate" in config]
+    assert [*in_files, *parsed.gate][-1] == ("+".join(gates) or None)
 
 
 @pytest.mark.parametrize("name", ["digits_inc", "digits_inc.yaml"])
@@ -217,7 +240,7 @@ LIST = " `bpn-fit --list` lists"
             "--method bd --strategies.ewc.strength 5",
             (
                 "Expected --strategies.ewc.strength to be about a strategy of the method 'bd' (bd), but "
-                "got 'ewc'. Choose a method that has it, such as --method ewc, or leave it out."
+                "got 'ewc'. Add it, such as by --method ewc, or leave it out."
             ),
         ),
         (

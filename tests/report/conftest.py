@@ -69,7 +69,7 @@ def results(method: str, seed: int, matrix: Matrix, **more: Any) -> dict[str, An
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes the folder of a run and gives its path.
 
-    ``make_run("ewc", 0, matrix, root="runs", config={...}, **keys of results.json)``
+    ``make_run("ewc", 0, matrix, root="runs", parts=",front=random", config={...}, **keys of results.json)``
     """
 
     def make(
@@ -77,11 +77,13 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         seed: int = 0,
         matrix: Matrix = MATRIX,
         root: str = "runs",
+        parts: str = "",
         config: dict[str, Any] | None = None,
         **more: Any,
     ) -> Path:
         found = results(method, seed, matrix, **more)
-        folder = tmp_path / root / found["experiment"] / method.replace("/", "_") / f"seed_{seed}"
+        home = tmp_path / root / found["experiment"]
+        folder = home / f"{method.replace('/', '_')}{parts}" / f"seed_{seed}"
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(found))
         header = ",".join(["after_task", *(f"task_{k + 1}" for k in range(len(matrix) - 1))])

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bpn_lightning.analysis.collection import CELLS, Collection, write_collection
+from bpn_lightning.analysis.collection import CELLS, Collection, kept, write_collection
 from bpn_lightning.analysis.comparison import compare
-from bpn_lightning.analysis.record import RunRecord
+from bpn_lightning.analysis.record import RunRecord, read_run
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.report import reading
 from bpn_lightning.report.page import render
@@ -47,6 +47,28 @@ def test_folders_above_an_experiment_set_runs_apart(make_run: Make, tmp_path: Pa
         ("digits_inc, bench/digits", "ewc"),
         ("digits_inc, short", "ewc, rank 10, epsilon 0.1"),
     ]
+
+
+@pytest.mark.parametrize("up", range(4))
+def test_gates_and_front_are_part_of_the_setup_and_not_of_the_experiment(
+    make_run: Make, up: int
+) -> None:
+    per_task = {"average": 0.5, "per_task": [0.5, 0.5]}
+    gate = dict.fromkeys(("task_accuracy", "end_to_end", "mixture"), per_task)
+    gate |= dict.fromkeys(("own_class", "own_class_task_given", "calibration"))
+    gate |= {"modes": 2, "over_stream": [], "bytes_held": 8, "bytes_per_task": 4}
+    front = {"name": "random", "bytes": 16}
+    parts = ",gate=slda+ncm,front=random"
+    folder = make_run("psp", parts=parts, gates={"slda": gate, "ncm": gate}, front=front)
+    make_run("psp", parts=",front=random", front=front, seed=1)
+    root = folder.parents[2]
+    write_collection(Collection("g", "G", "", (), (), (), (), (kept(read_run(folder)),)), root)
+    found = find_runs([folder, folder.parent, folder.parents[1], root][up])
+    assert found.problems == []
+    assert found.runs[-1].name == "digits_inc, psp, gate slda+ncm, front random, seed 0"
+    assert [run.name for run in found.runs if run.seed] == (
+        ["digits_inc, psp, front random, seed 1"] if up > 1 else []
+    )
 
 
 def test_curves_begin_where_a_task_does(make_run: Make) -> None:
