@@ -5,7 +5,7 @@ loaded without its stream therefore preprocesses raw inputs itself, bit for bit 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import isclose, isfinite
 from typing import Any
 
@@ -23,14 +23,11 @@ __all__ = [
     "differing_preparation",
     "find_preparation",
     "kind_of",
-    "normalization_of",
     "normalize",
-    "normalize_alike",
     "permutation",
     "permute",
     "prepare_raw",
     "read_preparations",
-    "renormalize",
     "resize",
     "rotate",
     "scale_and_shift",
@@ -292,65 +289,6 @@ def find_preparation(preparations: Sequence[Preparation], task: int) -> tuple[Pr
         "Expected the module to have the preprocessing of its tasks, but it has no stream yet. "
         "Call trainer.fit(module, stream), module.attach(stream) or load a checkpoint first."
     )
-
-
-def normalization_of(one: Preparation) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation of each channel that it normalizes with; None where it does not, or by code."""
-    found = [step for step in one.steps or [] if step[0] == "normalize"]
-    return (found[0][1], found[0][2]) if found else None
-
-
-def normalize_alike(preparations: Sequence[Preparation]) -> list[Preparation]:
-    """The preparations with the first one's mean and deviation, as one where they are then the same.
-
-    What is left of the task is what makes its images: permutations and rotations.
-    """
-    numbers = normalization_of(preparations[0])
-    made = []
-    for one in preparations:
-        steps = [
-            ["normalize", *numbers, step[3]] if numbers and step[0] == "normalize" else step
-            for step in one.steps or []
-        ]
-        made.append(replace(one, steps=None if one.steps is None else steps))
-    same = all(
-        (one.steps, one.dtype, one.shape) == (made[0].steps, made[0].dtype, made[0].shape)
-        for one in made
-    )
-    by_task = any(one.differs_by_task for one in made)
-    if len(made) > 1 and same and not by_task and made[0].steps is not None:
-        return [replace(made[0], tasks=sum(one.tasks for one in made))]
-    return made
-
-
-def renormalize(
-    inputs: Tensor, preparations: Sequence[Preparation], task: int | Tensor, to_first: bool
-) -> Tensor:
-    """Bring normalized inputs from a task's mean and deviation to the first task's, or back.
-
-    Args:
-        inputs: ``(batch, *input_shape)``.
-        preparations: of all tasks of a stream.
-        task: the common task ID, or ``(batch,)``, one per sample.
-        to_first: whether they are normalized as the task is, and go to the first; else the other way.
-
-    Returns:
-        The same shape.
-    """
-    parts = [normalization_of(one) for one in preparations for _ in range(one.tasks)]
-    first = parts[0]
-    if first is None or all(part == first for part in parts):
-        return inputs
-    trailing = (1,) * (inputs.dim() - 2)
-    numbers = torch.tensor([part or first for part in parts], dtype=torch.float64)
-    means, deviations = (values.to(inputs.device, torch.float32) for values in numbers.unbind(1))
-    own_mean, own_deviation = (
-        values[task].view(-1, values.shape[1], *trailing) for values in (means, deviations)
-    )
-    mean, deviation = (values[0].view(1, -1, *trailing) for values in (means, deviations))
-    if to_first:
-        return (inputs * own_deviation + (own_mean - mean)) / deviation
-    return (inputs * deviation + (mean - own_mean)) / own_deviation
 
 
 def prepare_raw(preparations: Sequence[Preparation], inputs: object, task: int | Tensor) -> Tensor:

@@ -15,6 +15,7 @@ but only when it is used. Nothing here imports torch: names are listed without i
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from importlib import import_module
@@ -38,6 +39,7 @@ __all__ = [
     "fronts",
     "gates",
     "is_class_path",
+    "name_of",
     "registered",
     "strategies",
     "streams",
@@ -199,6 +201,13 @@ def gates() -> dict[str, Registered]:
 def fronts() -> dict[str, Registered]:
     """All registered fronts, built-in ones first."""
     return registered("front")
+
+
+def name_of(one: object, known: Mapping[str, Registered]) -> str:
+    """The registered name of an object's class, else the class's import path."""
+    path = f"{type(one).__module__}:{type(one).__qualname__}"
+    names = {entry.target: name for name, entry in known.items()}
+    return names.get(path, path.replace(":", "."))
 
 
 def is_class_path(name: str) -> bool:

@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import lightning as L
 import torch
@@ -326,7 +326,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         """Have the loaders that Lightning asks for follow a module with phases of its own.
 
         Without this, and once a fit or an evaluation has ended, they follow the epochs of the trainer:
-        each task for its ``epochs``, in order. Lightning asks for each only if the trainer has
+        each task for its ``epochs``, in order; the trainer has to ask for each loader, by
         ``reload_dataloaders_every_n_epochs=1``.
 
         Args:
@@ -347,6 +347,13 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             raise ConfigurationError(
                 "Expected a trainer to say which epoch is current, but the stream has none. Pass it to "
                 "trainer.fit, or use train_loader(task, epoch)."
+            )
+        flags: Any = self.trainer  # Lightning sets them dynamically, invisible to type checkers
+        if flags.training and flags.reload_dataloaders_every_n_epochs != 1:
+            raise ConfigurationError(
+                "Expected reload_dataloaders_every_n_epochs to be 1, as every epoch of a stream has its own "
+                f"loader, but got {flags.reload_dataloaders_every_n_epochs}. Pass it to the Trainer; with "
+                "a ContinualModule that is not needed."
             )
         schedule = Schedule([[Phase("train", task.epochs)] for task in self.tasks])
         task, _, epoch = schedule.locate(self.trainer.current_epoch)

@@ -184,14 +184,14 @@ def logits_in_mode(run: Run, task: int) -> Tensor:
 
 def keep_call_log(strategies: Sequence[ContinualStrategy], setting: Setting) -> CallLog:
     """Fit and watch."""
-    diaries: list[CallLog] = []
+    logs: list[CallLog] = []
 
     def watch(run: Run) -> None:
-        diaries.append(CallLog(run))
-        diaries[0].watch()
+        logs.append(CallLog(run))
+        logs[0].watch()
 
     fit(strategies, setting, watch=watch)
-    return diaries[0].finish()
+    return logs[0].finish()
 
 
 @cache

@@ -36,6 +36,7 @@ from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.run.identity import differences, flatten
 from bpn_lightning.tasks import Task
 from bpn_lightning.trainer.lightning import (
+    mark_epoch_not_started,
     mark_epoch_unfinished,
     progress_in_update,
     stopped_mid_epoch,
@@ -64,6 +65,7 @@ def save_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
         "random_states": _random_states(host.trainer),
         "unfinished": _unfinished(host.trainer),
     }
+    mark_epoch_not_started(checkpoint)
     if stopped_mid_epoch(host.trainer):
         mark_epoch_unfinished(checkpoint)
 

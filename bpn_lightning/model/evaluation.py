@@ -24,7 +24,7 @@ def evaluate(
     split: Split = "test",
     observe: Observe | None = None,
 ) -> Tensor:
-    """Accuracy on some tasks, each in its own mode: the task oracle is at work.
+    """Accuracy on some tasks, each in its own mode: the task ID is given.
 
     Leaves weights, running statistics, modes and the global random state as they were.
 
@@ -32,7 +32,7 @@ def evaluate(
         host: of a module with a stream; under DDP every process calls this and gets the same.
         tasks: task ids; all of the stream by default.
         split: which part of their data.
-        observe: whoever wants to see the same answers.
+        observe: called with the same logits, of every batch.
 
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
@@ -59,7 +59,7 @@ def evaluate_task_agnostic(
     split: Split = "test",
     max_samples: int | None = None,
 ) -> Tensor:
-    """Accuracy on some tasks when nobody tells which task a sample is from.
+    """Accuracy on some tasks where the task ID of a sample is not given.
 
     Every sample is answered in the mode, among these tasks' modes, whose largest softmax is the
     largest: class-incremental accuracy. Costs one forward per mode; one in all where the network has

@@ -11,7 +11,7 @@ from bpn_lightning.errors import CheckpointError
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.nn.structure import FrontRecord
-from bpn_lightning.registry import fronts
+from bpn_lightning.registry import fronts, name_of
 
 __all__ = ["describe", "rebuild_front"]
 
@@ -23,14 +23,7 @@ MAX_DRAWN = 2**29
 
 def describe(front: Front) -> FrontRecord:
     """A fitted front as a file describes it; ``front.state_dict()`` has the rest."""
-    return FrontRecord(kind_of(front), front.record(), front.fingerprint())
-
-
-def kind_of(front: Front) -> str:
-    """Its registered name, else the import path of its class."""
-    path = f"{type(front).__module__}:{type(front).__qualname__}"
-    names = {one.target: name for name, one in fronts().items()}
-    return names.get(path, path.replace(":", "."))
+    return FrontRecord(name_of(front, fronts()), front.record(), front.fingerprint())
 
 
 def rebuild_front(
@@ -49,8 +42,8 @@ def rebuild_front(
     if record is None:
         if network.front is not None and network.closed >= 0:
             raise CheckpointError(
-                f"Expected a file with the front {kind_of(network.front)!r}, but got one without a front. "
-                "Leave front out."
+                f"Expected a file with the front {name_of(network.front, fronts())!r}, but got one "
+                "without a front. Leave front out."
             )
         return
     own = {
@@ -93,10 +86,11 @@ def _made(record: FrontRecord) -> Front:
 def _check_same(front: Front, record: FrontRecord, state: Mapping[str, Tensor]) -> None:
     here, there = {**front.arguments}, {**record.arguments}
     there.pop("input_shape", None)
-    if kind_of(front) != record.kind or here != there:
+    kind = name_of(front, fronts())
+    if kind != record.kind or here != there:
         raise CheckpointError(
             f"Expected the front {record.kind!r:.80} of {there!r:.200}, as in the file, but got "
-            f"{kind_of(front)!r} of {here!r}. Pass that one, or leave front out."
+            f"{kind!r} of {here!r}. Pass that one, or leave front out."
         )
     for name, value in front.given_state().items():
         saved = state.get(name)

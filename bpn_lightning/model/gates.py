@@ -6,6 +6,7 @@ from typing import Any
 
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.registry import gates as registered_gates
+from bpn_lightning.registry import name_of
 from bpn_lightning.strategies.gates.base import TaskGate
 
 __all__ = ["describe_gates", "rebuild_gates"]
@@ -13,8 +14,9 @@ __all__ = ["describe_gates", "rebuild_gates"]
 
 def describe_gates(gates: Iterable[TaskGate]) -> list[dict[str, Any]]:
     """Dictionaries with ``kind``, ``arguments`` and ``state``: what each gate answers by."""
+    known = registered_gates()
     return [
-        {"kind": _kind(gate), "arguments": gate.arguments, "state": gate.inference_state()}
+        {"kind": name_of(gate, known), "arguments": gate.arguments, "state": gate.inference_state()}
         for gate in gates
     ]
 
@@ -49,9 +51,3 @@ def rebuild_gates(records: Iterable[Mapping[str, Any]]) -> dict[str, TaskGate]:
             ) from error
         found[gate.name] = gate
     return found
-
-
-def _kind(gate: TaskGate) -> str:
-    path = f"{type(gate).__module__}:{type(gate).__qualname__}"
-    names = {one.target: name for name, one in registered_gates().items()}
-    return names.get(path, path.replace(":", "."))

@@ -1,7 +1,7 @@
 """Answers without the task ID: a gate names the task, and the modes of the likeliest tasks the class."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -157,11 +157,11 @@ def evaluate_gates(host: Host, tasks: Iterable[int], learned: int, epoch: int) -
     with evaluation_mode(network):
         for task in tasks:
             for batch in host.gate_batches(task, "test"):
-                every_mode = partial(mode_logits, host, batch.inputs, learned)
-                found = _once(every_mode)
+                # Made when the first gate asks, then kept for the others.
+                logits = cache(partial(mode_logits, host, batch.inputs, learned))
                 for name, gate in host.gates.items():
                     features = gate.looks_at == "features"
-                    seen = batch.inputs.flatten(1) if features else found()
+                    seen = batch.inputs.flatten(1) if features else logits()
                     given = task if task < learned else None
                     _add(host, gate, sums[name], (batch.inputs, seen), batch.targets, given)
     return [_record(host, gate, sums[name], learned, epoch) for name, gate in host.gates.items()]
@@ -237,15 +237,3 @@ def _gathered(host: Host, own: list[Tensor]) -> Tensor:
     whole = torch.zeros(int(sizes.sum()), dtype=torch.float64, device=host.device)
     whole[start : start + len(values)] = values
     return host.all_reduce(whole)
-
-
-def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What is made when it is first asked for, and then kept."""
-    kept: list[Tensor] = []
-
-    def found() -> Tensor:
-        if not kept:
-            kept.append(make())
-        return kept[0]
-
-    return found

@@ -13,7 +13,7 @@ from bpn_lightning.model.cursor import Cursor
 from bpn_lightning.model.front import describe
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.nn.network import ContinualNetwork
-from bpn_lightning.preparation import normalization_of, normalize_alike, prepare_raw, renormalize
+from bpn_lightning.preparation import prepare_raw
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, ContinualStream, Phase, Position, Split, TrainingEpoch
@@ -88,9 +88,14 @@ class Host:
         self, task_id: int, split: Split, max_samples: int | None = None
     ) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
+        return map(self.prepare, self._raw_batches(task_id, split, max_samples))
+
+    def _raw_batches(
+        self, task_id: int, split: Split, max_samples: int | None = None
+    ) -> Iterator[Batch]:
         for batch in self.stream.loader(task_id, split, max_samples=max_samples):
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-            yield self.prepare(batch._replace(inputs=inputs, targets=targets))
+            yield batch._replace(inputs=inputs, targets=targets)
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """A raw batch as the network takes it: prepared by the stream, then through the front."""
@@ -103,15 +108,12 @@ class Host:
         front = self.network.front
         if front is None:
             return batch
-        preparations = self.network.structure.preparations
-        inputs = renormalize(batch.inputs, preparations, batch.task, to_first=True)
-        return batch._replace(inputs=front(inputs))
+        common = self.network.structure.common_normalization
+        return batch._replace(inputs=front(common.to_first(batch.inputs, batch.task)))
 
     def gate_batches(self, task_id: int, split: Split) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, as gates see them."""
-        for batch in self.stream.loader(task_id, split):
-            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-            yield self.for_gates(batch._replace(inputs=inputs, targets=targets))
+        return map(self.for_gates, self._raw_batches(task_id, split))
 
     def for_gates(self, batch: Batch) -> Batch:
         """A raw batch as gates see it: under the first task's normalization, and through the front."""
@@ -120,33 +122,33 @@ class Host:
         return batch._replace(inputs=inputs if front is None else front(inputs), augmentation=None)
 
     def _normalized_alike(self, batch: Batch) -> Tensor:
-        preparations = self.network.structure.preparations
-        if len({repr(normalization_of(one)) for one in preparations}) == 1:
-            return self.stream.prepare(batch).inputs
-        return prepare_raw(normalize_alike(preparations), batch.inputs, batch.task)
+        common = self.network.structure.common_normalization
+        if common.differs and all(one.steps is not None for one in common.preparations):
+            return prepare_raw(
+                common.preparations, batch.inputs, batch.task
+            )  # one task's bits for all
+        return common.to_first(self.stream.prepare(batch).inputs, batch.task)
 
     def for_modes(self, inputs: Tensor, task: "int | Tensor") -> Tensor:
         """What gates saw as the network takes it in a task's mode: under that task's normalization."""
         if self.network.front is not None:
             return inputs
-        return renormalize(inputs, self.network.structure.preparations, task, to_first=False)
+        return self.network.structure.common_normalization.from_first(inputs, task)
 
     def fit_front(self) -> None:
         """Fit what stands before the network on the first task, without augmentation."""
         front = self.network.front
         if front is None:
             return
-        front.fit(self._images_of_first_task, self.all_reduce)
+        front.fit(
+            lambda: map(self._normalized_alike, self._raw_batches(0, "train")), self.all_reduce
+        )
         self.network.structure.front = describe(front)
 
     def mark_front(self, training: bool) -> None:
         """Show it as Lightning expects parts when a fit starts; it warns of those in evaluation mode."""
         for part in self.network.front.modules() if self.network.front is not None else ():
             part.training = training
-
-    def _images_of_first_task(self) -> Iterator[Tensor]:
-        for batch in self.stream.loader(0, "train"):
-            yield self._normalized_alike(batch._replace(inputs=batch.inputs.to(self.device)))
 
     @property
     def position(self) -> Position:

@@ -17,6 +17,7 @@ from bpn_lightning.trainer.composition import check_composition, check_phases, c
 from bpn_lightning.trainer.flags import check_lengths, check_trainer
 from bpn_lightning.trainer.launch import check_batches
 from bpn_lightning.trainer.lightning import (
+    callbacks_of,
     datamodule_of,
     is_compiled,
     reload_train_loader_every_epoch,
@@ -75,7 +76,7 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     Raises:
         ConfigurationError: network, stream and strategies do not fit together.
     """
-    callbacks = host.trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(host.trainer)
     host.strategies = [c for c in callbacks if isinstance(c, ContinualStrategy)]
     gates = [strategy for strategy in host.strategies if isinstance(strategy, TaskGate)]
     check_gate_names(gates)

@@ -12,7 +12,7 @@ from bpn_lightning.model.gating import answer, find_gate, task_probabilities
 from bpn_lightning.model.host import Host
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.nn.network import ContinualNetwork
-from bpn_lightning.preparation import find_preparation, normalize_alike, prepare_raw
+from bpn_lightning.preparation import find_preparation, prepare_raw
 from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch
 
@@ -34,10 +34,10 @@ def predict(
         images: ``(batch, *shape)`` or one of them, as the stream holds them: uint8 from 0 to 255, or
             float32 or float64 from 0 to 1, of image streams; else floats in the data's own units, or
             integer tokens.
-        task: the task id of all, or ``(batch,)``, one of each. None: a gate names it, where the module has
-            one, and the logits are those of :func:`~bpn_lightning.model.gating.answer`. Without gates: in a
-            network without modes any; in one with modes each sample is answered in the mode of a learned task whose largest softmax is the
-            largest, as :func:`~bpn_lightning.model.evaluation.evaluate_task_agnostic` does.
+        task: the task ID of all, or ``(batch,)``, one of each. None: a gate names it, where the module has
+            one, and the logits are those of :func:`~bpn_lightning.model.gating.answer`. Without gates each
+            sample is answered in the mode of the learned task whose largest softmax is the largest, as in
+            :func:`~bpn_lightning.model.evaluation.evaluate_task_agnostic`.
         gate: the name of the one that is asked; None: the first, where no task is given.
 
     Returns:
@@ -50,7 +50,7 @@ def predict(
     """
     network = host.network
     if gate is not None or (task is None and host.gates and network.closed >= 0):
-        return _by_gate(host, images, gate, lambda chosen, inputs: answer(host, chosen, inputs))
+        return _by_gate(host, images, gate, answer)
     check_predictable(host, task)
     of_task = _a_task(task)
     own, _ = find_preparation(network.structure.preparations, of_task)
@@ -89,17 +89,18 @@ def predict_tasks(host: Host, images: Tensor, gate: str | None = None) -> Tensor
         ConfigurationError: there is no such gate, no task is learned, or the inputs are of another shape,
             type or range.
     """
-    return _by_gate(
-        host, images, gate, lambda chosen, inputs: task_probabilities(host, chosen, inputs)
-    )
+    return _by_gate(host, images, gate, task_probabilities)
 
 
 def _by_gate(
-    host: Host, images: Tensor, name: str | None, ask: Callable[[TaskGate, Tensor], Tensor]
+    host: Host,
+    images: Tensor,
+    name: str | None,
+    ask: Callable[[Host, TaskGate, Tensor], Tensor],
 ) -> Tensor:
     chosen = find_gate(host, name)
     network = host.network
-    preparations = normalize_alike(network.structure.preparations)
+    preparations = network.structure.common_normalization.preparations
     if len(preparations) > 1 or preparations[0].differs_by_task:
         raise ConfigurationError(
             "Expected raw inputs that all tasks prepare alike but for their normalization where a gate "
@@ -112,7 +113,7 @@ def _by_gate(
     inputs = _prepared(host, images, 0)
     chosen.move_state(host)
     with evaluation_mode(network):
-        found = ask(chosen, inputs if network.front is None else network.front(inputs))
+        found = ask(host, chosen, inputs if network.front is None else network.front(inputs))
     return found[0] if single else found
 
 
@@ -184,12 +185,13 @@ def _modes(network: ContinualNetwork) -> range:
 
 
 def _prepared(host: Host, images: Tensor, task: "int | Tensor") -> Tensor:
-    preparations = host.network.structure.preparations
-    if host.network.front is not None:
-        preparations = normalize_alike(preparations)
+    structure, front = host.network.structure, host.network.front
+    common = structure.common_normalization
+    preparations = structure.preparations if front is None else common.preparations
     if all(one.steps is not None for one in preparations):
         return prepare_raw(preparations, images, task)
     own, _ = find_preparation(preparations, _a_task(task))
     raw = own.batch(images)
     targets = torch.zeros(len(raw), dtype=torch.long, device=raw.device)
-    return host.stream.prepare(Batch(raw, targets, task, len(raw))).inputs
+    inputs = host.stream.prepare(Batch(raw, targets, task, len(raw))).inputs
+    return inputs if front is None else common.to_first(inputs, task)

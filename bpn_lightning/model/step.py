@@ -153,23 +153,26 @@ class Step:
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
         if not self._evaluated:
             self.optimization.add_loss(loss, scale)
-        every = host.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (host.trainer.global_step + 1) % every == 0:
+        if self._is_logged():
             if right is None:
                 right = (active.detach().argmax(1) == targets).sum()
-            for hook in self._hooks["logs"]:
-                terms.update(hook(host))
-            # Means over processes, each of which has the whole batch's size in its scale.
-            host.module.log_dict(
-                {name: term.detach() for name, term in terms.items()}, sync_dist=True
-            )
-            whole = {
-                "train/loss": loss.detach(),
-                "train/accuracy": right * self._world_size / batch.global_size,
-            }
-            host.module.log_dict(whole, prog_bar=True, sync_dist=True)
-            host.module.log("stream/task", float(network.opened + 1))
+            self._log(loss, right * self._world_size / batch.global_size, terms)
         return loss if weight == 1 else loss * weight
+
+    def _is_logged(self) -> bool:
+        flags: Any = self.host.trainer  # set dynamically, invisible to type checkers
+        every: int = flags.log_every_n_steps
+        return bool(every) and (flags.global_step + 1) % every == 0
+
+    def _log(self, loss: Tensor, accuracy: Tensor, terms: dict[str, Tensor]) -> None:
+        """Log means over processes, each of which has the whole batch's size in its scale."""
+        module = self.host.module
+        for hook in self._hooks["logs"]:
+            terms.update(hook(self.host))
+        module.log_dict({name: term.detach() for name, term in terms.items()}, sync_dist=True)
+        whole = {"train/loss": loss.detach(), "train/accuracy": accuracy}
+        module.log_dict(whole, prog_bar=True, sync_dist=True)
+        module.log("stream/task", float(self.network.opened + 1))
 
     def _accumulation_weight(self, batch: Batch, batch_index: int) -> float:
         """What makes an update the mean over all its samples where gradients accumulate; else 1.
@@ -205,8 +208,7 @@ class Step:
         host, network = self.host, self.network
         with evaluation_mode(network), differentiable(network):
             loss = host.phase_owner.phase_loss(host, host.phase, batch).sum() * scale
-        every = host.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (host.trainer.global_step + 1) % every == 0:
+        if self._is_logged():
             host.module.log(f"loss/{host.phase.name}", loss.detach(), prog_bar=True, sync_dist=True)
             host.module.log("stream/task", float(network.opened + 1))
         return loss

@@ -237,7 +237,7 @@ class TaskLoop:
         """What must be the same in every process, by whose it is."""
         host = self.host
         optimizer = host.trainer.optimizers[0]
-        own = {type(strategy).__name__: strategy.state_dict() for strategy in host.strategies}
+        own = {strategy.state_key: strategy.state_dict() for strategy in host.strategies}
         return {
             "the network": self.network.state_dict(),
             type(optimizer).__name__: optimizer.state_dict(),

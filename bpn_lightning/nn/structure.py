@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from itertools import accumulate
 from typing import Any, get_args
@@ -9,6 +10,7 @@ from typing import Any, get_args
 import torch
 
 from bpn_lightning.errors import CheckpointError, ConfigurationError
+from bpn_lightning.nn.common_normalization import CommonNormalization
 from bpn_lightning.preparation import Preparation, differing_preparation, read_preparations
 from bpn_lightning.tasks import Mask, Task, named_dtype
 
@@ -235,6 +237,11 @@ class Structure:
                 "module.predict takes other images."
             )
         self.preparations = self.preparations or list(found)
+
+    @cached_property
+    def common_normalization(self) -> CommonNormalization:
+        """What gates and fronts see of the inputs; only once it is known how these are prepared."""
+        return CommonNormalization(self.preparations)
 
     def record(self) -> dict[str, Any]:
         """The structure as names and plain values."""

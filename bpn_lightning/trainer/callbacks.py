@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.trainer.lightning import callbacks_of
 
 __all__ = ["REFUSED", "check_callbacks", "check_rate_monitor"]
 
@@ -95,7 +96,7 @@ def check_callbacks(trainer: Trainer) -> None:
     Raises:
         ConfigurationError: names the callback, why it is refused, and the remedy.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         for kind, (why, remedy) in REFUSED.items():
             if isinstance(callback, kind):
                 raise ConfigurationError(
@@ -124,7 +125,7 @@ def check_rate_monitor(trainer: Trainer) -> None:
     """
     schedulers = trainer.lr_scheduler_configs
     by_epoch = any(config.interval == "epoch" for config in schedulers)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if not isinstance(callback, LearningRateMonitor):
             continue
         interval = callback.logging_interval

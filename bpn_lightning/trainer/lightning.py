@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins import LayerSync, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 __all__ = [
     "HookNameAsPlainAttribute",
     "batches_processed",
+    "callbacks_of",
     "cluster_environment",
     "datamodule_of",
     "ddp_communication_hook",
@@ -34,6 +35,7 @@ __all__ = [
     "is_first_process",
     "is_last_batch",
     "layer_sync",
+    "mark_epoch_not_started",
     "mark_epoch_unfinished",
     "max_seconds",
     "model_averaging_period",
@@ -70,10 +72,12 @@ def reload_train_loader_every_epoch(trainer: Trainer) -> None:
 def batches_processed(trainer: Trainer) -> int:
     """The number of batches of this epoch used in training so far.
 
-    Seen in 2.6.6: a loader's own count would include prefetched batches.
+    Seen in 2.6.6: a loader's own count would include prefetched batches; and in ``on_train_epoch_start``
+    the count is still that of the epoch before.
     """
-    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(current.processed)
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return 0 if epoch.started < epoch.ready else int(batches.processed)
 
 
 def is_last_batch(trainer: Trainer) -> bool:
@@ -146,6 +150,24 @@ def mark_epoch_unfinished(checkpoint: dict[str, Any]) -> None:
         saved["processed"] = saved["completed"] = saved["ready"] - 1
 
 
+def mark_epoch_not_started(checkpoint: dict[str, Any]) -> None:
+    """Mark that no batch of the epoch is done, in a checkpoint saved in ``on_train_epoch_start``.
+
+    Seen in 2.6.6: the counts are still those of the epoch before, and a resumed run would skip batches. No
+    effect on a checkpoint saved at any other time.
+
+    Args:
+        checkpoint: being saved; weights-only checkpoints have no loops and are not changed.
+    """
+    if "loops" not in checkpoint:
+        return
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+    if epoch["started"] < epoch["ready"]:
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+
+
 # --- flags ---------------------------------------------------------------------------------------
 
 
@@ -154,7 +176,7 @@ def max_seconds(trainer: Trainer) -> float | None:
 
     Seen in 2.6.6: ``Timer.time_remaining`` is a float only if there is a limit, and needs a stage.
     """
-    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+    timers = [c for c in callbacks_of(trainer) if isinstance(c, Timer)]
     limits = [timer._duration for timer in timers]
     return min((limit for limit in limits if limit is not None), default=None)
 
@@ -166,6 +188,15 @@ def val_check_interval(trainer: Trainer) -> int | float | None:
     """
     flags: Any = trainer  # Lightning sets them dynamically, invisible to type checkers
     return None if flags._val_check_time_interval is not None else flags.val_check_interval
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks, in the order in which they are called.
+
+    Seen in 2.6.6: the trainer's callback connector sets them, invisible to type checkers.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def datamodule_of(trainer: Trainer) -> LightningDataModule | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.tasks import Batch, TrainingEpoch
 
 pytestmark = pytest.mark.slow
@@ -60,7 +61,10 @@ class SaveAt(L.Callback):
 
 
 def fit(
-    stream: ContinualDataModule, *callbacks: L.Callback, resume: Path | None = None
+    stream: ContinualDataModule,
+    *callbacks: L.Callback,
+    resume: Path | None = None,
+    reload: int = 1,
 ) -> Recorder:
     stream.setup()
     module = Recorder()
@@ -71,7 +75,7 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
+        reload_dataloaders_every_n_epochs=reload,
         callbacks=list(callbacks),
     )
     trainer.fit(module, stream, ckpt_path=resume, weights_only=False)
@@ -89,6 +93,12 @@ def test_a_fit_sees_every_epoch_of_every_task_in_the_streams_order(toy: Make) ->
         for batch in alone.train_loader(task, own)
     ]
     assert trained == expected
+
+
+def test_a_trainer_that_would_keep_one_epochs_loader_is_refused(toy: Make) -> None:
+    for reload in (0, 2):
+        with pytest.raises(ConfigurationError, match=rf"own loader, but got {reload}\. Pass it"):
+            fit(toy(epochs_per_task=1), reload=reload)
 
 
 def test_a_module_that_is_followed_is_followed_for_one_fit(toy: Make) -> None:

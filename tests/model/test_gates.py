@@ -168,6 +168,21 @@ def test_shuffled_ids_change_no_bit(fit: Fit, mode: Callable[[], Any]) -> None:
     assert module.predict_tasks(images).argmax(1).tolist() == [1] * 30
 
 
+def test_a_gate_sees_what_a_stream_prepares_by_code(fit: Fit) -> None:
+    class Rectified(SplitDigits):
+        def transform(self, images: Tensor, task: int | Tensor) -> Tensor:
+            return images.relu()
+
+    stream = StreamOf(
+        [made(num_tasks=1, epochs_per_task=1, seed=0) for made in (SplitDigits, Rectified)]
+    )
+    module, _ = fit([SLDA()], stream=stream)
+    seen = [batch.inputs for batch in module.host.gate_batches(1, "test")]
+    own = [stream.prepare(batch).inputs for batch in stream.loader(1, "test")]
+    torch.testing.assert_close(seen, own)
+    assert all(inputs.min() == 0 for inputs in seen)
+
+
 def test_checkpoint_and_export_answer_as_the_run(fit: Fit, tmp_path: Path) -> None:
     stream = small()
     module, trainer = fit([*some(), RanPAC(50)], stream=stream, front=RandomFeatures(40))

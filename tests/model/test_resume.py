@@ -19,6 +19,7 @@ from bpn_lightning.strategies import EWC, BeneficialPerturbation
 pytestmark = pytest.mark.slow
 
 MOMENTS = (
+    "on_train_epoch_start",
     "on_train_batch_end",
     "on_validation_batch_end",
     "on_validation_end",

@@ -222,6 +222,9 @@ def test_batches_processed(train: Any) -> None:
     at = At(door.batches_processed, "on_train_batch_start", "on_train_batch_end")
     train(callbacks=at).fit(Module(), Data())
     assert at.seen == [0, 1, 1, 2, 2, 3]
+    starts = At(door.batches_processed, "on_train_epoch_start")
+    train(callbacks=starts, max_epochs=2).fit(Module(), Data())
+    assert starts.seen == [0, 0]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1.0, [False, False, True]), (2, [False, True])])
@@ -290,6 +293,24 @@ def test_mark_epoch_unfinished(marked: bool, steps: int, train: Any, tmp_path: P
     assert trainer.global_step == steps
 
 
+@pytest.mark.parametrize(("marked", "steps"), [(True, 6), (False, 4)])
+def test_mark_epoch_not_started(marked: bool, steps: int, train: Any, tmp_path: Path) -> None:
+    class Marking(Module):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            if marked:
+                door.mark_epoch_not_started(checkpoint)
+
+    def save(trainer: Trainer) -> None:
+        trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+        trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+
+    saves = At(save, "on_train_epoch_start")
+    train(callbacks=saves, max_epochs=2).fit(Marking(), Data())
+    trainer = train(max_epochs=2)
+    trainer.fit(Module(), Data(), ckpt_path=tmp_path / "1.ckpt", weights_only=True)
+    assert trainer.global_step == steps
+
+
 # --- flags ---------------------------------------------------------------------------------------
 
 
@@ -304,6 +325,12 @@ def test_val_check_interval(train: Any) -> None:
     asked = (None, 2, 0.5, timedelta(minutes=1), "00:00:01:00")
     found = [door.val_check_interval(train(val_check_interval=value)) for value in asked]
     assert found == [1.0, 2, 0.5, None, None]
+
+
+def test_callbacks_of(train: Any) -> None:
+    first, second = At(door.callbacks_of), At(door.callbacks_of, "setup")
+    train(callbacks=[first, second]).fit(Module(), Data())
+    assert [one for one in second.seen[0] if isinstance(one, At)] == [first, second]
 
 
 def test_datamodule_of(train: Any) -> None:

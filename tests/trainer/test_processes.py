@@ -26,6 +26,7 @@ from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.ewc import EWC
+from bpn_lightning.strategies.gates.ncm import NearestClassMean
 from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
 from bpn_lightning.strategies.psp import ParameterSuperposition
 from bpn_lightning.strategies.si import SynapticIntelligence
@@ -242,22 +243,27 @@ SPOILED: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], object], str]] 
     "importances": (
         lambda: EWC(update="clamped"),
         lambda ewc, host: ewc.penalty.importance["head.bias"][0].mul_(1.001),
-        "importance/head.bias of EWC",
+        "importance/head.bias of ewc",
     ),
     "memory": (
         lambda: GradientEpisodicMemory(7),
         lambda gem, host: gem.memory.inputs[0].add_(1),
-        "inputs of GradientEpisodicMemory",
+        "inputs of gem",
     ),
     "count": (
         lambda: AveragedGEM(7),
         lambda agem, host: setattr(agem, "draws", agem.draws + 1),
-        "draws of AveragedGEM",
+        "draws of agem",
     ),
     "keys": (
         ParameterSuperposition,
         lambda psp, host: next(iter(host.network.head.keys.buffers())).neg_(),
         "head.keys.bank of the network",
+    ),
+    "gates": (
+        lambda: [NearestClassMean(name="one"), NearestClassMean(name="other")],
+        lambda gates, host: gates[0].rows["means"].add_(1.0),
+        "rows/means of gate one",
     ),
 }
 
@@ -265,11 +271,11 @@ SPOILED: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], object], str]] 
 def go_astray(name: str) -> str:
     """What is raised."""
     make, spoil, _ = SPOILED[name]
-    strategy = make()
+    made = make()
     together = {"devices": 2, "strategy": DDPStrategy()}
     checked = Setting(stream=EVEN, module={"check_processes": True}, trainer=together)
     try:
-        fit([strategy, Astray(partial(spoil, strategy))], checked)
+        fit([*(made if isinstance(made, list) else [made]), Astray(partial(spoil, made))], checked)
     except ProcessesError as error:
         return str(error)
     return "nothing"
