@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from bpn_lightning.cli.config_files import read_yaml
+from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.cli.trust import decide_trust, named_classes, restrict_imports, words
-from bpn_lightning.errors import BPNLightningError, ConfigurationError
-from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.terminal import printable
 
 __all__ = ["main"]
 
-USAGE_ERROR = 2  # as argparse exits
 
-
-@command("bpn-export")
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point("bpn-export", interrupted="Nothing was written.")
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
@@ -27,16 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 2 on a usage error, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    try:
-        with plain_warnings("bpn-export"):
-            folder = _export(Path(arguments.run), Path(arguments.out), arguments.trust)
-            print(printable(folder))
-    except BPNLightningError as error:
-        print(f"bpn-export: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("bpn-export: Interrupted. Nothing was written.", file=sys.stderr)
-        return INTERRUPTED
+    print(printable(_export(Path(arguments.run), Path(arguments.out), arguments.trust)))
     return 0
 
 
