@@ -1,7 +1,10 @@
-"""Atomic writes, and checks that folders are at their configured location."""
+"""Atomic writes, CSV, and checks that folders are at their configured location."""
 
+import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from io import StringIO
+from math import isnan
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import BinaryIO
@@ -10,6 +13,7 @@ from bpn_lightning.errors import ConfigurationError, ResultsError
 
 __all__ = [
     "check_name",
+    "csv_text",
     "flush",
     "has_variable",
     "refuse_outside",
@@ -85,6 +89,19 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
         temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    r"""Rows as CSV: numbers by their repr, so that reading gives the very same ones; None and NaN are empty.
+
+    >>> csv_text([["task", "accuracy"], [1, 0.1], [2, None]])
+    'task,accuracy\n1,0.1\n2,\n'
+    """
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        ["" if isinstance(cell, float) and isnan(cell) else cell for cell in row] for row in rows
+    )
+    return text.getvalue()
 
 
 def flush(path: Path) -> None:

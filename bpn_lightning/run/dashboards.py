@@ -4,7 +4,6 @@
 Reproducible numbers are logged by the module itself, to all loggers. ``docs/wandb.md`` lists all keys.
 """
 
-import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from PIL import Image
 from torch import Tensor
 
+from bpn_lightning.files import csv_text
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.run.drawing import render
 from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap
@@ -160,9 +160,8 @@ class MLFlowAdapter(LoggerAdapter):
         self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
     ) -> None:
         """As a CSV file, which the web interface shows as a table."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-        self.logger.experiment.log_text(self.logger.run_id, text.getvalue(), f"{key}.csv")
+        text = csv_text([columns, *rows])
+        self.logger.experiment.log_text(self.logger.run_id, text, f"{key}.csv")
 
     def files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
         """In a folder named by their kind."""

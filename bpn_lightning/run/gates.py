@@ -1,11 +1,10 @@
 """What gates gave, as results.json and gates.csv hold it. No torch here."""
 
-import csv
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from bpn_lightning.files import csv_text
 from bpn_lightning.run.schema import GateAccuracy, GateMoment, GateResults
 
 if TYPE_CHECKING:
@@ -40,17 +39,14 @@ def shared_bytes(gate: GateResults) -> int:
 
 
 def gates_csv(gates: Mapping[str, GateResults]) -> str:
-    """A row for each gate and moment, each number by its repr; an empty cell was not measured."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    """A row for each gate and moment; an empty cell was not measured."""
     columns = list(GateMoment.__annotations__)
-    writer.writerow(["gate", *columns])
-    for name, gate in gates.items():
-        for moment in gate["over_stream"]:
-            values: Mapping[str, Any] = moment
-            cells = [values[key] for key in columns]
-            writer.writerow([name, *("" if cell is None else repr(cell) for cell in cells)])
-    return text.getvalue()
+    rows = [
+        [name, *(cast(Mapping[str, Any], moment)[key] for key in columns)]
+        for name, gate in gates.items()
+        for moment in gate["over_stream"]
+    ]
+    return csv_text([["gate", *columns], *rows])
 
 
 def _of_gate(moments: Sequence["GateScores"]) -> GateResults:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files import csv_text, write_atomically
 from bpn_lightning.run.gates import gate_results, gates_csv
 from bpn_lightning.run.schema import (
     MAX_TASKS,
@@ -258,14 +258,13 @@ def _header(tasks: int) -> list[str]:
 
 
 def _matrix_csv(accuracy: "Tensor") -> str:
-    """The measured rows, each number by its repr, so that reading gives the very same one."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_header(accuracy.shape[1]))
-    for moment, row in enumerate(accuracy.tolist()):
-        if not all(map(math.isnan, row)):
-            writer.writerow([moment, *("" if math.isnan(x) else repr(x) for x in row)])
-    return text.getvalue()
+    """The measured rows."""
+    measured = [
+        [moment, *row]
+        for moment, row in enumerate(accuracy.tolist())
+        if not all(map(math.isnan, row))
+    ]
+    return csv_text([_header(accuracy.shape[1]), *measured])
 
 
 def _final_metrics(
@@ -281,21 +280,18 @@ def _final_metrics(
 
 
 def _metrics_csv(measured: Sequence[Mapping[str, Any]]) -> str:
-    """Those that are single numbers, each by its repr; an empty cell is not a number."""
+    """Those that are single numbers; an empty cell is not a number."""
     names = dict.fromkeys(
         name
         for one in measured
         for name, value in one["values"].items()
         if isinstance(value, int | float)
     )
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["after_task", "task", *names])
-    for one in measured:
-        values = [one["values"].get(name, math.nan) for name in names]
-        cells = ["" if math.isnan(value) else repr(value) for value in values]
-        writer.writerow([one["after"], one["task"] + 1, *cells])
-    return text.getvalue()
+    rows = [
+        [one["after"], one["task"] + 1, *(one["values"].get(name) for name in names)]
+        for one in measured
+    ]
+    return csv_text([["after_task", "task", *names], *rows])
 
 
 def _json(results: Results) -> str:
