@@ -14,12 +14,13 @@ A stream's name is the name of its class. Names have to be unique: a name regist
 but only when it is used. Nothing here imports torch: names are listed without importing their classes.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ __all__ = [
     "Kind",
     "Registered",
     "by_class_path",
+    "entry_points_of",
     "fronts",
     "gates",
     "is_class_path",
@@ -231,7 +233,7 @@ def registered(kind: str) -> dict[str, Registered]:
     Args:
         kind: key of :data:`KINDS`.
     """
-    group, table, _ = KINDS[kind]
+    table = KINDS[kind].built_in
     aliases = {alias: table[name] for alias, (name, _) in ALIASES.items() if kind == "strategy"}
     built_in = [
         Registered(kind, name, target, BUILT_IN) for name, target in (table | aliases).items()
@@ -240,7 +242,7 @@ def registered(kind: str) -> dict[str, Registered]:
         Registered(
             kind, point.name, _target(point.value), f"{point.dist.name} {point.dist.version}"
         )
-        for point in entry_points(group=f"bpn_lightning.{group}")
+        for point in entry_points_of(kind)
         if point.dist is not None
     ]
     found: dict[str, Registered] = {}
@@ -249,6 +251,34 @@ def registered(kind: str) -> dict[str, Registered]:
         if first is not one:
             found[one.name] = replace(first, rivals=(*first.rivals, one))
     return {name: one for name, one in found.items() if name not in aliases or one.rivals}
+
+
+def entry_points_of(kind: str) -> tuple[EntryPoint, ...]:
+    """The entry points of other packages, and of this one, for a kind.
+
+    Installed packages are read once, and again when a folder of ``sys.path`` changes.
+
+    Args:
+        kind: key of :data:`KINDS`.
+    """
+    return _entry_points(tuple(map(_folder_state, sys.path)))[kind]
+
+
+@lru_cache(maxsize=1)
+def _entry_points(path: tuple[tuple[str, int], ...]) -> dict[str, tuple[EntryPoint, ...]]:
+    installed = entry_points()
+    return {
+        kind: tuple(installed.select(group=f"bpn_lightning.{group}"))
+        for kind, (group, _, _) in KINDS.items()
+    }
+
+
+def _folder_state(folder: str) -> tuple[str, int]:
+    """A folder, and when an entry was last added to it or removed."""
+    try:
+        return os.path.abspath(folder), os.stat(folder or ".").st_mtime_ns
+    except OSError:  # it does not exist
+        return folder, 0
 
 
 def _target(value: str) -> str:

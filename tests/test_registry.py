@@ -107,6 +107,15 @@ def plugins(install: Install) -> Iterator[None]:
             found.__bases__ = (Gone,)
 
 
+def test_what_is_installed_meanwhile_is_found(install: Install) -> None:
+    assert "one" not in registry.strategies()
+    install("one", "[bpn_lightning.strategies]\none = one_module:One\n")
+    assert registry.strategies()["one"].class_path == "one_module.One"
+    install("two", "[bpn_lightning.gates]\ntwo = two_module:Two\n")
+    assert "two" in registry.gates()
+    assert "two" not in registry.strategies()
+
+
 @pytest.mark.parametrize("name", registry.strategies())
 def test_every_built_in_strategy_is_one(name: str) -> None:
     assert issubclass(registry.strategies()[name].load(), ContinualStrategy)

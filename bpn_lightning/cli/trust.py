@@ -17,13 +17,12 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bpn_lightning.errors import ConfigurationError, needs_trust
-from bpn_lightning.registry import KINDS, is_class_path
+from bpn_lightning.registry import KINDS, entry_points_of, is_class_path
 
 __all__ = [
     "FLAGS",
@@ -278,6 +277,4 @@ def restrict_imports(trust: Trust, names: Iterable[str]) -> None:
 
 def _plugins() -> set[str]:
     """Top-level modules of the registered plugins."""
-    groups = [f"bpn_lightning.{kind.group}" for kind in KINDS.values()]
-    points = [point for group in groups for point in entry_points(group=group)]
-    return {point.module.partition(".")[0] for point in points}
+    return {point.module.partition(".")[0] for kind in KINDS for point in entry_points_of(kind)}
