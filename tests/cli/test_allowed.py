@@ -34,12 +34,11 @@ pytestmark = pytest.mark.slow
 
 Said = pytest.CaptureFixture[str]
 
-ALLOWED = allowed_objects()
 MODULES = sorted({*FAMILIES, *(name.rpartition(".")[0] for name in SINGLE)})
 
 
 def allowed(one: Any) -> bool:
-    return any(one is other for other in ALLOWED)
+    return any(one is other for other in allowed_objects())
 
 
 def refused(one: Any) -> bool:
@@ -102,7 +101,7 @@ def test_every_public_name_is_allowed_or_has_a_reason_and_is_refused(
 def test_no_other_name_of_any_imported_module_gets_past(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever leads through an open module: aliases of other modules, functions, methods of classes."""
     monkeypatch.setattr("bpn_lightning.cli.allowed._plugins", list)
-    seen = {id(one) for one in ALLOWED}
+    seen = {id(one) for one in allowed_objects()}
     count = 0
     for module in [name for name in sys.modules if name.startswith(tuple(f"{o}." for o in OPEN))]:
         for one in list(vars(sys.modules[module]).values()):
@@ -130,7 +129,7 @@ def test_what_is_allowed_is_of_a_kind_that_only_computes() -> None:
         Callback,
     )
     single = {name.rpartition(".")[2] for name in SINGLE}
-    for one in ALLOWED:
+    for one in allowed_objects():
         name = one.__name__
         if not isinstance(one, type):
             networks = {models.get_model_builder(name) for name in models.list_models(models)}
@@ -183,7 +182,7 @@ def arguments(one: Any) -> Iterator[inspect.Parameter]:
 
 def test_every_argument_that_takes_more_than_numbers_has_a_reason() -> None:
     asking = ("str", "Path", "Callable", "Any", "type[", "Type[", "_empty")
-    for one in ALLOWED:
+    for one in allowed_objects():
         for parameter in arguments(one):
             said = str(parameter.annotation)
             hook = parameter.name.startswith("on_") and "Callable" in said  # of LambdaCallback
@@ -211,7 +210,7 @@ def test_python_itself_hears_nothing_of_hostile_arguments(
     monkeypatch.chdir(tmp_path)
     sys.addaudithook(_listen)
     tried = 0
-    for one in ALLOWED:
+    for one in allowed_objects():
         names = list(
             dict.fromkeys(p.name for p in arguments(one) if p.name not in ("self", "args"))
         )

@@ -151,8 +151,8 @@ def test_a_run_is_refused_before_anything_is_put_together(
 
 
 def test_aliases_repeat_text_and_keys_too(tmp_path: Path) -> None:
-    for text in (f"a: &a {'x' * 1_000_000}", f"a: &a {{{'x' * 1000}: 1}}"):
+    for text, times in ((f"a: &a {'x' * 1_000_000}", 20), (f"a: &a {{{'x' * 1000}: 1}}", 9_000)):
         path = tmp_path / "x.yaml"
-        path.write_text(f"{text}\nb: [{', '.join(['*a'] * 20_000)}]")
+        path.write_text(f"{text}\nb: [{', '.join(['*a'] * times)}]")
         with pytest.raises(ConfigurationError, match="at most 100,000 values"):
             read_yaml(path)

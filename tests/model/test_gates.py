@@ -231,6 +231,7 @@ class Saves(Callback):
         self.save(trainer)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_gates_front_and_scores(fit: Fit, tmp_path: Path) -> None:
     def run(*more: Any, **options: Any) -> Any:
         gates = [BeneficialPerturbation(8), SLDA(), Confidence()]
