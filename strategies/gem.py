@@ -173,7 +173,11 @@ class GradientEpisodicMemory(ContinualStrategy):
         moving = {name: value for name, value in parameters.items() if value.grad is not None}
         if not self.memory.sizes or not moving:
             return
-        gradients = [value.grad for value in moving.values() if value.grad is not None]
+        gradients = [
+            host.network.open_part(name, value.grad)
+            for name, value in moving.items()
+            if value.grad is not None
+        ]
         whole = self.memory_gradients(host, moving)
         gradient = torch.cat([part.flatten() for part in gradients])
         products, gram = inner_products(gradient, whole)
@@ -206,7 +210,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         running statistics and random states are not changed. The samples are sharded over processes.
 
         Returns:
-            G, ``(groups, P)``: the parameters flattened, in their order.
+            G, ``(groups, P)``: the parameters flattened, in their order; of the head its open columns.
         """
         positions, groups = self.replay_indices(host)
         totals = groups.bincount()
@@ -223,7 +227,7 @@ class GradientEpisodicMemory(ContinualStrategy):
                     found *= (sizes[there].double() / totals[there]).to(found)[:, None]
                 total = _added(total, found, there, len(totals))
         if total is None:  # more processes than samples
-            count = sum(value.numel() for value in parameters.values())
+            count = sum(host.network.open_part(*item).numel() for item in parameters.items())
             total = next(iter(parameters.values())).new_zeros(len(totals), count)
         self._zero_frozen_rows(host, parameters, total)
         return host.all_reduce(total)
@@ -256,7 +260,14 @@ class GradientEpisodicMemory(ContinualStrategy):
             sizes.tolist(),
             tasks=tasks,
             closed_forms=self._closed_forms[key],
+            rows=self._open_rows(host, parameters),
         )
+
+    @staticmethod
+    def _open_rows(host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+        """Of the parameters of the head, how many rows belong to open columns."""
+        heads = {n: p for n, p in parameters.items() if n.rpartition(".")[0] == "head"}
+        return {name: len(host.network.open_part(name, p)) for name, p in heads.items()}
 
     def _zero_frozen_rows(
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter], gradients: Tensor
@@ -265,8 +276,9 @@ class GradientEpisodicMemory(ContinualStrategy):
         if host.network.mask != "task" and host.phase.trains != "head":
             return
         first, stop = host.network.tasks[host.network.opened].columns
-        parts = torch.split(gradients, [value.numel() for value in parameters.values()], 1)
-        for (name, value), part in zip(parameters.items(), parts, strict=True):
+        opened = {name: host.network.open_part(name, p) for name, p in parameters.items()}
+        parts = torch.split(gradients, [value.numel() for value in opened.values()], 1)
+        for (name, value), part in zip(opened.items(), parts, strict=True):
             if name.rpartition(".")[0] == "head":
                 rows = part.view(len(part), len(value), -1)
                 rows[:, :first] = 0

@@ -1,6 +1,6 @@
 """Parameter superposition: the networks of all tasks in one set of weights, separated by keys."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import pi
 from typing import Any, ClassVar, Literal
 
@@ -165,12 +165,26 @@ class ParameterSuperposition(ContinualStrategy):
                 keys.write(task.id, self._draw(keys, task.id, generator))
         if self.first_key == "random":
             for name, layer in self._complex_layers(host).items():
-                generator = seeded_generator("phases of weights", stream.seed, name)
-                phases = phase_key(layer.weight.numel(), generator).view(layer.weight.shape)
-                with torch.no_grad():
-                    real, imaginary = turned(layer.weight, phases.to(layer.weight))
-                    layer.weight.copy_(real)
-                    layer.weight_imag.copy_(imaginary)
+                key = ("phases of weights", stream.seed, name)
+                if name == "head":  # by column, so that they do not depend on how many there are
+                    self._turn_rows(layer, key, range(layer.out_features))
+                    continue
+                phases = phase_key(layer.weight.numel(), seeded_generator(*key))
+                self._turn(layer, slice(None), phases.view(layer.weight.shape))
+
+    def _turn_rows(
+        self, layer: ComplexLinear, key: tuple[str | int, ...], columns: Iterable[int]
+    ) -> None:
+        for column in columns:
+            phases = phase_key(layer.in_features, seeded_generator(*key, column))
+            self._turn(layer, slice(column, column + 1), phases[None])
+
+    @staticmethod
+    def _turn(layer: ComplexLinear, rows: slice, phases: Tensor) -> None:
+        """Turn real weights by phases, ``(rows, in)``."""
+        with torch.no_grad():
+            real, imaginary = turned(layer.weight[rows], phases.to(layer.weight))
+            layer.weight[rows], layer.weight_imag[rows] = real, imaginary
 
     def _draw(self, keys: Keys, task_id: int, generator: torch.Generator) -> Tensor:
         """A task's key: the identity, or a random one."""

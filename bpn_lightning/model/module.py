@@ -291,6 +291,19 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Let the strategies see and change the gradients."""
         self.step.edit_gradients(optimizer)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by value, or by the norm of what belongs to open columns of the head."""
+        norm = (gradient_clip_algorithm or "norm") == "norm"
+        if gradient_clip_val and norm and self.network.has_closed_columns:
+            self.optimization.clip_norm(optimizer, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_train_epoch_end(self) -> None:
         """Leave the task after its last epoch."""
         if not stopped_mid_epoch(self.trainer):

@@ -158,6 +158,27 @@ class Optimization:
         batches = len(loader)
         return loader, min(limit, batches) if isinstance(limit, int) else int(batches * limit)
 
+    def clip_norm(self, optimizer: Optimizer, max_norm: float) -> None:
+        """Torch's ``clip_grad_norm_``, on what belongs to open columns of the head: the rest is 0.
+
+        With the rest, the last bits of the norm would depend on how many tasks there will be.
+        """
+        network = self.host.network
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        opened, copies = [], []
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            part = parameter
+            if parameter.grad is not None and id(parameter) in names:
+                gradient = network.open_part(names[id(parameter)], parameter.grad)
+                if gradient is not parameter.grad:
+                    part = torch.empty_like(gradient)
+                    part.grad = gradient
+                    copies.append((parameter.grad, gradient))
+            opened.append(part)
+        nn.utils.clip_grad_norm_(opened, max_norm)
+        for whole, gradient in copies:  # of columns of a matrix; rows are views
+            whole[tuple(map(slice, gradient.shape))] = gradient
+
     # --- a scheduler that waits for a loss -------------------------------------------------------
 
     def add_loss(self, loss: Tensor, scale: float) -> None:

@@ -49,7 +49,8 @@ class Step:
         self._steps_under_way = 0  # a step may call the one of the class it is derived from
         self._parameters: dict[str, nn.Parameter] = {}
         self._frozen: list[nn.Parameter] = []
-        self._frozen_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # of the head
+        # Of the head: parameters, which rows, and what stays in them.
+        self._frozen_rows: list[tuple[nn.Parameter, Tensor | slice, Tensor]] = []
         self._outside: list[nn.Parameter] = []  # of the optimizer
         self._columns = (0, 0)
         self._world_size = 1
@@ -95,29 +96,44 @@ class Step:
             own = {id(parameter) for parameter in head}
             self._frozen = [p for p in network.parameters() if id(p) not in own]
             self._parameters = {name: p for name, p in self._parameters.items() if id(p) in own}
-        if network.mask == "task" or host.phase.trains == "head":
-            rows = self._rows_at_rest()
+        rows = self._rows_at_rest()
+        if rows is not None:
             self._frozen_rows = [(p, rows, p.detach()[rows].clone()) for p in head]
 
-    def _rows_at_rest(self) -> Tensor:
-        """Output units of the head that belong to none of the tasks that are trained on."""
+    def _rows_at_rest(self) -> Tensor | slice | None:
+        """Output units of the head that belong to none of the tasks that are trained on.
+
+        Those of tasks to come rest with every mask: weight decay would move them too.
+        """
         network = self.network
+        if network.mask != "task" and self.host.phase.trains != "head":
+            return slice(network.num_open, None) if network.has_closed_columns else None
         tasks = self.host.training_tasks(network.opened)
         learning = {row for task in tasks for row in range(*network.tasks[task].columns)}
         rows = [row for row in range(network.built_head.out_features) if row not in learning]
         return torch.tensor(rows, device=self.host.device, dtype=torch.long)
 
     def clear_optimizer_state(self) -> None:
-        """Where the optimizer goes on: forget what it knows of bias units and of a multi-head.
+        """Where the optimizer goes on: forget what it knows of bias units and of new rows of the head.
 
         The head's counts of steps are not by row; frozen rows do not move whatever it knows.
         """
-        network = self.network
+        network, state = self.network, self.host.trainer.optimizers[0].state
         fresh = [p for part in network.task_modules() for p in part.parameters()]
+        head = list(network.built_head.parameters(recurse=False))
         if network.mask == "task":
-            fresh += network.built_head.parameters(recurse=False)
+            fresh += head
         for parameter in fresh:
-            self.host.trainer.optimizers[0].state.pop(parameter, None)
+            state.pop(parameter, None)
+        if network.mask != "seen":
+            return
+        opened = network.opened
+        before = network.structure.open_columns(0, opened - 1) if opened else 0
+        new = slice(before, network.num_open)
+        for parameter in head:  # a frozen row collects the momentum of its weight decay
+            for value in state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[new] = 0
 
     def loss(self, batch: Batch, batch_index: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms.
@@ -132,7 +148,7 @@ class Step:
             return self._strategy_loss(batch, scale) * weight
         # In a batch of several tasks each sample has its own mode, and -inf outside its columns.
         several = isinstance(batch.task, Tensor)
-        first, stop = (0, network.built_head.out_features) if several else self._columns
+        first, stop = (0, network.num_open) if several else self._columns
         logits = self._training_logits(batch.inputs, batch.task if several else None)
         active, targets = logits, batch.targets
         if (first, stop) != (0, logits.shape[1]):

@@ -13,7 +13,8 @@ from bpn_lightning.nn.attaching import make_keys
 from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.fronts import Front
-from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork
+from bpn_lightning.nn.head import draw_rows, empty_head
+from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork, closed_columns_added
 from bpn_lightning.nn.layers import (
     BiasUnits,
     Keys,
@@ -42,7 +43,8 @@ class ContinualNetwork(nn.Module):
 
     Attributes:
         structure: what it consists of besides the backbone; checkpoints and exports hold it.
-        head: one linear layer over all classes; None before the stream is known.
+        head: one linear layer over all classes, of which it computes the open ones; its rows are drawn
+            by the stream's seed and their columns. None before the stream is known.
         accuracy_matrix: accuracies of every task before training and after each task; absent before the
             stream is known.
         opened: the task that was opened last, -1 before the first.
@@ -59,7 +61,7 @@ class ContinualNetwork(nn.Module):
         super().__init__()
         self.front = front
         self.backbone = compiled_in_place(backbone)
-        self.head: nn.Linear | None = None
+        self.head: SwitchableLinear | None = None
         self.weight_bank: WeightBank | None = None
         self.structure = Structure(check_mask(mask))
         self.opened = -1
@@ -98,7 +100,7 @@ class ContinualNetwork(nn.Module):
         self.structure.check_mask_fits(tasks)
         if self.front is not None:
             shape, dtype = (self.front.width(shape),), torch.float32
-        self.build(tasks, stream.num_classes, shape, dtype, device)
+        self.build(tasks, stream.num_classes, shape, dtype, device, stream.seed)
         self.structure.set_preparations(stream.preparations())
 
     def build(
@@ -108,6 +110,7 @@ class ContinualNetwork(nn.Module):
         input_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        seed: int = 0,
     ) -> None:
         """Make head and accuracy matrix, with one dry forward through the backbone.
 
@@ -117,6 +120,7 @@ class ContinualNetwork(nn.Module):
             input_shape: of one input of the network.
             dtype: of its inputs.
             device: that the backbone lies on.
+            seed: of the head's rows.
 
         Raises:
             ConfigurationError: the backbone's output is no feature matrix, or the network was built for
@@ -130,9 +134,8 @@ class ContinualNetwork(nn.Module):
         features = feature_width(self.backbone, input_shape, dtype, device)
         structure.tasks, structure.num_classes = tasks, num_classes
         structure.input_shape, structure.input_dtype = input_shape, dtype
-        self.head = nn.Linear(features, num_classes, device=device)
-        nn.init.normal_(self.head.weight, std=features**-0.5)
-        nn.init.zeros_(self.head.bias)
+        self.head = empty_head(features, num_classes, device)
+        draw_rows(self.head, seed, range(num_classes))
         self.accuracy_matrix = AccuracyMatrix(len(tasks))
 
     def linear_layers(self) -> dict[str, nn.Linear]:
@@ -204,7 +207,7 @@ class ContinualNetwork(nn.Module):
         self.structure.attached.append(Attachment(part, arguments))
 
     @property
-    def built_head(self) -> nn.Linear:
+    def built_head(self) -> SwitchableLinear:
         """The head, where there is one.
 
         Raises:
@@ -216,6 +219,39 @@ class ContinualNetwork(nn.Module):
                 "trainer.fit(module, stream), module.attach(stream) or load a checkpoint first."
             )
         return self.head
+
+    @property
+    def num_open(self) -> int:
+        """How many of the head's columns are open: it computes them, from the first on."""
+        head = self.built_head
+        return head.out_features if head.num_open is None else head.num_open
+
+    @property
+    def has_closed_columns(self) -> bool:
+        """Whether the head has columns that it does not compute."""
+        return self.num_open < self.built_head.out_features
+
+    def open_part(self, name: str, tensor: Tensor) -> Tensor:
+        """What a tensor shaped like a parameter has of the open columns, contiguous.
+
+        For what reduces over a whole tensor, such as a norm: its last bits would depend on how many
+        columns are closed, although nothing is there but zeros.
+
+        Args:
+            name: of the parameter, such as ``head.weight``.
+            tensor: of its shape, such as its gradient.
+
+        Returns:
+            The tensor itself where the parameter has nothing by column, or all are open; a view where
+            the columns are its rows.
+        """
+        head = self.built_head
+        if not self.has_closed_columns or not name.startswith("head."):
+            return tensor
+        if name == "head.bias_units.W":
+            return tensor[:, : self.num_open].contiguous()
+        by_column = name.removeprefix("head.") in dict(head.named_parameters(recurse=False))
+        return tensor[: self.num_open] if by_column else tensor
 
     def task_modules(self) -> list[TaskModule]:
         """The parts that hold something for every task."""
@@ -272,7 +308,7 @@ class ContinualNetwork(nn.Module):
         return torch.cat(answers)[order.argsort()] if ids else self(inputs, task=0)
 
     def all_logits(self, inputs: Tensor) -> Tensor:
-        """Logits ``(batch, num_classes)`` in the mode that holds, whatever the mask leaves out."""
+        """Logits ``(batch, num_classes)`` in the mode that holds, of every open column; else -inf."""
         if inputs.dtype == torch.uint8:
             raise ConfigurationError(
                 "Expected inputs that the stream has prepared, but got uint8. module.predict(images) "
@@ -282,8 +318,7 @@ class ContinualNetwork(nn.Module):
         if inputs.is_floating_point():
             # Images become floats after Lightning converts precision.
             inputs = inputs.to(head.weight.dtype)
-        logits: Tensor = head(self.backbone(inputs))
-        return logits
+        return closed_columns_added(head(self.backbone(inputs)), head.out_features)
 
     def columns(self, task_id: int) -> tuple[int, int]:
         """``(start, stop)`` of the head's output units that take part in a task's mode."""
@@ -360,5 +395,12 @@ class ContinualNetwork(nn.Module):
     def switch(self, task: "int | Tensor") -> None:
         """Answer in a task's mode from now on; :meth:`task_mode` does so for a while, and checks."""
         self.mode = task
+        if self.head is not None:
+            last = task if isinstance(task, int) else self._last_of(task)
+            self.head.open_outputs(self.structure.open_columns(last, self.opened))
         for part in self.task_modules():
             part.switch(task)
+
+    def _last_of(self, tasks: Tensor) -> int:
+        """The last of some tasks; looked up only where the open columns follow it."""
+        return int(tasks.max()) if self.mask == "task" and len(tasks) else 0

@@ -180,6 +180,22 @@ class Structure:
             return 0, max(one.columns[1] for one in self.tasks[: opened + 1])
         return 0, self.num_classes
 
+    def open_columns(self, mode: int, opened: int) -> int:
+        """How many of the head's output units are computed, from the first on.
+
+        All with the masks ``all`` and ``shared``; else those of the tasks opened so far. The others are
+        -inf, so that nothing depends on how many tasks there will be.
+
+        Args:
+            mode: the task whose mode it is; with the mask ``task`` one that is not opened yet has its
+                units too.
+            opened: the task that was opened last.
+        """
+        last = max(opened, mode) if self.mask == "task" else opened
+        if self.mask not in ("seen", "task") or last < 0:
+            return self.num_classes
+        return max(one.columns[1] for one in self.tasks[: last + 1])
+
     def column_sets(self) -> set[tuple[int, int]]:
         """Every set of output units that a loss will be of."""
         if self.mask == "task":
