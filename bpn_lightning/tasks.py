@@ -188,13 +188,18 @@ class Schedule:
         shorter = epoch + 1 - self._ends[index]
         self._set_lengths([*self.lengths[:index], shorter, *self.lengths[index + 1 :]])
 
-    def load_lengths(self, lengths: Sequence[int]) -> None:
+    def load_lengths(self, lengths: Sequence[int], tasks: int | None = None) -> None:
         """Take the lengths of a saved schedule.
+
+        Args:
+            lengths: of the phases of its tasks.
+            tasks: how many it had, if these are the first ones only; the others keep their lengths.
 
         Raises:
             CheckpointError: it had other phases.
         """
-        planned = [phase.epochs for _, phase in self._flat]
+        whole = [phase.epochs for _, phase in self._flat]
+        planned = whole[: self._firsts[len(self.phases) if tasks is None else tasks]]
         lengths = [int(n) for n in lengths]
         if len(lengths) != len(planned) or any(
             n > p for n, p in zip(lengths, planned, strict=False)
@@ -203,7 +208,7 @@ class Schedule:
                 f"Expected a checkpoint of a stream with phases of {planned} epochs, but got one with "
                 f"{lengths}. Resume with the configuration that wrote it, or start a new run."
             )
-        self._set_lengths(lengths)
+        self._set_lengths(lengths + whole[len(planned) :])
 
     def _index(self, epoch: int) -> int:
         return min(bisect_right(self._ends, epoch, lo=1), len(self._flat)) - 1

@@ -231,6 +231,8 @@ class Host:
         if isinstance(task, int):
             first, stop = network.columns(task)
             return self.sample_loss(logits[:, first:stop], targets - first, first)
+        if network.has_closed_columns and len(targets) and int(targets.max()) < network.num_open:
+            logits = logits[:, : network.num_open]  # a softmax over more has other last bits
         if self.sample_loss.loss is None or network.mask not in ("seen", "task"):
             return self.sample_loss(logits, targets)
         return self.sample_loss.by_task(logits, targets, task, network.columns)

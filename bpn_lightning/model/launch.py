@@ -151,7 +151,8 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
         TaskMetrics(loop.metrics).check(structure.num_classes, firsts, processes)
     methods = [one for one in host.strategies if not isinstance(one, TaskGate)]
     check_composition(host, methods)  # gates look on, whatever trains
-    if host.network.opened < 0:  # one that learned before keeps the schedule that it has
+    planned = len(host.cursor.schedule.phases) == len(tasks)
+    if host.network.opened < 0 or not planned:  # one that learned before keeps its schedule
         plan_schedule(host)
     patience = loop.early_stopping.patience
     if patience and not stream.has_validation:

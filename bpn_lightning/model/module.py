@@ -62,6 +62,9 @@ class ContinualModule(HookNameAsPlainAttribute):
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
+        reserve_classes: columns of the head, if more than the stream has classes; with the mask ``all``
+            only, where the classes of tasks to come take part from the first task on. A stream that goes
+            on within them learns as if all its tasks had been known.
         loss: maps logits ``(batch, columns)`` and targets ``(batch,)``, both of the active columns only, to
             losses ``(batch,)``; a module of torch.nn, whose class weights are those of the stream's
             classes, or a function. None: cross-entropy.
@@ -99,6 +102,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
         mask: Mask = "all",
+        reserve_classes: int | None = None,
         loss: LossFunction | None = None,
         metrics: Metrics | None = None,
         evaluate_every: Literal["task", "epoch"] = "task",
@@ -108,7 +112,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         check_processes: bool = False,
     ) -> None:
         super().__init__()
-        self.network = ContinualNetwork(backbone, mask, front)
+        self.network = ContinualNetwork(backbone, mask, front, reserve_classes)
         self.host = Host(self, self.network, loss)
         self.history = History(evaluate_every)
         self.optimization = Optimization(

@@ -106,16 +106,19 @@ class Optimization:
         Raises:
             ConfigurationError: the optimizer does not take its arguments.
         """
-        network = self.host.network
-        outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
-        parameters = [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
         try:
-            return self.optimizer(parameters)
+            return self.optimizer(self.parameters())
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"Expected optimizer to take the parameters and its arguments, but it raised "
                 f"{type(error).__name__}: {error}. Correct that argument."
             ) from error
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the network's optimizer is over, in its order."""
+        network = self.host.network
+        outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
+        return [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
 
     def _scheduler_lengths(self) -> tuple[int, int]:
         """How often a scheduler steps until its optimizer is replaced: this one, and the longest."""

@@ -13,7 +13,7 @@ from bpn_lightning.nn.attaching import make_keys
 from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.fronts import Front
-from bpn_lightning.nn.head import draw_rows, empty_head
+from bpn_lightning.nn.head import draw_rows, empty_head, grow_head
 from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork, closed_columns_added
 from bpn_lightning.nn.layers import (
     BiasUnits,
@@ -24,7 +24,7 @@ from bpn_lightning.nn.layers import (
     WeightBank,
     is_linear,
 )
-from bpn_lightning.nn.structure import Attachment, Structure, check_mask
+from bpn_lightning.nn.structure import Attachment, Structure, check_mask, check_reserved
 from bpn_lightning.tasks import ContinualStream, Mask, Task
 
 __all__ = ["ContinualNetwork"]
@@ -40,6 +40,8 @@ class ContinualNetwork(nn.Module):
         front: what turns prepared inputs into the features that the network takes; None: they are the same.
         mask: the output units of the head that take part: ``all``, ``seen`` (those of the tasks opened so
             far), ``task`` (the mode's own) or ``shared`` (every task has the same).
+        reserve_classes: output units of the head, if more than the stream has classes, with the mask
+            ``all``: so that classes of later streams take part from the start.
 
     Attributes:
         structure: what it consists of besides the backbone; checkpoints and exports hold it.
@@ -52,13 +54,21 @@ class ContinualNetwork(nn.Module):
         mode: the task whose mode holds, or ``(batch,)`` one of each sample.
 
     Raises:
-        ConfigurationError: the mask is unknown.
+        ConfigurationError: the mask is unknown, or classes are reserved with another than ``all``.
     """
 
     accuracy_matrix: AccuracyMatrix
 
-    def __init__(self, backbone: nn.Module, mask: Mask = "all", front: Front | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mask: Mask = "all",
+        front: Front | None = None,
+        reserve_classes: int | None = None,
+    ) -> None:
         super().__init__()
+        check_reserved(reserve_classes, mask)
+        self.reserve_classes = reserve_classes
         self.front = front
         self.backbone = compiled_in_place(backbone)
         self.head: SwitchableLinear | None = None
@@ -114,6 +124,8 @@ class ContinualNetwork(nn.Module):
     ) -> None:
         """Make head and accuracy matrix, with one dry forward through the backbone.
 
+        A network that has learned all of its tasks grows for a stream that begins with them.
+
         Args:
             tasks: of the stream.
             num_classes: output units of the head.
@@ -127,7 +139,10 @@ class ContinualNetwork(nn.Module):
                 a stream of other sizes.
         """
         structure = self.structure
+        num_classes = self._with_reserved(num_classes)
         if self.head is not None:
+            if structure.is_continued_by(tasks, self.closed):
+                self._grow(tasks, num_classes, seed)
             structure.check_stream(tasks, num_classes, input_shape, dtype)
             structure.tasks = tasks
             return
@@ -137,6 +152,24 @@ class ContinualNetwork(nn.Module):
         self.head = empty_head(features, num_classes, device)
         draw_rows(self.head, seed, range(num_classes))
         self.accuracy_matrix = AccuracyMatrix(len(tasks))
+
+    def _with_reserved(self, num_classes: int) -> int:
+        reserved = max(self.reserve_classes or 0, self.structure.reserved_classes)
+        if self.reserve_classes and num_classes > self.reserve_classes:
+            raise ConfigurationError(
+                f"Expected reserve_classes to be at least the {num_classes} classes of the stream, but got "
+                f"{self.reserve_classes}. Raise it, or leave it out."
+            )
+        return max(num_classes, reserved)
+
+    def _grow(self, tasks: list[Task], num_classes: int, seed: int) -> None:
+        if num_classes > self.built_head.out_features:
+            grow_head(self.built_head, num_classes, seed)
+        for part in self.task_modules():
+            part.grow(len(tasks))
+        self.accuracy_matrix = self.accuracy_matrix.grown(len(tasks))
+        self.structure.tasks, self.structure.num_classes = tasks, num_classes
+        self.switch(self.mode)
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every fully connected layer by name, the head among them."""
