@@ -46,21 +46,19 @@ def check_number(argument: str, value: object, remedy: str, *, at_most: float = 
         ConfigurationError: names the argument.
     """
     if not (_is_finite(value) and 0 <= value <= at_most):
-        limit = f"from 0 to {at_most:g}" if isfinite(at_most) else "of at least 0"
-        raise ConfigurationError(
-            f"Expected {argument} to be a number {limit}, but got {value!r}. {remedy}"
-        )
+        rule = f"a number from 0 to {at_most:g}" if isfinite(at_most) else "0 or a positive number"
+        raise ConfigurationError(f"Expected {argument} to be {rule}, but got {value!r}. {remedy}")
 
 
 def check_above_zero(argument: str, value: object, remedy: str) -> None:
-    """Refuse a value that is not a number above 0.
+    """Refuse a value that is not a finite number above 0.
 
     Raises:
         ConfigurationError: names the argument.
     """
     if not (_is_finite(value) and value > 0):
         raise ConfigurationError(
-            f"Expected {argument} to be a number above 0, but got {value!r}. {remedy}"
+            f"Expected {argument} to be a positive number, but got {value!r}. {remedy}"
         )
 
 

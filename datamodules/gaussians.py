@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from bpn_lightning.checks import check_positive_int
+from bpn_lightning.checks import check_above_zero, check_positive_int
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.normalization import IDENTITY
@@ -59,10 +59,7 @@ class Gaussians(ContinualDataModule):
                 "Expected centers to be two or more pairs of coordinates, but got "
                 f"{self.centers!r}. The default is {[*map(list, CENTERS)]}."
             )
-        if not self.deviation > 0:
-            raise ConfigurationError(
-                f"Expected deviation to be more than 0, but got {self.deviation}."
-            )
+        check_above_zero("deviation", self.deviation, "The default is 0.5.")
         self.epochs_of(len(self.centers) - 1)
 
     def read(self) -> ImageData:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from bpn_lightning.checks import check_above_zero, check_choice, check_number, check_positive_int
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, bias_unit_bytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.host import ContinualHost
@@ -96,34 +97,19 @@ class BeneficialPerturbation(ContinualStrategy):
         m_start: Literal["zero", "normal"] | None = None,
         w_scale: float = 1.0,
     ) -> None:
-        if not isinstance(rank, int) or rank < 1:
-            raise ConfigurationError(
-                f"Expected rank to be a whole number of at least 1, but got {rank}. The paper's networks use 25 to 900."
-            )
-        if not 0 <= epsilon < float("inf"):
-            raise ConfigurationError(
-                f"Expected epsilon to be 0 or a positive number, but got {epsilon}. "
-                "It is the step of M per update: 0.03 to 0.1 with direction 'sign'."
-            )
-        if direction not in DIRECTIONS:
-            raise ConfigurationError(
-                f"Expected direction to be one of {', '.join(DIRECTIONS)}, but got {direction!r}."
-                f"{did_you_mean(direction, DIRECTIONS)}"
-            )
-        if m_start not in (None, "zero", "normal"):
-            raise ConfigurationError(
-                f"Expected m_start to be 'zero' or 'normal', but got {m_start!r}."
-            )
+        check_positive_int("rank", rank, "The paper's networks use 25 to 900.")
+        check_number(
+            "epsilon", epsilon, "It is the step of M per update: 0.03 to 0.1 with direction 'sign'."
+        )
+        check_choice("direction", direction, DIRECTIONS)
+        if m_start is not None:
+            check_choice("m_start", m_start, ("zero", "normal"))
         if direction == "frozen" and m_start == "zero":
             raise ConfigurationError(
                 "Expected m_start to be 'normal' when direction is 'frozen', but got 'zero'. A frozen "
                 "M of 0 is a network without bias units: leave the strategy out instead."
             )
-        if not 0 < w_scale < float("inf"):
-            raise ConfigurationError(
-                f"Expected w_scale to be a positive number, but got {w_scale}. "
-                "M and W both at 0 never move."
-            )
+        check_above_zero("w_scale", w_scale, "M and W both at 0 never move.")
         self.rank = rank
         self.epsilon = epsilon
         self.direction: Direction = direction

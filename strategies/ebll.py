@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.optim import Adadelta, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from bpn_lightning.checks import check_above_zero, check_number, check_positive_int
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.host import ContinualHost
@@ -207,29 +208,22 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             warm_up_epochs=warm_up_epochs,
             record=False,  # features take much memory, and the teacher has to run for them anyway
         )
-        for name, value, remedy in (
-            ("alpha", alpha, "0 is LwF."),
-            ("reconstruction", reconstruction, "0 uses only the cross-entropy."),
-        ):
-            if not 0 <= value < float("inf"):
-                raise ConfigurationError(
-                    f"Expected {name} to be 0 or a positive number, but got {value}. {remedy}"
-                )
-        if code_size is not None and (not isinstance(code_size, int) or code_size < 1):
-            raise ConfigurationError(
-                f"Expected code_size to be a whole number of at least 1, but got {code_size}. "
-                "Leave it out for 100 or half of the features."
+        check_number("alpha", alpha, "0 is LwF.")
+        check_number("reconstruction", reconstruction, "0 uses only the cross-entropy.")
+        if code_size is not None:
+            check_positive_int(
+                "code_size", code_size, "Leave it out for 100 or half of the features."
             )
-        if not isinstance(autoencoder_epochs, int) or autoencoder_epochs < 1:
-            raise ConfigurationError(
-                "Expected autoencoder_epochs to be a whole number of at least 1, but got "
-                f"{autoencoder_epochs}. Without autoencoders EBLL is LwF: set alpha to 0."
-            )
-        if not 0 < autoencoder_lr < float("inf"):
-            raise ConfigurationError(
-                f"Expected autoencoder_lr to be a positive number, but got {autoencoder_lr}. "
-                "It scales the steps of Adadelta; 1 leaves them unchanged."
-            )
+        check_positive_int(
+            "autoencoder_epochs",
+            autoencoder_epochs,
+            "Without autoencoders EBLL is LwF: set alpha to 0.",
+        )
+        check_above_zero(
+            "autoencoder_lr",
+            autoencoder_lr,
+            "It scales the steps of Adadelta; 1 leaves them unchanged.",
+        )
         self.alpha = alpha
         self.code_size = code_size
         self.layer = layer

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.checks import check_choice, check_number
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.random_state import seeded_generator
@@ -67,15 +67,14 @@ class EWC(PenaltyStrategy):
         include_head: bool | None = None,
     ) -> None:
         super().__init__(strength, update, include_head, usual="the paper uses 2000")
-        if gamma is not None and not 0 <= gamma <= 1:
-            raise ConfigurationError(
-                f"Expected gamma to be from 0 to 1, or None, but got {gamma}. "
-                "1 keeps past importances without decay; None keeps one anchor per task."
+        if gamma is not None:
+            check_number(
+                "gamma",
+                gamma,
+                "1 keeps past importances without decay; None keeps one anchor per task.",
+                at_most=1,
             )
-        if fisher not in LABELS:
-            raise ConfigurationError(
-                f"Expected fisher to be one of {', '.join(LABELS)}, but got {fisher!r}."
-            )
+        check_choice("fisher", fisher, LABELS)
         self.gamma = gamma
         self.fisher: FisherLabels = fisher
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from bpn_lightning.checks import check_positive_int
+from bpn_lightning.checks import check_above_zero, check_choice, check_number, check_positive_int
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.projection import (
@@ -95,24 +95,17 @@ class GradientEpisodicMemory(ContinualStrategy):
         )
         if replay_batch_size is not None:
             check_positive_int("replay_batch_size", replay_batch_size, "null uses all at once.")
-        for argument, choice, known in (
-            ("memory_per", memory_per, ("task", "class")),
-            ("margin_mode", margin_mode, MARGIN_MODES),
-        ):
-            if choice not in known:
-                raise ConfigurationError(
-                    f"Expected {argument} to be {known[0]!r} or {known[1]!r}, but got {choice!r}."
-                )
-        if not 0 <= margin < float("inf"):
-            raise ConfigurationError(
-                f"Expected margin to be 0 or a positive number, but got {margin}. "
-                "0 projects onto the constraints; 0.5 is the authors' value."
-            )
-        if not 0 < ridge < float("inf"):
-            raise ConfigurationError(
-                f"Expected ridge to be a positive number, but got {ridge}. Without it, the solution is "
-                f"not unique for memories with equal gradients; {RIDGE} is small enough."
-            )
+        check_choice("memory_per", memory_per, ("task", "class"))
+        check_choice("margin_mode", margin_mode, MARGIN_MODES)
+        check_number(
+            "margin", margin, "0 projects onto the constraints; 0.5 is the authors' value."
+        )
+        check_above_zero(
+            "ridge",
+            ridge,
+            "Without it, the solution is not unique for memories with equal gradients; "
+            f"{RIDGE} is small enough.",
+        )
         self.memory_size = memory_size
         self.memory_per: MemoryPer = memory_per
         self.margin = margin

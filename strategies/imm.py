@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from bpn_lightning.checks import check_choice, check_number
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
@@ -98,16 +99,9 @@ class IncrementalMomentMatching(ContinualStrategy):
         weights: Sequence[float] | None = None,
         fisher: FisherLabels = "empirical",
     ) -> None:
-        for argument, value, known in (("mode", mode, MODES), ("fisher", fisher, LABELS)):
-            if value not in known:
-                raise ConfigurationError(
-                    f"Expected {argument} to be one of {', '.join(known)}, but got {value!r}."
-                )
-        if not 0 <= strength < float("inf"):
-            raise ConfigurationError(
-                f"Expected strength to be 0 or a positive number, but got {strength}. "
-                "It is the lambda of the L2-transfer; 0 disables it."
-            )
+        check_choice("mode", mode, MODES)
+        check_choice("fisher", fisher, LABELS)
+        check_number("strength", strength, "It is the lambda of the L2-transfer; 0 disables it.")
         if not 0 <= drop < 1:
             raise ConfigurationError(
                 f"Expected drop to be at least 0 and below 1, but got {drop}. "

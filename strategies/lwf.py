@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bpn_lightning.checks import check_above_zero, check_choice, check_number
 from bpn_lightning.costs import DeclaredBytes, tensor_bytes
-from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.distillation import distillation_of_heads
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -83,21 +84,15 @@ class LearningWithoutForgetting(ContinualStrategy):
         warm_up_epochs: int = 0,
         record: bool = True,
     ) -> None:
-        if not 0 <= strength < float("inf"):
-            raise ConfigurationError(
-                f"Expected strength to be 0 or a positive number, but got {strength}. "
-                "0 is fine-tuning; 1 gives each old task the weight of the new one."
-            )
-        if not 0 < temperature < float("inf"):
-            raise ConfigurationError(
-                f"Expected temperature to be a positive number, but got {temperature}. "
-                "The paper uses 2; 1 leaves the softmax unchanged."
-            )
-        if heads not in HEADS:
-            raise ConfigurationError(
-                f"Expected heads to be one of {', '.join(HEADS)}, but got {heads!r}."
-                f"{did_you_mean(heads, HEADS)}"
-            )
+        check_number(
+            "strength",
+            strength,
+            "0 is fine-tuning; 1 gives each old task the weight of the new one.",
+        )
+        check_above_zero(
+            "temperature", temperature, "The paper uses 2; 1 leaves the softmax unchanged."
+        )
+        check_choice("heads", heads, HEADS)
         if not isinstance(warm_up_epochs, int) or warm_up_epochs < 0:
             raise ConfigurationError(
                 f"Expected warm_up_epochs to be a whole number of at least 0, but got {warm_up_epochs}. "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from bpn_lightning.checks import check_choice, check_number
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.penalties import (
@@ -141,15 +142,8 @@ class PenaltyStrategy(ContinualStrategy):
     def __init__(
         self, strength: float, update: Update, include_head: bool | None, usual: str
     ) -> None:
-        if not 0 <= strength < float("inf"):
-            raise ConfigurationError(
-                f"Expected strength to be 0 or a positive number, but got {strength}. "
-                f"0 is fine-tuning; {usual}."
-            )
-        if update not in UPDATES:
-            raise ConfigurationError(
-                f"Expected update to be one of {', '.join(UPDATES)}, but got {update!r}."
-            )
+        check_number("strength", strength, f"0 is fine-tuning; {usual}.")
+        check_choice("update", update, UPDATES)
         self.strength = strength
         self.update: Update = update
         self.include_head = include_head

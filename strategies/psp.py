@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from bpn_lightning.checks import check_choice
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
-from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
 from bpn_lightning.random_state import seeded_generator
@@ -89,15 +90,8 @@ class ParameterSuperposition(ContinualStrategy):
         key_output: bool = True,
         first_key: Literal["random", "ones"] = "random",
     ) -> None:
-        for argument, value, known in (
-            ("keys", keys, KINDS),
-            ("first_key", first_key, ("random", "ones")),
-        ):
-            if value not in known:
-                raise ConfigurationError(
-                    f"Expected {argument} to be one of {', '.join(known)}, but got {value!r}."
-                    f"{did_you_mean(str(value), known)}"
-                )
+        check_choice("keys", keys, KINDS)
+        check_choice("first_key", first_key, ("random", "ones"))
         if layers is not None and not layers:
             raise ConfigurationError(
                 "Expected layers to name at least one layer, but got none. "

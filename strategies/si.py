@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from bpn_lightning.checks import check_above_zero, check_choice
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
@@ -93,15 +94,8 @@ class SynapticIntelligence(PenaltyStrategy):
         include_head: bool | None = None,
     ) -> None:
         super().__init__(strength, update, include_head, usual="the authors use 0.1 and 1")
-        if not 0 < damping < float("inf"):
-            raise ConfigurationError(
-                f"Expected damping to be a positive number, but got {damping}. "
-                "The authors use 0.1 and 0.001."
-            )
-        if clamp not in CLAMPS:
-            raise ConfigurationError(
-                f"Expected clamp to be one of {', '.join(CLAMPS)}, but got {clamp!r}."
-            )
+        check_above_zero("damping", damping, "The authors use 0.1 and 0.001.")
+        check_choice("clamp", clamp, CLAMPS)
         if clamp == "none" and update == "proximal":
             raise ConfigurationError(
                 "Expected clamp to be cumulative or per_task when update is 'proximal', but got "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from bpn_lightning.checks import check_above_zero, check_choice, check_number
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.functional.importance import mean_over_task, squared_lengths
@@ -115,19 +116,9 @@ class SLNID(MemoryAwareSynapses):
         include_head: bool | None = None,
     ) -> None:
         super().__init__(strength, update=update, include_head=include_head)
-        if not 0 <= sparsity < float("inf"):
-            raise ConfigurationError(
-                f"Expected sparsity to be 0 or a positive number, but got {sparsity}. "
-                "0 is MAS; the authors use 0.001 for small networks."
-            )
-        if not 0 < scale < float("inf"):
-            raise ConfigurationError(
-                f"Expected scale to be a positive number, but got {scale}. The authors use 6."
-            )
-        if discount not in DISCOUNTS:
-            raise ConfigurationError(
-                f"Expected discount to be one of {', '.join(DISCOUNTS)}, but got {discount!r}."
-            )
+        check_number("sparsity", sparsity, "0 is MAS; the authors use 0.001 for small networks.")
+        check_above_zero("scale", scale, "The authors use 6.")
+        check_choice("discount", discount, DISCOUNTS)
         if layers is not None and not layers:
             raise ConfigurationError(
                 "Expected layers to name at least one module, but got none. "

@@ -22,6 +22,7 @@ from bpn_lightning.bench.runner import _say
 from bpn_lightning.cli import data as data_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.cli.command import read_command
+from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.cli.output import notify
 from bpn_lightning.costs import Bytes
 from bpn_lightning.datamodules import SplitImageFolder
@@ -30,7 +31,7 @@ from bpn_lightning.report import cli as report
 from bpn_lightning.run.console import StreamProgress, final_table, format_task_line
 from bpn_lightning.run.drawing import save_figure
 from bpn_lightning.tasks import Task
-from bpn_lightning.terminal import command, is_utf8, printable
+from bpn_lightning.terminal import is_utf8, printable
 
 Said = pytest.CaptureFixture[str]
 
@@ -205,9 +206,40 @@ def test_output_that_nothing_takes_ends_every_command(
 
 
 def test_other_errors_of_a_command_stay() -> None:
-    @command("bpn-x")
+    @entry_point("bpn-x")
     def main(argv: object = None) -> int:
         raise BrokenPipeError(32, "of a socket")
 
     with pytest.raises(BrokenPipeError, match="of a socket"):
         main()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (DataError("Expected images."), 2, "bpn-x: error: Expected images.\n"),
+        (KeyboardInterrupt(), 130, "bpn-x: Interrupted. Nothing was written.\n"),
+    ],
+)
+@pytest.mark.parametrize("flushes", [True, False])
+def test_an_expected_end_of_a_command_is_one_line(
+    error: BaseException,
+    status: int,
+    said: str,
+    flushes: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Closed(StringIO):
+        def flush(self) -> None:
+            if not flushes:
+                raise BrokenPipeError(32, "Broken pipe")
+
+    @entry_point("bpn-x", interrupted="Nothing was written.")
+    def main(argv: object) -> int:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        assert main([]) == (status if flushes else 141)
+    assert capsys.readouterr().err == said

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from bpn_lightning.bench.grid import Grid, check_key, only, packaged_grids, read_grid
 from bpn_lightning.bench.runner import Executor, Runner, on_this_machine
-from bpn_lightning.errors import BPNLightningError, ConfigurationError
-from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
+from bpn_lightning.cli.entry_point import entry_point
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.terminal import printable
 
 __all__ = ["main"]
 
@@ -43,12 +44,11 @@ Run a grid of experiments, methods and seeds, and make its tables and pictures.
   --help
 """
 
-USAGE_ERROR = 2
 FAILED = 1
 
 
-@command("bpn-bench")
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point("bpn-bench", interrupted="The same command goes on from there.")
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
@@ -57,23 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 where runs failed, 2 on a usage error, 130 after Ctrl-C.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if argv in ([], ["--help"], ["-h"]):
-            print(HELP, end="")
-            return 0
-        if argv == ["--list"]:
-            print("\n".join(packaged_grids()))
-            return 0
-        commands = {"report": _report, "collect": _collect}
-        with plain_warnings("bpn-bench"):
-            return commands[argv[0]](argv[1:]) if argv[0] in commands else _run(argv)
-    except BPNLightningError as error:
-        print(f"bpn-bench: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("bpn-bench: Interrupted. The same command goes on from there.", file=sys.stderr)
-        return INTERRUPTED
+    if argv in ([], ["--help"], ["-h"]):
+        print(HELP, end="")
+        return 0
+    if argv == ["--list"]:
+        print("\n".join(packaged_grids()))
+        return 0
+    commands = {"report": _report, "collect": _collect}
+    return commands[argv[0]](argv[1:]) if argv[0] in commands else _run(argv)
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -22,23 +22,15 @@ from typing import Any
 import yaml
 
 from bpn_lightning import registry
-from bpn_lightning.cli.config_files import (
-    CONFIGS,
-    ConfigLayer,
-    find_config,
-    read_layer,
-)
+from bpn_lightning.cli.config_files import CONFIGS, ConfigLayer, find_config, read_layer
 from bpn_lightning.cli.parts import check_one_front, check_values, choose, tuned_layer
 from bpn_lightning.cli.trust import (
     FLAGS,
     Named,
-    check_named,
-    find_here,
-    importable,
+    Trust,
+    decide_trust,
     imported_by,
     named_classes,
-    refuse_never,
-    top_modules,
     words,
 )
 from bpn_lightning.errors import ConfigurationError, did_you_mean
@@ -62,10 +54,7 @@ class Command:
         gates: name of each gate, in order, and its registry entry.
         front: the same of the front; empty if there is none.
         plugins: streams of other packages that are used.
-        importable: modules that may be imported by name.
-        trust: whether other modules may be imported, too.
-        typed: the words on the command line, which are trusted.
-        classes: those of them that name a class.
+        trust: what may be imported by name.
         notices: messages for the user, before anything is imported.
     """
 
@@ -77,10 +66,7 @@ class Command:
     gates: dict[str, registry.Registered]
     front: dict[str, registry.Registered]
     plugins: list[registry.Registered]
-    importable: frozenset[str]
-    trust: bool
-    typed: frozenset[str]
-    classes: list[str]
+    trust: Trust
     notices: list[str]
 
     @property
@@ -116,41 +102,20 @@ def read_command(argv: Sequence[str]) -> Command:
     flags, rest = _split(argv)
     paths = [find_config(name) for name in flags.config]
     layers = [read_layer(path) for path in paths]
-    stated = _last(layers, "method")
-    # A renamed experiment uses the values tuned for the one on which it is based.
-    tuned_for = [flags.experiment, _last(layers, "experiment"), *(path.stem for path in paths[:1])]
-    experiments = list(dict.fromkeys(str(name) for name in tuned_for if name)) or ["unnamed"]
-    experiment = experiments[0]
-    method = flags.method or stated
-    for name in experiments:
-        check_name("experiment", name)
+    experiments = _experiments(flags.experiment, layers, paths)
     folders = list(dict.fromkeys([*(path.parent for path in paths[:1]), CONFIGS]))
     places = [folder / "methods" / name for name in experiments for folder in folders]
     known_methods = sorted({path.stem for place in places for path in place.glob("*.yaml")})
-    if method is None:
-        raise ConfigurationError(
-            "Expected --method (or `method:` in a config) to name a method, but got none. "
-            f"Try --method {'bd+ewc' if not known_methods else known_methods[0]}; "
-            "`bpn-fit --list` lists them."
-        )
-    check_name("method", method)
+    stated = _last(layers, "method")
+    method = _method(flags.method or stated, known_methods)
 
     notices = []
     if flags.method is not None and flags.method != stated:
         for layer in [layer for layer in layers if layer.strategies]:
             notices.append(f"--method {method} overrides the `strategies:` of {layer.name}.")
         layers = [layer.only("strategies") if layer.strategies else layer for layer in layers]
-
     chosen, method_layer = _choose(method, places, known_methods, layers, rest)
-    if method_layer is None or method_layer.name == method:
-        given = {name for layer in layers for name in layer.strategies}
-        if not set(chosen) <= given:
-            notices.append(
-                f"There are no tuned values of {method} for {experiment}: "
-                "its strategies use their defaults."
-            )
-    elif (source := Path(method_layer.name).parent.name) != experiment:
-        notices.append(f"The values of {method} are those tuned for {source}.")
+    notices += _notice_of_values(method, experiments[0], chosen, method_layer, layers)
     check_values("strategy", chosen, f"the method {method!r}", layers, _flags(rest))
 
     first = next((i for i, layer in enumerate(layers) if layer.strategies), len(layers))
@@ -162,48 +127,36 @@ def read_command(argv: Sequence[str]) -> Command:
     tuned = tuned_layer(experiments, folders, gates, front)
     if tuned is not None:
         layers.insert(0, tuned)
+    _check_text(argv, layers)
 
-    for where, values in [(FLAGS, list(argv)), *((layer.name, layer.content) for layer in layers)]:
-        if not is_utf8(json.dumps(values, ensure_ascii=False, default=str, skipkeys=True)):
-            raise ConfigurationError(
-                f"Expected {where} to be UTF-8 text, the encoding of config.yaml, but got other "
-                "bytes. Rename the folder or file."
-            )
     plugins = _named_plugins(layers, rest)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
-    refuse_never(by_files + typed)
     entries = (*plugins, *chosen.values(), *gates.values(), *front.values())
     registered = [one.class_path for one in entries if one is not None]
-    in_files = words([*(layer.content for layer in layers), *registered])
-    in_flags = words(
-        [value for key, value in flag_values(rest) if key not in ("runs", "ckpt_path")]
+    in_flags = [value for key, value in flag_values(rest) if key not in ("runs", "ckpt_path")]
+    trust = decide_trust(
+        by_files + typed,
+        in_files=words([*(layer.content for layer in layers), *registered]),
+        typed=set() if flags.trust is False else words([*in_flags, flags.method]),
+        everything=flags.trust is True,
     )
-    in_flags |= words(flags.method or "")
-    typed_words = frozenset() if flags.trust is False else frozenset(in_flags)
-    check_named(by_files + typed, typed_words, flags.trust is True)
-    trusted = top_modules(typed_words | (in_files if flags.trust else set()))
-    find_here(trusted)
-    notices += imported_by(by_files)
     return Command(
         layers=layers,
         flags=[
-            f"--experiment={experiment}",
+            f"--experiment={experiments[0]}",
             f"--method={method}",
             *([] if flags.gate is None else [f"--gate={flags.gate}"]),
             *([] if flags.front is None else [f"--front={flags.front}"]),
             *rest,  # last, since `--data.help CLASS` consumes the rest of the line
         ],
-        experiment=experiment,
+        experiment=experiments[0],
         method=method,
         strategies=chosen,
         gates=gates,
         front=front,
         plugins=plugins,
-        importable=importable(trusted),
-        trust=flags.trust is True,
-        typed=typed_words,
-        classes=[one.path for one in typed if one.path in typed_words],
-        notices=notices,
+        trust=trust,
+        notices=notices + imported_by(by_files),
     )
 
 
@@ -235,6 +188,57 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _last(layers: Sequence[ConfigLayer], key: str) -> str | None:
     values = [layer.content[key] for layer in layers if layer.content.get(key) is not None]
     return str(values[-1]) if values else None
+
+
+def _experiments(
+    typed: str | None, layers: Sequence[ConfigLayer], paths: Sequence[Path]
+) -> list[str]:
+    """The name of the results folder, and those of the experiments on which it is based.
+
+    A renamed experiment uses the values that were tuned for the original one.
+    """
+    wanted = [typed, _last(layers, "experiment"), *(path.stem for path in paths[:1])]
+    names = list(dict.fromkeys(str(name) for name in wanted if name)) or ["unnamed"]
+    for name in names:
+        check_name("experiment", name)
+    return names
+
+
+def _method(wanted: str | None, known: Sequence[str]) -> str:
+    """The name of the method, which has to be given."""
+    if wanted is None:
+        raise ConfigurationError(
+            "Expected --method (or `method:` in a config) to name a method, but got none. "
+            f"Try --method {known[0] if known else 'bd+ewc'}; `bpn-fit --list` lists them."
+        )
+    check_name("method", wanted)
+    return wanted
+
+
+def _notice_of_values(
+    method: str,
+    experiment: str,
+    chosen: Iterable[str],
+    method_layer: ConfigLayer | None,
+    layers: Sequence[ConfigLayer],
+) -> list[str]:
+    """A notice if the strategies use values that are not tuned for the experiment."""
+    if method_layer is None or method_layer.name == method:
+        given = {name for layer in layers for name in layer.strategies}
+        untuned = f"There are no tuned values of {method} for {experiment}"
+        return [] if set(chosen) <= given else [f"{untuned}: its strategies use their defaults."]
+    source = Path(method_layer.name).parent.name
+    return [] if source == experiment else [f"The values of {method} are those tuned for {source}."]
+
+
+def _check_text(argv: Sequence[str], layers: Sequence[ConfigLayer]) -> None:
+    """Refuse bytes that config.yaml cannot hold."""
+    for where, values in [(FLAGS, list(argv)), *((layer.name, layer.content) for layer in layers)]:
+        if not is_utf8(json.dumps(values, ensure_ascii=False, default=str, skipkeys=True)):
+            raise ConfigurationError(
+                f"Expected {where} to be UTF-8 text, the encoding of config.yaml, but got other "
+                "bytes. Rename the folder or file."
+            )
 
 
 def _gates_or_front(

@@ -1,7 +1,6 @@
 """The command ``bpn-data``: which image sets are present and complete, and where to download the others."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Any
 
 import yaml
 
+from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, ImageSet, make_image_set
-from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError
-from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
+from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.terminal import printable
 
 __all__ = ["SetReport", "check_set", "main"]
 
 NOT_COMPLETE = 1
-USAGE_ERROR = 2  # as argparse exits
 
 _MOST_NAMED = 5  # damaged images that are listed
 
@@ -76,8 +75,8 @@ def _damaged(image_set: ImageSet, entries: Sequence[Any]) -> list[str]:
     return faults
 
 
-@command("bpn-data")
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point("bpn-data")
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
@@ -86,33 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 if all sets are complete, 1 if one is not, 2 on a usage error, 130 after Ctrl-C.
     """
-    try:
-        with plain_warnings("bpn-data"):
-            return _check(_parser().parse_args(argv))
-    except KeyboardInterrupt:
-        print("bpn-data: Interrupted.", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    try:
-        root = Path(arguments.root).expanduser().absolute()
-        if not root.is_dir():
-            raise ConfigurationError(
-                f"Expected ROOT to be the folder of data sets, but there is no folder {root}. "
-                "Create it, or name another one."
-            )
-        options = _options(arguments.option)
-        names = arguments.sets.split(",") if arguments.sets else list(IMAGE_SETS)
-        sets = [make_image_set(name.strip(), root, options.pop(name, None)) for name in names]
-        if options:
-            raise ConfigurationError(
-                f"Expected options of {', '.join(names)}, but got one of {next(iter(options))!r}. Add "
-                "it to --sets, or leave its options out."
-            )
-    except BPNLightningError as error:
-        print(f"bpn-data: {error}", file=sys.stderr)
-        return USAGE_ERROR
+    arguments = _parser().parse_args(argv)
+    root = Path(arguments.root).expanduser().absolute()
+    if not root.is_dir():
+        raise ConfigurationError(
+            f"Expected ROOT to be the folder of data sets, but there is no folder {root}. "
+            "Create it, or name another one."
+        )
+    options = _options(arguments.option)
+    names = arguments.sets.split(",") if arguments.sets else list(IMAGE_SETS)
+    sets = [make_image_set(name.strip(), root, options.pop(name, None)) for name in names]
+    if options:
+        raise ConfigurationError(
+            f"Expected options of {', '.join(names)}, but got one of {next(iter(options))!r}. Add "
+            "it to --sets, or leave its options out."
+        )
     print(f"{'set':<10}{'state':<12}{'classes':>8}{'train':>9}{'test':>9}   in the paper")
     reports = []
     for image_set in sets:

@@ -7,26 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from bpn_lightning.cli.config_files import read_yaml
-from bpn_lightning.cli.trust import (
-    check_named,
-    find_here,
-    importable,
-    named_classes,
-    refuse_never,
-    restrict_imports,
-    top_modules,
-    words,
-)
-from bpn_lightning.errors import BPNLightningError, ConfigurationError
-from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
+from bpn_lightning.cli.entry_point import entry_point
+from bpn_lightning.cli.trust import decide_trust, named_classes, restrict_imports, words
+from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.terminal import printable
 
 __all__ = ["main"]
 
-USAGE_ERROR = 2  # as argparse exits
 
-
-@command("bpn-export")
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point("bpn-export", interrupted="Nothing was written.")
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
@@ -36,16 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 2 on a usage error, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    try:
-        with plain_warnings("bpn-export"):
-            folder = _export(Path(arguments.run), Path(arguments.out), arguments.trust)
-            print(printable(folder))
-    except BPNLightningError as error:
-        print(f"bpn-export: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("bpn-export: Interrupted. Nothing was written.", file=sys.stderr)
-        return INTERRUPTED
+    print(printable(_export(Path(arguments.run), Path(arguments.out), arguments.trust)))
     return 0
 
 
@@ -70,10 +51,7 @@ def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
             f"got {model!r:.80}. Name the folder of a run."
         )
     named = list(named_classes(path.name, {"model": {"backbone": model["backbone"]}}))
-    refuse_never(named)
-    check_named(named, (), trust)
-    trusted = top_modules(words(model["backbone"])) if trust else set()
-    find_here(trusted)
+    trusted = decide_trust(named, in_files=words(model["backbone"]), everything=trust)
 
     from jsonargparse import ArgumentError, ArgumentParser
     from torch import nn
@@ -82,7 +60,7 @@ def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
     from bpn_lightning.cli.building import building_error
     from bpn_lightning.cli.messages import explain
 
-    restrict_imports([*importable(trusted), *canonical_names()], trust)
+    restrict_imports(trusted, canonical_names())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--backbone", type=nn.Module)
     try:

@@ -25,9 +25,7 @@ from bpn_lightning.cli.resume import find_checkpoint, last_checkpoint
 from bpn_lightning.cli.trust import restrict_imports
 from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.datamodules.base import ContinualDataModule
-from bpn_lightning.errors import (
-    ConfigurationError,
-)
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.files import check_name, refuse_outside, write_atomically
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.registry import CLASS_PATH
@@ -70,7 +68,7 @@ class ContinualCLI(LightningCLI):
     def __init__(self, command: Command) -> None:
         self.command = command
         self._closing = ExitStack()
-        restrict_imports([*command.importable, *canonical_names(command.classes)], command.trust)
+        restrict_imports(command.trust, canonical_names(command.trust.classes))
         _load_streams(command)
         try:
             self._build(command.args)
@@ -151,7 +149,7 @@ class ContinualCLI(LightningCLI):
             check_name(key, self.config[key])  # again, after resolving interpolations
         check_name("method, gate and front, joined,", self.folder.parent.name)
         refuse_outside(Path(str(self.config.runs)), self.folder)
-        if not self.command.trust:
+        if not self.command.trust.everything:
             self._check_trust()
         self.run_folder = RunFolder(self.folder)
         if self.config.overwrite:
@@ -198,7 +196,7 @@ class ContinualCLI(LightningCLI):
 
     def _check_trust(self) -> None:
         """Refuse names and output paths that untrusted files may not use."""
-        config, typed = self.config, self.command.typed
+        config, typed = self.config, self.command.trust.typed
         values = [
             *given(config.model, "model", owner=ContinualModule),
             *given(config.data, "data"),

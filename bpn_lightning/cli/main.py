@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from bpn_lightning import registry
 from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import methods_of, packaged_configs
+from bpn_lightning.cli.entry_point import INTERRUPTED, USAGE_ERROR, entry_point
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ProcessesError
-from bpn_lightning.terminal import INTERRUPTED, command
 
 __all__ = ["main"]
 
@@ -47,14 +47,12 @@ Train a method over a stream of tasks, in one Lightning fit.
   --version
 """
 
-USAGE_ERROR = 2  # as argparse exits
-
 #: Errors that are the same in every process.
 SAID_ONCE = (ConfigurationError, ProcessesError)
 
 
-@command("bpn-fit")
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point("bpn-fit")
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
@@ -64,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 2 on a usage error, 130 after Ctrl-C, 143 after SIGTERM; a bug keeps its
         traceback.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv in ([], ["--help"], ["-h"]):
             print(HELP, end="")
@@ -79,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BPNLightningError as error:
         process = _later_process()
         if not process:
-            print(f"bpn-fit: error: {error}", file=sys.stderr)
-        elif not isinstance(error, SAID_ONCE):
+            raise
+        if not isinstance(error, SAID_ONCE):
             print(f"bpn-fit: error in process {process}: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:  # before or after training
         if not _later_process():
-            print("bpn-fit: Interrupted.", file=sys.stderr)
+            raise
         return INTERRUPTED
     return 0
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from bpn_lightning.cli.command import Command
+from bpn_lightning.cli.entry_point import INTERRUPTED
 from bpn_lightning.cli.fit import ContinualCLI
 from bpn_lightning.cli.output import notify, quiet_lightning
 from bpn_lightning.cli.resume import how_to_resume, last_checkpoint, previous_checkpoint
@@ -26,7 +27,6 @@ from bpn_lightning.run.gates import gate_results
 from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.results import write_results
 from bpn_lightning.run.schema import FrontRecord
-from bpn_lightning.terminal import INTERRUPTED
 from bpn_lightning.untrusted import read_text
 
 __all__ = ["fit"]

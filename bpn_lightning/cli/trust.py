@@ -14,7 +14,8 @@ docs/safety.md describes the guarantees.
 
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -29,14 +30,12 @@ __all__ = [
     "NEVER",
     "OPEN",
     "Named",
-    "check_named",
+    "Trust",
+    "decide_trust",
     "find_here",
-    "importable",
     "imported_by",
     "named_classes",
-    "refuse_never",
     "restrict_imports",
-    "top_modules",
     "words",
 ]
 
@@ -134,12 +133,60 @@ def named_classes(where: str, content: Any, key: str = "") -> Iterator[Named]:
                 yield Named(where, key, content)
 
 
-def refuse_never(named: Iterable[Named]) -> None:
-    """Refuse names from the standard library and from installers, regardless of trust.
+@dataclass(frozen=True)
+class Trust:
+    """What may be imported by name.
+
+    Args:
+        everything: whether any module may be imported.
+        importable: the modules that may be, with their submodules.
+        typed: the words on the command line, which are trusted.
+        classes: those of them that name a class.
+    """
+
+    everything: bool
+    importable: frozenset[str]
+    typed: frozenset[str]
+    classes: list[str]
+
+
+def decide_trust(
+    named: Sequence[Named],
+    in_files: set[str],
+    typed: Collection[str] = (),
+    everything: bool = False,
+) -> Trust:
+    """Refuse names that need trust, without importing anything.
+
+    Trusted modules of the current folder become importable.
+
+    Args:
+        named: classes.
+        in_files: words in files, which are trusted only with ``everything``.
+        typed: words that are trusted.
+        everything: whether all names are trusted, except those of the standard library and of installers.
 
     Raises:
         ConfigurationError: names the class, and its location.
     """
+    _refuse_never(named)
+    plugins = _plugins()
+    if not everything:
+        _check_named(named, typed, plugins)
+    tops = _top_modules({*typed, *in_files} if everything else typed)
+    find_here(tops)
+    return Trust(
+        everything=everything,
+        importable=frozenset(
+            {*OPEN, *(top for top in tops | plugins if top.isidentifier())} - NEVER
+        ),
+        typed=frozenset(typed),
+        classes=[one.path for one in named if one.where == FLAGS and one.path in typed],
+    )
+
+
+def _refuse_never(named: Iterable[Named]) -> None:
+    """Refuse names from the standard library and from installers, regardless of trust."""
     for one in named:
         if one.path.partition(".")[0] in NEVER:
             raise ConfigurationError(
@@ -149,21 +196,11 @@ def refuse_never(named: Iterable[Named]) -> None:
             )
 
 
-def check_named(named: Iterable[Named], trusted: Collection[str], trust: bool = False) -> None:
-    """Refuse names that need trust, without importing anything.
-
-    Args:
-        named: classes.
-        trusted: class paths that are trusted.
-        trust: whether all are trusted.
-
-    Raises:
-        ConfigurationError: names the class, and its location.
-    """
-    plugins = None if trust else _plugins()
+def _check_named(named: Iterable[Named], typed: Collection[str], plugins: Collection[str]) -> None:
+    """Refuse names that are neither open nor typed nor of a plugin."""
     for one in named:
-        if plugins is not None and not (
-            one.path in trusted
+        if not (
+            one.path in typed
             or one.path.startswith(tuple(f"{module}." for module in OPEN))
             or one.path.partition(".")[0] in plugins
         ):
@@ -195,24 +232,10 @@ def words(value: Any) -> set[str]:
     return set()
 
 
-def top_modules(names: Iterable[str]) -> set[str]:
-    """The top-level modules of the class paths among words; file names are ignored.
-
-    >>> sorted(top_modules(["a.B", "c.d.E", "f"]))
-    ['a', 'c']
-    """
+def _top_modules(names: Iterable[str]) -> set[str]:
+    """The top-level modules of the class paths among words; file names are ignored."""
     paths = [name for name in names if is_class_path(name)]
     return {path.partition(".")[0] for path in paths if not Path(path).exists()}
-
-
-def importable(trusted: Iterable[str]) -> frozenset[str]:
-    """The modules that a run may import by name, including their submodules.
-
-    Args:
-        trusted: additional top-level modules that are allowed.
-    """
-    tops = {top for top in (*trusted, *_plugins()) if top.isidentifier()}
-    return frozenset({*OPEN, *tops} - NEVER)
 
 
 def find_here(tops: Iterable[str]) -> None:
@@ -229,24 +252,25 @@ def find_here(tops: Iterable[str]) -> None:
         sys.path.append(here)
 
 
-def restrict_imports(allowed: Collection[str], trust: bool) -> None:
+def restrict_imports(trust: Trust, names: Iterable[str]) -> None:
     """Restrict jsonargparse's imports by name, and instantiation for arguments of any type.
 
     The settings apply to the whole process, until the next call.
 
     Args:
-        allowed: modules, or full names.
-        trust: whether others may be imported, too.
+        trust: the modules that may be imported.
+        names: full names that may be imported, too.
     """
     from jsonargparse import set_parsing_settings
 
+    allowed = {*trust.importable, *names}
     # The longest matching entry decides; an entry can only be revoked by its opposite.
     again = {one for one in _allowed if one.startswith(tuple(f"{name}." for name in allowed))}
-    allowed = {*allowed, *again}
+    allowed |= again
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
         config_read_mode_fsspec_enabled=False,  # Lightning would read configs from the network
-        import_path_denylist=[*([] if trust else ["*"]), *_allowed],
+        import_path_denylist=[*([] if trust.everything else ["*"]), *_allowed],
         import_path_allowlist=sorted(allowed),
     )
     _allowed.update(allowed)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.scores import AfterLearning, Summary, TaskAgnostic
 
@@ -246,8 +247,7 @@ class AccuracyMatrix(Metric):
     task_agnostic: Tensor
 
     def __init__(self, num_tasks: int) -> None:
-        if num_tasks < 1:
-            raise ConfigurationError(f"Expected num_tasks to be at least 1, but got {num_tasks}.")
+        check_positive_int("num_tasks", num_tasks)
         # A cached result would be stale after load_state_dict and update_task_agnostic.
         super().__init__(sync_on_compute=False, compute_with_cache=False)
         self.num_tasks = num_tasks

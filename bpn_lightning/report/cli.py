@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpn_lightning.errors import BPNLightningError, ConfigurationError, ResultsError
+from bpn_lightning.cli.entry_point import entry_point
+from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
-from bpn_lightning.terminal import INTERRUPTED, command, plain_warnings, printable
+from bpn_lightning.terminal import printable
 from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["main"]
@@ -31,13 +32,11 @@ Show a run, or all runs below a folder, as one HTML page that a browser opens fr
   --version
 """
 
-USAGE_ERROR = 2  # as argparse exits
-
 _PAGE = b"<!DOCTYPE html>"  # how every page begins
 
 
-@command("bpn-report")
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point("bpn-report", interrupted="No page was written.")
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
@@ -46,21 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 2 on a usage error, 130 after Ctrl-C.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if argv in ([], ["--help"], ["-h"]):
-            print(HELP, end="")
-        elif argv == ["--version"]:
-            print(f"bpn-report {_version()}")
-        else:
-            with plain_warnings("bpn-report"):
-                print(printable(_report(_parse(argv))))
-    except BPNLightningError as error:
-        print(f"bpn-report: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("bpn-report: Interrupted. No page was written.", file=sys.stderr)
-        return INTERRUPTED
+    if argv in ([], ["--help"], ["-h"]):
+        print(HELP, end="")
+    elif argv == ["--version"]:
+        print(f"bpn-report {_version()}")
+    else:
+        print(printable(_report(_parse(argv))))
     return 0
 
 

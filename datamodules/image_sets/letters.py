@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bpn_lightning.checks import check_choice
+from bpn_lightning.checks import check_choice, check_positive_int
 from bpn_lightning.datamodules.image_sets.listing import (
     Counts,
     Entry,
@@ -72,11 +72,7 @@ class Chars74K(ImageSet):
                 "Expected test_fraction of letters to be between 0 and 1, but got "
                 f"{self.test_fraction!r}. 0.2 keeps a fifth of each class for the test."
             )
-        if self.column < 1:
-            raise ConfigurationError(
-                f"Expected column of letters to be at least 1, but got {self.column!r}. "
-                "Columns of the lists count from 1."
-            )
+        check_positive_int("column of letters", self.column, "Columns of the lists count from 1.")
 
     @property
     def native_size(self) -> int | None:  # type: ignore[override]

@@ -207,7 +207,9 @@ def test_bad_rows(row: int, accuracies: list[float], message: str) -> None:
 
 
 def test_other_bad_input(matrix: AccuracyMatrix) -> None:
-    with pytest.raises(ConfigurationError, match="num_tasks to be at least 1, but got 0"):
+    with pytest.raises(
+        ConfigurationError, match="num_tasks to be a whole number of at least 1, but got 0"
+    ):
         AccuracyMatrix(0)
     with pytest.raises(ConfigurationError, match="3 tasks"):
         matrix.update_task_agnostic([0.5])

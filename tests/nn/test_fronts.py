@@ -206,10 +206,10 @@ def test_weights_come_from_a_file(tmp_path: Any) -> None:
     [
         (lambda: Patches(0), "Expected num_patches of a front to be a whole number of at least 1, but got 0."),
         (lambda: Patches(stride=1.5), "Expected stride of a front to be a whole number"),  # type: ignore[arg-type]
-        (lambda: Patches(contrast=0), "Expected contrast of a front to be a number above 0, but got 0."),
+        (lambda: Patches(contrast=0), "Expected contrast of a front to be a positive number, but got 0."),
         (lambda: RandomFeatures(-3), "Expected features of a front to be a whole number"),
         (lambda: RandomFeatures(3, "cosin"), "Expected kind of a front to be one of cosine, relu, but got 'cosin'. Did you mean 'cosine'?"),  # type: ignore[arg-type]
-        (lambda: RandomFeatures(3, length=0), "Expected length of a front to be a number above 0"),
+        (lambda: RandomFeatures(3, length=0), "Expected length of a front to be a positive number"),
         (lambda: FrozenNetwork(network(), std=[0, 1, 1]), "Expected std of a front to be above 0 for each channel"),
         (lambda: Patches(5, 10).width(SHAPE), "Expected inputs of the front Patches to be images of at least 10 x 10 pixels, (channels, height, width), but got (3, 9, 8)."),
         (lambda: Patches(5).width((64,)), "Expected inputs of the front Patches to be images of at least 6 x 6"),

@@ -629,7 +629,7 @@ def test_bytes_with_twenty_outputs(prepare: Any, hidden: int, measured: int) -> 
                 "'signs'. Did you mean 'sign'?"
             ),
         ),
-        ({"m_start": "ones"}, "Expected m_start to be 'zero' or 'normal', but got 'ones'."),
+        ({"m_start": "ones"}, "Expected m_start to be one of zero, normal, but got 'ones'."),
         (
             {"direction": "frozen", "m_start": "zero"},
             (

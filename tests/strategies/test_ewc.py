@@ -531,12 +531,12 @@ def test_explicit_updates_take_any_optimizer(learn: Any, optimizer: Any, update:
         ),
         (
             {"gamma": -0.1},
-            "Expected gamma to be from 0 to 1, or None, but got -0.1." + GAMMA,
+            "Expected gamma to be a number from 0 to 1, but got -0.1." + GAMMA,
         ),
-        ({"gamma": 1.5}, "Expected gamma to be from 0 to 1, or None, but got 1.5." + GAMMA),
+        ({"gamma": 1.5}, "Expected gamma to be a number from 0 to 1, but got 1.5." + GAMMA),
         (
             {"gamma": float("nan")},
-            "Expected gamma to be from 0 to 1, or None, but got nan." + GAMMA,
+            "Expected gamma to be a number from 0 to 1, but got nan." + GAMMA,
         ),
         (
             {"fisher": "true"},

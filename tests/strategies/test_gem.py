@@ -1011,12 +1011,12 @@ WHOLE = "to be a whole number of at least 1, but got"
         (
             GradientEpisodicMemory,
             {"memory_per": "label"},
-            "Expected memory_per to be 'task' or 'class', but got 'label'.",
+            "Expected memory_per to be one of task, class, but got 'label'.",
         ),
         (
             GradientEpisodicMemory,
             {"margin_mode": "paper"},
-            "Expected margin_mode to be 'constraint' or 'additive', but got 'paper'.",
+            "Expected margin_mode to be one of constraint, additive, but got 'paper'.",
         ),
         (
             GradientEpisodicMemory,

@@ -741,7 +741,10 @@ ALPHAS = " They are the alphas up to a common factor; leave them out for equal o
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "median"}, "Expected mode to be one of mean, mode, but got 'median'."),
+        (
+            {"mode": "median"},
+            "Expected mode to be one of mean, mode, but got 'median'. Did you mean 'mean'?",
+        ),
         (
             {"fisher": "true"},
             "Expected fisher to be one of empirical, sampled, exact, predicted, but got 'true'.",

@@ -120,7 +120,7 @@ def test_a_wrong_line_is_one_message(
     monkeypatch.chdir(tmp_path)
     assert main(["check", *arguments]) == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith("bpn-data: Expected ")
+    assert shown.err.startswith("bpn-data: error: Expected ")
     assert (said in shown.err, shown.err.count("\n"), shown.out) == (True, 1, "")
 
 

@@ -286,7 +286,7 @@ def test_aircraft_by_variant(trees: Trees) -> None:
             {"test_fraction": 1},
             "Expected test_fraction of letters to be between 0 and 1",
         ),
-        ("letters", {"column": 0}, "Expected column of letters to be at least 1"),
+        ("letters", {"column": 0}, "Expected column of letters to be a whole number of at least 1"),
         ("svhn", {"extra": True}, "It takes none."),
     ],
 )

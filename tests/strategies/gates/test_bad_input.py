@@ -48,14 +48,14 @@ def noise(count: int = 40, width: int = 20) -> tuple[Tensor, Tensor]:
         ),
         (lambda: SLDA(1.5), "Expected shrinkage to be a number from 0 to 1, but got 1.5. Null"),
         (lambda: SLDA(float("nan")), "Expected shrinkage to be a number from 0 to 1, but got nan"),
-        (lambda: FeCAM(-1), "Expected shrinkage to be a number of at least 0, but got -1."),
-        (lambda: FeCAM(tukey=0), "Expected tukey to be a number above 0, but got 0. 1 leaves"),
+        (lambda: FeCAM(-1), "Expected shrinkage to be 0 or a positive number, but got -1."),
+        (lambda: FeCAM(tukey=0), "Expected tukey to be a positive number, but got 0. 1 leaves"),
         (
             lambda: ProbabilisticPCA(0),
             "Expected rank to be a whole number of at least 1, but got 0.",
         ),
         (lambda: RanPAC(0), "Expected width to be a whole number of at least 1, but got 0."),
-        (lambda: RanPAC(ridge=-1), "Expected ridge to be a number of at least 0, but got -1. Null"),
+        (lambda: RanPAC(ridge=-1), "Expected ridge to be 0 or a positive number, but got -1. Null"),
     ],
 )
 def test_arguments(make: Callable[[], object], message: str) -> None:
