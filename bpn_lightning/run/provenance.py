@@ -7,18 +7,19 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from bpn_lightning.run.schema import Provenance
+from bpn_lightning.run.schema import Continues, Provenance
 
 __all__ = ["collect_provenance"]
 
 _PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics", "bpn_lightning")
 
 
-def collect_provenance(seconds: float) -> Provenance:
+def collect_provenance(seconds: float, continues: Continues | None = None) -> Provenance:
     """What this process knows of the circumstances of its run.
 
     Args:
         seconds: wall time of the run.
+        continues: the run that it went on from.
     """
     import torch
 
@@ -40,6 +41,7 @@ def collect_provenance(seconds: float) -> Provenance:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
         },
+        "continues": continues,
     }
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "Accuracy",
     "BytesHeld",
     "BytesPerTask",
+    "Continues",
     "CalibrationBins",
     "FrontRecord",
     "GateAccuracy",
@@ -33,7 +34,7 @@ __all__ = [
     "violations",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Goes up when a key of results.json is renamed, removed or changes its meaning."""
 
 
@@ -110,6 +111,19 @@ class Host(TypedDict):
     """CPU threads of one process."""
 
 
+class Continues(TypedDict):
+    """The run that learned the tasks before."""
+
+    run: str
+    """Experiment, method, gates, front and seed."""
+    tasks: int
+    """How many it and those before it had learned."""
+    date: str | None
+    """When it ended; null where its results were not there."""
+    results_sha256: str | None
+    """Of its results.json, in hexadecimal digits."""
+
+
 class Provenance(TypedDict):
     """What may differ between equal runs."""
 
@@ -123,6 +137,8 @@ class Provenance(TypedDict):
     """Of the checkout that the package is installed from, with "-dirty" where tracked files differ
     from it; null for an installed wheel."""
     host: Host
+    continues: Continues | None
+    """Null for a run that began with its first task."""
 
 
 class FrontRecord(TypedDict):
