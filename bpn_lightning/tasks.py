@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "ContinualStream",
     "Mask",
+    "Past",
     "Phase",
     "Position",
     "Schedule",
@@ -60,6 +61,28 @@ class Task:
     def name(self) -> str:
         """The names of its classes in one line."""
         return ", ".join(self.class_names)
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a stream that goes on knows of the tasks that are learned.
+
+    Args:
+        tasks: in order.
+        preparations: of their inputs, in order.
+        seed: of their stream.
+        shared: whether all tasks share their columns, also those to come.
+    """
+
+    tasks: tuple[Task, ...]
+    preparations: tuple[Preparation, ...]
+    seed: int
+    shared: bool
+
+    @property
+    def first_column(self) -> int:
+        """The column of the next new class."""
+        return 0 if self.shared else max(task.columns[1] for task in self.tasks)
 
 
 @dataclass(frozen=True)
@@ -225,6 +248,9 @@ class ContinualStream(Protocol):
     reset_optimizer: Literal["always", "never"]
     has_validation: bool
     task_id_at_inference: bool
+
+    def has_data(self, task_id: int) -> bool:
+        """Whether there are samples of a task to measure its accuracy; of a past one there may be none."""
 
     def loader(
         self,

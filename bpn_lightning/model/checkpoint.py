@@ -63,7 +63,7 @@ def save_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
         "optimization": loop.optimization.state_dict(),
         "history": loop.history.state_dict(loop.right_answers()),
         "training_weights": dict(host.training_weights),
-        "random_states": _random_states(host.trainer),
+        "random_states": _random_states(host.trainer, loop.end_random_state or random_state()),
         "unfinished": _unfinished(host.trainer),
     }
     mark_epoch_not_started(checkpoint)
@@ -219,9 +219,8 @@ def _unfinished(trainer: Trainer) -> dict[str, int] | None:
     return None if progress is None else dict(zip(("done", "needed"), progress, strict=True))
 
 
-def _random_states(trainer: Trainer) -> list[dict[str, Any]]:
+def _random_states(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every process: their slices of a batch may differ in size, and so in what they draw."""
-    own = random_state()
     if trainer.world_size == 1:
         return [own]
     states: list[Any] = [None] * trainer.world_size

@@ -146,7 +146,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     host.sample_loss.check(structure.num_classes, structure.column_sets())
     if loop.metrics:
         processes = trainer.world_size
-        several = tasks if processes > 1 else []
+        several = [t for t in tasks if stream.has_data(t.id)] if processes > 1 else []
         firsts = (next(iter(stream.loader(task.id, "test"))).global_size for task in several)
         TaskMetrics(loop.metrics).check(structure.num_classes, firsts, processes)
     methods = [one for one in host.strategies if not isinstance(one, TaskGate)]
@@ -168,6 +168,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     optimization = loop.optimization
     check_lengths(trainer, *optimization.count_updates(), held_out)
     inputs = dry_inputs(structure, 1, host.device)
-    check_batches(trainer, host.network.backbone, inputs, len(tasks), optimization.smallest_batch)
+    ahead = [task.id for task in tasks[stream.first_task :]]
+    check_batches(trainer, host.network.backbone, inputs, ahead, optimization.smallest_batch)
     set_max_epochs(trainer, total)
     reload_train_loader_every_epoch(trainer)

@@ -171,6 +171,38 @@ class Setting:
         self.fit(method, mask, 0, PAST)[1].save_checkpoint(folder / "past.ckpt")
         return learned(*self.fit(method, mask, 0, ALL, folder / "past.ckpt"))
 
+    def extended(self, method: str, mask: str) -> dict[str, Any]:
+        """Learn the past, then its new tasks alone, with the same module and the past's data to test on."""
+        module, trainer = self.fit(method, mask, 0, PAST)
+        torch.rand(3)  # whatever is drawn in the meantime
+        return learned(module, self.go_on(module, trainer.callbacks, method, mask))
+
+    def go_on(
+        self, module: ContinualModule, callbacks: Sequence[Any], method: str, mask: str
+    ) -> Trainer:
+        """Learn the new tasks."""
+        past_data = stream_of(0, PAST, mask, **self.stream)
+        new = stream_of(PAST, ALL, mask, **{**self.stream, "seed": None})
+        module.extend(new, past_data)
+        strategies = [one for one in callbacks if isinstance(one, ContinualStrategy)]
+        return fit(module, new, strategies, **self.trainer)
+
+    def loaded(self, method: str, mask: str, folder: Path) -> dict[str, Any]:
+        """The same with a module that is loaded from a file, and with new strategies."""
+        self.fit(method, mask, 0, PAST)[1].save_checkpoint(folder / "past.ckpt")
+        fresh = module_of(mask, **self.module)
+        module = ContinualModule.load_from_checkpoint(
+            folder / "past.ckpt",
+            backbone=fresh.backbone,
+            optimizer=fresh.optimization.optimizer,
+            **{
+                k: v
+                for k, v in {**MASKS[mask], **self.module}.items()
+                if k not in ("backbone", "optimizer")
+            },
+        )
+        return learned(module, self.go_on(module, METHODS[method](), method, mask))
+
 
 SETTINGS = {
     "clipped": Setting(trainer={"gradient_clip_val": 0.5}),
@@ -202,6 +234,19 @@ SETTINGS = {
 def test_a_longer_stream_goes_on_from_a_checkpoint(method: str, mask: str, tmp_path: Path) -> None:
     found = Setting().longer(method, mask, tmp_path)
     assert differing(learned(*Setting().fit(method, mask, 0, ALL)), found) == []
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_is_extended_by_new_tasks_alone(method: str, mask: str) -> None:
+    found = Setting().extended(method, mask)
+    assert differing(learned(*Setting().fit(method, mask, 0, ALL)), found) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loaded_module_is_extended(method: str, tmp_path: Path) -> None:
+    found = Setting().loaded(method, "seen", tmp_path)
+    assert differing(learned(*Setting().fit(method, "seen", 0, ALL)), found) == []
 
 
 @pytest.mark.parametrize("mask", ["seen", "task"])
