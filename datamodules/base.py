@@ -250,7 +250,7 @@ class ContinualDataModule(ContinuedStream, ABC):
             or ChannelStats.of(train, parts["train"].members[0])
         )
         self._affine, self._parts = {}, parts
-        self._past_alike = len(self.preparations()) == 1
+        self._past_alike = self._past is None or len(self.preparations()) == 1
 
     def _forget_setup(self) -> None:
         self._parts = {}

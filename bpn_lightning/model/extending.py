@@ -75,8 +75,8 @@ class Extension:
         self._checkpoint = checkpoint
 
     def resume(self, trainer: Trainer) -> None:
-        """Hand a trainer what is to be resumed, if there is anything and it resumes nothing else."""
-        if self._checkpoint is not None and trainer.ckpt_path is None:
+        """Hand a trainer what is to be resumed, if there is anything; its ``ckpt_path`` goes first."""
+        if self._checkpoint is not None:
             resume_from_memory(trainer, dict(self._checkpoint))
 
     def forget(self) -> None:

@@ -75,13 +75,17 @@ class Host:
         """Whether there is one; a loaded module answers without."""
         return self._stream is not None
 
-    def attach(self, stream: ContinualStream) -> None:
+    def attach(self, stream: ContinualStream, grow: bool = False) -> None:
         """Use a stream, for which the network is built, or to which it has to fit.
+
+        Args:
+            stream: after its ``setup``.
+            grow: whether a network that has learned all of its tasks grows for a stream that goes on.
 
         Raises:
             ConfigurationError: they do not fit.
         """
-        self.network.build_for(stream, self.device)
+        self.network.build_for(stream, self.device, grow)
         self._stream = stream
 
     def batches(

@@ -82,7 +82,7 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     check_gate_names(gates)
     if gates or stage == "fit":  # others answer by those that the module was loaded with
         host.gates = {gate.name: gate for gate in gates}
-    host.attach(stream)
+    host.attach(stream, grow=stage == "fit")
     stream.follow(host.training_epoch)
     if stage == "fit" and host.network.opened < 0:
         for strategy in host.strategies:

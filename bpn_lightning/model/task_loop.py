@@ -92,7 +92,7 @@ class TaskLoop:
         if not opened <= task <= opened + 1:
             raise ConfigurationError(
                 f"Expected a module that is about to learn task {task}, but it has opened task "
-                f"{opened}. Make a new module, or go on with ckpt_path."
+                f"{opened}. Make a new module, go on with ckpt_path, or call module.extend for new tasks."
             )
         set_max_epochs(self.host.trainer, self.host.cursor.schedule.total)
         self._warn_of_unmeasured_tasks()

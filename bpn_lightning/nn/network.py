@@ -95,12 +95,14 @@ class ContinualNetwork(nn.Module):
         """Whether the network answers differently in different tasks' modes."""
         return bool(self.task_modules())
 
-    def build_for(self, stream: ContinualStream, device: torch.device) -> None:
+    def build_for(self, stream: ContinualStream, device: torch.device, grow: bool = False) -> None:
         """Build the head for a stream on the first call, check the fit on later ones.
 
         Args:
             stream: after its ``setup``.
             device: that the backbone lies on.
+            grow: whether a network that has learned all of its tasks grows for a stream that begins with
+                them and goes on.
 
         Raises:
             ConfigurationError: the backbone's output is no feature matrix, the mask and the stream's
@@ -110,6 +112,8 @@ class ContinualNetwork(nn.Module):
         self.structure.check_mask_fits(tasks)
         if self.front is not None:
             shape, dtype = (self.front.width(shape),), torch.float32
+        if grow and self.head is not None and self.structure.is_continued_by(tasks, self.closed):
+            self._grow(tasks, self._with_reserved(stream.num_classes), stream.seed)
         self.build(tasks, stream.num_classes, shape, dtype, device, stream.seed)
         self.structure.set_preparations(stream.preparations())
 
@@ -123,8 +127,6 @@ class ContinualNetwork(nn.Module):
         seed: int = 0,
     ) -> None:
         """Make head and accuracy matrix, with one dry forward through the backbone.
-
-        A network that has learned all of its tasks grows for a stream that begins with them.
 
         Args:
             tasks: of the stream.
@@ -141,8 +143,6 @@ class ContinualNetwork(nn.Module):
         structure = self.structure
         num_classes = self._with_reserved(num_classes)
         if self.head is not None:
-            if structure.is_continued_by(tasks, self.closed):
-                self._grow(tasks, num_classes, seed)
             structure.check_stream(tasks, num_classes, input_shape, dtype)
             structure.tasks = tasks
             return

@@ -1,5 +1,6 @@
 """A stream that goes on learns, bit for bit, what it would have learned had all its tasks been known."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,12 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from fits import trainer_of
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.errors import (
+    BPNLightningError,
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+)
+from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.losses import CrossEntropy
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
@@ -29,13 +38,13 @@ from bpn_lightning.strategies import (
     GradientEpisodicMemory,
     IncrementalMomentMatching,
     IndependentNetworks,
+    JointTraining,
     LearningWithoutForgetting,
     MemoryAwareSynapses,
     NearestClassMean,
     ParameterSuperposition,
     SynapticIntelligence,
 )
-from tests.tools.fits import trainer_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,6 +73,7 @@ METHODS: Mapping[str, Callable[[], list[ContinualStrategy]]] = {
     "psp": lambda: [ParameterSuperposition()],
     "complex": lambda: [ParameterSuperposition("complex")],
     "stl": lambda: [IndependentNetworks()],
+    "joint": lambda: [JointTraining()],
     "gates": lambda: [BeneficialPerturbation(4), NearestClassMean(), SLDA()],
 }
 MASKS: Mapping[str, Mapping[str, Any]] = {
@@ -205,7 +215,7 @@ class Setting:
 
 
 SETTINGS = {
-    "clipped": Setting(trainer={"gradient_clip_val": 0.5}),
+    "clipped": Setting(module={"backbone": lambda: MLP([203])}, trainer={"gradient_clip_val": 0.5}),
     "adam kept": Setting(
         module={"optimizer": partial(AdamW, lr=0.01)}, stream={"reset_optimizer": "never"}
     ),
@@ -230,20 +240,20 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "joint"])
 def test_a_longer_stream_goes_on_from_a_checkpoint(method: str, mask: str, tmp_path: Path) -> None:
     found = Setting().longer(method, mask, tmp_path)
     assert differing(learned(*Setting().fit(method, mask, 0, ALL)), found) == []
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "joint"])
 def test_a_module_is_extended_by_new_tasks_alone(method: str, mask: str) -> None:
     found = Setting().extended(method, mask)
     assert differing(learned(*Setting().fit(method, mask, 0, ALL)), found) == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "joint"])
 def test_a_loaded_module_is_extended(method: str, tmp_path: Path) -> None:
     found = Setting().loaded(method, "seen", tmp_path)
     assert differing(learned(*Setting().fit(method, "seen", 0, ALL)), found) == []
@@ -257,3 +267,235 @@ def test_it_goes_on_under_any_trainer_and_optimizer(
     one = SETTINGS[setting]
     found = one.longer("bd", mask, tmp_path)
     assert differing(learned(*one.fit("bd", mask, 0, ALL)), found) == []
+
+
+# --- what else may happen on the way -------------------------------------------------------------
+
+
+class Save(Callback):
+    """A checkpoint after a number of updates of the stream."""
+
+    def __init__(self, updates: int, path: Path) -> None:
+        self.updates, self.path = updates, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.updates:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("method", ["bd+ewc", "gem", "ebll"])
+def test_a_continuation_is_resumed_inside_a_task(method: str, tmp_path: Path) -> None:
+    past, middle = tmp_path / "past.ckpt", tmp_path / "middle.ckpt"
+    module, trainer = Setting().fit(method, "seen", 0, PAST)
+    trainer.save_checkpoint(past)
+    updates = trainer.global_step
+    module.extend(stream := stream_of(PAST, ALL, "seen"), stream_of(0, PAST, "seen"))
+    trainer = fit(module, stream, [*METHODS[method](), Save(updates + 3, middle)])
+    whole = learned(module, trainer)
+    killed = ContinualModule.load_from_checkpoint(
+        past, backbone=MLP([16, 12]), optimizer=sgd, mask="seen"
+    )
+    killed.extend(stream := stream_of(PAST, ALL, "seen"), stream_of(0, PAST, "seen"))
+    trainer = fit(killed, stream, METHODS[method](), middle)
+    assert differing(whole, learned(killed, trainer)) == []
+    assert differing(learned(*Setting().fit(method, "seen", 0, ALL, middle)), whole) == []
+
+
+def test_a_stream_goes_on_again_and_again() -> None:
+    """Three tasks, then one, then one more."""
+    module, trainer = Setting().fit("bd+ewc", "seen", 0, PAST)
+    strategies = [one for one in trainer.callbacks if isinstance(one, ContinualStrategy)]
+    known = stream_of(0, PAST, "seen")
+    for first in range(PAST, ALL):
+        module.extend(stream := stream_of(first, first + 1, "seen"), known)
+        trainer, known = fit(module, stream, strategies), stream
+    assert (
+        differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), learned(module, trainer)) == []
+    )
+
+
+@pytest.mark.parametrize("method", ["finetune", "ewc", "lwf", "gem", "gates"])
+def test_a_task_may_be_one_class(method: str) -> None:
+    arguments = {"classes_per_task": [2, 2, 2, 1, 1], "class_order": [*range(8)]}
+    whole, trainer = Setting(stream=arguments).fit(method, "seen", 0, ALL)
+    expected = learned(whole, trainer)
+    module, trainer = Setting().fit(method, "seen", 0, PAST)
+    new = stream_of(0, 0, "seen", classes_per_task=1, class_order=[6, 7])
+    module.extend(new, stream_of(0, PAST, "seen"))
+    strategies = [one for one in trainer.callbacks if isinstance(one, ContinualStrategy)]
+    assert differing(expected, learned(module, fit(module, new, strategies))) == []
+
+
+def test_classes_beyond_those_reserved_take_part_late() -> None:
+    """With ``all`` and nothing reserved the head grows too, but its softmax was smaller before."""
+    found = Setting(module={"reserve_classes": None}).extended("finetune", "all")
+    different = differing(learned(*Setting().fit("finetune", "all", 0, ALL)), found)
+    assert "/weights/head.weight" in different
+    assert found["/weights/head.weight"].shape == (10, 12)
+
+
+def test_the_matrix_says_what_is_not_measured() -> None:
+    module, trainer = Setting().fit("gates", "task", 0, PAST)
+    strategies = [one for one in trainer.callbacks if isinstance(one, ContinualStrategy)]
+    module.extend(new := stream_of(PAST, ALL, "task"))
+    with pytest.warns(UserWarning, match="no data of tasks 1, 2, 3, which were learned before"):
+        fit(module, new, strategies)
+    matrix = module.accuracy_matrix.accuracy
+    assert matrix.shape == (ALL + 1, ALL)
+    assert not matrix[: PAST + 1, :PAST].isnan().any()
+    assert matrix[: PAST + 1, PAST:].isnan().all()
+    assert matrix[PAST + 1 :, :PAST].isnan().all()
+    assert not matrix[PAST + 1 :, PAST:].isnan().any()
+    assert module.accuracy_matrix.summary()["average"] is None
+    assert [point["accuracy"].count(None) for point in module.curve] == [2, 2, 2, 2, 3, 3]
+    last = module.gate_scores[-1]
+    assert last["after"] == ALL
+    assert last["samples"][:PAST] == [None] * PAST
+    assert None not in last["samples"][PAST:]
+
+
+def in_two_processes(rank_file: str) -> dict[str, Any]:
+    """A continuation, and all at once, under DDP."""
+    found = []
+    for first, stops in ((0, (PAST, ALL)), (0, (ALL,))):
+        module = module_of("seen")
+        for stop in stops:
+            strategies = METHODS["bd+ewc"]()
+            stream = stream_of(first, stop, "seen")
+            if module.closed >= 0:
+                strategies = list(module.host.strategies)
+                module.extend(stream := stream_of(PAST, stop, "seen"), stream_of(0, PAST, "seen"))
+            trainer = trainer_of(2, strategies)
+            torch.manual_seed(11)
+            trainer.fit(module, stream)
+        found.append(learned(module, trainer))
+    return {"differing": differing(*found), "weights": found[0]}
+
+
+def test_two_processes_go_on_as_one(ranks: Any) -> None:
+    one, two = ranks(in_two_processes, "")
+    assert one["differing"] == two["differing"] == []
+    assert [p for p in differing(one["weights"], two["weights"]) if "/random" not in p] == []
+    whole = learned(*Setting().fit("bd+ewc", "seen", 0, ALL))
+    for name in ("/weights/head.weight", "/weights/backbone.1.weight"):
+        torch.testing.assert_close(one["weights"][name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def past() -> tuple[ContinualModule, Trainer]:
+    return Setting().fit("ewc", "seen", 0, PAST)
+
+
+def refuse_longer(folder: Path, says: str, mask: str = "seen", **changes: Any) -> None:
+    past()[1].save_checkpoint(folder / "past.ckpt")
+    stream = stream_of(0, ALL, mask, **changes.pop("stream", {}))
+    method = changes.pop("method", "ewc")
+    with pytest.raises(BPNLightningError, match=re.escape(says)):
+        fit(module_of(mask, **changes), stream, METHODS[method](), folder / "past.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mask": "task"}, "mask is 'task' here and 'seen' there"),
+        (
+            {"backbone": lambda: MLP([20, 12])},
+            (
+                "Expected the backbone of the run that goes on, but its backbone.1.weight is of shape (16, 64), "
+                "not (20, 64)."
+            ),
+        ),
+        (
+            {"stream": {"class_order": [1, 0, *range(2, 10)]}},
+            "they differ: task 0.class_names is ('1', '0') here and ('0', '1') there",
+        ),
+        ({"stream": {"epochs_per_task": 2}}, "task 0.epochs is 2 here and 1 there"),
+        ({"method": "si"}, "strategies is ['si'] here and ['ewc'] there"),
+    ],
+)
+def test_another_past_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    refuse_longer(tmp_path, says, **changes)
+
+
+def test_a_past_that_stopped_inside_a_task_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "middle.ckpt"
+    fit(module_of("seen"), stream_of(0, PAST, "seen"), [*METHODS["ewc"](), Save(8, path)])
+    says = "Expected a run that has learned its 3 tasks before it goes on with new ones, but got one that stopped after 1."
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        fit(module_of("seen"), stream_of(0, ALL, "seen"), METHODS["ewc"](), path)
+    loaded = ContinualModule.load_from_checkpoint(path, backbone=MLP([16, 12]), mask="seen")
+    with pytest.raises(ConfigurationError, match="but it has learned 1 of 3"):
+        loaded.extend(stream_of(PAST, ALL, "seen"))
+
+
+def test_a_past_without_its_training_state_is_refused(tmp_path: Path) -> None:
+    module, trainer = past()
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    loaded = ContinualModule.load_from_checkpoint(
+        tmp_path / "weights.ckpt", backbone=MLP([16, 12]), mask="seen"
+    )
+    with pytest.raises(
+        CheckpointError, match="to have the training state of a run, but it has the weights"
+    ):
+        loaded.extend(stream_of(PAST, ALL, "seen"))
+    exported = load_exported(export_module(module, tmp_path / "export"), MLP([16, 12]))
+    with pytest.raises(CheckpointError, match="Expected a module with its training state"):
+        exported.extend(stream_of(PAST, ALL, "seen"))
+
+
+def test_a_file_that_changed_since_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "past.ckpt"
+    past()[1].save_checkpoint(path)
+    loaded = ContinualModule.load_from_checkpoint(path, backbone=MLP([16, 12]), mask="seen")
+    Setting(stream={"seed": 8}).fit("ewc", "seen", 0, PAST)[1].save_checkpoint(path)
+    with pytest.raises(CheckpointError, match="to have the weights that were loaded from it"):
+        loaded.extend(stream_of(PAST, ALL, "seen"))
+
+
+def test_a_missing_state_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "past.ckpt"
+    past()[1].save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint["callbacks"]["ewc"]
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match="Expected a checkpoint with the state of 'ewc'"):
+        fit(module_of("seen"), stream_of(0, ALL, "seen"), METHODS["ewc"](), path)
+
+
+def test_known_classes_are_refused() -> None:
+    module, trainer = past()
+    module.extend(stream := stream_of(PAST - 1, ALL, "seen"))
+    says = "but '4' is one of task 2 already. Leave it out with class_order. More data of known classes are"
+    with pytest.raises(ConfigurationError, match=re.escape(says)):
+        fit(module, stream, trainer.callbacks)
+
+
+def test_more_classes_than_reserved_are_refused() -> None:
+    module, trainer = Setting(module={"reserve_classes": 8}).fit("ewc", "all", 0, PAST)
+    module.extend(stream := stream_of(PAST, ALL, "all"))
+    says = "Expected reserve_classes to be at least the 10 classes of the stream, but got 8."
+    with pytest.raises(ConfigurationError, match=re.escape(says)):
+        fit(module, stream, trainer.callbacks)
+    with pytest.raises(
+        ConfigurationError, match="Expected reserve_classes to be left out with mask"
+    ):
+        module_of("seen", reserve_classes=8)
+
+
+def test_joint_training_needs_the_past_data(tmp_path: Path) -> None:
+    whole = learned(*Setting().fit("joint", "seen", 0, ALL))
+    assert differing(Setting().longer("joint", "seen", tmp_path), whole) == []
+    module, trainer = Setting().fit("joint", "seen", 0, PAST)
+    module.extend(stream := stream_of(PAST, ALL, "seen"))
+    with pytest.raises(
+        DataError, match=re.escape("Expected data of task 0 (0, 1), but this stream")
+    ):
+        fit(module, stream, trainer.callbacks)
+
+
+def test_a_fit_without_a_past_is_refused() -> None:
+    module, trainer = past()
+    with pytest.raises(ConfigurationError, match="go on with ckpt_path, or call"):
+        fit(module, stream_of(0, ALL, "seen"), trainer.callbacks)
