@@ -19,6 +19,7 @@ from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.nn.structure import Structure
 from bpn_lightning.preparation import differing_preparation, first_preparations
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.trainer.lightning import mark_epoch_finished
 
 __all__ = ["grow_checkpoint", "is_continued"]
 
@@ -75,6 +76,7 @@ def grow_checkpoint(
             _grown_optimizer(state, optimization, network, sizes)
             for state in checkpoint["optimizer_states"]
         ]
+    mark_epoch_finished(checkpoint)
     saved["training_weights"] = _grown_tree(saved["training_weights"], fresh)
     saved["history"] = _grown_history(saved["history"], learned, len(network.tasks))
     return replace(
