@@ -131,7 +131,10 @@ class ContinuedStream(L.LightningDataModule):
                 f"Expected raw inputs as those of the learned tasks, {last.dtype} of shape {last.shape}, but "
                 f"got {own.dtype} of shape {own.shape}. Give the stream data of that kind."
             )
-        if replace(last, tasks=own.tasks) == own:
+        if own.counts_tasks:
+            own = replace(own, offset=self.first_task)
+        follows = not own.counts_tasks or last.offset + last.tasks == own.offset
+        if follows and replace(last, tasks=own.tasks, offset=own.offset) == own:
             return [*before[:-1], replace(last, tasks=last.tasks + own.tasks)]
         return [*before, own]
 

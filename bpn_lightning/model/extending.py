@@ -14,7 +14,11 @@ from bpn_lightning.model.host import Host
 from bpn_lightning.nn.structure import Structure
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.tasks import Past
-from bpn_lightning.trainer.lightning import dump_checkpoint, resume_from_memory
+from bpn_lightning.trainer.lightning import (
+    dump_checkpoint,
+    resume_from_memory,
+    set_max_epochs,
+)
 
 __all__ = ["Extension", "past_of"]
 
@@ -73,6 +77,11 @@ class Extension:
         checkpoint = self._training_state()
         stream.continue_from(past_of(checkpoint), past_data)
         self._checkpoint = checkpoint
+
+    def lengthen(self, trainer: Trainer) -> None:
+        """Let the trainer of the last fit train for longer: its end was that of the past."""
+        if self._checkpoint is not None and trainer is self.trainer:
+            set_max_epochs(trainer, -1)
 
     def resume(self, trainer: Trainer) -> None:
         """Hand a trainer what is to be resumed, if there is anything; its ``ckpt_path`` goes first."""

@@ -286,6 +286,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         configure(self.host, stream, stage)
         if stage == "fit":
             check_overrides(self, ContinualModule)
+            self._extension.lengthen(self.trainer)
             check_fit(self.host, self.task_loop, stream)
             self._extension.resume(self.trainer)
 

@@ -342,6 +342,10 @@ class ContinualNetwork(nn.Module):
 
     def all_logits(self, inputs: Tensor) -> Tensor:
         """Logits ``(batch, num_classes)`` in the mode that holds, of every open column; else -inf."""
+        return closed_columns_added(self.open_logits(inputs), self.built_head.out_features)
+
+    def open_logits(self, inputs: Tensor) -> Tensor:
+        """Logits ``(batch, open columns)`` in the mode that holds, whatever the mask leaves out."""
         if inputs.dtype == torch.uint8:
             raise ConfigurationError(
                 "Expected inputs that the stream has prepared, but got uint8. module.predict(images) "
@@ -351,7 +355,8 @@ class ContinualNetwork(nn.Module):
         if inputs.is_floating_point():
             # Images become floats after Lightning converts precision.
             inputs = inputs.to(head.weight.dtype)
-        return closed_columns_added(head(self.backbone(inputs)), head.out_features)
+        logits: Tensor = head(self.backbone(inputs))
+        return logits
 
     def columns(self, task_id: int) -> tuple[int, int]:
         """``(start, stop)`` of the head's output units that take part in a task's mode."""

@@ -188,6 +188,8 @@ class Structure:
     preparations: list[Preparation] = field(default_factory=list)
     attached: list[Attachment] = field(default_factory=list)
     front: FrontRecord | None = None
+    _ends: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+    _ends_of: list[Task] | None = field(default=None, init=False, repr=False, compare=False)
 
     def columns(self, task: int, opened: int) -> tuple[int, int]:
         """``(start, stop)`` of the head's output units that take part in a task's mode.
@@ -200,7 +202,7 @@ class Structure:
         if self.mask == "task":
             return self.tasks[task].columns
         if self.mask == "seen" and opened >= 0:
-            return 0, max(one.columns[1] for one in self.tasks[: opened + 1])
+            return 0, self._column_ends()[opened]
         return 0, self.num_classes
 
     def open_columns(self, mode: int, opened: int) -> int:
@@ -217,14 +219,21 @@ class Structure:
         last = max(opened, mode) if self.mask == "task" else opened
         if self.mask not in ("seen", "task") or last < 0:
             return self.num_classes
-        return max(one.columns[1] for one in self.tasks[: last + 1])
+        return self._column_ends()[last]
+
+    def _column_ends(self) -> list[int]:
+        """How many columns each task and those before it have; kept, as modes are switched often."""
+        if self._ends_of is not self.tasks:
+            self._ends_of = self.tasks
+            self._ends = [*accumulate((task.columns[1] for task in self.tasks), max)]
+        return self._ends
 
     def column_sets(self) -> set[tuple[int, int]]:
         """Every set of output units that a loss will be of."""
         if self.mask == "task":
             return {task.columns for task in self.tasks}
         if self.mask == "seen":
-            return {(0, stop) for stop in accumulate((t.columns[1] for t in self.tasks), max)}
+            return {(0, stop) for stop in self._column_ends()}
         return {(0, self.num_classes)}
 
     def check_mask_fits(self, tasks: Sequence[Task]) -> None:
