@@ -29,7 +29,7 @@ def collect_provenance(seconds: float, continues: Continues | None = None) -> Pr
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {
+    provenance: Provenance = {
         "seconds": round(seconds, 3),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
@@ -41,8 +41,10 @@ def collect_provenance(seconds: float, continues: Continues | None = None) -> Pr
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
         },
-        "continues": continues,
     }
+    if continues is not None:
+        provenance["continues"] = continues
+    return provenance
 
 
 def _commit(source: Path) -> str | None:

@@ -34,7 +34,7 @@ __all__ = [
     "violations",
 ]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 3
 """Goes up when a key of results.json is renamed, removed or changes its meaning."""
 
 
@@ -124,7 +124,12 @@ class Continues(TypedDict):
     """Of its results.json, in hexadecimal digits."""
 
 
-class Provenance(TypedDict):
+class _Continued(TypedDict, total=False):
+    continues: Continues
+    """Missing in a run that began with its first task."""
+
+
+class Provenance(_Continued):
     """What may differ between equal runs."""
 
     seconds: float
@@ -137,8 +142,6 @@ class Provenance(TypedDict):
     """Of the checkout that the package is installed from, with "-dirty" where tracked files differ
     from it; null for an installed wheel."""
     host: Host
-    continues: Continues | None
-    """Null for a run that began with its first task."""
 
 
 class FrontRecord(TypedDict):
@@ -290,10 +293,10 @@ def violations(value: Any, expected: Any, key: str) -> Iterator[tuple[str, str, 
             return
         for name, hint in get_type_hints(expected).items():
             inner = f"{key}.{name}" if key else name
-            if name not in value:
-                yield inner, "there", "nothing"
-            else:
+            if name in value:
                 yield from violations(value[name], hint, inner)
+            elif name in expected.__required_keys__:
+                yield inner, "there", "nothing"
     elif origin is list:
         if not isinstance(value, list):
             yield key, "a list", shown
