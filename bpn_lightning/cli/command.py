@@ -2,7 +2,7 @@
 
 Config files and the command line are merged in order of precedence, the last one winning::
 
-    experiment files < the method's file < files with `strategies:` < the command line
+    the past run's config.yaml < experiment files < the method's file < files with `strategies:` < the command line
 
 regardless of the order of flags. A file with ``strategies:`` (such as a run's resolved ``config.yaml``)
 takes precedence over the method's file; if ``--method`` names another method than the files, their
@@ -24,6 +24,7 @@ import yaml
 from bpn_lightning import registry
 from bpn_lightning.cli.config_files import CONFIGS, ConfigLayer, find_config, read_layer
 from bpn_lightning.cli.parts import check_one_front, check_values, choose, tuned_layer
+from bpn_lightning.cli.past import past_layers
 from bpn_lightning.cli.trust import (
     FLAGS,
     Named,
@@ -92,6 +93,13 @@ class Command:
         ]
 
 
+#: Flags that need no value, and what they do.
+SWITCHES = {
+    "trust": "import everything that the configs name",
+    "past_data": "measure accuracies on the learned tasks too",
+}
+
+
 def read_command(argv: Sequence[str]) -> Command:
     """Find the files and the method, and order them by precedence, without importing what they name.
 
@@ -103,6 +111,14 @@ def read_command(argv: Sequence[str]) -> Command:
     paths = [find_config(name) for name in flags.config]
     layers = [read_layer(path) for path in paths]
     experiments = _experiments(flags.experiment, layers, paths)
+    past = flags.continue_from or _last(layers, "continue_from")
+    if past is not None:
+        layers = [*past_layers(past, flags.past_data), *layers]
+    elif flags.past_data:
+        raise ConfigurationError(
+            "Expected --past_data together with --continue_from, but got it alone. Name the run whose "
+            "streams it is to read."
+        )
     folders = list(dict.fromkeys([*(path.parent for path in paths[:1]), CONFIGS]))
     places = [folder / "methods" / name for name in experiments for folder in folders]
     known_methods = sorted({path.stem for place in places for path in place.glob("*.yaml")})
@@ -147,6 +163,7 @@ def read_command(argv: Sequence[str]) -> Command:
             f"--method={method}",
             *([] if flags.gate is None else [f"--gate={flags.gate}"]),
             *([] if flags.front is None else [f"--front={flags.front}"]),
+            *([] if past is None else [f"--continue_from={past}"]),
             *rest,  # last, since `--data.help CLASS` consumes the rest of the line
         ],
         experiment=experiments[0],
@@ -168,7 +185,9 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--experiment")
     parser.add_argument("--gate")
     parser.add_argument("--front")
-    parser.add_argument("--trust", nargs="?", const="true")
+    parser.add_argument("--continue_from")
+    for name in SWITCHES:
+        parser.add_argument(f"--{name}", nargs="?", const="true")
     try:
         flags, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -176,12 +195,13 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             f"Expected {error.argument_name} to be followed by a value, but got none. "
             "`bpn-fit --help` shows the usage."
         ) from error
-    if flags.trust not in (None, "true", "false"):
-        raise ConfigurationError(
-            f"Expected --trust to be true or false, but got {flags.trust!r}. Use --trust to import "
-            "everything that the configs name."
-        )
-    flags.trust = None if flags.trust is None else flags.trust == "true"
+    for name, effect in SWITCHES.items():
+        value = getattr(flags, name)
+        if value not in (None, "true", "false"):
+            raise ConfigurationError(
+                f"Expected --{name} to be true or false, but got {value!r}. Use --{name} to {effect}."
+            )
+        setattr(flags, name, None if value is None else value == "true")
     return flags, rest
 
 

@@ -18,9 +18,11 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 
 from bpn_lightning.cli.allowed import Given, canonical_names, check_given, check_places, given
 from bpn_lightning.cli.command import Command
+from bpn_lightning.cli.continuing import continue_stream
 from bpn_lightning.cli.earlier_runs import refuse_earlier, refuse_other_name
 from bpn_lightning.cli.options import FitParser, add_options, parse_options
 from bpn_lightning.cli.output import notify
+from bpn_lightning.cli.past import find_past
 from bpn_lightning.cli.resume import find_checkpoint, last_checkpoint
 from bpn_lightning.cli.trust import restrict_imports
 from bpn_lightning.datamodules import DATAMODULES
@@ -160,6 +162,8 @@ class ContinualCLI(LightningCLI):
                     f"The run that an interrupted --overwrite had moved aside is restored in {self.folder}."
                 )
             self._closing.callback(self._release_folder)
+        wanted = self.config.continue_from
+        self.past = None if wanted is None else find_past(str(wanted))
         refuse_other_name(self.folder, self._names())
         self.resumed = find_checkpoint(self.config.ckpt_path, self.folder, self._identity())
         if is_first_process() and not self.config.overwrite:
@@ -185,8 +189,10 @@ class ContinualCLI(LightningCLI):
 
     @property
     def checkpoint(self) -> Path | None:
-        """The file to resume."""
-        return self.resumed.path if self.resumed else None
+        """The file to resume: the run's own, else that of the run that it goes on from."""
+        if self.resumed:
+            return self.resumed.path
+        return self.past.checkpoint if self.past else None
 
     @property
     def _resumes_own(self) -> bool:
@@ -200,6 +206,7 @@ class ContinualCLI(LightningCLI):
         values = [
             *given(config.model, "model", owner=ContinualModule),
             *given(config.data, "data"),
+            *given(config.past_data, "past_data"),
         ]
         for key, one in self.command.entries.items():
             if one is not None and one.origin == CLASS_PATH:
@@ -220,6 +227,8 @@ class ContinualCLI(LightningCLI):
         self.config.trainer.logger = self._loggers()
         super().instantiate_classes()
         self.config = asked
+        if self.past:
+            continue_stream(self.datamodule, self.past, self.config_init.past_data)
 
     def _loggers(self) -> Any:
         """The loggers' classes and arguments, and our metrics.csv."""

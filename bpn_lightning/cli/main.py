@@ -8,6 +8,7 @@ from bpn_lightning import registry
 from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import methods_of, packaged_configs
 from bpn_lightning.cli.entry_point import INTERRUPTED, USAGE_ERROR, entry_point
+from bpn_lightning.cli.past import find_past
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, ProcessesError
 
 __all__ = ["main"]
@@ -21,6 +22,7 @@ Train a method over a stream of tasks, in one Lightning fit.
   bpn-fit --config cifar100_inc.yaml --method ewc        another method
   bpn-fit --config digits_inc.yaml --strategies.bd.epsilon 0.1 --trainer.accelerator cpu
   bpn-fit --config digits_inc.yaml --ckpt_path last      resume an interrupted run
+  bpn-fit --config next.yaml --continue_from runs/digits_inc/bd+ewc/seed_0      learn new tasks
 
   --config NAME       a file, or a packaged experiment; later ones override earlier ones
   --method METHOD     strategies joined by +, or a method with tuned values of the experiment;
@@ -29,6 +31,8 @@ Train a method over a stream of tasks, in one Lightning fit.
   --front NAME        a fixed feature extractor before network and gates, such as patches
   --seed_everything N the run's seed; part of the path of its results
   --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
+  --continue_from RUN go on from a finished run with new tasks, those of the stream given here
+  --past_data         with it: also measure accuracies on the learned tasks, whose data are read again
   --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
   --trust             let configs name any class or function, and run its code (docs/safety.md)
   --overwrite         replace the results of an earlier run
@@ -40,6 +44,7 @@ Train a method over a stream of tasks, in one Lightning fit.
                       and the front
 
   --list              list configs, methods, strategies, streams, gates and fronts, including plugins
+  --list RUN          list the tasks that a run has learned, by its folder or checkpoint
   --print_config      print the resolved configuration, and exit
   --data.help CLASS, --model.backbone.help CLASS, --model.optimizer.help CLASS
                       the arguments of a class
@@ -69,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"bpn-fit {_version()}")
         elif argv == ["--list"]:
             print(_list())
+        elif argv[0] == "--list" and len(argv) == 2:
+            print(_list_tasks(argv[1]))
         elif argv == ["--help_all"]:
             return _fit([*argv, "--method", "bd+ewc"])  # to include the options of a method
         else:
@@ -104,6 +111,13 @@ def _fit(argv: Sequence[str]) -> int:
     from bpn_lightning.cli.train import fit  # slow: imports torch and lightning
 
     return fit(read)
+
+
+def _list_tasks(run: str) -> str:
+    past = find_past(run, "--list")
+    from bpn_lightning.cli.continuing import list_tasks  # slow: imports torch
+
+    return list_tasks(past)
 
 
 def _version() -> str:

@@ -12,6 +12,7 @@ from bpn_lightning.cli.building import building_error, own_error
 from bpn_lightning.cli.command import Command
 from bpn_lightning.cli.interpolations import check_interpolations
 from bpn_lightning.cli.messages import explain, shorten_help
+from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import BPNLightningError, ConfigurationError
 from bpn_lightning.run.recording import Intervals
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -103,6 +104,19 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
         type=str | None,
         default=None,
         help="Resume this checkpoint; 'last' is the run's own, if there is one.",
+    )
+    parser.add_argument(
+        "--continue_from",
+        type=str | None,
+        default=None,
+        help="Go on from a finished run, by its folder or checkpoint, with the tasks of this stream.",
+    )
+    parser.add_argument(
+        "--past_data",
+        type=list[ContinualDataModule] | None,
+        default=None,
+        help="The streams that were learned, the oldest first, to measure accuracies on their tasks; the "
+        "flag alone takes them from the runs' config.yaml.",
     )
     for unit, kind, what in (
         ("steps", int | None, "Updates between checkpoints inside an epoch"),

@@ -141,6 +141,7 @@ def provenance(records: Sequence[RunRecord]) -> tuple[dict[str, str], PageTable 
 def _facts(record: RunRecord) -> dict[str, str]:
     """What provenance says, as texts."""
     seconds = record.at("provenance", "seconds")
+    before = record.at("provenance", "continues") or {}
     found = {
         "ended": record.at("provenance", "date"),
         "seconds": None if seconds is None else f"{seconds:.1f}",
@@ -152,6 +153,8 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "threads": record.at("provenance", "host", "threads"),
         **(record.at("provenance", "versions") or {}),
     }
+    if before:
+        found["continues"] = "{run} ({tasks} tasks, ended {date})".format(**before)
     return {key: "not kept" if value is None else str(value) for key, value in found.items()}
 
 

@@ -7,18 +7,19 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from bpn_lightning.run.schema import Provenance
+from bpn_lightning.run.schema import Continues, Provenance
 
 __all__ = ["collect_provenance"]
 
 _PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics", "bpn_lightning")
 
 
-def collect_provenance(seconds: float) -> Provenance:
+def collect_provenance(seconds: float, continues: Continues | None = None) -> Provenance:
     """What this process knows of the circumstances of its run.
 
     Args:
         seconds: wall time of the run.
+        continues: the run that it went on from.
     """
     import torch
 
@@ -28,7 +29,7 @@ def collect_provenance(seconds: float) -> Provenance:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {
+    provenance: Provenance = {
         "seconds": round(seconds, 3),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
@@ -41,6 +42,9 @@ def collect_provenance(seconds: float) -> Provenance:
             "threads": torch.get_num_threads(),
         },
     }
+    if continues is not None:
+        provenance["continues"] = continues
+    return provenance
 
 
 def _commit(source: Path) -> str | None:

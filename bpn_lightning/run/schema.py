@@ -20,6 +20,7 @@ __all__ = [
     "BytesHeld",
     "BytesPerTask",
     "CalibrationBins",
+    "Continues",
     "FrontRecord",
     "GateAccuracy",
     "GateMoment",
@@ -110,7 +111,25 @@ class Host(TypedDict):
     """CPU threads of one process."""
 
 
-class Provenance(TypedDict):
+class Continues(TypedDict):
+    """The run that learned the tasks before."""
+
+    run: str
+    """Experiment, method, gates, front and seed."""
+    tasks: int
+    """How many it and those before it had learned."""
+    date: str | None
+    """When it ended; null where its results were not there."""
+    results_sha256: str | None
+    """Of its results.json, in hexadecimal digits."""
+
+
+class _Continued(TypedDict, total=False):
+    continues: Continues
+    """Missing in a run that began with its first task."""
+
+
+class Provenance(_Continued):
     """What may differ between equal runs."""
 
     seconds: float
@@ -274,10 +293,10 @@ def violations(value: Any, expected: Any, key: str) -> Iterator[tuple[str, str, 
             return
         for name, hint in get_type_hints(expected).items():
             inner = f"{key}.{name}" if key else name
-            if name not in value:
-                yield inner, "there", "nothing"
-            else:
+            if name in value:
                 yield from violations(value[name], hint, inner)
+            elif name in expected.__required_keys__:
+                yield inner, "there", "nothing"
     elif origin is list:
         if not isinstance(value, list):
             yield key, "a list", shown

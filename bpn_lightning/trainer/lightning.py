@@ -6,6 +6,7 @@ has a default for a missing name: if a name disappears, the function's own test 
 AttributeError.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
     "datamodule_of",
     "ddp_communication_hook",
     "ddp_options",
+    "dump_checkpoint",
     "grad_scaler",
     "handles_unscaling",
     "is_attached",
@@ -35,12 +37,14 @@ __all__ = [
     "is_first_process",
     "is_last_batch",
     "layer_sync",
+    "mark_epoch_finished",
     "mark_epoch_not_started",
     "mark_epoch_unfinished",
     "max_seconds",
     "model_averaging_period",
     "progress_in_update",
     "reload_train_loader_every_epoch",
+    "resume_from_memory",
     "set_max_epochs",
     "start_method",
     "start_next_epoch",
@@ -166,6 +170,48 @@ def mark_epoch_not_started(checkpoint: dict[str, Any]) -> None:
     if epoch["started"] < epoch["ready"]:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
+
+
+def mark_epoch_finished(checkpoint: dict[str, Any]) -> None:
+    """Mark a checkpoint's last epoch as finished, so that the next one begins.
+
+    Seen in 2.6.6: for a checkpoint saved in ``on_train_epoch_end``, whose epoch is not completed, a resumed
+    run asks for that epoch's train loader; and if the trainer has ``max_steps``, the next epoch's loader and
+    its count of batches go on where those of the finished epoch were.
+
+    Args:
+        checkpoint: being loaded, with loops, whose entry is replaced.
+    """
+    loop = copy.deepcopy(checkpoint["loops"]["fit_loop"])
+    for counts in loop["epoch_progress"].values():
+        counts["completed"] = counts["processed"]
+    batches = loop["epoch_loop.batch_progress"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
+    loop["state_dict"] = {}  # of the loader
+    checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": loop}
+
+
+def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """What ``trainer.save_checkpoint`` would write, in memory; its tensors are those of the run.
+
+    Seen in 2.6.6: ``save_checkpoint`` writes files only.
+    """
+    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    return checkpoint
+
+
+def resume_from_memory(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Have a fit resume a checkpoint as if it had been loaded from ``ckpt_path``.
+
+    Seen in 2.6.6: the connector restores what it has loaded, after the ``setup`` hooks; without a path
+    it loads nothing itself.
+
+    Args:
+        trainer: in ``setup`` of a fit without ``ckpt_path``.
+        checkpoint: whose entries may be replaced.
+    """
+    trainer._checkpoint_connector._loaded_checkpoint = checkpoint
 
 
 # --- flags ---------------------------------------------------------------------------------------
