@@ -23,6 +23,7 @@ from bpn_lightning.errors import (
     DataError,
 )
 from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.functional import gradients
 from bpn_lightning.losses import CrossEntropy
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
@@ -324,6 +325,21 @@ def test_a_task_may_be_one_class(method: str) -> None:
     module.extend(new, stream_of(0, PAST, "seen"))
     strategies = [one for one in trainer.callbacks if isinstance(one, ContinualStrategy)]
     assert differing(expected, learned(module, fit(module, new, strategies))) == []
+
+
+def normed() -> nn.Module:
+    """A layer without a closed form of its gradients per sample."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.LayerNorm(40), nn.ReLU())
+
+
+@pytest.mark.parametrize("method", ["ewc", "mas", "gem"])
+def test_gradients_per_sample_go_on_without_closed_forms(
+    method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gradients, "CHUNK", 2**17)  # some tens of samples at a time
+    one = Setting(module={"backbone": normed})
+    found = one.longer(method, "seen", tmp_path)
+    assert differing(learned(*one.fit(method, "seen", 0, ALL)), found) == []
 
 
 def test_classes_beyond_those_reserved_take_part_late() -> None:
