@@ -511,6 +511,30 @@ def test_joint_training_needs_the_past_data(tmp_path: Path) -> None:
         fit(module, stream, trainer.callbacks)
 
 
+def test_a_scheduler_over_the_whole_stream_is_refused(tmp_path: Path) -> None:
+    """One of each task goes on, and so does one with a length of its own."""
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    own, whole = partial(cosine, T_max=50), partial(cosine)
+    for scheduler, reset in ((whole, "always"), (own, "never")):
+        one = Setting(module={"scheduler": scheduler}, stream={"reset_optimizer": reset})
+        found = one.longer("finetune", "seen", tmp_path)
+        assert differing(learned(*one.fit("finetune", "seen", 0, ALL)), found) == []
+    with pytest.raises(ConfigurationError, match="but T_max was that of the stream that has ended"):
+        Setting(module={"scheduler": whole}, stream={"reset_optimizer": "never"}).longer(
+            "finetune", "seen", tmp_path
+        )
+
+
+def test_weights_of_tasks_are_refused(tmp_path: Path) -> None:
+    """IMM's, without one for each new task."""
+    strategy = IncrementalMomentMatching(weights=[1, 2, 3])
+    fit(module_of("seen"), stream_of(0, PAST, "seen"), [strategy]).save_checkpoint(
+        tmp_path / "past.ckpt"
+    )
+    with pytest.raises(ConfigurationError, match="one number for each of the 5 tasks, but got 3"):
+        fit(module_of("seen"), stream_of(0, ALL, "seen"), [strategy], tmp_path / "past.ckpt")
+
+
 def test_a_fit_without_a_past_is_refused() -> None:
     module, trainer = past()
     with pytest.raises(ConfigurationError, match="go on with ckpt_path, or call"):
