@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bpn_lightning.errors import CheckpointError
+from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.nn.growing import grown
@@ -20,6 +20,7 @@ from bpn_lightning.nn.structure import Structure
 from bpn_lightning.preparation import differing_preparation, first_preparations
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.trainer.lightning import mark_epoch_finished
+from bpn_lightning.trainer.schedulers import open_lengths
 
 __all__ = ["grow_checkpoint", "is_continued"]
 
@@ -53,10 +54,12 @@ def grow_checkpoint(
     Raises:
         CheckpointError: the run stopped before its last task was learned, prepares inputs in another
             way, has another backbone or a larger head, or lacks the state of a strategy.
+        ConfigurationError: a scheduler was as long as the stream that ended.
     """
     network = host.network
     _check_learned(saved["cursor"], structure)
     _check_alike(network, structure)
+    _check_scheduler(host, optimization)
     learned = len(structure.tasks)
     for strategy in host.strategies:
         strategy.on_stream_growth(host, network.tasks[learned:])
@@ -115,6 +118,17 @@ def _check_alike(network: ContinualNetwork, structure: Structure) -> None:
         raise CheckpointError(
             f"Expected a stream that prepares the learned tasks as they were, {different[0]}, but got "
             f"{different[1]}. Give it their data and seed; module.extend takes a stream of new tasks."
+        )
+
+
+def _check_scheduler(host: Host, optimization: Optimization) -> None:
+    make = optimization.scheduler
+    names = [] if make is None else open_lengths(make)
+    if names and host.stream.reset_optimizer == "never":
+        raise ConfigurationError(
+            f"Expected a scheduler of a length of its own where reset_optimizer is 'never' and a stream goes "
+            f"on, but {names[0]} was that of the stream that has ended. Train with a scheduler whose "
+            f"{names[0]} is given, or with reset_optimizer 'always'."
         )
 
 

@@ -105,13 +105,13 @@ class TaskLoop:
             restore_random_state(state)
 
     def _warn_of_unmeasured_tasks(self) -> None:
-        tasks = self.network.tasks
-        missing = [str(task.id + 1) for task in tasks if not self.host.stream.has_data(task.id)]
+        stream, tasks = self.host.stream, self.network.tasks
+        missing = [task.id + 1 for task in tasks if not stream.has_data(task.id)]
         if missing and self.evaluate_on != "current" and self.host.global_rank == 0:
+            which = f"task {missing[0]}" if len(missing) == 1 else f"tasks 1 to {missing[-1]}"
             warnings.warn(
-                f"The stream has no data of tasks {', '.join(missing)}, which were learned before: accuracies "
-                "on them are not measured, and means over all tasks are not known. Give past_data to "
-                "module.extend to measure them.",
+                f"The stream has no data of {which}, learned before: accuracies on them are not measured, "
+                "and means over all tasks are not known. Give past_data to module.extend to measure them.",
                 stacklevel=4,
             )
 

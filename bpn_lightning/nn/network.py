@@ -388,7 +388,8 @@ class ContinualNetwork(nn.Module):
                 f"the network has {whole[0]}. Make one network for each task."
             )
         columns = [self.columns(task.id) for task in self.tasks]
-        return PerSampleNetwork(self.backbone, self.built_head, columns, self.front)
+        with self.task_mode(len(self.tasks) - 1):  # the columns of all tasks that may be named
+            return PerSampleNetwork(self.backbone, self.built_head, columns, self.front)
 
     @contextmanager
     def task_mode(self, task: "int | Tensor") -> Iterator[None]:

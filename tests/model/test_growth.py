@@ -23,6 +23,7 @@ from bpn_lightning.errors import (
     DataError,
 )
 from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.functional import gradients
 from bpn_lightning.losses import CrossEntropy
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
@@ -326,6 +327,21 @@ def test_a_task_may_be_one_class(method: str) -> None:
     assert differing(expected, learned(module, fit(module, new, strategies))) == []
 
 
+def normed() -> nn.Module:
+    """A layer without a closed form of its gradients per sample."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.LayerNorm(40), nn.ReLU())
+
+
+@pytest.mark.parametrize("method", ["ewc", "mas", "gem"])
+def test_gradients_per_sample_go_on_without_closed_forms(
+    method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gradients, "CHUNK", 2**17)  # some tens of samples at a time
+    one = Setting(module={"backbone": normed})
+    found = one.longer(method, "seen", tmp_path)
+    assert differing(learned(*one.fit(method, "seen", 0, ALL)), found) == []
+
+
 def test_classes_beyond_those_reserved_take_part_late() -> None:
     """With ``all`` and nothing reserved the head grows too, but its softmax was smaller before."""
     found = Setting(module={"reserve_classes": None}).extended("finetune", "all")
@@ -338,7 +354,7 @@ def test_the_matrix_says_what_is_not_measured() -> None:
     module, trainer = Setting().fit("gates", "task", 0, PAST)
     strategies = [one for one in trainer.callbacks if isinstance(one, ContinualStrategy)]
     module.extend(new := stream_of(PAST, ALL, "task"))
-    with pytest.warns(UserWarning, match="no data of tasks 1, 2, 3, which were learned before"):
+    with pytest.warns(UserWarning, match="has no data of tasks 1 to 3, learned before"):
         fit(module, new, strategies)
     matrix = module.accuracy_matrix.accuracy
     assert matrix.shape == (ALL + 1, ALL)
@@ -493,6 +509,30 @@ def test_joint_training_needs_the_past_data(tmp_path: Path) -> None:
         DataError, match=re.escape("Expected data of task 0 (0, 1), but this stream")
     ):
         fit(module, stream, trainer.callbacks)
+
+
+def test_a_scheduler_over_the_whole_stream_is_refused(tmp_path: Path) -> None:
+    """One of each task goes on, and so does one with a length of its own."""
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    own, whole = partial(cosine, T_max=50), partial(cosine)
+    for scheduler, reset in ((whole, "always"), (own, "never")):
+        one = Setting(module={"scheduler": scheduler}, stream={"reset_optimizer": reset})
+        found = one.longer("finetune", "seen", tmp_path)
+        assert differing(learned(*one.fit("finetune", "seen", 0, ALL)), found) == []
+    with pytest.raises(ConfigurationError, match="but T_max was that of the stream that has ended"):
+        Setting(module={"scheduler": whole}, stream={"reset_optimizer": "never"}).longer(
+            "finetune", "seen", tmp_path
+        )
+
+
+def test_weights_of_tasks_are_refused(tmp_path: Path) -> None:
+    """IMM's, without one for each new task."""
+    strategy = IncrementalMomentMatching(weights=[1, 2, 3])
+    fit(module_of("seen"), stream_of(0, PAST, "seen"), [strategy]).save_checkpoint(
+        tmp_path / "past.ckpt"
+    )
+    with pytest.raises(ConfigurationError, match="one number for each of the 5 tasks, but got 3"):
+        fit(module_of("seen"), stream_of(0, ALL, "seen"), [strategy], tmp_path / "past.ckpt")
 
 
 def test_a_fit_without_a_past_is_refused() -> None:
