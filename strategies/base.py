@@ -51,6 +51,8 @@ class ContinualStrategy(Callback):
     null_arguments: ClassVar[Mapping[str, Any] | None] = None
     #: Its first task is plain training; False if it acts from the first update on.
     plain_first_task: ClassVar[bool] = True
+    #: Works on what tasks share, so it is refused where that is frozen (``train="modes"``).
+    needs_trainable_core: ClassVar[bool] = False
 
     @property
     def corrects_weights(self) -> bool:

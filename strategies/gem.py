@@ -262,7 +262,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter], gradients: Tensor
     ) -> None:
         """Set the gradients of frozen head rows to 0; the module restores these rows after the step."""
-        if host.network.mask != "task" and host.phase.trains != "head":
+        if not host.trains_own_rows_only:
             return
         first, stop = host.network.tasks[host.network.opened].columns
         parts = torch.split(gradients, [value.numel() for value in parameters.values()], 1)

@@ -85,6 +85,7 @@ class IncrementalMomentMatching(ContinualStrategy):
 
     regularizer: ClassVar[bool] = True
     needs_full_precision: ClassVar[bool] = True
+    needs_trainable_core: ClassVar[bool] = True
 
     _handles: Sequence[RemovableHandle] = ()  # of the hooks on the layers
 

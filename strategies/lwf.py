@@ -71,6 +71,7 @@ class LearningWithoutForgetting(ContinualStrategy):
     """
 
     regularizer: ClassVar[bool] = True
+    needs_trainable_core: ClassVar[bool] = True
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0}
 
     def __init__(

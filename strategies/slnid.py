@@ -99,6 +99,7 @@ class SLNID(MemoryAwareSynapses):
 
     penalty_name: ClassVar[str] = "slnid"
     plain_first_task: ClassVar[bool] = False
+    needs_trainable_core: ClassVar[bool] = True
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "sparsity": 0.0}
 
     _handles: Sequence[RemovableHandle] = ()  # of the hooks on the layers

@@ -17,6 +17,7 @@ from bpn_lightning.metrics.task_metrics import Metrics
 from bpn_lightning.model.checkpoint import load_state, loading, save_state
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate
+from bpn_lightning.model.frozen_core import FrozenCore, Trains
 from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
@@ -62,6 +63,10 @@ class ContinualModule(HookNameAsPlainAttribute):
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
+        train: what a task trains: ``all``, or its ``modes`` alone: bias units and its own rows of the head,
+            while backbone and running statistics, and a head that all tasks share, are frozen.
+        train_first: the same of the stream's first task, so that a core is learned whole and then frozen;
+            None: as ``train``.
         loss: maps logits ``(batch, columns)`` and targets ``(batch,)``, both of the active columns only, to
             losses ``(batch,)``; a module of torch.nn, whose class weights are those of the stream's
             classes, or a function. None: cross-entropy.
@@ -99,6 +104,8 @@ class ContinualModule(HookNameAsPlainAttribute):
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
         mask: Mask = "all",
+        train: Trains = "all",
+        train_first: Trains | None = None,
         loss: LossFunction | None = None,
         metrics: Metrics | None = None,
         evaluate_every: Literal["task", "epoch"] = "task",
@@ -109,7 +116,8 @@ class ContinualModule(HookNameAsPlainAttribute):
     ) -> None:
         super().__init__()
         self.network = ContinualNetwork(backbone, mask, front)
-        self.host = Host(self, self.network, loss)
+        core = FrozenCore(self.network, train, train_first)
+        self.host = Host(self, self.network, loss, core)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
             self.host, optimizer, scheduler, scheduler_interval, scheduler_monitor
@@ -202,6 +210,14 @@ class ContinualModule(HookNameAsPlainAttribute):
         """
         return self.history.settling.unsettled
 
+    @property
+    def overtaken(self) -> Sequence[float | None]:
+        """Of each learned task, the fraction of its test samples answered with a class of a later task.
+
+        Where ``train`` is ``modes`` and all classes compete, all that is forgotten is forgotten so; else empty.
+        """
+        return self.history.overtaken
+
     # --- what it answers -------------------------------------------------------------------------
 
     def attach(self, stream: ContinualStream) -> None:
@@ -257,6 +273,7 @@ class ContinualModule(HookNameAsPlainAttribute):
     def on_fit_start(self) -> None:
         """Let strategies refuse what cannot be right, and move their tensors to the device."""
         self.host.mark_front(training=True)
+        self.host.core.set_flags(training=True)
         check_strategies(self.host, self.optimization)
         self.step.find_hooks()
         for strategy in self.host.strategies:
@@ -307,6 +324,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.task_loop.restore_random_state()
         self.host.mark_front(training=False)
         self.on_train_end()
+        self.host.core.set_flags(training=True)
         self.task_loop.warn_of_unlearned_tasks()
 
     # --- validation, test, prediction ------------------------------------------------------------

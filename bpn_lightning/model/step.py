@@ -95,7 +95,7 @@ class Step:
             own = {id(parameter) for parameter in head}
             self._frozen = [p for p in network.parameters() if id(p) not in own]
             self._parameters = {name: p for name, p in self._parameters.items() if id(p) in own}
-        if network.mask == "task" or host.phase.trains == "head":
+        if host.trains_own_rows_only:
             rows = self._rows_at_rest()
             self._frozen_rows = [(p, rows, p.detach()[rows].clone()) for p in head]
 
@@ -110,14 +110,19 @@ class Step:
     def clear_optimizer_state(self) -> None:
         """Where the optimizer goes on: forget what it knows of bias units and of a multi-head.
 
+        Of what is frozen by now it keeps nothing.
         The head's counts of steps are not by row; frozen rows do not move whatever it knows.
         """
         network = self.network
+        optimizer = self.host.trainer.optimizers[0]
         fresh = [p for part in network.task_modules() for p in part.parameters()]
         if network.mask == "task":
             fresh += network.built_head.parameters(recurse=False)
+        for group in optimizer.param_groups if self.host.core.frozen else ():
+            fresh += [p for p in group["params"] if not p.requires_grad]
+            group["params"] = [p for p in group["params"] if p.requires_grad]
         for parameter in fresh:
-            self.host.trainer.optimizers[0].state.pop(parameter, None)
+            optimizer.state.pop(parameter, None)
 
     def loss(self, batch: Batch, batch_index: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms.
