@@ -82,6 +82,13 @@ class EpisodicMemory:
         inputs = gather(host, task.id, own, drawn)
         self.add(inputs, own.targets[drawn].to(inputs.device))
 
+    def forget(self, task_id: int) -> None:
+        """Delete the samples of a task; the IDs of the others stay."""
+        kept = (self.tasks() != task_id).to(self.targets.device)
+        self.inputs, self.targets = self.inputs[kept], self.targets[kept]
+        if task_id < len(self.sizes):
+            self.sizes[task_id] = 0
+
     def batch(self, indices: Tensor) -> Batch:
         """Raw samples with their task IDs, for the host's ``prepare``.
 
@@ -237,7 +244,8 @@ def check_memory_size(
     Raises:
         ConfigurationError: names the task, or its rarest class, and its number of samples.
     """
-    for task in host.network.tasks:
+    for task_id in host.network.structure.known(range(len(host.network.tasks))):
+        task = host.network.tasks[task_id]
         targets = read_slice(host, task.id).targets
         available, whose = len(targets), f"task {task.id}"
         if per == "class":

@@ -14,7 +14,7 @@ from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import ContinualStream, dry_inputs
+from bpn_lightning.tasks import ContinualStream, Task, dry_inputs
 
 __all__ = ["KeyKind", "ParameterSuperposition", "binary_key", "phase_key", "turned"]
 
@@ -182,6 +182,12 @@ class ParameterSuperposition(ContinualStrategy):
     def _complex_layers(self, host: ContinualHost) -> dict[str, ComplexLinear]:
         layers = host.network.linear_layers().items()
         return {name: layer for name, layer in layers if isinstance(layer, ComplexLinear)}
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """The module overwrites its key, which the seed gives again."""
+        return [
+            "its network, superposed in the shared weights: its key follows from the stream's seed"
+        ]
 
     # --- costs -----------------------------------------------------------------------------------
 

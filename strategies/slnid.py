@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.functional.gradients import Columns
 from bpn_lightning.functional.importance import mean_over_task, squared_lengths
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.execution import differentiable
@@ -252,7 +253,7 @@ class SLNID(MemoryAwareSynapses):
             for name, units in self.units.items()
         }
 
-        def absolutes(batch: Batch, columns: slice) -> dict[str, Tensor]:
+        def absolutes(batch: Batch, columns: Columns) -> dict[str, Tensor]:
             parts = {name: network.get_submodule(name) for name in self.units}
             with torch.enable_grad(), differentiable(network), _before(parts) as edges:
                 logits = network(batch.inputs)[:, columns]
@@ -261,6 +262,11 @@ class SLNID(MemoryAwareSynapses):
             return {name: g.abs().sum(0) for name, g in zip(edges, found, strict=True)}
 
         return mean_over_task(host, task.id, like, absolutes)
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """MAS's; the importances of units are sums over tasks too."""
+        units = ["importances of units, summed over tasks"] if self.alpha else []
+        return [*super().forget(host, task), *units]
 
     # --- state and costs -------------------------------------------------------------------------
 

@@ -94,6 +94,7 @@ def load_state(loop: TaskLoop, checkpoint: Mapping[str, Any]) -> None:
     host = loop.host
     resuming = host.has_trainer and host.trainer.state.fn == "fit"
     _check_same_run(host, structure, saved, resuming)
+    _check_forgotten(host, structure)
     if resuming:
         _check_resumable(checkpoint, saved["unfinished"])
     weights = {
@@ -165,6 +166,15 @@ def _check_same_run(
         raise CheckpointError(
             f"Expected a checkpoint of this run, but they differ: {'; '.join(different)}. "
             "Resume with the configuration that wrote it, or start a new run."
+        )
+
+
+def _check_forgotten(host: Host, structure: Structure) -> None:
+    again = set(host.network.structure.forgotten) - set(structure.forgotten)
+    if again:
+        raise CheckpointError(
+            f"Expected a checkpoint without task {min(again)}, which this module has forgotten, but got one "
+            "that holds it. Delete it, and use one that was saved after module.forget."
         )
 
 

@@ -185,10 +185,10 @@ class Host:
         return self.network.mask == "task" or self.phase.trains == "head" or self.core.frozen
 
     def training_tasks(self, task_id: int) -> list[int]:
-        """The tasks whose data a task is trained on: its own, and what a strategy adds."""
+        """The tasks whose data a task is trained on: its own, and what a strategy adds of those known."""
         task = self.network.tasks[task_id]
         wanted = (strategy.training_tasks(task) for strategy in self.strategies)
-        return sorted({task_id}.union(*wanted))
+        return self.network.structure.known(sorted({task_id}.union(*wanted)))
 
     # --- the fit ---------------------------------------------------------------------------------
 
@@ -240,6 +240,7 @@ class Host:
             ``(batch,)``.
         """
         network = self.network
+        self.sample_loss.without = network.structure.forgotten_columns
         if isinstance(task, int):
             first, stop = network.columns(task)
             return self.sample_loss(logits[:, first:stop], targets - first, first)

@@ -150,6 +150,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
         ConfigurationError: names what does not fit, and the remedy.
     """
     trainer, tasks, structure = host.trainer, host.network.tasks, host.network.structure
+    host.sample_loss.without = structure.forgotten_columns
     host.sample_loss.check(structure.num_classes, structure.column_sets())
     if loop.metrics:
         processes = trainer.world_size

@@ -17,6 +17,7 @@ from bpn_lightning.metrics.task_metrics import Metrics
 from bpn_lightning.model.checkpoint import load_state, loading, save_state
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate
+from bpn_lightning.model.forgetting import forget
 from bpn_lightning.model.frozen_core import FrozenCore, Trains
 from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
@@ -240,6 +241,10 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.model.evaluation.evaluate`."""
         return evaluate(self.host, tasks, split)
 
+    def forget(self, task: int) -> list[str]:
+        """Overwrite what is stored of a task, and list what cannot be; see :func:`bpn_lightning.model.forgetting.forget`."""
+        return forget(self.host, task)
+
     def predict(
         self, images: Tensor, task: "int | Tensor | None" = None, gate: str | None = None
     ) -> Tensor:
@@ -343,7 +348,8 @@ class ContinualModule(HookNameAsPlainAttribute):
         task = self.host.cursor.task
         self.log("val/loss", float(losses[task]))
         self.log("val/accuracy", float(accuracy[task]), prog_bar=True)
-        self.log("val/average_accuracy", float(accuracy[: task + 1].mean()))
+        known = self.network.structure.known(range(task + 1))
+        self.log("val/average_accuracy", float(accuracy[known].mean()))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

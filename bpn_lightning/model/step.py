@@ -139,6 +139,8 @@ class Step:
         several = isinstance(batch.task, Tensor)
         first, stop = (0, network.built_head.out_features) if several else self._columns
         logits = self._training_logits(batch.inputs, batch.task if several else None)
+        if network.structure.forgotten:
+            logits = network.mask_forgotten(logits)
         active, targets = logits, batch.targets
         if (first, stop) != (0, logits.shape[1]):
             active, targets = logits[:, first:stop], targets - first

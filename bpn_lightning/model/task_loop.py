@@ -94,6 +94,7 @@ class TaskLoop:
                 f"Expected a module that is about to learn task {task}, but it has opened task "
                 f"{opened}. Make a new module, or go on with ckpt_path."
             )
+        self.network.check_task_ids(task)
         set_max_epochs(self.host.trainer, self.host.cursor.schedule.total)
         self.restore_random_state()
 

@@ -52,6 +52,12 @@ class TaskModule(nn.Module):
         """
         self.active = task
 
+    def forget(self, task_id: int) -> None:
+        """Overwrite what is stored of a task that was learned: by default its row of every buffer."""
+        for buffer in self.buffers(recurse=False):
+            if buffer.dim() and len(buffer) == self.num_tasks:
+                buffer[task_id] = 0
+
 
 class BiasUnits(TaskModule):
     r"""The bias units of one layer: :math:`\mathrm{BIAS}_t = M_t W_t` during training on task t.
@@ -90,6 +96,14 @@ class BiasUnits(TaskModule):
             with torch.no_grad():
                 self.bank[self.live] = self.product()
             self.live = None
+
+    def forget(self, task_id: int) -> None:
+        """Overwrite a task's bias; M and W are still those of the task that was trained last."""
+        super().forget(task_id)
+        if self.live is None:
+            with torch.no_grad():
+                self.M.zero_()
+                self.W.zero_()
 
     def product(self) -> Tensor:
         """M W, shape ``(1, K)``."""
@@ -231,6 +245,13 @@ class WeightBank(TaskModule):
         if task == self.live:
             del self.learned[task]
         self.inside = task
+
+    def forget(self, task_id: int) -> None:
+        """Delete a task's weights; where they are loaded, load the initial ones."""
+        self.learned.pop(task_id, None)
+        if self.inside == task_id:
+            self._write(self.beginning)
+            self.inside = -1  # those of no task
 
     def _tensors(self) -> dict[str, Tensor]:
         children = [(part, getattr(self._network[0], part)) for part in self.parts]
