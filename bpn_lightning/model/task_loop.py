@@ -197,9 +197,8 @@ class TaskLoop:
         if task_id <= network.closed:
             return
         self._check_finite(task_id)
-        if host.core.set_frozen(
-            host.core.freezes(task_id + 1)
-        ):  # before importances are taken of it
+        # Before strategies take importances of what will not move again.
+        if host.core.set_frozen(host.core.freezes(task_id + 1)):
             wrap_again(host.trainer)
         for strategy in host.strategies:
             if strategy.state_key not in cursor.consolidated:

@@ -247,10 +247,9 @@ class WeightBank(TaskModule):
         self.inside = task
 
     def forget(self, task_id: int) -> None:
-        """Delete a task's weights; where they are loaded, load the initial ones."""
+        """Delete a task's weights; where they are loaded, the next :meth:`switch` loads others."""
         self.learned.pop(task_id, None)
         if self.inside == task_id:
-            self._write(self.beginning)
             self.inside = -1  # those of no task
 
     def _tensors(self) -> dict[str, Tensor]:
