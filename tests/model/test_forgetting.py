@@ -321,7 +321,7 @@ def test_the_surest_mode_is_none_that_is_forgotten(fit: Fit) -> None:
     module, _ = learn(fit, "bd+ewc")
     module.forget(2)
     assert module.network.mode == 1
-    assert module.predict(torch.rand(9, 1, 8, 8)).argmax(1).lt(4).all()
+    assert not {4, 5} & set(module.predict(torch.rand(9, 1, 8, 8)).argmax(1).tolist())
     for task in (0, 1):
         module.forget(task)
     with pytest.raises(ConfigurationError, match="Expected a learned task that is not forgotten"):

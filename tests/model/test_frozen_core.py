@@ -132,7 +132,11 @@ def test_after_the_first_task_only_modes_move(
     ends = kept.logits
     for task in range(3):
         for after in range(task + 1, 3):
-            assert torch.equal(ends[task][task], ends[after][task]), (task, after)
+            # A product with more columns may round the others differently, whatever is in them.
+            rounding = 0.0 if mask == "all" else 1e-6
+            torch.testing.assert_close(
+                ends[task][task], ends[after][task], rtol=rounding, atol=rounding
+            )
     initial = network_of_seed()
     assert not torch.equal(first["1.weight"], initial["1.weight"]), "the first task learns it whole"
     module.eval()
