@@ -5,7 +5,7 @@ loaded without its stream therefore preprocesses raw inputs itself, bit for bit 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isclose, isfinite
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "center_crop",
     "differing_preparation",
     "find_preparation",
+    "first_preparations",
     "kind_of",
     "normalize",
     "permutation",
@@ -289,6 +290,18 @@ def find_preparation(preparations: Sequence[Preparation], task: int) -> tuple[Pr
         "Expected the module to have the preprocessing of its tasks, but it has no stream yet. "
         "Call trainer.fit(module, stream), module.attach(stream) or load a checkpoint first."
     )
+
+
+def first_preparations(preparations: Sequence[Preparation], tasks: int) -> list[Preparation]:
+    """Those of the first tasks of a stream; equal ones next to each other are one."""
+    found: list[Preparation] = []
+    for one in preparations:
+        number = min(one.tasks, tasks - sum(other.tasks for other in found))
+        if number and found and replace(found[-1], tasks=one.tasks) == one:
+            found[-1] = replace(one, tasks=found[-1].tasks + number)
+        elif number:
+            found.append(replace(one, tasks=number))
+    return found
 
 
 def prepare_raw(preparations: Sequence[Preparation], inputs: object, task: int | Tensor) -> Tensor:

@@ -162,14 +162,25 @@ class BeneficialPerturbation(ContinualStrategy):
         self._all_m = [units.M for units in self.units.values()]
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
-        """Reinitialize M and W, identically on every process and after resuming."""
+        """Reinitialize M and W, identically on every process and after resuming.
+
+        W of the head is drawn by column, and 0 in those of tasks to come, so that it does not depend on
+        how many there are.
+        """
         for name, units in self.units.items():
-            generator = seeded_generator("bias units", host.stream.seed, task.id, name)
-            w = torch.randn(units.W.shape, generator=generator) * self.w_scale / self.rank**0.5
+            key = ("bias units", host.stream.seed, task.id, name)
+            generator = seeded_generator(*key)
+            if name == "head":
+                w = torch.zeros(units.W.shape)
+                for column in range(host.network.num_open):
+                    draw = seeded_generator(*key, column)
+                    w[:, column] = torch.randn(self.rank, generator=draw)
+            else:
+                w = torch.randn(units.W.shape, generator=generator)
             m = torch.zeros(units.M.shape)
             if self.m_start == "normal":
                 m = torch.randn(units.M.shape, generator=generator)
-            units.start(task.id, m, w)
+            units.start(task.id, m, w * self.w_scale / self.rank**0.5)
 
     def consume_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Compute the steps of M, and remove its gradients before clipping and the optimizer."""

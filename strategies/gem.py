@@ -179,7 +179,11 @@ class GradientEpisodicMemory(ContinualStrategy):
         moving = {name: value for name, value in parameters.items() if value.grad is not None}
         if not len(self.memory) or not moving:
             return
-        gradients = [value.grad for value in moving.values() if value.grad is not None]
+        gradients = [
+            host.network.open_part(name, value.grad)
+            for name, value in moving.items()
+            if value.grad is not None
+        ]
         whole = self.memory_gradients(host, moving)
         gradient = torch.cat([part.flatten() for part in gradients])
         products, gram = inner_products(gradient, whole)
@@ -212,7 +216,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         running statistics and random states are not changed. The samples are sharded over processes.
 
         Returns:
-            G, ``(groups, P)``: the parameters flattened, in their order.
+            G, ``(groups, P)``: the parameters flattened, in their order; of the head its open columns.
         """
         positions, groups = self.replay_indices(host)
         totals = groups.bincount()
@@ -229,7 +233,7 @@ class GradientEpisodicMemory(ContinualStrategy):
                     found *= (sizes[there].double() / totals[there]).to(found)[:, None]
                 total = _added(total, found, there, len(totals))
         if total is None:  # more processes than samples
-            count = sum(value.numel() for value in parameters.values())
+            count = sum(host.network.open_part(*item).numel() for item in parameters.items())
             total = next(iter(parameters.values())).new_zeros(len(totals), count)
         self._zero_frozen_rows(host, parameters, total)
         return host.all_reduce(total)
@@ -262,7 +266,14 @@ class GradientEpisodicMemory(ContinualStrategy):
             sizes.tolist(),
             tasks=tasks,
             closed_forms=self._closed_forms[key],
+            rows=self._open_rows(host, parameters),
         )
+
+    @staticmethod
+    def _open_rows(host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+        """Of the parameters of the head, how many rows belong to open columns."""
+        heads = {n: p for n, p in parameters.items() if n.rpartition(".")[0] == "head"}
+        return {name: len(host.network.open_part(name, p)) for name, p in heads.items()}
 
     def _zero_frozen_rows(
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter], gradients: Tensor
@@ -271,8 +282,9 @@ class GradientEpisodicMemory(ContinualStrategy):
         if not host.trains_own_rows_only:
             return
         first, stop = host.network.tasks[host.network.opened].columns
-        parts = torch.split(gradients, [value.numel() for value in parameters.values()], 1)
-        for (name, value), part in zip(parameters.items(), parts, strict=True):
+        opened = {name: host.network.open_part(name, p) for name, p in parameters.items()}
+        parts = torch.split(gradients, [value.numel() for value in opened.values()], 1)
+        for (name, value), part in zip(opened.items(), parts, strict=True):
             if name.rpartition(".")[0] == "head":
                 rows = part.view(len(part), len(value), -1)
                 rows[:, :first] = 0
@@ -308,12 +320,15 @@ class GradientEpisodicMemory(ContinualStrategy):
         A task adds inputs as the stream stores them, and labels. The paper counts three bytes per value
         of an image, as its Table I implies: 47,040 for 20 images of 784 values.
         """
-        samples = [self._samples(task) for task in host.network.tasks]
-        sizes = self.memory.sizes
+        tasks, sizes = host.network.tasks, self.memory.sizes
+        samples = [self._samples(task) for task in tasks]
+        dtype = self.memory.inputs.dtype
+        if host.stream.has_data(0):
+            dtype = stored_dtype(host, tasks[:1])
         learned = sum(one for one, size in zip(samples, sizes, strict=False) if size)
         return DeclaredBytes(
             training=memory_bytes(host, learned, self.memory.inputs.dtype),
-            per_task=memory_bytes(host, samples[0], stored_dtype(host, host.network.tasks[:1])),
+            per_task=memory_bytes(host, samples[0], dtype),
             per_task_in_paper=samples[0] * prod(host.stream.input_shape) * 3,
         )
 

@@ -1,6 +1,6 @@
 """Parameter superposition: the networks of all tasks in one set of weights, separated by keys."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import pi
 from typing import Any, ClassVar, Literal
 
@@ -159,18 +159,44 @@ class ParameterSuperposition(ContinualStrategy):
 
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Sample every task's keys, and the phases of complex weights; checkpoints store them."""
-        for name, keys in self.keys.items():
-            for task in host.network.tasks:
-                generator = seeded_generator("keys", stream.seed, task.id, name)
-                keys.write(task.id, self._draw(keys, task.id, generator))
+        self._write_keys(host, host.network.tasks)
         if self.first_key == "random":
             for name, layer in self._complex_layers(host).items():
-                generator = seeded_generator("phases of weights", stream.seed, name)
-                phases = phase_key(layer.weight.numel(), generator).view(layer.weight.shape)
-                with torch.no_grad():
-                    real, imaginary = turned(layer.weight, phases.to(layer.weight))
-                    layer.weight.copy_(real)
-                    layer.weight_imag.copy_(imaginary)
+                key = ("phases of weights", stream.seed, name)
+                if name == "head":  # by column, so that they do not depend on how many there are
+                    self._turn_rows(layer, key, range(layer.out_features))
+                    continue
+                phases = phase_key(layer.weight.numel(), seeded_generator(*key))
+                self._turn(layer, slice(None), phases.view(layer.weight.shape))
+
+    def on_stream_growth(self, host: ContinualHost, tasks: Sequence[Task]) -> None:
+        """Sample the keys of new tasks, and the phases of new rows of a complex head."""
+        self._write_keys(host, tasks)
+        head = self._complex_layers(host).get("head")
+        if head is not None and self.first_key == "random":
+            before = max(task.columns[1] for task in host.network.tasks[: -len(tasks)])
+            key = ("phases of weights", host.stream.seed, "head")
+            self._turn_rows(head, key, range(before, head.out_features))
+
+    def _write_keys(self, host: ContinualHost, tasks: Iterable[Task]) -> None:
+        for name, keys in self.keys.items():
+            for task in tasks:
+                generator = seeded_generator("keys", host.stream.seed, task.id, name)
+                keys.write(task.id, self._draw(keys, task.id, generator))
+
+    def _turn_rows(
+        self, layer: ComplexLinear, key: tuple[str | int, ...], columns: Iterable[int]
+    ) -> None:
+        for column in columns:
+            phases = phase_key(layer.in_features, seeded_generator(*key, column))
+            self._turn(layer, slice(column, column + 1), phases[None])
+
+    @staticmethod
+    def _turn(layer: ComplexLinear, rows: slice, phases: Tensor) -> None:
+        """Turn real weights by phases, ``(rows, in)``."""
+        with torch.no_grad():
+            real, imaginary = turned(layer.weight[rows], phases.to(layer.weight))
+            layer.weight[rows], layer.weight_imag[rows] = real, imaginary
 
     def _draw(self, keys: Keys, task_id: int, generator: torch.Generator) -> Tensor:
         """A task's key: the identity, or a random one."""

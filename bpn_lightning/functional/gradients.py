@@ -218,7 +218,7 @@ def _closed_sums(
             for key, value in found.items():
                 name = names.get(id(getattr(layer, key)))
                 if name is not None:
-                    sums[name] += value
+                    sums[name][: len(value)] += value  # a head computes its open rows only
     return sums
 
 

@@ -1,6 +1,7 @@
 r"""Quadratic penalties :math:`\lambda \sum_i \Omega_i (\theta_i - \mu_i)^2`: their sum, gradient and proximal step."""
 
 from collections.abc import Sequence
+from math import fsum
 
 import torch
 from torch import Tensor
@@ -36,9 +37,15 @@ def merged_quadratic(
     """
     total, gap = importance.double() + added, solution.double() - anchor
     weight = torch.where(total > 0, added.double() / total, torch.ones_like(total))
-    constant = (importance * weight * gap.square()).sum()
+    constant = _sum_by_row(importance * weight * gap.square())
     mean = torch.lerp(anchor.double(), solution.double(), weight)  # exact at a weight of 0 and of 1
     return total.to(added.dtype), mean.to(solution.dtype), constant
+
+
+def _sum_by_row(terms: Tensor) -> Tensor:
+    """The sum of double-precision terms, whose last bits do not depend on rows of zeros."""
+    rows = terms.flatten(1).sum(1) if terms.dim() > 1 else terms
+    return terms.new_tensor(fsum(rows.tolist()) if rows.dim() else float(rows))
 
 
 def gradient_coefficients(

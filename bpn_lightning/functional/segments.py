@@ -40,12 +40,12 @@ def layer_segments(
         delta: ``(n, ...)``, the gradient of the loss with respect to its output.
         sizes: number of samples of each group; samples are ordered by group.
         into: output tensors, ``(groups, *parameter shape)``, by the parameter's name within the layer;
-            other parameters are skipped.
+            other parameters are skipped, and rows of outputs that a head does not compute.
     """
     for name, gradients in vector_gradients(layer, layer_input, delta).items():
         if name in into:
             for rows, place in zip(torch.split(gradients, list(sizes)), into[name], strict=True):
-                torch.sum(rows, 0, out=place)
+                torch.sum(rows, 0, out=place[: rows.shape[1]])
     if "weight" not in into or not isinstance(layer, nn.Linear | nn.Conv2d):
         return
     groups = zip(
@@ -58,7 +58,7 @@ def layer_segments(
         if isinstance(layer, nn.Conv2d):
             place.copy_(_convolution_gradient(layer, a, d))
         else:
-            torch.mm(d.flatten(0, -2).mT, a.flatten(0, -2), out=place)
+            torch.mm(d.flatten(0, -2).mT, a.flatten(0, -2), out=place[: d.shape[-1]])
 
 
 def _convolution_gradient(layer: nn.Conv2d, layer_input: Tensor, delta: Tensor) -> Tensor:
@@ -84,6 +84,7 @@ def segment_gradients(
     *,
     tasks: Tensor | None = None,
     closed_forms: bool | None = None,
+    rows: Mapping[str, int] | None = None,
 ) -> Tensor:
     r"""The gradient of each group's mean loss, for all groups at about the cost of one.
 
@@ -104,6 +105,8 @@ def segment_gradients(
         tasks: ``(n,)``, the task ID of each sample; None: the current mode.
         closed_forms: whether closed forms are valid, the result of :func:`segments_have_closed_forms` for
             this network; None calls it, at the cost of one sample.
+        rows: how many rows of some parameters are differentiated, from the first on; the others, such
+            as those of a head's closed columns, are left out.
 
     Returns:
         ``(groups, P)``, the parameters flattened, in their order.
@@ -111,7 +114,7 @@ def segment_gradients(
     if closed_forms is None:
         first = None if tasks is None else tasks[:1]
         closed_forms = segments_have_closed_forms(module, parameters, inputs[:1], tasks=first)
-    arguments = (module, parameters, inputs, losses_of, sizes, tasks)
+    arguments = (module, parameters, inputs, losses_of, sizes, tasks, rows or {})
     with differentiable(module):
         gradients = _closed_segments(*arguments) if closed_forms else None
         return _segments_one_by_one(*arguments) if gradients is None else gradients
@@ -136,7 +139,8 @@ def segments_have_closed_forms(
     def loss(logits: Tensor, _: slice) -> Tensor:
         return cross_entropies(logits, least_likely(logits.detach()))
 
-    arguments = (module, parameters, sample, loss, [1], tasks)
+    rows: dict[str, int] = {}
+    arguments = (module, parameters, sample, loss, [1], tasks, rows)
     with differentiable(module):
         try:
             found = _closed_segments(*arguments)
@@ -157,6 +161,7 @@ def _closed_segments(
     losses_of: Callable[[Tensor, slice], Tensor],
     sizes: Sequence[int],
     tasks: Tensor | None,
+    rows: Mapping[str, int],
 ) -> Tensor | None:
     """From one forward and one backward pass; None if a layer has no closed form."""
     forward = recorded_forward(module, parameters, inputs, tasks)
@@ -168,12 +173,16 @@ def _closed_segments(
         repeats = torch.tensor(sizes, device=losses.device)
         shares = repeats.to(losses.dtype).reciprocal()
         total = losses @ shares.repeat_interleave(repeats, output_size=len(inputs))
-    counts = [value.numel() for value in parameters.values()]
+    leading = {name: _leading(value, rows.get(name)) for name, value in parameters.items()}
+    counts = [value.numel() for value in leading.values()]
     gradients = logits.new_zeros(len(sizes), sum(counts))
-    places = dict(zip(map(id, parameters.values()), torch.split(gradients, counts, 1), strict=True))
+    places = {
+        id(parameters[name]): part.view(-1, *leading[name].shape)
+        for name, part in zip(leading, torch.split(gradients, counts, 1), strict=True)
+    }
     for layer, layer_input, delta in differentiated(total, records):
         into = {
-            name: places[id(value)].view(-1, *value.shape)
+            name: places[id(value)]
             for name, value in layer.named_parameters(recurse=False)
             if id(value) in places
         }
@@ -188,6 +197,7 @@ def _segments_one_by_one(
     losses_of: Callable[[Tensor, slice], Tensor],
     sizes: Sequence[int],
     tasks: Tensor | None,
+    rows: Mapping[str, int],
 ) -> Tensor:
     """By definition: one forward and backward pass per group."""
     gradients, start = [], 0
@@ -200,5 +210,11 @@ def _segments_one_by_one(
         found = torch.autograd.grad(mean, list(parameters.values()), allow_unused=True)
         pairs = zip(parameters.values(), found, strict=True)
         flat = [torch.zeros_like(p) if g is None else g for p, g in pairs]
-        gradients.append(torch.cat([value.flatten() for value in flat]))
+        named = zip(parameters, flat, strict=True)
+        parts = [_leading(value, rows.get(name)).flatten() for name, value in named]
+        gradients.append(torch.cat(parts))
     return torch.stack(gradients)
+
+
+def _leading(tensor: Tensor, rows: int | None) -> Tensor:
+    return tensor if rows is None else tensor[:rows]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.losses import LossFunction
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.metrics.gate_scores import GateScores
@@ -17,6 +19,7 @@ from bpn_lightning.metrics.task_metrics import Metrics
 from bpn_lightning.model.checkpoint import load_state, loading, save_state
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate
+from bpn_lightning.model.extending import Extension
 from bpn_lightning.model.forgetting import forget
 from bpn_lightning.model.frozen_core import FrozenCore, Trains
 from bpn_lightning.model.history import History
@@ -30,6 +33,7 @@ from bpn_lightning.model.step import Step
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Position, Schedule, Split, Task
 from bpn_lightning.trainer.lightning import (
@@ -68,6 +72,9 @@ class ContinualModule(HookNameAsPlainAttribute):
             while backbone and running statistics, and a head that all tasks share, are frozen.
         train_first: the same of the stream's first task, so that a core is learned whole and then frozen;
             None: as ``train``.
+        reserve_classes: columns of the head, if more than the stream has classes; with the mask ``all``
+            only, where the classes of tasks to come take part from the first task on. A stream that goes
+            on within them learns as if all its tasks had been known.
         loss: maps logits ``(batch, columns)`` and targets ``(batch,)``, both of the active columns only, to
             losses ``(batch,)``; a module of torch.nn, whose class weights are those of the stream's
             classes, or a function. None: cross-entropy.
@@ -107,6 +114,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         mask: Mask = "all",
         train: Trains = "all",
         train_first: Trains | None = None,
+        reserve_classes: int | None = None,
         loss: LossFunction | None = None,
         metrics: Metrics | None = None,
         evaluate_every: Literal["task", "epoch"] = "task",
@@ -116,7 +124,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         check_processes: bool = False,
     ) -> None:
         super().__init__()
-        self.network = ContinualNetwork(backbone, mask, front)
+        self.network = ContinualNetwork(backbone, mask, front, reserve_classes)
         core = FrozenCore(self.network, train, train_first)
         self.host = Host(self, self.network, loss, core)
         self.history = History(evaluate_every)
@@ -136,6 +144,16 @@ class ContinualModule(HookNameAsPlainAttribute):
             check_processes=check_processes,
         )
         self._scores = TaskScores()
+        self._extension = Extension(self.host)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold no trainer."""
+        return {**super().__getstate__(), "_extension": self._extension.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy goes on from a checkpoint file, not from the trainer of the original."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._extension = Extension(self.host, state["_extension"])
 
     # --- what it knows ---------------------------------------------------------------------------
 
@@ -225,6 +243,26 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Use a stream without a trainer; see :meth:`bpn_lightning.nn.network.ContinualNetwork.build_for`."""
         self.host.attach(stream)
 
+    def extend(
+        self, stream: ContinualDataModule, past_data: ContinualDataModule | None = None
+    ) -> None:
+        """Go on with new tasks: the next ``trainer.fit(module, stream)`` learns them after those learned.
+
+        With the same strategies it is bit for bit what one fit of all tasks would have learned. Numbers and
+        columns of the tasks follow the past's, and so do random states, epochs and whatever strategies
+        remember; in ``fit`` the network grows.
+
+        Args:
+            stream: of the new tasks alone; set up or not.
+            past_data: a stream of the learned tasks, to measure accuracies on them; None leaves those
+                unmeasured, NaN in the matrix.
+
+        Raises:
+            ConfigurationError: a task is not learned to its end.
+            CheckpointError: the module has no training state, as one that was loaded from an export.
+        """
+        self._extension.begin(stream, past_data)
+
     def forward(self, inputs: Tensor, task: "int | Tensor | None" = None) -> Tensor:
         """Logits of prepared inputs; see :meth:`bpn_lightning.nn.network.ContinualNetwork.forward`."""
         return cast(Tensor, self.network(inputs, task=task))
@@ -269,7 +307,9 @@ class ContinualModule(HookNameAsPlainAttribute):
         configure(self.host, stream, stage)
         if stage == "fit":
             check_overrides(self, ContinualModule)
+            self._extension.lengthen(self.trainer)
             check_fit(self.host, self.task_loop, stream)
+            self._extension.resume(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer and its scheduler; in a phase that trains a strategy, that strategy's own."""
@@ -279,6 +319,8 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Let strategies refuse what cannot be right, and move their tensors to the device."""
         self.host.mark_front(training=True)
         self.host.core.set_flags(training=True)
+        self._extension.forget()
+        self.task_loop.end_random_state = None
         check_strategies(self.host, self.optimization)
         self.step.find_hooks()
         for strategy in self.host.strategies:
@@ -313,6 +355,19 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Let the strategies see and change the gradients."""
         self.step.edit_gradients(optimizer)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by value, or by the norm of what belongs to open columns of the head."""
+        norm = (gradient_clip_algorithm or "norm") == "norm"
+        if gradient_clip_val and norm and self.network.has_closed_columns:
+            self.optimization.clip_norm(optimizer, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_train_epoch_end(self) -> None:
         """Leave the task after its last epoch."""
         if not stopped_mid_epoch(self.trainer):
@@ -331,6 +386,8 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.on_train_end()
         self.host.core.set_flags(training=True)
         self.task_loop.warn_of_unlearned_tasks()
+        self.task_loop.end_random_state = random_state()
+        self._extension.trainer = self.trainer
 
     # --- validation, test, prediction ------------------------------------------------------------
 
@@ -394,4 +451,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         """
         kwargs.setdefault("weights_only", True)
         with loading(checkpoint_path, kwargs["weights_only"]):
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if isinstance(checkpoint_path, str | Path):
+            module._extension.path = Path(checkpoint_path)
+        return module

@@ -106,16 +106,19 @@ class Optimization:
         Raises:
             ConfigurationError: the optimizer does not take its arguments.
         """
-        network = self.host.network
-        outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
-        parameters = [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
         try:
-            return self.optimizer(parameters)
+            return self.optimizer(self.parameters())
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"Expected optimizer to take the parameters and its arguments, but it raised "
                 f"{type(error).__name__}: {error}. Correct that argument."
             ) from error
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the network's optimizer is over, in its order."""
+        network = self.host.network
+        outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
+        return [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
 
     def _scheduler_lengths(self) -> tuple[int, int]:
         """How often a scheduler steps until its optimizer is replaced: this one, and the longest."""
@@ -134,12 +137,17 @@ class Optimization:
             return sum(lengths), sum(lengths)
         return steps(cursor.task, cursor.phase), max(lengths)
 
-    def count_updates(self) -> tuple[list[int], int]:
-        """Batches of an epoch of each task, and updates of the whole stream."""
+    def count_updates(self) -> tuple[dict[int, int], int]:
+        """Batches of an epoch of each task to be learned, and updates of all of them.
+
+        A task of the past has no updates where the stream has not its data.
+        """
         host = self.host
-        batches = [self._loader(task)[1] for task in range(len(host.network.tasks))]
+        first = cast("ContinualDataModule", host.stream).first_task
+        tasks = range(len(host.network.tasks))
+        batches = {task: self._loader(task)[1] for task in tasks[first:]}
         several = host.trainer.accumulate_grad_batches
-        self._updates_per_epoch = [ceil(number / several) for number in batches]
+        self._updates_per_epoch = [ceil(batches.get(task, 0) / several) for task in tasks]
         phases = host.cursor.schedule.phases
         epochs = (sum(phase.epochs for phase in of_task) for of_task in phases)
         return batches, sum(map(mul, self._updates_per_epoch, epochs))
@@ -157,6 +165,27 @@ class Optimization:
         loader = stream.train_loader(task, 0, host.training_tasks(task))
         batches = len(loader)
         return loader, min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
+    def clip_norm(self, optimizer: Optimizer, max_norm: float) -> None:
+        """Torch's ``clip_grad_norm_``, on what belongs to open columns of the head: the rest is 0.
+
+        With the rest, the last bits of the norm would depend on how many tasks there will be.
+        """
+        network = self.host.network
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        opened, copies = [], []
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            part = parameter
+            if parameter.grad is not None and id(parameter) in names:
+                gradient = network.open_part(names[id(parameter)], parameter.grad)
+                if gradient is not parameter.grad:
+                    part = torch.empty_like(gradient)
+                    part.grad = gradient
+                    copies.append((parameter.grad, gradient))
+            opened.append(part)
+        nn.utils.clip_grad_norm_(opened, max_norm)
+        for whole, gradient in copies:  # of columns of a matrix; rows are views
+            whole[tuple(map(slice, gradient.shape))] = gradient
 
     # --- a scheduler that waits for a loss -------------------------------------------------------
 

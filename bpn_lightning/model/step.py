@@ -14,6 +14,7 @@ from bpn_lightning.metrics.settling import Settling
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.nn.execution import differentiable
+from bpn_lightning.nn.inference import closed_columns_added
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch
@@ -49,7 +50,8 @@ class Step:
         self._steps_under_way = 0  # a step may call the one of the class it is derived from
         self._parameters: dict[str, nn.Parameter] = {}
         self._frozen: list[nn.Parameter] = []
-        self._frozen_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # of the head
+        # Of the head: parameters, which rows, and what stays in them.
+        self._frozen_rows: list[tuple[nn.Parameter, Tensor | slice, Tensor]] = []
         self._outside: list[nn.Parameter] = []  # of the optimizer
         self._columns = (0, 0)
         self._world_size = 1
@@ -95,34 +97,49 @@ class Step:
             own = {id(parameter) for parameter in head}
             self._frozen = [p for p in network.parameters() if id(p) not in own]
             self._parameters = {name: p for name, p in self._parameters.items() if id(p) in own}
-        if host.trains_own_rows_only:
-            rows = self._rows_at_rest()
+        rows = self._rows_at_rest()
+        if rows is not None:
             self._frozen_rows = [(p, rows, p.detach()[rows].clone()) for p in head]
 
-    def _rows_at_rest(self) -> Tensor:
-        """Output units of the head that belong to none of the tasks that are trained on."""
+    def _rows_at_rest(self) -> Tensor | slice | None:
+        """Output units of the head that belong to none of the tasks that are trained on.
+
+        Those of tasks to come rest with every mask: weight decay would move them too.
+        """
         network = self.network
+        if not self.host.trains_own_rows_only:
+            return slice(network.num_open, None) if network.has_closed_columns else None
         tasks = self.host.training_tasks(network.opened)
         learning = {row for task in tasks for row in range(*network.tasks[task].columns)}
         rows = [row for row in range(network.built_head.out_features) if row not in learning]
         return torch.tensor(rows, device=self.host.device, dtype=torch.long)
 
     def clear_optimizer_state(self) -> None:
-        """Where the optimizer goes on: forget what it knows of bias units and of a multi-head.
+        """Where the optimizer goes on: forget what it knows of bias units and of new rows of the head.
 
         Of what is frozen by now it keeps nothing.
         The head's counts of steps are not by row; frozen rows do not move whatever it knows.
         """
-        network = self.network
-        optimizer = self.host.trainer.optimizers[0]
+        network, optimizer = self.network, self.host.trainer.optimizers[0]
+        state = optimizer.state
         fresh = [p for part in network.task_modules() for p in part.parameters()]
+        head = list(network.built_head.parameters(recurse=False))
         if network.mask == "task":
-            fresh += network.built_head.parameters(recurse=False)
+            fresh += head
         for group in optimizer.param_groups if self.host.core.frozen else ():
             fresh += [p for p in group["params"] if not p.requires_grad]
             group["params"] = [p for p in group["params"] if p.requires_grad]
         for parameter in fresh:
-            optimizer.state.pop(parameter, None)
+            state.pop(parameter, None)
+        if network.mask != "seen":
+            return
+        opened = network.opened
+        before = network.structure.open_columns(0, opened - 1) if opened else 0
+        new = slice(before, network.num_open)
+        for parameter in head:  # a frozen row collects the momentum of its weight decay
+            for value in state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[new] = 0
 
     def loss(self, batch: Batch, batch_index: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms.
@@ -137,7 +154,7 @@ class Step:
             return self._strategy_loss(batch, scale) * weight
         # In a batch of several tasks each sample has its own mode, and -inf outside its columns.
         several = isinstance(batch.task, Tensor)
-        first, stop = (0, network.built_head.out_features) if several else self._columns
+        first, stop = (0, network.num_open) if several else self._columns
         logits = self._training_logits(batch.inputs, batch.task if several else None)
         if network.structure.forgotten:
             logits = network.mask_forgotten(logits)
@@ -154,8 +171,10 @@ class Step:
             right = (active.detach().argmax(1) == targets).sum()
             self.settling.add(right, batch.global_size)
         terms = {"loss/task": loss}
-        for hook in self._hooks["loss_terms"]:
-            for name, term in hook(host, batch, logits).items():
+        hooks = self._hooks["loss_terms"]
+        whole = closed_columns_added(logits, network.built_head.out_features) if hooks else logits
+        for hook in hooks:
+            for name, term in hook(host, batch, whole).items():
                 terms[f"loss/{name}"] = term.sum() * scale
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
         if not self._evaluated:
@@ -197,7 +216,7 @@ class Step:
         return several * batch.global_size / loader.count(first, int(stop))
 
     def _training_logits(self, inputs: Tensor, tasks: "int | Tensor | None") -> Tensor:
-        """Of all output units; on features that stay as they are where only the head trains."""
+        """Of the open output units; on features that stay as they are where only the head trains."""
         host, network = self.host, self.network
         fixed = host.phase.trains == "head"
         mode = evaluation_mode(network.backbone) if fixed else nullcontext()
@@ -205,7 +224,7 @@ class Step:
         try:
             with mode, differentiable(network.backbone) if fixed else nullcontext():
                 if tasks is None:
-                    return network.all_logits(inputs)
+                    return network.open_logits(inputs)
                 return cast(Tensor, network(inputs, task=tasks))
         finally:
             host.in_step_forward = False
@@ -258,7 +277,7 @@ class Step:
         for parameter in self._frozen:
             parameter.grad = None
         for parameter, rows, _ in self._frozen_rows:  # not captured, not in the norm
-            if parameter.grad is not None:
+            if parameter.grad is not None and isinstance(rows, Tensor):  # closed rows have none
                 parameter.grad[rows] = 0
         for name in GRADIENT_EDITS if again else GRADIENT_HOOKS:
             for hook in self._hooks[name]:

@@ -78,6 +78,7 @@ class TaskLoop:
         self.task_agnostic = task_agnostic
         self.check_processes = check_processes
         self.random_state: dict[str, Any] | None = None  # of a checkpoint, until training starts
+        self.end_random_state: dict[str, Any] | None = None  # of a fit that is over
 
     def begin(self, task: int) -> None:
         """Go on where the checkpoint was, or begin.
@@ -92,10 +93,11 @@ class TaskLoop:
         if not opened <= task <= opened + 1:
             raise ConfigurationError(
                 f"Expected a module that is about to learn task {task}, but it has opened task "
-                f"{opened}. Make a new module, or go on with ckpt_path."
+                f"{opened}. Make a new module, go on with ckpt_path, or call module.extend for new tasks."
             )
         self.network.check_task_ids(task)
         set_max_epochs(self.host.trainer, self.host.cursor.schedule.total)
+        self._warn_of_unmeasured_tasks()
         self.restore_random_state()
 
     def restore_random_state(self) -> None:
@@ -103,6 +105,17 @@ class TaskLoop:
         state, self.random_state = self.random_state, None
         if state is not None:
             restore_random_state(state)
+
+    def _warn_of_unmeasured_tasks(self) -> None:
+        tasks = self.network.tasks
+        missing = [str(task.id + 1) for task in tasks if not self.host.stream.has_data(task.id)]
+        if missing and self.evaluate_on != "current" and self.host.global_rank == 0:
+            warnings.warn(
+                f"The stream has no data of tasks {', '.join(missing)}, which were learned before: accuracies "
+                "on them are not measured, and means over all tasks are not known. Give past_data to "
+                "module.extend to measure them.",
+                stacklevel=4,
+            )
 
     def warn_of_unlearned_tasks(self) -> None:
         """Say which tasks a stream that stopped before its end has not learned, if any."""

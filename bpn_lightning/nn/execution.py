@@ -141,7 +141,9 @@ def leave_fast_paths(network: nn.Module) -> None:
 
 
 def _is_switchable(part: nn.Module) -> bool:
-    return isinstance(part, SwitchableLinear | SwitchableConv2d)
+    if isinstance(part, SwitchableLinear):
+        return part.bias_units is not None or part.keys is not None
+    return isinstance(part, SwitchableConv2d)
 
 
 def check_layers_are_called(network: nn.Module, inputs: Tensor) -> None:

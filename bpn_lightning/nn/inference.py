@@ -4,13 +4,20 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.layers import TaskModule
 
-__all__ = ["FixedModeNetwork", "PerSampleNetwork"]
+__all__ = ["FixedModeNetwork", "PerSampleNetwork", "closed_columns_added"]
+
+
+def closed_columns_added(logits: Tensor, num_classes: int) -> Tensor:
+    """Logits ``(batch, open columns)`` of a head, with -inf for its other columns."""
+    closed = num_classes - logits.shape[1]
+    return F.pad(logits, (0, closed), value=float("-inf")) if closed else logits
 
 
 class _CopiedNetwork(nn.Module):
@@ -54,7 +61,7 @@ class _CopiedNetwork(nn.Module):
         if self.front is not None:
             inputs = self.front.standardized(inputs)
         logits: Tensor = self.head(self.backbone(inputs))
-        return logits
+        return closed_columns_added(logits, self.outside.shape[1])
 
 
 class FixedModeNetwork(_CopiedNetwork):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from bpn_lightning.nn.growing import grown
+
 __all__ = [
     "BiasUnits",
     "ComplexKeys",
@@ -58,6 +60,16 @@ class TaskModule(nn.Module):
             if buffer.dim() and len(buffer) == self.num_tasks:
                 buffer[task_id] = 0
 
+    def grow(self, num_tasks: int) -> None:
+        """Make room for more tasks; what the module has of the others stays.
+
+        By default buffers that have a row for each task get rows of 0.
+        """
+        for name, bank in list(self.named_buffers(recurse=False)):
+            if len(bank.shape) and len(bank) == self.num_tasks:
+                setattr(self, name, grown(bank, bank.new_zeros(num_tasks, *bank.shape[1:])))
+        self.num_tasks = num_tasks
+
 
 class BiasUnits(TaskModule):
     r"""The bias units of one layer: :math:`\mathrm{BIAS}_t = M_t W_t` during training on task t.
@@ -82,6 +94,14 @@ class BiasUnits(TaskModule):
         self.W = nn.Parameter(torch.zeros(rank, out_features))
         self.register_buffer("bank", torch.zeros(num_tasks, out_features))
         self.live: int | None = None
+        self.num_open: int | None = None  # outputs that are computed, of a head; None: all
+
+    def widen(self, out_features: int) -> None:
+        """Make room for more outputs, whose biases are 0."""
+        self.W = nn.Parameter(
+            grown(self.W, self.W.new_zeros(len(self.W), out_features)), self.W.requires_grad
+        )
+        self.bank = grown(self.bank, self.bank.new_zeros(len(self.bank), out_features))
 
     def start(self, task_id: int, m: Tensor, w: Tensor) -> None:
         """Start training a task, with these values of M and W, copied in place."""
@@ -91,10 +111,13 @@ class BiasUnits(TaskModule):
         self.live = task_id
 
     def freeze(self) -> None:
-        """Store the product of the task in training in the bank, and end its training."""
+        """Store the product of the task in training in the bank, and end its training.
+
+        The biases of outputs that are not open stay 0.
+        """
         if self.live is not None:
             with torch.no_grad():
-                self.bank[self.live] = self.product()
+                self.bank[self.live, : self.num_open] = self.product()[0]
             self.live = None
 
     def forget(self, task_id: int) -> None:
@@ -106,17 +129,22 @@ class BiasUnits(TaskModule):
                 self.W.zero_()
 
     def product(self) -> Tensor:
-        """M W, shape ``(1, K)``."""
-        return self.M @ self.W
+        """M W, shape ``(1, K)``, of the open outputs."""
+        if self.num_open is None or self.num_open == self.W.shape[1]:
+            return self.M @ self.W
+        # Contiguous, so that the last bits do not depend on how many outputs are closed.
+        return self.M @ self.W[:, : self.num_open].contiguous()
 
     def forward(self) -> Tensor:
         """The bias of the active task: ``(1, K)``, or ``(batch, K)`` with one task ID per sample."""
         if isinstance(self.active, Tensor):
-            biases = self.bank[self.active]
+            biases = self.bank[self.active, : self.num_open]
             if self.live is None:
                 return biases
             return torch.where((self.active == self.live)[:, None], self.product(), biases)
-        return self.product() if self.active == self.live else self.bank[self.active, None]
+        if self.active == self.live:
+            return self.product()
+        return self.bank[self.active, None, : self.num_open]
 
     def get_extra_state(self) -> dict[str, int | None]:
         """The task in training."""
@@ -147,6 +175,12 @@ class Keys(TaskModule):
     def __init__(self, num_tasks: int, size: int) -> None:
         super().__init__(num_tasks)
         self.register_buffer("bank", torch.ones(num_tasks, size, dtype=torch.int8))
+
+    def grow(self, num_tasks: int) -> None:
+        """Make room for more tasks, whose keys are 1, or phases 0, until they are written."""
+        before = self.num_tasks
+        super().grow(num_tasks)
+        self.bank[before:] = 0 if self.bank.is_floating_point() else 1
 
     def write(self, task_id: int, key: Tensor) -> None:
         """Set the key of a task, ``(n,)``, in place."""
@@ -252,6 +286,15 @@ class WeightBank(TaskModule):
         if self.inside == task_id:
             self.inside = -1  # those of no task
 
+    def grow(self, num_tasks: int) -> None:
+        """Make room for more tasks, and for the classes that the network has by now."""
+        super().grow(num_tasks)
+        larger = self._tensors()
+        for weights in (self.beginning, *self.learned.values()):
+            for name, value in weights.items():
+                if value.shape != larger[name].shape:
+                    weights[name] = grown(value, larger[name])
+
     def _tensors(self) -> dict[str, Tensor]:
         children = [(part, getattr(self._network[0], part)) for part in self.parts]
         return {
@@ -289,10 +332,16 @@ class SwitchableLinear(nn.Linear):
 
     Alg. 3 of Wen et al.; without keys it is their Eq. 1. :meth:`convert` converts an ``nn.Linear`` in
     place, so its parameters, its name and all references to it remain valid.
+
+    Attributes:
+        num_open: the outputs that are computed, from the first on; None: all. Of a head these are the
+            columns that are open: the last bits of a product depend on how many outputs it has, so
+            columns of tasks to come take no part in it.
     """
 
     bias_units: BiasUnits | None
     keys: Keys | None
+    num_open: int | None = None
 
     @staticmethod
     def convert(
@@ -310,10 +359,22 @@ class SwitchableLinear(nn.Linear):
             layer.register_module("keys", None)
         assert isinstance(layer, SwitchableLinear)
         if bias_units is not None:
+            bias_units.num_open = layer.num_open
             layer.bias_units = bias_units.to(layer.weight.device)
         if keys is not None:
             layer.keys = keys.to(layer.weight)
         return layer
+
+    def open_outputs(self, number: int | None) -> None:
+        """Compute so many outputs from now on; None: all."""
+        self.num_open = number
+        if self.bias_units is not None:
+            self.bias_units.num_open = number
+
+    def _opened(self, tensor: Tensor) -> Tensor:
+        """The rows of the open outputs, of a weight or a bias."""
+        number = self.num_open
+        return tensor if number is None or number == len(tensor) else tensor[:number]
 
     def effective_input(self, input: Tensor) -> Tensor:
         """The input of the weights: multiplied by the key, if any."""
@@ -321,21 +382,22 @@ class SwitchableLinear(nn.Linear):
         return input if keys is None else input * _aligned(keys(), input)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The outputs ``(batch, ..., out)`` of inputs ``(batch, ..., in)``."""
-        return self._biased(self.effective_input(input), self.weight)
+        """The outputs ``(batch, ..., out)`` of inputs ``(batch, ..., in)``; of the open ones."""
+        return self._biased(self.effective_input(input), self._opened(self.weight))
 
     def _biased(self, effective: Tensor, weight: Tensor) -> Tensor:
         """The linear map, with the layer's own bias and the active task's."""
         units = self.bias_units
+        own = None if self.bias is None else self._opened(self.bias)
         if units is None:
-            return F.linear(effective, weight, self.bias)
+            return F.linear(effective, weight, own)
         shift: Tensor = units()
         if shift.shape[0] == 1:  # len() would fix the batch size when a network is exported
             # Adding two vectors of size K before the product is cheaper than adding to a batch after it.
             # Keep shape (1, K): indexing the row would add another backward operation.
-            bias = shift if self.bias is None else self.bias + shift
+            bias = shift if own is None else own + shift
             return F.linear(effective, weight, bias)
-        return F.linear(effective, weight, self.bias) + _aligned(shift, effective)
+        return F.linear(effective, weight, own) + _aligned(shift, effective)
 
 
 class ComplexLinear(SwitchableLinear):
@@ -382,10 +444,11 @@ class ComplexLinear(SwitchableLinear):
     def forward(self, input: Tensor) -> Tensor:
         """Real ``(batch, ..., in)`` or complex ``2 in`` inputs to real ``out`` or complex ``2 out`` outputs."""
         effective = self.effective_input(input)
-        real = self._biased(effective, torch.cat([self.weight, -self.weight_imag], 1))
+        weight, weight_imag = self._opened(self.weight), self._opened(self.weight_imag)
+        real = self._biased(effective, torch.cat([weight, -weight_imag], 1))
         if self.real_output:
             return real
-        imaginary = F.linear(effective, torch.cat([self.weight_imag, self.weight], 1))
+        imaginary = F.linear(effective, torch.cat([weight_imag, weight], 1))
         return torch.cat([real, imaginary], -1)
 
 

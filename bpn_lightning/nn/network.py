@@ -13,7 +13,8 @@ from bpn_lightning.nn.attaching import make_keys
 from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.fronts import Front
-from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork
+from bpn_lightning.nn.head import draw_rows, empty_head, grow_head
+from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork, closed_columns_added
 from bpn_lightning.nn.layers import (
     BiasUnits,
     Keys,
@@ -23,7 +24,7 @@ from bpn_lightning.nn.layers import (
     WeightBank,
     is_linear,
 )
-from bpn_lightning.nn.structure import Attachment, Structure, check_mask
+from bpn_lightning.nn.structure import Attachment, Structure, check_mask, check_reserved
 from bpn_lightning.tasks import ContinualStream, Mask, Task
 
 __all__ = ["ContinualNetwork"]
@@ -39,10 +40,13 @@ class ContinualNetwork(nn.Module):
         front: what turns prepared inputs into the features that the network takes; None: they are the same.
         mask: the output units of the head that take part: ``all``, ``seen`` (those of the tasks opened so
             far), ``task`` (the mode's own) or ``shared`` (every task has the same).
+        reserve_classes: output units of the head, if more than the stream has classes, with the mask
+            ``all``: so that classes of later streams take part from the start.
 
     Attributes:
         structure: what it consists of besides the backbone; checkpoints and exports hold it.
-        head: one linear layer over all classes; None before the stream is known.
+        head: one linear layer over all classes, of which it computes the open ones; its rows are drawn
+            by the stream's seed and their columns. None before the stream is known.
         accuracy_matrix: accuracies of every task before training and after each task; absent before the
             stream is known.
         opened: the task that was opened last, -1 before the first.
@@ -50,16 +54,24 @@ class ContinualNetwork(nn.Module):
         mode: the task whose mode holds, or ``(batch,)`` one of each sample.
 
     Raises:
-        ConfigurationError: the mask is unknown.
+        ConfigurationError: the mask is unknown, or classes are reserved with another than ``all``.
     """
 
     accuracy_matrix: AccuracyMatrix
 
-    def __init__(self, backbone: nn.Module, mask: Mask = "all", front: Front | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mask: Mask = "all",
+        front: Front | None = None,
+        reserve_classes: int | None = None,
+    ) -> None:
         super().__init__()
+        check_reserved(reserve_classes, mask)
+        self.reserve_classes = reserve_classes
         self.front = front
         self.backbone = compiled_in_place(backbone)
-        self.head: nn.Linear | None = None
+        self.head: SwitchableLinear | None = None
         self.weight_bank: WeightBank | None = None
         self.structure = Structure(check_mask(mask))
         self.opened = -1
@@ -83,12 +95,14 @@ class ContinualNetwork(nn.Module):
         """Whether the network answers differently in different tasks' modes."""
         return bool(self.task_modules())
 
-    def build_for(self, stream: ContinualStream, device: torch.device) -> None:
+    def build_for(self, stream: ContinualStream, device: torch.device, grow: bool = False) -> None:
         """Build the head for a stream on the first call, check the fit on later ones.
 
         Args:
             stream: after its ``setup``.
             device: that the backbone lies on.
+            grow: whether a network that has learned all of its tasks grows for a stream that begins with
+                them and goes on.
 
         Raises:
             ConfigurationError: the backbone's output is no feature matrix, the mask and the stream's
@@ -98,7 +112,9 @@ class ContinualNetwork(nn.Module):
         self.structure.check_mask_fits(tasks)
         if self.front is not None:
             shape, dtype = (self.front.width(shape),), torch.float32
-        self.build(tasks, stream.num_classes, shape, dtype, device)
+        if grow and self.head is not None and self.structure.is_continued_by(tasks, self.closed):
+            self._grow(tasks, self._with_reserved(stream.num_classes), stream.seed)
+        self.build(tasks, stream.num_classes, shape, dtype, device, stream.seed)
         self.structure.set_preparations(stream.preparations())
 
     def build(
@@ -108,6 +124,7 @@ class ContinualNetwork(nn.Module):
         input_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        seed: int = 0,
     ) -> None:
         """Make head and accuracy matrix, with one dry forward through the backbone.
 
@@ -117,12 +134,14 @@ class ContinualNetwork(nn.Module):
             input_shape: of one input of the network.
             dtype: of its inputs.
             device: that the backbone lies on.
+            seed: of the head's rows.
 
         Raises:
             ConfigurationError: the backbone's output is no feature matrix, or the network was built for
                 a stream of other sizes.
         """
         structure = self.structure
+        num_classes = self._with_reserved(num_classes)
         if self.head is not None:
             structure.check_stream(tasks, num_classes, input_shape, dtype)
             structure.tasks = tasks
@@ -130,10 +149,27 @@ class ContinualNetwork(nn.Module):
         features = feature_width(self.backbone, input_shape, dtype, device)
         structure.tasks, structure.num_classes = tasks, num_classes
         structure.input_shape, structure.input_dtype = input_shape, dtype
-        self.head = nn.Linear(features, num_classes, device=device)
-        nn.init.normal_(self.head.weight, std=features**-0.5)
-        nn.init.zeros_(self.head.bias)
+        self.head = empty_head(features, num_classes, device)
+        draw_rows(self.head, seed, range(num_classes))
         self.accuracy_matrix = AccuracyMatrix(len(tasks))
+
+    def _with_reserved(self, num_classes: int) -> int:
+        reserved = max(self.reserve_classes or 0, self.structure.reserved_classes)
+        if self.reserve_classes and num_classes > self.reserve_classes:
+            raise ConfigurationError(
+                f"Expected reserve_classes to be at least the {num_classes} classes of the stream, but got "
+                f"{self.reserve_classes}. Raise it, or leave it out."
+            )
+        return max(num_classes, reserved)
+
+    def _grow(self, tasks: list[Task], num_classes: int, seed: int) -> None:
+        if num_classes > self.built_head.out_features:
+            grow_head(self.built_head, num_classes, seed)
+        for part in self.task_modules():
+            part.grow(len(tasks))
+        self.accuracy_matrix = self.accuracy_matrix.grown(len(tasks))
+        self.structure.tasks, self.structure.num_classes = tasks, num_classes
+        self.switch(self.mode)
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every fully connected layer by name, the head among them."""
@@ -204,7 +240,7 @@ class ContinualNetwork(nn.Module):
         self.structure.attached.append(Attachment(part, arguments))
 
     @property
-    def built_head(self) -> nn.Linear:
+    def built_head(self) -> SwitchableLinear:
         """The head, where there is one.
 
         Raises:
@@ -216,6 +252,39 @@ class ContinualNetwork(nn.Module):
                 "trainer.fit(module, stream), module.attach(stream) or load a checkpoint first."
             )
         return self.head
+
+    @property
+    def num_open(self) -> int:
+        """How many of the head's columns are open: it computes them, from the first on."""
+        head = self.built_head
+        return head.out_features if head.num_open is None else head.num_open
+
+    @property
+    def has_closed_columns(self) -> bool:
+        """Whether the head has columns that it does not compute."""
+        return self.num_open < self.built_head.out_features
+
+    def open_part(self, name: str, tensor: Tensor) -> Tensor:
+        """What a tensor shaped like a parameter has of the open columns, contiguous.
+
+        For what reduces over a whole tensor, such as a norm: its last bits would depend on how many
+        columns are closed, although nothing is there but zeros.
+
+        Args:
+            name: of the parameter, such as ``head.weight``.
+            tensor: of its shape, such as its gradient.
+
+        Returns:
+            The tensor itself where the parameter has nothing by column, or all are open; a view where
+            the columns are its rows.
+        """
+        head = self.built_head
+        if not self.has_closed_columns or not name.startswith("head."):
+            return tensor
+        if name == "head.bias_units.W":
+            return tensor[:, : self.num_open].contiguous()
+        by_column = name.removeprefix("head.") in dict(head.named_parameters(recurse=False))
+        return tensor[: self.num_open] if by_column else tensor
 
     def task_modules(self) -> list[TaskModule]:
         """The parts that hold something for every task."""
@@ -282,7 +351,11 @@ class ContinualNetwork(nn.Module):
         return torch.cat(answers)[order.argsort()] if ids else self(inputs, task=0)
 
     def all_logits(self, inputs: Tensor) -> Tensor:
-        """Logits ``(batch, num_classes)`` in the mode that holds, whatever the mask leaves out."""
+        """Logits ``(batch, num_classes)`` in the mode that holds, of every open column; else -inf."""
+        return closed_columns_added(self.open_logits(inputs), self.built_head.out_features)
+
+    def open_logits(self, inputs: Tensor) -> Tensor:
+        """Logits ``(batch, open columns)`` in the mode that holds, whatever the mask leaves out."""
         if inputs.dtype == torch.uint8:
             raise ConfigurationError(
                 "Expected inputs that the stream has prepared, but got uint8. module.predict(images) "
@@ -399,5 +472,12 @@ class ContinualNetwork(nn.Module):
     def switch(self, task: "int | Tensor") -> None:
         """Answer in a task's mode from now on; :meth:`task_mode` does so for a while, and checks."""
         self.mode = task
+        if self.head is not None:
+            last = task if isinstance(task, int) else self._last_of(task)
+            self.head.open_outputs(self.structure.open_columns(last, self.opened))
         for part in self.task_modules():
             part.switch(task)
+
+    def _last_of(self, tasks: Tensor) -> int:
+        """The last of some tasks; looked up only where the open columns follow it."""
+        return int(tasks.max()) if self.mask == "task" and len(tasks) else 0

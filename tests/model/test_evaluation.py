@@ -50,7 +50,7 @@ def by_hand(module: Any, inputs: Tensor, task: int) -> np.ndarray:
     """Logits of the evaluated network in a task's mode, layer by layer, without any switching."""
     features = deepcopy(module.network.backbone).eval()(inputs)
     logits = features @ module.network.head.weight.T + module.network.head.bias
-    if hasattr(module.network.head, "bias_units"):
+    if module.network.head.bias_units is not None:
         logits = logits + module.network.head.bias_units.bank[task]
     return logits.detach().numpy()
 

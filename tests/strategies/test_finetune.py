@@ -31,8 +31,10 @@ class Plain(nn.Module):
         self.backbone = deepcopy(run.module.network.backbone)
         self.head = deepcopy(run.module.network.head)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.backbone(inputs))
+    def forward(self, inputs: Tensor, stop: int | None = None) -> Tensor:
+        """Of the columns before ``stop``: those after it are of tasks to come."""
+        head = self.head
+        return F.linear(self.backbone(inputs), head.weight[:stop], head.bias[:stop])
 
 
 def train(
@@ -49,7 +51,7 @@ def train(
         for epoch in range(task.epochs):
             for batch in stream.train_loader(task.id, epoch):
                 active = columns(task.id)
-                logits = network(stream.prepare(batch).inputs)[:, active]
+                logits = network(stream.prepare(batch).inputs, active.stop)[:, active]
                 loss = F.cross_entropy(logits, batch.targets - (active.start or 0))
                 optimizer.zero_grad()
                 loss.backward()
