@@ -133,7 +133,7 @@ def load_exported(
         network.load_state_dict(state)
         gates = _put_back(record.get("gates", {"items": []}), tensors)
         module.host.gates = rebuild_gates(gates.values())
-        network.switch(max(opened, 0))
+        network.switch(network.resting_task)
     # A damaged or malicious file may raise any exception here.
     except Exception as error:
         said = " ".join(str(error).split())[:300].rstrip(".")

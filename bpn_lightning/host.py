@@ -46,6 +46,10 @@ class ContinualHost(Protocol):
         """The phase that runs."""
 
     @property
+    def trains_own_rows_only(self) -> bool:
+        """Whether of the head only the rows of the open task's own classes move."""
+
+    @property
     def global_rank(self) -> int:
         """The number of this process, from 0."""
 

@@ -50,12 +50,16 @@ class SampleLoss:
         loss: maps active logits ``(batch, classes)`` and targets ``(batch,)`` int64, relative to the
             first active class, to losses ``(batch,)``; None: cross-entropy.
 
+    Attributes:
+        without: classes that take part in no loss: those of forgotten tasks.
+
     Raises:
         ConfigurationError: it is neither a module nor a function, sums over samples, or has parameters.
     """
 
     def __init__(self, loss: LossFunction | None) -> None:
         self.loss = loss
+        self.without: Sequence[int] = ()
         self._parts: dict[tuple[object, ...], nn.Module] = {}  # by active classes, device and dtype
         if loss is None:
             return
@@ -75,6 +79,10 @@ class SampleLoss:
             targets: ``(batch,)`` int64, relative to the first active class.
             first: index of the first active class in the head.
         """
+        columns = self._columns(first, logits.shape[1])
+        if len(columns) < logits.shape[1]:
+            index = torch.tensor(columns, device=logits.device) - first
+            logits, targets = logits[:, index], torch.searchsorted(index, targets)
         if self.loss is None:
             return F.cross_entropy(logits, targets, reduction="none")
         if not isinstance(self.loss, nn.Module):
@@ -82,12 +90,18 @@ class SampleLoss:
         where = logits.device
         # Operations that autocast runs in full precision need weights in full precision.
         dtype = torch.float32 if torch.is_autocast_enabled(where.type) else logits.dtype
-        key = (first, logits.shape[1], where, dtype)
+        key = (columns, where, dtype)
         if key not in self._parts:
-            columns = slice(first, first + logits.shape[1])
             self._parts[key] = _of_columns(self.loss, columns).to(where, dtype)
         losses: Tensor = self._parts[key](logits, targets)
         return losses
+
+    def _columns(self, first: int, number: int) -> Sequence[int]:
+        """The classes of so many columns that take part, ascending."""
+        columns = range(first, first + number)
+        if not self.without:
+            return columns
+        return tuple(column for column in columns if column not in self.without)
 
     def by_task(
         self,
@@ -134,7 +148,8 @@ class SampleLoss:
                 )
         for first, stop in columns:
             logits = torch.linspace(-1, 1, 2 * (stop - first)).view(2, -1).requires_grad_()
-            targets = torch.tensor([0, stop - first - 1])
+            kept = self._columns(first, stop - first)
+            targets = torch.tensor([kept[0], kept[-1]]) - first
             rule = (
                 f"Expected loss to map logits (batch, {stop - first}) and targets (batch,) to losses "
                 "(batch,)"
@@ -195,7 +210,7 @@ def _weighted(loss: LossFunction) -> list[tuple[str, Tensor]]:
     return [(name, weight) for name, weight in weighted if isinstance(weight, Tensor)]
 
 
-def _of_columns(loss: nn.Module, columns: slice) -> nn.Module:
+def _of_columns(loss: nn.Module, columns: Sequence[int]) -> nn.Module:
     """A copy that returns one loss per sample, restricted to some classes."""
     copy = deepcopy(loss)
     for part in copy.modules():
@@ -204,9 +219,11 @@ def _of_columns(loss: nn.Module, columns: slice) -> nn.Module:
         if not isinstance(part, nn.modules.loss._WeightedLoss):
             continue
         if isinstance(part.weight, Tensor):
-            part.weight = part.weight[columns].to(
+            part.weight = part.weight[list(columns)].to(
                 torch.promote_types(part.weight.dtype, torch.half)
             )
         if isinstance(getattr(part, "ignore_index", None), int):
-            part.ignore_index -= columns.start
+            ignored = part.ignore_index
+            place = columns.index(ignored) if ignored in columns else -100
+            part.__dict__["ignore_index"] = place
     return copy

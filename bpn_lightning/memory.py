@@ -82,6 +82,13 @@ class EpisodicMemory:
         inputs = gather(host, task.id, own, drawn)
         self.add(inputs, own.targets[drawn].to(inputs.device))
 
+    def forget(self, task_id: int) -> None:
+        """Delete the samples of a task; the IDs of the others stay."""
+        kept = (self.tasks() != task_id).to(self.targets.device)
+        self.inputs, self.targets = self.inputs[kept], self.targets[kept]
+        if task_id < len(self.sizes):
+            self.sizes[task_id] = 0
+
     def batch(self, indices: Tensor) -> Batch:
         """Raw samples with their task IDs, for the host's ``prepare``.
 

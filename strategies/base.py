@@ -51,6 +51,8 @@ class ContinualStrategy(Callback):
     null_arguments: ClassVar[Mapping[str, Any] | None] = None
     #: Its first task is plain training; False if it acts from the first update on.
     plain_first_task: ClassVar[bool] = True
+    #: Works on what tasks share, so it is refused where that is frozen (``train="modes"``).
+    needs_trainable_core: ClassVar[bool] = False
     #: Entries of its ``state_dict`` that hold weights by parameter name, such as averages: when a stream
     #: goes on with new classes, their rows start as those of the network; any other entry's start as 0.
     weights_in_state: ClassVar[Collection[str]] = ()
@@ -107,6 +109,19 @@ class ContinualStrategy(Callback):
 
         ``host.batches(task.id, "train")`` yields this process's shard of the samples, each once.
         """
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """Overwrite what the state holds of a learned task; say what of it cannot be taken out.
+
+        Called outside of a fit. ``host.network.structure.freed_columns(task.id)`` are the rows of the head
+        that no other task has; what is in the network's modules is overwritten there.
+
+        Returns:
+            A phrase for each thing that stays, such as ``importances, summed over tasks``.
+        """
+        return (
+            ["its state, which it does not divide by task"] if tensors_in(self.state_dict()) else []
+        )
 
     def merged_weights(self, host: ContinualHost) -> Mapping[str, Tensor] | None:
         """Weights by name to swap in from a task's end until the next task starts; None: no swap.

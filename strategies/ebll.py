@@ -379,21 +379,41 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             )
             terms["lwf"] = self.distilled(student, teacher, heads)
         if self.encoders:
-            terms["ebll"] = self.code_term(students, teachers)
+            known = host.network.structure.known(range(self.num_encoders))
+            terms["ebll"] = self.code_term(students, teachers, known)
         return terms
 
-    def code_term(self, students: Sequence[Outputs], teachers: Sequence[Outputs]) -> Tensor:
-        """The code loss of these outputs, including alpha: ``(batch,)``."""
-        several = len(students) > 1  # one pair per encoder, or one for all
+    def code_term(
+        self,
+        students: Sequence[Outputs],
+        teachers: Sequence[Outputs],
+        tasks: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The code loss of these outputs, including alpha: ``(batch,)``.
+
+        Args:
+            students: one for each encoder of these tasks, or one for all.
+            teachers: likewise.
+            tasks: IDs; None: all.
+        """
+        tasks = range(self.num_encoders) if tasks is None else tasks
+        several = len(students) > 1
         losses = []
         for index, pair in enumerate(zip(students, teachers, strict=True)):
-            own = slice(index, index + 1) if several else slice(None)
+            own = list(tasks[index : index + 1] if several else tasks)
             weight, bias = self.encoders["weight"][own], self.encoders["bias"][own]
             student, teacher = (
                 codes(one.features, weight, bias) for one in pair if one.features is not None
             )
             losses.append(code_loss(student, teacher, self.alpha))
         return torch.stack(losses).sum(0)
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """LwF's; overwrite its encoder."""
+        self.encoders = {name: value.clone() for name, value in self.encoders.items()}
+        for value in self.encoders.values():
+            value[task.id : task.id + 1] = 0  # the last task has none
+        return super().forget(host, task)
 
     # --- bookkeeping -----------------------------------------------------------------------------
 

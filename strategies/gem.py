@@ -1,7 +1,7 @@
 """Gradient episodic memory (GEM) and averaged GEM (A-GEM)."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar, cast
 
@@ -150,6 +150,11 @@ class GradientEpisodicMemory(ContinualStrategy):
         """Store samples of the task, the same in every process."""
         self.memory.store(host, task, self.memory_size, self.memory_per)
 
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """Delete the task's samples."""
+        self.memory.forget(task.id)
+        return []
+
     def replay_indices(self, host: ContinualHost) -> tuple[Tensor, Tensor]:
         """The samples replayed in an update, and their groups.
 
@@ -157,14 +162,15 @@ class GradientEpisodicMemory(ContinualStrategy):
             Indices into the memory, and indices of groups in ascending order, each ``(samples,)`` on the
             CPU; each group is one constraint.
         """
-        return torch.arange(len(self.memory)), self.memory.tasks()
+        sizes = torch.tensor([size for size in self.memory.sizes if size])  # of tasks not forgotten
+        return torch.arange(len(self.memory)), torch.arange(len(sizes)).repeat_interleave(sizes)
 
     # --- an update -------------------------------------------------------------------------------
 
     def project_grad(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Replace the gradient by the nearest one that satisfies all constraints."""
         moving = {name: value for name, value in parameters.items() if value.grad is not None}
-        if not self.memory.sizes or not moving:
+        if not len(self.memory) or not moving:
             return
         gradients = [
             host.network.open_part(name, value.grad)
@@ -266,7 +272,7 @@ class GradientEpisodicMemory(ContinualStrategy):
         self, host: ContinualHost, parameters: Mapping[str, nn.Parameter], gradients: Tensor
     ) -> None:
         """Set the gradients of frozen head rows to 0; the module restores these rows after the step."""
-        if host.network.mask != "task" and host.phase.trains != "head":
+        if not host.trains_own_rows_only:
             return
         first, stop = host.network.tasks[host.network.opened].columns
         opened = {name: host.network.open_part(name, p) for name, p in parameters.items()}
@@ -307,12 +313,12 @@ class GradientEpisodicMemory(ContinualStrategy):
         A task adds inputs as the stream stores them, and labels. The paper counts three bytes per value
         of an image, as its Table I implies: 47,040 for 20 images of 784 values.
         """
-        tasks = host.network.tasks
+        tasks, sizes = host.network.tasks, self.memory.sizes
         samples = [self._samples(task) for task in tasks]
         dtype = self.memory.inputs.dtype
         if host.stream.has_data(0):
             dtype = stored_dtype(host, tasks[:1])
-        learned = sum(samples[: len(self.memory.sizes)])
+        learned = sum(one for one, size in zip(samples, sizes, strict=False) if size)
         return DeclaredBytes(
             training=memory_bytes(host, learned, self.memory.inputs.dtype),
             per_task=memory_bytes(host, samples[0], dtype),

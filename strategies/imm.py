@@ -18,6 +18,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
 from bpn_lightning.functional.penalties import merged_quadratic
 from bpn_lightning.host import ContinualHost
+from bpn_lightning.nn.head_rows import without_rows
 from bpn_lightning.nn.layers import TaskModule
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
@@ -86,6 +87,7 @@ class IncrementalMomentMatching(ContinualStrategy):
 
     regularizer: ClassVar[bool] = True
     needs_full_precision: ClassVar[bool] = True
+    needs_trainable_core: ClassVar[bool] = True
     weights_in_state: ClassVar[Collection[str]] = ("mean", "previous")
 
     _handles: Sequence[RemovableHandle] = ()  # of the hooks on the layers
@@ -225,6 +227,13 @@ class IncrementalMomentMatching(ContinualStrategy):
         self.mean, self.mass, self.masses = mean, mass, masses
         if self.strength or self.drop:
             self.previous = {name: value.detach().clone() for name, value in parameters.items()}
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """Overwrite its rows of the head; the rest is averaged over tasks."""
+        rows = host.network.structure.freed_columns(task.id)
+        self.mean, self.mass = without_rows(self.mean, rows), without_rows(self.mass, rows)
+        self.previous = without_rows(self.previous, rows)
+        return ["the average of all tasks' weights, and the weights before the last task"]
 
     def merged_weights(self, host: ContinualHost) -> Mapping[str, Tensor]:
         """The averages."""

@@ -12,6 +12,7 @@ from bpn_lightning.costs import DeclaredBytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.distillation import distillation_of_heads
 from bpn_lightning.host import ContinualHost
+from bpn_lightning.nn.head_rows import without_rows
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualStream, Phase, Task
 from bpn_lightning.teacher import Columns, Outputs, Teacher, concatenated_heads, student_outputs
@@ -23,7 +24,7 @@ HEADS = ("per_task", "joint")
 
 def _in_old_modes(host: ContinualHost, run: Callable[[], Outputs]) -> list[Outputs]:
     outputs = []
-    for task_id in range(host.network.opened):
+    for task_id in host.network.structure.known(range(host.network.opened)):
         with host.network.task_mode(task_id):
             outputs.append(run())
     return outputs
@@ -72,6 +73,7 @@ class LearningWithoutForgetting(ContinualStrategy):
     """
 
     regularizer: ClassVar[bool] = True
+    needs_trainable_core: ClassVar[bool] = True
     weights_in_state: ClassVar[Collection[str]] = ("teacher",)
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0}
 
@@ -149,7 +151,8 @@ class LearningWithoutForgetting(ContinualStrategy):
     def distills(self, host: ContinualHost) -> bool:
         """Whether there is something to distill; in a warm-up, old rows and features are frozen anyway."""
         fixed = host.phase.trains == "head" and not self._shared_head
-        return bool(self.teacher) and not fixed
+        old = host.network.structure.known(range(host.network.opened))
+        return bool(self.teacher and old) and not fixed
 
     # --- outputs of student and teacher ------------------------------------------------------------
 
@@ -178,7 +181,9 @@ class LearningWithoutForgetting(ContinualStrategy):
 
     def old_heads(self, host: ContinualHost) -> list[Columns]:
         """The output units to distill; shared ones are listed once, or once per mode."""
-        heads = [task.columns for task in host.network.tasks[: host.network.opened]]
+        network = host.network
+        old = network.structure.known(range(network.opened))
+        heads = [network.tasks[task_id].columns for task_id in old]
         return heads if host.network.has_modes else list(dict.fromkeys(heads))
 
     def distilled(self, student: Tensor, teacher: Tensor, heads: Sequence[Columns]) -> Tensor:
@@ -234,6 +239,12 @@ class LearningWithoutForgetting(ContinualStrategy):
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Discard the recorded logits."""
         self._recorded = None
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """Overwrite its rows of the teacher's head; the rest is shared."""
+        rows = host.network.structure.freed_columns(task.id)
+        self.teacher.tensors = without_rows(self.teacher.tensors, rows)
+        return ["the teacher, a copy of the shared weights"] if self.teacher else []
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """Training: a copy of the shared weights and float buffers, from the second task on."""

@@ -6,7 +6,7 @@ added after gradients are reduced over processes and unscaled, so it is the same
 cannot overflow in fp16.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,7 +24,9 @@ from bpn_lightning.functional.penalties import (
     proximal_weights,
 )
 from bpn_lightning.host import ContinualHost
+from bpn_lightning.nn.head_rows import without_rows
 from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
+from bpn_lightning.tasks import Task
 
 __all__ = ["UPDATES", "PenaltyStrategy", "QuadraticPenalty", "Update"]
 
@@ -90,6 +92,11 @@ class QuadraticPenalty:
         anchor = {name: value.detach().clone() for name, value in solution.items()}
         self.importance = {**self.importance, **importance}
         self.anchor = {**self.anchor, **anchor}
+
+    def forget_rows(self, rows: slice) -> None:
+        """Overwrite rows of the head by 0, which nothing holds back."""
+        self.importance = without_rows(self.importance, rows)
+        self.anchor = without_rows(self.anchor, rows)
 
     def value(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The penalty of these parameters without its strength, a scalar."""
@@ -190,6 +197,11 @@ class PenaltyStrategy(ContinualStrategy):
         """The penalized parameters: the shared ones, with or without the head."""
         include = host.network.mask != "task" if self.include_head is None else self.include_head
         return host.network.shared_parameters(include_head=include)
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """Overwrite its rows of the head; the rest is of all tasks together."""
+        self.penalty.forget_rows(host.network.structure.freed_columns(task.id))
+        return ["importances and anchors, merged over tasks"] if self.penalty else []
 
     # --- an update -------------------------------------------------------------------------------
 

@@ -203,6 +203,12 @@ class ParameterSuperposition(ContinualStrategy):
         layers = host.network.linear_layers().items()
         return {name: layer for name, layer in layers if isinstance(layer, ComplexLinear)}
 
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """The module overwrites its key, which the seed gives again."""
+        return [
+            "its network, superposed in the shared weights: its key follows from the stream's seed"
+        ]
+
     # --- costs -----------------------------------------------------------------------------------
 
     def held_tensors(self, host: ContinualHost) -> HeldTensors:

@@ -1,6 +1,6 @@
 """Synaptic intelligence."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bpn_lightning.checks import check_above_zero, check_choice
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.host import ContinualHost
+from bpn_lightning.nn.head_rows import without_rows
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
 from bpn_lightning.tasks import Task
 
@@ -158,6 +159,11 @@ class SynapticIntelligence(PenaltyStrategy):
         }
         self.penalty.replace(importance, trained)
         self.path = {name: torch.zeros_like(value) for name, value in self.path.items()}
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """Overwrite its rows of the head, in the path as well."""
+        self.path = without_rows(self.path, host.network.structure.freed_columns(task.id))
+        return super().forget(host, task)
 
     def state_dict(self) -> dict[str, Any]:
         """Importances, anchors, and the path so far."""

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from bpn_lightning.checks import check_above_zero, check_choice, check_number
 from bpn_lightning.costs import DeclaredBytes
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.functional.gradients import Columns
 from bpn_lightning.functional.importance import mean_over_task, squared_lengths
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.execution import differentiable
@@ -100,6 +101,7 @@ class SLNID(MemoryAwareSynapses):
 
     penalty_name: ClassVar[str] = "slnid"
     plain_first_task: ClassVar[bool] = False
+    needs_trainable_core: ClassVar[bool] = True
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "sparsity": 0.0}
 
     _handles: Sequence[RemovableHandle] = ()  # of the hooks on the layers
@@ -242,7 +244,7 @@ class SLNID(MemoryAwareSynapses):
             for name, units in self.units.items()
         }
 
-        def absolutes(batch: Batch, columns: slice) -> dict[str, Tensor]:
+        def absolutes(batch: Batch, columns: Columns) -> dict[str, Tensor]:
             parts = {name: network.get_submodule(name) for name in self.units}
             with torch.enable_grad(), differentiable(network), _before(parts) as edges:
                 logits = network(batch.inputs)[:, columns]
@@ -251,6 +253,11 @@ class SLNID(MemoryAwareSynapses):
             return {name: g.abs().sum(0) for name, g in zip(edges, found, strict=True)}
 
         return mean_over_task(host, task.id, like, absolutes)
+
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """MAS's; the importances of units are sums over tasks too."""
+        units = ["importances of units, summed over tasks"] if self.alpha else []
+        return [*super().forget(host, task), *units]
 
     # --- state and costs -------------------------------------------------------------------------
 

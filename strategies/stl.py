@@ -39,6 +39,7 @@ class IndependentNetworks(ContinualStrategy):
 
     exclusive: ClassVar[bool] = True
     needs_task_id: ClassVar[bool] = True
+    needs_trainable_core: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.reset()

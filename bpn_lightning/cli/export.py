@@ -26,11 +26,12 @@ def main(argv: Sequence[str]) -> int:
         0, 2 on a usage error, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    print(printable(_export(Path(arguments.run), Path(arguments.out), arguments.trust)))
+    folder = _export(Path(arguments.run), Path(arguments.out), arguments.trust, arguments.forget)
+    print(printable(folder))
     return 0
 
 
-def _export(run: Path, out: Path, trust: bool) -> Path:
+def _export(run: Path, out: Path, trust: bool, forget: Sequence[int]) -> Path:
     backbone, mask = _configured(run / "config.yaml", trust)
     from bpn_lightning.export import export_module  # slow: imports torch and lightning
     from bpn_lightning.model.module import ContinualModule
@@ -39,6 +40,15 @@ def _export(run: Path, out: Path, trust: bool) -> Path:
     module = ContinualModule.load_from_checkpoint(
         checkpoint, map_location="cpu", backbone=backbone, mask=mask
     )
+    for number in forget:
+        if not 1 <= number <= module.closed + 1:
+            raise ConfigurationError(
+                f"Expected --forget to be the number of a task that the run has learned, from 1 to "
+                f"{module.closed + 1}, but got {number}."
+            )
+        for line in module.forget(number - 1):
+            note = printable(f"task {number} is forgotten, but for {line}")
+            print(f"bpn-export: {note}", file=sys.stderr)
     return export_module(module, out)
 
 
@@ -85,6 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run of bpn-fit")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist yet")
+    parser.add_argument(
+        "--forget",
+        metavar="TASK",
+        type=int,
+        nargs="+",
+        default=[],
+        help="numbers of tasks, from 1, whose mode, rows of the head and statistics of gates are left "
+        "out; prints what of them cannot be taken out",
+    )
     parser.add_argument(
         "--trust",
         action="store_true",

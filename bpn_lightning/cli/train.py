@@ -166,6 +166,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         held,
         results.parent,
         module.unsettled,
+        module.overtaken,
     )
     if module.gate_scores:
         gate_table(Console(), gate_results(module.gate_scores), front, summary["average"])

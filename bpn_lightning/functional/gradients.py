@@ -31,6 +31,7 @@ __all__ = ["cross_entropies", "layer_sums", "sample_gradient_sums", "sums_have_c
 CHUNK = 2**24
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+Columns = slice | Tensor
 Loss = Callable[[Tensor, Tensor], Tensor]
 Measure = Callable[[Tensor], Tensor]
 
@@ -116,7 +117,7 @@ def sample_gradient_sums(
     parameters: Mapping[str, nn.Parameter],
     inputs: Tensor,
     choose: Choose,
-    columns: slice,
+    columns: Columns,
     *,
     loss: Loss = cross_entropies,
     measure: Measure = torch.square,
@@ -165,7 +166,7 @@ def sums_have_closed_forms(
     module: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     sample: Tensor,
-    columns: slice,
+    columns: Columns,
     measure: Measure = torch.square,
 ) -> bool:
     """Whether the closed forms agree with autograd on one sample.
@@ -199,7 +200,7 @@ def _closed_sums(
     parameters: Mapping[str, nn.Parameter],
     inputs: Tensor,
     choose: Choose,
-    columns: slice,
+    columns: Columns,
     loss: Loss,
     measure: Measure,
 ) -> dict[str, Tensor] | None:
@@ -229,7 +230,7 @@ def _mapped_sums(
     parameters: Mapping[str, nn.Parameter],
     inputs: Tensor,
     choose: Choose,
-    columns: slice,
+    columns: Columns,
     loss: Loss,
     measure: Measure,
     elements: int | None,
@@ -260,7 +261,7 @@ def _sums_one_by_one(
     parameters: Mapping[str, nn.Parameter],
     inputs: Tensor,
     choose: Choose,
-    columns: slice,
+    columns: Columns,
     loss: Loss,
     measure: Measure,
 ) -> dict[str, Tensor]:

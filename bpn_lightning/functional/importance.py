@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bpn_lightning.errors import DataError
 from bpn_lightning.functional.gradients import (
     Choose,
+    Columns,
     Loss,
     Measure,
     cross_entropies,
@@ -42,7 +43,7 @@ def mean_over_task(
     host: ContinualHost,
     task_id: int,
     like: Mapping[str, Tensor],
-    sums_of: Callable[[Batch, slice], Mapping[str, Tensor]],
+    sums_of: Callable[[Batch, Columns], Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Means over all training samples of a task, from sums over batches.
 
@@ -65,7 +66,7 @@ def mean_over_task(
     sums = {name: torch.zeros_like(value) for name, value in like.items()}
     count = torch.zeros((), dtype=torch.float64, device=host.device)
     with host.network.task_mode(task_id), evaluation_mode(host.network):
-        columns = slice(*host.network.columns(task_id))
+        columns = host.network.active_columns(task_id)
         for batch in host.batches(task_id, "train"):
             found = sums_of(batch, columns)
             if sums:
@@ -82,11 +83,11 @@ def _measured(
     parameters: Mapping[str, nn.Parameter],
     loss: Loss,
     measure: Measure,
-) -> Callable[[Tensor, Choose, slice], dict[str, Tensor]]:
+) -> Callable[[Tensor, Choose, Columns], dict[str, Tensor]]:
     """Sums over the samples of a batch; closed forms are validated on the first batch."""
     known: list[bool] = []
 
-    def sums(inputs: Tensor, choose: Choose, columns: slice) -> dict[str, Tensor]:
+    def sums(inputs: Tensor, choose: Choose, columns: Columns) -> dict[str, Tensor]:
         if not known and len(inputs):  # this process's shard of a batch may be empty
             sample = inputs[:1]
             known.append(sums_have_closed_forms(module, parameters, sample, columns, measure))
@@ -139,15 +140,23 @@ def fisher_diagonal(
     """
     sums_of = _measured(host.network, parameters, cross_entropies, torch.square)
 
-    def squares(batch: Batch, columns: slice) -> dict[str, Tensor]:
+    def squares(batch: Batch, columns: Columns) -> dict[str, Tensor]:
         draws = batch.inputs.new_empty(0)
         if labels == "sampled":
             whole = torch.rand(batch.global_size, generator=generator, device=host.device)
             draws = whole[batch.start : batch.start + len(batch.targets)]
-        choose = _label_choice(labels, batch.targets - columns.start, draws)
+        choose = _label_choice(labels, _relative(batch.targets, columns), draws)
         return sums_of(batch.inputs, choose, columns)
 
     return mean_over_task(host, task_id, parameters, squares)
+
+
+def _relative(targets: Tensor, columns: Columns) -> Tensor:
+    """The place of each target among these columns."""
+    if isinstance(columns, Tensor):
+        return torch.searchsorted(columns, targets)
+    first: int = columns.start
+    return targets - first
 
 
 def _label_choice(
@@ -201,7 +210,7 @@ def output_sensitivity(
     """
     sums_of = _measured(host.network, parameters, squared_lengths, torch.abs)
 
-    def absolutes(batch: Batch, columns: slice) -> dict[str, Tensor]:
+    def absolutes(batch: Batch, columns: Columns) -> dict[str, Tensor]:
         return sums_of(batch.inputs, _no_label, columns)
 
     return mean_over_task(host, task_id, parameters, absolutes)

@@ -77,6 +77,23 @@ class GroupSums(NamedTuple):
             self.second + other.second,
         )
 
+    def only(self, kept: Tensor, centers: Tensor | None = None) -> "GroupSums":
+        r"""Those of some groups, where all share their second moments.
+
+        The scatter of the others cannot be told from theirs, so what is left is that of all groups, with
+        the weight of the samples that are left: :math:`\frac{n'}{n} S + \sum_{g} f_g f_g^T / n_g` over the
+        groups that are kept; nothing of the others' means is in it.
+
+        Args:
+            kept: ``(groups,)`` bool.
+            centers: as of :meth:`scatter`.
+        """
+        centers = self.means if centers is None else centers
+        own = kept.to(self.counts.device)
+        left = GroupSums(self.counts[own], self.first[own], torch.zeros_like(self.second))
+        share = left.counts.sum() / self.counts.sum().clamp(min=1)
+        return left._replace(second=self.scatter(centers) * share - left.scatter(centers[own]))
+
     def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> "GroupSums":
         """Those of the samples of all processes."""
         return GroupSums(*(all_reduce(tensor) if tensor.numel() else tensor for tensor in self))

@@ -8,6 +8,7 @@
     ├── gates                    what each answers by, to answer without callbacks; exports have the same
     ├── seed, strategies         of the run, to be compared: strategies by their state keys
     ├── cursor                   where in the stream the module is
+    ├── frozen_core              whether what tasks share is frozen in the open task
     ├── early_stopping, optimization, history
     ├── training_weights         while merged ones are in their place
     ├── random_states            of every process
@@ -59,6 +60,7 @@ def save_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
         "seed": host.stream.seed,
         "strategies": _state_keys(host),
         "cursor": host.cursor.state_dict(),
+        "frozen_core": host.core.frozen_in_open_task,
         "early_stopping": loop.early_stopping.state_dict(),
         "optimization": loop.optimization.state_dict(),
         "history": loop.history.state_dict(loop.right_answers()),
@@ -93,6 +95,7 @@ def load_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
     structure = Structure.read(saved["structure"])
     host = loop.host
     resuming = host.has_trainer and host.trainer.state.fn == "fit"
+    _check_forgotten(host, structure)
     learned = len(structure.tasks)
     growing = resuming and is_continued(host, structure)
     _check_same_run(host, structure, saved, resuming, growing)
@@ -111,6 +114,7 @@ def load_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
     loop.history.load_state_dict(saved["history"])
     if resuming:
         host.cursor.load_state_dict(saved["cursor"], learned if growing else None)
+        _set_frozen(host, saved.get("frozen_core", False))
         loop.optimization.load_state_dict(saved["optimization"])
         loop.random_state = _own_random_state(host, saved["random_states"])
     else:
@@ -175,6 +179,15 @@ def _check_same_run(
         )
 
 
+def _check_forgotten(host: Host, structure: Structure) -> None:
+    again = set(host.network.structure.forgotten) - set(structure.forgotten)
+    if again:
+        raise CheckpointError(
+            f"Expected a checkpoint without task {min(again)}, which this module has forgotten, but got one "
+            "that holds it. Delete it, and use one that was saved after module.forget."
+        )
+
+
 def _check_resumable(checkpoint: Mapping[str, Any], unfinished: Mapping[str, int] | None) -> None:
     if "optimizer_states" not in checkpoint:
         raise CheckpointError(
@@ -187,6 +200,19 @@ def _check_resumable(checkpoint: Mapping[str, Any], unfinished: Mapping[str, int
             f"after {unfinished['done']} of its {unfinished['needed']} batches, whose gradients are in no "
             "checkpoint. Resume another one; bpn-fit takes them after updates only."
         )
+
+
+def _set_frozen(host: Host, frozen: bool) -> None:
+    """Freeze what the open task's optimizer, which the checkpoint has the state of, does not train."""
+    network = host.network
+    if network.closed < network.opened and frozen != host.core.freezes(network.opened):
+        raise CheckpointError(
+            f"Expected train and train_first to be what task {network.opened} was begun with, where its "
+            f"shared weights were {'frozen' if frozen else 'trained'}, but got {host.core.train!r} and "
+            f"{host.core.train_first!r}. They may change between two tasks."
+        )
+    host.core.set_frozen(frozen)
+    host.core.frozen_in_open_task = frozen
 
 
 def _own_random_state(host: Host, states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class Cursor:
 
     @property
     def task(self) -> int:
-        """The task whose mode holds outside of a fit: the open one, or the first."""
-        return max(self.network.opened, 0)
+        """The task whose mode holds outside of a fit: the open one, or the first; none that is forgotten."""
+        return self.network.resting_task
 
     def begin_task(self, task: int) -> None:
         """Open a task, with its first phase."""

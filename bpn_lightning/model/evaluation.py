@@ -35,13 +35,16 @@ def evaluate(
         observe: called with the same logits, of every batch.
 
     Returns:
-        ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
+        ``(tasks,)`` float64, fractions of the samples; NaN where a task has none, or was forgotten.
     """
     network = host.network
+    forgotten = network.structure.forgotten
     ids = range(len(network.tasks)) if tasks is None else tasks
     counts = torch.zeros(2, len(ids), dtype=torch.float64, device=host.device)
     with evaluation_mode(network):
         for index, task in enumerate(ids):
+            if task in forgotten:
+                continue
             with network.task_mode(task):
                 for batch in _batches(host, task, split):
                     logits = network(batch.inputs)
@@ -72,7 +75,7 @@ def evaluate_task_agnostic(
         max_samples: samples of each task, drawn alike for every method; None: all.
 
     Returns:
-        ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
+        ``(tasks,)`` float64, fractions of the samples; NaN where a task has none, or was forgotten.
 
     Raises:
         ConfigurationError: every task has a head of its own, so that there is no common answer.
@@ -84,9 +87,12 @@ def evaluate_task_agnostic(
             "Use evaluate, or train with another mask."
         )
     counts = torch.zeros(2, len(tasks), dtype=torch.float64, device=host.device)
-    modes = tasks if network.has_modes else tasks[-1:]
+    known = network.structure.known(tasks)
+    modes = known if network.has_modes else known[-1:]
     with evaluation_mode(network):
         for index, task in enumerate(tasks):
+            if task not in known:
+                continue
             for batch in _batches(host, task, split, max_samples):
                 chosen = most_confident(network, batch.inputs, modes).argmax(1)
                 counts[0, index] += (chosen == batch.targets).sum()

@@ -40,13 +40,18 @@ def find_gate(host: Host, name: str | None) -> TaskGate:
             "Expected a gate to be asked after a task was learned, but got inputs before any was. Call "
             "trainer.fit(module, stream) first."
         )
+    if not host.network.structure.known(range(host.network.closed + 1)):
+        raise ConfigurationError(
+            "Expected a learned task that is not forgotten, but all of them are. Learn another one first."
+        )
     return next(iter(known.values())) if name is None else known[name]
 
 
 def task_probabilities(host: Host, gate: TaskGate, inputs: Tensor) -> Tensor:
     """Of the learned tasks, ``(batch, tasks)``, of inputs as gates see them."""
-    seen = _looked_at(host, gate, inputs, host.network.closed + 1)
-    return gate.task_log_probabilities(seen).exp()
+    learned = host.network.closed + 1
+    seen = _looked_at(host, gate, inputs, learned)
+    return _log_probabilities(host, gate, seen, learned).exp()
 
 
 def answer(host: Host, gate: TaskGate, inputs: Tensor) -> Tensor:
@@ -60,8 +65,10 @@ def answer(host: Host, gate: TaskGate, inputs: Tensor) -> Tensor:
     Returns:
         ``(batch, num_classes)``; -inf for the columns that the mask leaves out.
     """
-    seen = _looked_at(host, gate, inputs, host.network.closed + 1)
-    first, mixture = mixed(host, inputs, gate.task_log_probabilities(seen), gate.modes)
+    learned = host.network.closed + 1
+    seen = _looked_at(host, gate, inputs, learned)
+    found = _log_probabilities(host, gate, seen, learned)
+    first, mixture = mixed(host, inputs, found, gate.modes)
     return first if gate.modes == 1 else mixture
 
 
@@ -79,7 +86,8 @@ def mixed(
     Returns:
         Logits in the likeliest task's mode, and the formula, ``(batch, num_classes)`` each.
     """
-    weights, tasks = log_probabilities.topk(min(modes, log_probabilities.shape[1]), 1)
+    known = host.network.structure.known(range(log_probabilities.shape[1]))
+    weights, tasks = log_probabilities.topk(min(modes, len(known)), 1)
     answers = [host.network(host.for_modes(inputs, task), task=task) for task in tasks.unbind(1)]
     joint = [
         weight[:, None] + logits.log_softmax(1)
@@ -91,16 +99,35 @@ def mixed(
 def mode_logits(host: Host, inputs: Tensor, tasks: int) -> Tensor:
     """What each of the first tasks' modes says at its own columns, ``(tasks, batch, columns)``.
 
-    Modes of fewer columns than others have -inf in the rest.
+    Without those that were forgotten. Modes of fewer columns than others have -inf in the rest.
     """
     network, found = host.network, []
-    for task in range(tasks):
-        first, stop = network.columns(task)
-        found.append(network(host.for_modes(inputs, task), task=task)[:, first:stop])
+    for task in network.structure.known(range(tasks)):
+        logits = network(host.for_modes(inputs, task), task=task)
+        found.append(logits[:, network.active_columns(task)])
     widest = max(logits.shape[1] for logits in found)
     return torch.stack(
         [F.pad(logits, (0, widest - logits.shape[1]), value=-torch.inf) for logits in found]
     )
+
+
+def _scores(host: Host, gate: TaskGate, seen: Tensor, learned: int) -> Tensor:
+    """Log-scores of the learned tasks, ``(batch, tasks)``, -inf of those that were forgotten."""
+    scores, structure = gate.task_scores(seen), host.network.structure
+    if not structure.forgotten:
+        return scores
+    known = structure.known(range(learned))
+    if gate.looks_at == "features":  # of its last rows' task, or of all
+        scores = scores[:, known]
+    whole = scores.new_full((len(scores), learned), -torch.inf)
+    whole[:, known] = scores
+    return whole
+
+
+def _log_probabilities(host: Host, gate: TaskGate, seen: Tensor, learned: int) -> Tensor:
+    if not host.network.structure.forgotten:
+        return gate.task_log_probabilities(seen)
+    return _scores(host, gate, seen, learned).log_softmax(1)
 
 
 def _looked_at(host: Host, gate: TaskGate, inputs: Tensor, learned: int) -> Tensor:
@@ -155,7 +182,7 @@ def evaluate_gates(host: Host, tasks: Iterable[int], learned: int, epoch: int) -
         for name in host.gates
     }
     with evaluation_mode(network):
-        for task in filter(host.stream.has_data, tasks):
+        for task in filter(host.stream.has_data, network.structure.known(tasks)):
             for batch in host.gate_batches(task, "test"):
                 # Made when the first gate asks, then kept for the others.
                 logits = cache(partial(mode_logits, host, batch.inputs, learned))
@@ -163,7 +190,8 @@ def evaluate_gates(host: Host, tasks: Iterable[int], learned: int, epoch: int) -
                     features = gate.looks_at == "features"
                     seen = batch.inputs.flatten(1) if features else logits()
                     given = task if task < learned else None
-                    _add(host, gate, sums[name], (batch.inputs, seen), batch.targets, given)
+                    scores = _scores(host, gate, seen, learned)
+                    _add(host, gate, sums[name], (batch.inputs, seen, scores), batch.targets, given)
     return [_record(host, gate, sums[name], learned, epoch) for name, gate in host.gates.items()]
 
 
@@ -171,13 +199,12 @@ def _add(
     host: Host,
     gate: TaskGate,
     sums: _Sums,
-    inputs_and_seen: tuple[Tensor, Tensor],
+    inputs_seen_scores: tuple[Tensor, Tensor, Tensor],
     targets: Tensor,
     task: int | None,
 ) -> None:
     """Count a batch of a learned task; of another one, None, its scores only."""
-    inputs, seen = inputs_and_seen
-    scores = gate.task_scores(seen)
+    inputs, seen, scores = inputs_seen_scores
     (sums.unlearned if task is None else sums.learned).append(scores.amax(1).double())
     if task is None:
         return

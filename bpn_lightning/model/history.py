@@ -31,6 +31,8 @@ class History:
 
         gate_scores: what gates answered, in the order of moments; see
             :class:`~bpn_lightning.metrics.gate_scores.GateScores`.
+        overtaken: of each learned task, the fraction of its test samples that were last answered with a
+            class of a later task, None where not measured; empty where no core is frozen.
 
     State: plain values.
 
@@ -47,6 +49,7 @@ class History:
         self.settling = Settling()
         self.metrics: list[dict[str, Any]] = []
         self.gate_scores: list[GateScores] = []
+        self.overtaken: list[float | None] = []
         self._points: list[dict[str, Any]] = []  # only what the matrix lacks
 
     def add_point(self, accuracy: Tensor, task: int, epoch: int) -> None:
@@ -84,6 +87,7 @@ class History:
             "curve": [dict(point) for point in self._points],
             "metrics": [dict(one) for one in self.metrics],
             "gate_scores": [dict(one) for one in self.gate_scores],
+            "overtaken": list(self.overtaken),
             "settling": self.settling.state(right),
         }
 
@@ -92,11 +96,15 @@ class History:
         self._points = [dict(point) for point in state["curve"]]
         self.metrics = [dict(one) for one in state["metrics"]]
         self.gate_scores = [cast(GateScores, dict(one)) for one in state.get("gate_scores", ())]
+        self.overtaken = list(state.get("overtaken", ()))
         self.settling.load(state["settling"])
 
 
 def stream_metrics(
-    host: Host, current_only: bool, gate_scores: Iterable[GateScores] = ()
+    host: Host,
+    current_only: bool,
+    gate_scores: Iterable[GateScores] = (),
+    overtaken: Iterable[float | None] = (),
 ) -> dict[str, float]:
     """What is known between two tasks; figures that do not exist yet are left out.
 
@@ -107,6 +115,7 @@ def stream_metrics(
         host: of the network whose tasks are learned.
         current_only: whether each task is tested right after it is learned, and no other is.
         gate_scores: of all moments.
+        overtaken: see :class:`History`.
     """
     network = host.network
     learned, matrix = network.closed + 1, network.accuracy_matrix
@@ -129,6 +138,9 @@ def stream_metrics(
         stored = bytes_per_task(host.strategies, host)
         metrics |= {f"bytes_held/{name}": value for name, value in held.items()}
         metrics |= {f"bytes_per_task/{name}": value for name, value in stored.items()}
+    old = [value for value in [*overtaken][:-1] if value is not None]
+    if old:
+        metrics["overtaken/average"] = fmean(old)
     for one in gate_scores:
         if one["after"] == learned:
             metrics |= gate_metrics(one)

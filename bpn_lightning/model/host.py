@@ -11,6 +11,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.losses import LossFunction, SampleLoss
 from bpn_lightning.model.cursor import Cursor
 from bpn_lightning.model.front import describe
+from bpn_lightning.model.frozen_core import FrozenCore
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.preparation import prepare_raw
@@ -29,6 +30,7 @@ class Host:
         module: has the trainer, the device and the loggers.
         network: that learns.
         loss: of each sample; see :class:`~bpn_lightning.losses.SampleLoss`.
+        core: what tasks share, which may be frozen.
 
     Attributes:
         cursor: where in the stream it is.
@@ -44,10 +46,15 @@ class Host:
     """
 
     def __init__(
-        self, module: LightningModule, network: ContinualNetwork, loss: LossFunction | None
+        self,
+        module: LightningModule,
+        network: ContinualNetwork,
+        loss: LossFunction | None,
+        core: FrozenCore,
     ) -> None:
         self.module = module
         self.network = network
+        self.core = core
         self.sample_loss = SampleLoss(loss)
         self.cursor = Cursor(network)
         self.strategies: Sequence[ContinualStrategy] = ()
@@ -176,11 +183,16 @@ class Host:
         """The strategy that declared the phase that runs."""
         return self.phase_owners[self.cursor.task, self.phase.name]
 
+    @property
+    def trains_own_rows_only(self) -> bool:
+        """Whether of the head only the rows of the open task's own classes move."""
+        return self.network.mask == "task" or self.phase.trains == "head" or self.core.frozen
+
     def training_tasks(self, task_id: int) -> list[int]:
-        """The tasks whose data a task is trained on: its own, and what a strategy adds."""
+        """The tasks whose data a task is trained on: its own, and what a strategy adds of those known."""
         task = self.network.tasks[task_id]
         wanted = (strategy.training_tasks(task) for strategy in self.strategies)
-        return sorted({task_id}.union(*wanted))
+        return self.network.structure.known(sorted({task_id}.union(*wanted)))
 
     # --- the fit ---------------------------------------------------------------------------------
 
@@ -232,6 +244,7 @@ class Host:
             ``(batch,)``.
         """
         network = self.network
+        self.sample_loss.without = network.structure.forgotten_columns
         if isinstance(task, int):
             first, stop = network.columns(task)
             return self.sample_loss(logits[:, first:stop], targets - first, first)

@@ -1,5 +1,6 @@
 """What is refused before a stream is learned, and the schedule of its phases."""
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 from bpn_lightning.datamodules.base import ContinualDataModule
@@ -9,6 +10,7 @@ from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.execution import check_layers_are_called
+from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.gates.base import TaskGate, check_gate_names
 from bpn_lightning.tasks import Phase, Schedule, dry_inputs
@@ -87,9 +89,14 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     if stage == "fit" and host.network.opened < 0:
         for strategy in host.strategies:
             strategy.reset()
-    for strategy in host.strategies:
-        strategy.configure(host, stream)
+    frozen = host.core.freezes(host.cursor.task)
+    # A glance at a weight with spectral norm moves that norm's buffers in training mode.
+    with evaluation_mode(host.network.backbone) if frozen else nullcontext():
+        for strategy in host.strategies:
+            strategy.configure(host, stream)
     host.network.switch(host.cursor.task)
+    if stage == "fit":  # before processes share gradients, and optimizers are made
+        host.core.begin_task(host.cursor.task)
     check_layers_are_called(host.network, dry_inputs(host.network.structure, 2, host.device))
 
 
@@ -143,6 +150,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
         ConfigurationError: names what does not fit, and the remedy.
     """
     trainer, tasks, structure = host.trainer, host.network.tasks, host.network.structure
+    host.sample_loss.without = structure.forgotten_columns
     host.sample_loss.check(structure.num_classes, structure.column_sets())
     if loop.metrics:
         processes = trainer.world_size
@@ -151,6 +159,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
         TaskMetrics(loop.metrics).check(structure.num_classes, firsts, processes)
     methods = [one for one in host.strategies if not isinstance(one, TaskGate)]
     check_composition(host, methods)  # gates look on, whatever trains
+    host.core.check(host.strategies)
     planned = len(host.cursor.schedule.phases) == len(tasks)
     if host.network.opened < 0 or not planned:  # one that learned before keeps its schedule
         plan_schedule(host)

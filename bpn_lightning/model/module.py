@@ -20,6 +20,8 @@ from bpn_lightning.model.checkpoint import load_state, loading, save_state
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate
 from bpn_lightning.model.extending import Extension
+from bpn_lightning.model.forgetting import forget
+from bpn_lightning.model.frozen_core import FrozenCore, Trains
 from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
@@ -66,6 +68,10 @@ class ContinualModule(HookNameAsPlainAttribute):
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
+        train: what a task trains: ``all``, or its ``modes`` alone: bias units and its own rows of the head,
+            while backbone and running statistics, and a head that all tasks share, are frozen.
+        train_first: the same of the stream's first task, so that a core is learned whole and then frozen;
+            None: as ``train``.
         reserve_classes: columns of the head, if more than the stream has classes; with the mask ``all``
             only, where the classes of tasks to come take part from the first task on. A stream that goes
             on within them learns as if all its tasks had been known.
@@ -106,6 +112,8 @@ class ContinualModule(HookNameAsPlainAttribute):
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
         mask: Mask = "all",
+        train: Trains = "all",
+        train_first: Trains | None = None,
         reserve_classes: int | None = None,
         loss: LossFunction | None = None,
         metrics: Metrics | None = None,
@@ -117,7 +125,8 @@ class ContinualModule(HookNameAsPlainAttribute):
     ) -> None:
         super().__init__()
         self.network = ContinualNetwork(backbone, mask, front, reserve_classes)
-        self.host = Host(self, self.network, loss)
+        core = FrozenCore(self.network, train, train_first)
+        self.host = Host(self, self.network, loss, core)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
             self.host, optimizer, scheduler, scheduler_interval, scheduler_monitor
@@ -220,6 +229,14 @@ class ContinualModule(HookNameAsPlainAttribute):
         """
         return self.history.settling.unsettled
 
+    @property
+    def overtaken(self) -> Sequence[float | None]:
+        """Of each learned task, the fraction of its test samples answered with a class of a later task.
+
+        Where ``train`` is ``modes`` and all classes compete, all that is forgotten is forgotten so; else empty.
+        """
+        return self.history.overtaken
+
     # --- what it answers -------------------------------------------------------------------------
 
     def attach(self, stream: ContinualStream) -> None:
@@ -262,6 +279,10 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.model.evaluation.evaluate`."""
         return evaluate(self.host, tasks, split)
 
+    def forget(self, task: int) -> list[str]:
+        """Overwrite what is stored of a task, and list what cannot be; see :func:`bpn_lightning.model.forgetting.forget`."""
+        return forget(self.host, task)
+
     def predict(
         self, images: Tensor, task: "int | Tensor | None" = None, gate: str | None = None
     ) -> Tensor:
@@ -297,6 +318,7 @@ class ContinualModule(HookNameAsPlainAttribute):
     def on_fit_start(self) -> None:
         """Let strategies refuse what cannot be right, and move their tensors to the device."""
         self.host.mark_front(training=True)
+        self.host.core.set_flags(training=True)
         self._extension.forget()
         self.task_loop.end_random_state = None
         check_strategies(self.host, self.optimization)
@@ -362,6 +384,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.task_loop.restore_random_state()
         self.host.mark_front(training=False)
         self.on_train_end()
+        self.host.core.set_flags(training=True)
         self.task_loop.warn_of_unlearned_tasks()
         self.task_loop.end_random_state = random_state()
         self._extension.trainer = self.trainer
@@ -382,7 +405,8 @@ class ContinualModule(HookNameAsPlainAttribute):
         task = self.host.cursor.task
         self.log("val/loss", float(losses[task]))
         self.log("val/accuracy", float(accuracy[task]), prog_bar=True)
-        self.log("val/average_accuracy", float(accuracy[: task + 1].mean()))
+        known = self.network.structure.known(range(task + 1))
+        self.log("val/average_accuracy", float(accuracy[known].mean()))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

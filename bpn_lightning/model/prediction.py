@@ -178,10 +178,14 @@ def _a_task(task: "int | Tensor | None") -> int:
     return 0 if task is None else task
 
 
-def _modes(network: ContinualNetwork) -> range:
-    """Of the learned tasks; one where all answer alike."""
-    learned = max(network.closed, 0)
-    return range(learned + 1) if network.has_modes else range(learned, learned + 1)
+def _modes(network: ContinualNetwork) -> list[int]:
+    """Of the learned tasks that are not forgotten; one where all answer alike."""
+    known = network.structure.known(range(max(network.closed, 0) + 1))
+    if not known:
+        raise ConfigurationError(
+            "Expected a learned task that is not forgotten, but all of them are. Learn another one first."
+        )
+    return known if network.has_modes else known[-1:]
 
 
 def _prepared(host: Host, images: Tensor, task: "int | Tensor") -> Tensor:

@@ -54,6 +54,7 @@ def rebuild(network: ContinualNetwork, structure: Structure, state: Mapping[str,
     if network.head is None:
         features = _features(network.backbone, input_shape, structure.input_dtype, state)
         _refuse_more("a head", 4 * features * num_classes, held)
+    network.structure.forgotten = list(structure.forgotten)
     network.build(list(structure.tasks), num_classes, input_shape, structure.input_dtype)
     attached_bytes = 0
     for one in structure.attached:

@@ -24,11 +24,17 @@ class TaskScores:
         self._counts = torch.zeros(3, tasks, dtype=torch.float64, device=host.device)
 
     def add(self, host: Host, batch: Batch) -> None:
-        """Count a prepared batch."""
-        logits = host.network(batch.inputs, task=batch.task)
+        """Count a prepared batch, but for samples of forgotten tasks."""
         tasks = torch.as_tensor(batch.task, device=host.device).expand(len(batch.targets))
-        losses = host.losses(logits, batch.targets, tasks)
-        right = logits.argmax(1) == batch.targets
+        inputs, targets, task = batch.inputs, batch.targets, batch.task
+        if host.network.structure.forgotten:
+            known = torch.tensor(host.network.structure.known(range(len(host.network.tasks))))
+            kept = torch.isin(tasks, known.to(tasks))
+            inputs, targets, tasks = inputs[kept], targets[kept], tasks[kept]
+            task = tasks
+        logits = host.network(inputs, task=task)
+        losses = host.losses(logits, targets, tasks)
+        right = logits.argmax(1) == targets
         values = torch.stack([losses, right, torch.ones_like(losses)]).double()
         self._counts.index_add_(1, tasks, values)
 

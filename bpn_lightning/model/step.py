@@ -107,7 +107,7 @@ class Step:
         Those of tasks to come rest with every mask: weight decay would move them too.
         """
         network = self.network
-        if network.mask != "task" and self.host.phase.trains != "head":
+        if not self.host.trains_own_rows_only:
             return slice(network.num_open, None) if network.has_closed_columns else None
         tasks = self.host.training_tasks(network.opened)
         learning = {row for task in tasks for row in range(*network.tasks[task].columns)}
@@ -117,13 +117,18 @@ class Step:
     def clear_optimizer_state(self) -> None:
         """Where the optimizer goes on: forget what it knows of bias units and of new rows of the head.
 
+        Of what is frozen by now it keeps nothing.
         The head's counts of steps are not by row; frozen rows do not move whatever it knows.
         """
-        network, state = self.network, self.host.trainer.optimizers[0].state
+        network, optimizer = self.network, self.host.trainer.optimizers[0]
+        state = optimizer.state
         fresh = [p for part in network.task_modules() for p in part.parameters()]
         head = list(network.built_head.parameters(recurse=False))
         if network.mask == "task":
             fresh += head
+        for group in optimizer.param_groups if self.host.core.frozen else ():
+            fresh += [p for p in group["params"] if not p.requires_grad]
+            group["params"] = [p for p in group["params"] if p.requires_grad]
         for parameter in fresh:
             state.pop(parameter, None)
         if network.mask != "seen":
@@ -151,6 +156,8 @@ class Step:
         several = isinstance(batch.task, Tensor)
         first, stop = (0, network.num_open) if several else self._columns
         logits = self._training_logits(batch.inputs, batch.task if several else None)
+        if network.structure.forgotten:
+            logits = network.mask_forgotten(logits)
         active, targets = logits, batch.targets
         if (first, stop) != (0, logits.shape[1]):
             active, targets = logits[:, first:stop], targets - first

@@ -11,13 +11,14 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.task_metrics import Metrics, TaskMetrics, named_metrics
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate, evaluate_task_agnostic, validation_scores
+from bpn_lightning.model.frozen_core import Overtaken
 from bpn_lightning.model.gating import evaluate_gates
 from bpn_lightning.model.history import History, log_metrics, per_task, stream_metrics
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.step import Step
 from bpn_lightning.random_state import restore_random_state
-from bpn_lightning.trainer.lightning import set_max_epochs
+from bpn_lightning.trainer.lightning import set_max_epochs, wrap_again
 from bpn_lightning.trainer.processes import check_processes
 
 __all__ = ["TaskLoop"]
@@ -94,6 +95,7 @@ class TaskLoop:
                 f"Expected a module that is about to learn task {task}, but it has opened task "
                 f"{opened}. Make a new module, go on with ckpt_path, or call module.extend for new tasks."
             )
+        self.network.check_task_ids(task)
         set_max_epochs(self.host.trainer, self.host.cursor.schedule.total)
         self._warn_of_unmeasured_tasks()
         self.restore_random_state()
@@ -155,14 +157,15 @@ class TaskLoop:
 
     def _enter(self, epoch: int) -> None:
         """Open the task of an epoch, begin its phase and prepare the updates, where that is to be done."""
-        cursor = self.host.cursor
+        host, cursor = self.host, self.host.cursor
         task, phase, _ = cursor.locate(epoch)
         if task > self.network.opened:
             self._open(task)
         self._begin_phase(phase)
+        host.core.set_flags(training=False)
         self.step.prepare(epoch)
         counted = cursor.may_end_training(epoch, self.early_stopping.patience is not None)
-        self.history.settling.counting = counted and not self.host.stream.has_validation
+        self.history.settling.counting = counted and not host.stream.has_validation
 
     def _open(self, task_id: int) -> None:
         host, network = self.host, self.network
@@ -177,6 +180,8 @@ class TaskLoop:
         host.merged.swap_out(network)
         host.cursor.begin_task(task_id)
         network.switch(task_id)
+        if host.core.begin_task(task_id):
+            wrap_again(host.trainer)
         for strategy in host.strategies:
             strategy.on_task_start(host, network.tasks[task_id])
         if host.stream.reset_optimizer == "always":
@@ -205,6 +210,9 @@ class TaskLoop:
         if task_id <= network.closed:
             return
         self._check_finite(task_id)
+        # Before strategies take importances of what will not move again.
+        if host.core.set_frozen(host.core.freezes(task_id + 1)):
+            wrap_again(host.trainer)
         for strategy in host.strategies:
             if strategy.state_key not in cursor.consolidated:
                 strategy.on_task_end(host, network.tasks[task_id])
@@ -340,11 +348,22 @@ class TaskLoop:
             after: how many tasks are learned, where the metrics are taken too.
         """
         row = torch.full((len(self.network.tasks),), nan, dtype=torch.float64)
-        taken = TaskMetrics(self.metrics) if self.metrics and after is not None else None
-        observe = None if taken is None else taken.update
-        row[tasks.start : tasks.stop] = evaluate(self.host, tasks, "test", observe)
+        host, moment = self.host, after is not None
+        taken = TaskMetrics(self.metrics) if self.metrics and moment else None
+        overtaken = None
+        if moment and host.core.may_be_overtaken:
+            overtaken = Overtaken(self.network.tasks, host.device)
+
+        def observe(task: int, logits: Tensor, targets: Tensor) -> None:
+            for one in (taken, overtaken):
+                if one is not None:
+                    one.update(task, logits, targets)
+
+        row[tasks.start : tasks.stop] = evaluate(host, tasks, "test", observe)
         if taken is not None and after is not None:
             self.history.add_metrics(after, taken.compute())
+        if overtaken is not None and after is not None:
+            self.history.overtaken = overtaken.compute(host.all_reduce)[:after]
         return row
 
     def _ask_gates(self, tasks: range, learned: int, epoch: int) -> None:
@@ -354,9 +373,8 @@ class TaskLoop:
             self.history.add_gate_scores(epoch, found)
 
     def _log_stream(self) -> None:
-        self._log(
-            stream_metrics(self.host, self.evaluate_on == "current", self.history.gate_scores)
-        )
+        current_only, history = self.evaluate_on == "current", self.history
+        self._log(stream_metrics(self.host, current_only, history.gate_scores, history.overtaken))
 
     def _log(self, metrics: dict[str, float]) -> None:
         trainer = self.host.trainer

@@ -28,6 +28,7 @@ class _CopiedNetwork(nn.Module):
         head: maps features to logits.
         columns: ``(start, stop)`` of the head's columns that take part, for each mode.
         front: what inputs go through before the backbone; None: they do not.
+        forgotten: columns that take part in no mode.
 
     Raises:
         ConfigurationError: the backbone cannot be copied.
@@ -41,6 +42,7 @@ class _CopiedNetwork(nn.Module):
         head: nn.Linear,
         columns: Sequence[tuple[int, int]],
         front: Front | None = None,
+        forgotten: Sequence[int] = (),
     ) -> None:
         super().__init__()
         try:
@@ -50,7 +52,9 @@ class _CopiedNetwork(nn.Module):
                 f"Expected backbone to be a network that copy.deepcopy copies, but got: {error}. Where it "
                 "has torch.nn.utils.weight_norm, use that of torch.nn.utils.parametrizations."
             ) from error
-        self.register_buffer("outside", _outside(columns, head))
+        outside = _outside(columns, head)
+        outside[:, list(forgotten)] = True
+        self.register_buffer("outside", outside)
         self.eval()
 
     def _logits(self, inputs: Tensor) -> Tensor:

@@ -54,6 +54,12 @@ class TaskModule(nn.Module):
         """
         self.active = task
 
+    def forget(self, task_id: int) -> None:
+        """Overwrite what is stored of a task that was learned: by default its row of every buffer."""
+        for buffer in self.buffers(recurse=False):
+            if buffer.dim() and len(buffer) == self.num_tasks:
+                buffer[task_id] = 0
+
     def grow(self, num_tasks: int) -> None:
         """Make room for more tasks; what the module has of the others stays.
 
@@ -113,6 +119,14 @@ class BiasUnits(TaskModule):
             with torch.no_grad():
                 self.bank[self.live, : self.num_open] = self.product()[0]
             self.live = None
+
+    def forget(self, task_id: int) -> None:
+        """Overwrite a task's bias; M and W are still those of the task that was trained last."""
+        super().forget(task_id)
+        if self.live is None:
+            with torch.no_grad():
+                self.M.zero_()
+                self.W.zero_()
 
     def product(self) -> Tensor:
         """M W, shape ``(1, K)``, of the open outputs."""
@@ -265,6 +279,12 @@ class WeightBank(TaskModule):
         if task == self.live:
             del self.learned[task]
         self.inside = task
+
+    def forget(self, task_id: int) -> None:
+        """Delete a task's weights; where they are loaded, the next :meth:`switch` loads others."""
+        self.learned.pop(task_id, None)
+        if self.inside == task_id:
+            self.inside = -1  # those of no task
 
     def grow(self, num_tasks: int) -> None:
         """Make room for more tasks, and for the classes that the network has by now."""

@@ -320,6 +320,10 @@ class ContinualNetwork(nn.Module):
             with self.task_mode(task):
                 return self(inputs)  # type: ignore[no-any-return]
         logits = self.all_logits(inputs)
+        if self.structure.forgotten:
+            if isinstance(self.mode, int):
+                self.check_task_ids(self.mode)
+            logits = self.mask_forgotten(logits)
         if self.mask not in ("seen", "task"):
             return logits
         columns = torch.arange(logits.shape[1], device=logits.device)
@@ -331,6 +335,12 @@ class ContinualNetwork(nn.Module):
         else:
             first, stop = self.columns(self.mode)
             outside = (columns < first) | (columns >= stop)
+        return logits.masked_fill(outside, float("-inf"))
+
+    def mask_forgotten(self, logits: Tensor) -> Tensor:
+        """Logits ``(batch, num_classes)`` with -inf in the columns that only forgotten tasks have."""
+        outside = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        outside[self.structure.forgotten_columns] = True
         return logits.masked_fill(outside, float("-inf"))
 
     def _answer_groups(self, inputs: Tensor, task: Tensor) -> Tensor:
@@ -362,6 +372,24 @@ class ContinualNetwork(nn.Module):
         """``(start, stop)`` of the head's output units that take part in a task's mode."""
         return self.structure.columns(task_id, self.opened)
 
+    def active_columns(self, task_id: int) -> "slice | Tensor":
+        """The same as an index of columns, without those that only forgotten tasks have."""
+        first, stop = self.columns(task_id)
+        gone = set(self.structure.forgotten_columns) if self.structure.forgotten else set()
+        if gone.isdisjoint(range(first, stop)):
+            return slice(first, stop)
+        kept = [column for column in range(first, stop) if column not in gone]
+        return torch.tensor(kept, dtype=torch.long, device=self.built_head.weight.device)
+
+    @property
+    def resting_task(self) -> int:
+        """The task whose mode holds outside of a fit: the open one, or the first; none that is forgotten."""
+        last = max(self.opened, 0)
+        if last not in self.structure.forgotten:
+            return last
+        known = self.structure.known(range(len(self.tasks)))
+        return max((task for task in known if task < last), default=min(known, default=last))
+
     def for_inference(self, task: int | None = None) -> nn.Module:
         """A copy of the network that only answers, for ``torch.export`` and ``torch.onnx.export``.
 
@@ -377,19 +405,25 @@ class ContinualNetwork(nn.Module):
             ConfigurationError: the stream has no such task, the backbone cannot be copied, or task is
                 None where a batch can only have one task.
         """
+        structure = self.structure
         if task is not None:
             with self.task_mode(task):
                 columns = [self.columns(task)]
-                return FixedModeNetwork(self.backbone, self.built_head, columns, self.front)
+                return FixedModeNetwork(
+                    self.backbone, self.built_head, columns, self.front, structure.forgotten_columns
+                )
         whole = [type(part).__name__ for part in self.task_modules() if not part.per_sample]
         if whole:
             raise ConfigurationError(
                 "Expected task to be a task ID where a batch can only have one task, but got None, and "
                 f"the network has {whole[0]}. Make one network for each task."
             )
-        columns = [self.columns(task.id) for task in self.tasks]
-        with self.task_mode(len(self.tasks) - 1):  # the columns of all tasks that may be named
-            return PerSampleNetwork(self.backbone, self.built_head, columns, self.front)
+        known = structure.known(range(len(self.tasks)))
+        columns = [self.columns(task.id) if task.id in known else (0, 0) for task in self.tasks]
+        with self.task_mode(known[-1]):  # the columns of all tasks that may be named
+            return PerSampleNetwork(
+                self.backbone, self.built_head, columns, self.front, structure.forgotten_columns
+            )
 
     @contextmanager
     def task_mode(self, task: "int | Tensor") -> Iterator[None]:
@@ -413,7 +447,7 @@ class ContinualNetwork(nn.Module):
         """Refuse what is no task ID of the stream.
 
         Raises:
-            ConfigurationError: it is none, or of the wrong shape.
+            ConfigurationError: it is none, of the wrong shape, or forgotten.
         """
         if isinstance(task, Tensor) and torch.compiler.is_compiling():
             raise ConfigurationError(
@@ -429,6 +463,11 @@ class ContinualNetwork(nn.Module):
             if not 0 <= one < len(self.tasks):
                 raise ConfigurationError(
                     f"Expected task to be an id from 0 to {len(self.tasks) - 1}, but got {one}."
+                )
+            if one in self.structure.forgotten:
+                raise ConfigurationError(
+                    f"Expected task to be one that is known, but got {one}, which was forgotten: its mode "
+                    "and its rows of the head are overwritten. Name another task."
                 )
 
     def switch(self, task: "int | Tensor") -> None:

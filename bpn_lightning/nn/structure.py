@@ -178,6 +178,7 @@ class Structure:
         preparations: how each task's inputs are prepared, in order; or one for all.
         attached: in the order in which it was attached.
         front: what stands before the network; None before it is fitted, and where there is none.
+        forgotten: IDs of the tasks that were forgotten, ascending.
     """
 
     mask: Mask
@@ -188,6 +189,30 @@ class Structure:
     preparations: list[Preparation] = field(default_factory=list)
     attached: list[Attachment] = field(default_factory=list)
     front: FrontRecord | None = None
+    forgotten: list[int] = field(default_factory=list)
+
+    @property
+    def forgotten_columns(self) -> list[int]:
+        """The head's output units that only forgotten tasks have; they take part in no answer."""
+        if not self.forgotten:
+            return []
+        forgotten = set(self.forgotten)
+        gone, kept = (
+            {c for t in self.tasks if (t.id in forgotten) == which for c in range(*t.columns)}
+            for which in (True, False)
+        )
+        return sorted(gone - kept)
+
+    def freed_columns(self, task: int) -> slice:
+        """Those of a forgotten task that no other task has: all of its own, or none."""
+        first, stop = self.tasks[task].columns
+        return slice(first, stop if first in self.forgotten_columns else first)
+
+    def known(self, tasks: Iterable[int]) -> list[int]:
+        """Those of some tasks that are not forgotten."""
+        forgotten = set(self.forgotten)
+        return [task for task in tasks if task not in forgotten]
+
     _ends: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
     _ends_of: list[Task] | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -338,6 +363,7 @@ class Structure:
             "preparations": [one.record() for one in self.preparations],
             "attached": [one.record() for one in self.attached],
             "front": None if self.front is None else asdict(self.front),
+            "forgotten": list(self.forgotten),
         }
 
     @classmethod
@@ -358,6 +384,7 @@ class Structure:
                 preparations=read_preparations(record["preparations"], len(tasks)),
                 attached=[Attachment.read(one) for one in record["attached"]],
                 front=FrontRecord.read(record["front"]) if record.get("front") else None,
+                forgotten=_read_forgotten(record.get("forgotten", []), len(tasks)),
             )
         except (CheckpointError, ConfigurationError):
             raise
@@ -367,6 +394,13 @@ class Structure:
                 f"Expected the structure of a module, but got {type(error).__name__}: {error!s:.200}. "
                 "The file is damaged or made up."
             ) from error
+
+
+def _read_forgotten(record: Any, tasks: int) -> list[int]:
+    forgotten = [int(task) for task in record]
+    if forgotten != sorted(set(forgotten)) or not set(forgotten) <= set(range(tasks)):
+        raise ValueError(f"forgotten tasks {record!r:.80} of {tasks}")
+    return forgotten
 
 
 def _described(task: Task) -> str:

@@ -198,6 +198,7 @@ def final_table(
     bytes_held: Bytes,
     folder: Path,
     unsettled: Sequence[Unsettled] = (),
+    overtaken: Sequence[float | None] = (),
 ) -> None:
     """Show a table with three accuracies per task, and the paths of the run's files.
 
@@ -210,6 +211,8 @@ def final_table(
         bytes_held: by all strategies at the end.
         folder: of the run.
         unsettled: tasks whose accuracy dropped in their last epoch.
+        overtaken: fractions of the samples of each task that are answered with a class of a later one;
+            empty where no core is frozen.
     """
     agnostic = summary["task_agnostic"]
     after = summary["after_learning"]
@@ -239,6 +242,13 @@ def final_table(
     )
     for one in unsettled:
         _line(console, format_unsettled(one))
+    for index, fraction in enumerate(overtaken):
+        if fraction:
+            _line(
+                console,
+                f"task {index + 1}: its logits are unchanged, but {fraction:.1%} of its test samples are "
+                "answered with a class of a later task",
+            )
     figures = {
         "ACC": summary["average"],
         "BWT": summary["bwt"],

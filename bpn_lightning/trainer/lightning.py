@@ -50,6 +50,7 @@ __all__ = [
     "start_next_epoch",
     "stopped_mid_epoch",
     "val_check_interval",
+    "wrap_again",
 ]
 
 
@@ -310,6 +311,18 @@ def ddp_options(trainer: Trainer) -> Mapping[str, Any]:
     """
     strategy = trainer.strategy
     return strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
+
+
+def wrap_again(trainer: Trainer) -> None:
+    """Wrap the module again by DistributedDataParallel, which waits for the gradients of parameters that train.
+
+    Does nothing with a single process. Seen in 2.6.6: the module is wrapped once, before training, and
+    ``configure_ddp`` wraps ``strategy.model``.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = strategy.lightning_module  # its hooks on gradients go with the wrapper
+        strategy.configure_ddp()
 
 
 def layer_sync(trainer: Trainer) -> LayerSync | None:

@@ -1,6 +1,6 @@
 """Experience replay, a strategy of its own package for bpn_lightning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +67,11 @@ class Replay(ContinualStrategy):
             self.memory.store(host, task, self.size, "class", key=("replay memory",))
             self.replayed = 0
 
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """Delete the task's samples: nothing of it stays."""
+        self.memory.forget(task.id)
+        return []
+
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         """The loss of this process's slice of R; the module divides the sum over all by the batch."""
         if not self.memory or host.phase.trains != "network":
@@ -87,8 +92,9 @@ class Replay(ContinualStrategy):
 
     def declared_bytes(self, host: ContinualHost) -> DeclaredBytes:
         """The memory after the task that was opened last, by its shape and the type of what is stored."""
-        learned = host.network.tasks[: host.network.opened + 1]
-        samples = self.size * sum(task.num_classes for task in learned)
+        network = host.network
+        learned = network.structure.known(range(network.opened + 1))
+        samples = self.size * sum(network.tasks[task].num_classes for task in learned)
         return DeclaredBytes(memory_bytes(host, samples, self.memory.inputs.dtype))
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ solved again from sums that are exact.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -84,6 +84,8 @@ class FeatureGate(TaskGate):
 
     #: Whose second moments it needs.
     second_moments: ClassVar[SecondMoments] = "none"
+    #: What it stores of all rows together.
+    shared_rows: ClassVar[Sequence[str]] = ()
     #: Samples of a group below which it has no row.
     least: ClassVar[int] = 1
 
@@ -344,6 +346,27 @@ class FeatureGate(TaskGate):
             f"invertible, but got {value}. {remedy}"
         )
 
+    def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
+        """Delete the task's rows; what all tasks were pooled for stays."""
+        kept = torch.tensor([one != task.id for one in self.row_tasks], dtype=torch.bool)
+        self.rows = {
+            key: value if key in self.shared_rows else value[kept.to(value.device)]
+            for key, value in self.rows.items()
+        }
+        if self.retained is not None:
+            fit, held = self.retained
+            self.retained = fit.only(kept), held.only(kept, fit.means)
+        rows = zip(self.row_tasks, self.row_columns, kept.tolist(), strict=True)
+        left = [(one, column) for one, column, keep in rows if keep]
+        self.row_tasks, self.row_columns = [one for one, _ in left], [column for _, column in left]
+        if not left:  # nothing is pooled any more
+            self.rows, self.retained = {}, None
+        pooled = ["second moments of the features of all tasks together"]
+        chosen = ["what held-out samples of all tasks have chosen"]
+        shared = self.second_moments == "shared" and bool(left)
+        measured = self.chosen is not None or bool(self.likelihoods.any())
+        return [*(pooled if shared else []), *(chosen if measured else [])]
+
     # --- inference -------------------------------------------------------------------------------
 
     @property
@@ -489,7 +512,8 @@ class FeatureGate(TaskGate):
             numbers = len(self.row_tasks) * (self.dimensions + 1) + self.dimensions**2
             sums = 2 * FLOAT64 * numbers
         training = inference + sums + FLOAT64 * len(TEMPERATURES)
-        per_task = self.row_tasks.count(0) * self.row_bytes(self.dimensions)
+        first = min(self.row_tasks, default=0)
+        per_task = self.row_tasks.count(first) * self.row_bytes(self.dimensions)
         return DeclaredBytes(training, inference, per_task)
 
     def _inference_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """Linear discriminant analysis with one covariance for all classes of all tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,6 +51,7 @@ class SLDA(FeatureGate):
     """
 
     second_moments: ClassVar[SecondMoments] = "shared"
+    shared_rows: ClassVar[Sequence[str]] = ("whitening", "log_determinant")
 
     shrinkage: float | None = None
 

@@ -97,3 +97,23 @@ def test_held_out_samples_do_not_depend_on_the_batch() -> None:
     assert torch.equal(draw_held_out(samples[shuffled], 0.3), whole[shuffled])
     assert not torch.equal(draw_held_out(samples, 0.3, seed=1), whole)
     assert not draw_held_out(samples, 0.0).any()
+
+
+def test_a_group_that_goes_leaves_the_covariance_and_nothing_of_its_mean() -> None:
+    """The pooled covariance stays; moving the group that goes, with all of its samples, changes nothing."""
+    x, groups = data()
+    kept = torch.tensor([True, False, True])
+    whole = made("shared", [torch.arange(30)])
+    left = whole.only(kept)
+    assert left.counts.tolist() == whole.counts[kept].tolist()
+    assert torch.equal(left.first, whole.first[kept])
+    covariance = whole.scatter()[0] / whole.counts.sum()
+    torch.testing.assert_close(left.scatter()[0] / left.counts.sum(), covariance)
+    moved = GroupSums.zero(3, 4, "shared")
+    moved.add_(x.double() + 7.0 * (groups == 1)[:, None], groups)
+    torch.testing.assert_close(tuple(moved.only(kept)), tuple(left))
+    # Held-out samples, about the means of others.
+    centers = whole.means + 1
+    scatter = whole.scatter(centers)[0] / whole.counts.sum()
+    about = whole.only(kept, centers)
+    torch.testing.assert_close(about.scatter(centers[kept])[0] / about.counts.sum(), scatter)

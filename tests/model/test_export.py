@@ -304,6 +304,24 @@ def test_a_run_is_exported(run: Path, capsys: Said) -> None:
     )
 
 
+@pytest.mark.slow
+def test_a_run_is_exported_without_a_task(run: Path, capsys: Said) -> None:
+    capsys.readouterr()
+    assert export_command.main([str(run), "out", "--forget", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "out\n"
+    assert said.err.splitlines()[0] == (
+        "bpn-export: task 2 is forgotten, but for the shared weights and running statistics, where they "
+        "were trained on it"
+    )
+    again = load_exported("out", MLP([8]))
+    assert again.network.structure.forgotten == [1]
+    assert again.network.head is not None
+    assert again.network.head.weight[2:4].eq(0).all()
+    assert export_command.main([str(run), "other", "--forget", "0"]) == 2
+    assert "Expected --forget to be the number of a task" in capsys.readouterr().err
+
+
 def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run / "config.yaml"
     for backbone, said in {

@@ -414,6 +414,20 @@ def test_layer_sync(train: Any) -> None:
     assert isinstance(found, TorchSyncBatchNorm)
 
 
+def test_wrap_again(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrapped is the module itself; tests/model/test_frozen_core.py does so in two processes."""
+    module = LightningModule()
+    for strategy, wrapped in (("auto", []), ("ddp", [module])):
+        trainer, found = train(strategy=strategy), []
+        trainer.strategy.connect(module)
+        trainer.strategy.model = torch.nn.Sequential(module)
+        monkeypatch.setattr(
+            DDPStrategy, "configure_ddp", lambda self, found=found: found.append(self.model)
+        )
+        door.wrap_again(trainer)
+        assert found == wrapped
+
+
 # --- precision -----------------------------------------------------------------------------------
 
 
