@@ -114,8 +114,8 @@ class Batch(NamedTuple):
         augmentation: ``(batch, draws)`` int64, the random numbers that the stream's ``prepare`` may
             augment these samples with; None from loaders that do not augment, and once prepared.
         start: the place in the whole batch of the first of these samples.
-        samples: ``(batch,)`` int64, the place of each in its loader's data, which for a task's own is
-            its place in the stream's ``loader`` of that task; None where they are augmented.
+        samples: ``(batch,)`` int64, the place of each in the stream's ``loader`` of its own task; None
+            where they are augmented.
     """
 
     inputs: Tensor

@@ -299,12 +299,13 @@ class ContinualDataModule(ContinuedStream, ABC):
             before = cast(ContinualDataModule, self._past_data)
             return before.loader(task_id, split, size, max_samples)
         samples = self._parts[split].samples
-        indices = self.members(task_id, split)
+        indices, places = self.members(task_id, split), None
         if max_samples is not None and max_samples < len(indices):
             generator = seeded_generator("at most", split, self.seed, task_id)
             drawn = torch.randperm(len(indices), generator=generator)[:max_samples]
-            indices = indices[drawn.sort().values]
-        return EvaluationLoader(samples, indices, task_id, size, self._share())
+            places = drawn.sort().values
+            indices = indices[places]
+        return EvaluationLoader(samples, indices, task_id, size, self._share(), places)
 
     def train_loader(
         self, task_id: int, epoch: int, tasks: Sequence[int] | None = None
@@ -317,9 +318,9 @@ class ContinualDataModule(ContinuedStream, ABC):
             tasks: the tasks whose data are used, if not only the task's own; batches then have one task
                 ID per sample.
         """
-        indices, ids = self.members(task_id, "train"), None
+        indices, ids, places = self.members(task_id, "train"), None, None
         if tasks is not None and list(tasks) != [task_id]:
-            indices, ids = self._joined("train", tasks)
+            indices, ids, places = self._joined("train", tasks)
         return TrainLoader(
             self._parts["train"].samples,
             indices,
@@ -331,6 +332,7 @@ class ContinualDataModule(ContinuedStream, ABC):
             processed=self._processed,
             share=self._share(),
             augmentation=self.augmentation if self.augment else None,
+            places=places,
         )
 
     def follow(self, training_epoch: Callable[[], TrainingEpoch]) -> None:
@@ -389,15 +391,16 @@ class ContinualDataModule(ContinuedStream, ABC):
         return self.test_dataloader()
 
     def _joint_loader(self, split: Split, task_ids: range) -> EvaluationLoader:
-        indices, ids = self._joined(split, task_ids)
-        samples = self._parts[split].samples
-        return EvaluationLoader(samples, indices, ids, self.eval_batch_size, self._share())
+        indices, ids, places = self._joined(split, task_ids)
+        samples, size = self._parts[split].samples, self.eval_batch_size
+        return EvaluationLoader(samples, indices, ids, size, self._share(), places)
 
-    def _joined(self, split: Split, task_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Indices of the samples of several tasks, and the task ID of each."""
+    def _joined(self, split: Split, task_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of the samples of several tasks, the task ID of each, and its place in its task."""
         members = [self.members(task, split) for task in task_ids]
         counts = torch.tensor([len(indices) for indices in members])
-        return torch.cat(members), torch.tensor(task_ids).repeat_interleave(counts)
+        places = torch.cat([torch.arange(len(indices)) for indices in members])
+        return torch.cat(members), torch.tensor(task_ids).repeat_interleave(counts), places
 
     def _share(self) -> Share:
         trainer = self.trainer

@@ -102,6 +102,7 @@ class EvaluationLoader:
         task: the common task ID, or ``(n,)`` int64, one per sample.
         batch_size: samples of a global batch.
         share: the shard of this process.
+        places: ``(n,)`` int64, of each sample among those of its own task; by default in this order.
     """
 
     def __init__(
@@ -111,12 +112,14 @@ class EvaluationLoader:
         task: int | Tensor,
         batch_size: int,
         share: Share = ALONE,
+        places: Tensor | None = None,
     ) -> None:
         self.samples = samples
         self.indices = indices
         self.task = task
         self.batch_size = batch_size
         self.share = share
+        self.places = torch.arange(len(indices)) if places is None else places
 
     def __len__(self) -> int:
         """The number of global batches, the same on every process."""
@@ -127,7 +130,7 @@ class EvaluationLoader:
             self.samples,
             self.indices,
             self.task,
-            torch.arange(len(self.indices)),
+            self.places,
             self.batch_size,
             self.share,
             range(len(self)),
@@ -154,6 +157,7 @@ class TrainLoader:
             are not counted, because a prefetched one would be lost on resuming.
         augmentation: if given, its random numbers are drawn for the whole epoch over all processes,
             and are part of the batches.
+        places: ``(n,)`` int64, of each sample among those of its own task; by default in this order.
     """
 
     def __init__(
@@ -169,6 +173,7 @@ class TrainLoader:
         task_ids: Tensor | None = None,
         share: Share = ALONE,
         augmentation: CropAndFlip | None = None,
+        places: Tensor | None = None,
     ) -> None:
         self.samples = samples
         self.indices = indices
@@ -180,6 +185,7 @@ class TrainLoader:
         self.processed = processed
         self.share = share
         self.augmentation = augmentation
+        self.places = torch.arange(len(indices)) if places is None else places
         self.first_batch = 0
 
     def __len__(self) -> int:
@@ -210,7 +216,7 @@ class TrainLoader:
             self.samples,
             self.indices[order],
             self.task if self.task_ids is None else self.task_ids[order],
-            order,
+            self.places[order],
             self.batch_size,
             self.share,
             range(self.first_batch, len(self)),

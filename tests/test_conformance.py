@@ -4,18 +4,12 @@ One run of pytest examines them all, as an author would start it: from an empty 
 its own that fit nothing of ours.
 """
 
-import os
 import re
-import subprocess
-import sys
-from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
-from xml.etree import ElementTree
 
 import pytest
-from waiting import PATIENCE
+from conformance_runs import run_suite
 
 from bpn_lightning.conformance.cases import read_cases
 from bpn_lightning.conformance.discovery import _asks_for_the_suite
@@ -445,52 +439,13 @@ FAULTS = {
     "AloneInSecret": {"composes_with_bias_units"},
 }
 
-#: Settings of an author that fit nothing of ours.
-PYTEST_INI = """
-[pytest]
-python_files = check_*.py
-python_functions = check_*
-filterwarnings = error
-addopts = --strict-markers --strict-config
-"""
-
-
-class Outcome(NamedTuple):
-    """What one run of pytest said, by the name of the strategy and of the promise."""
-
-    failed: dict[str, dict[str, str]]
-    examined: dict[str, set[str]]
-    text: str
-
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("author")
-    (folder / "planted.py").write_text(PLANTED)
-    (folder / "pytest.ini").write_text(PYTEST_INI)
     names = [*STRATEGIES, *COMPOSITIONS, *(f"planted.{name}" for name in FAULTS)]
-    command = [sys.executable, "-m", "pytest", "--pyargs", "bpn_lightning.conformance"]
-    for name in names:
-        command += ["--strategy", name]
-    command += ["--strategy-arguments", ARGUMENTS, "-q", "--tb=short", "--junitxml=report.xml"]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    failed, examined = defaultdict(dict), defaultdict(set)
-    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
-        promise, _, name = case.get("name").removesuffix("]").partition("[")
-        promise = promise.removeprefix("test_")
-        examined[name].add(promise)
-        for said in [*case.iter("failure"), *case.iter("error"), *case.iter("skipped")]:
-            failed[name][promise] = said.text or said.get("message")
-    return Outcome(failed, examined, done.stdout)
+    flags = [flag for name in names for flag in ("--strategy", name)]
+    flags += ["--strategy-arguments", ARGUMENTS]
+    return run_suite(tmp_path_factory.mktemp("author"), PLANTED, flags)
 
 
 @pytest.mark.parametrize("name", [*STRATEGIES, *COMPOSITIONS])
@@ -551,7 +506,12 @@ def test_other_runs_of_pytest_do_not_meet_the_options(argument, asked):
     ("names", "arguments", "said"),
     [
         ([], {}, "Expected --strategy to be a strategy to examine, but got none."),
-        (["ewx"], {}, "Expected --strategy to name strategies, but got 'ewx'. Did you mean 'ewc'?"),
+        (["sldaa"], {}, "but got 'sldaa'. Did you mean 'slda'?"),
+        (
+            ["ewx"],
+            {},
+            "Expected --strategy to name strategies or gates, but got 'ewx'. Did you mean 'ewc'?",
+        ),
         (
             ["my_lab.Missing"],
             {},

@@ -6,7 +6,7 @@ from typing import Any
 
 from bpn_lightning.cli.trust import find_here
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.registry import ALIASES, by_class_path, is_class_path, strategies
+from bpn_lightning.registry import ALIASES, by_class_path, gates, is_class_path, strategies
 from bpn_lightning.strategies.base import ContinualStrategy
 
 __all__ = ["Case", "Part", "read_cases"]
@@ -69,7 +69,7 @@ def read_cases(names: Sequence[str], arguments: Mapping[str, Any]) -> list[Case]
     """What was asked for on the command line.
 
     Args:
-        names: registered names and class paths, composed by ``+``.
+        names: registered names of strategies and gates, and class paths, composed by ``+``.
         arguments: of constructors, by the name of the strategy as it is written there.
 
     Raises:
@@ -101,7 +101,7 @@ def read_cases(names: Sequence[str], arguments: Mapping[str, Any]) -> list[Case]
 
 
 def _read_part(name: str, arguments: Mapping[str, Any]) -> Part:
-    known = strategies()
+    known = gates() | strategies()
     registered, given = ALIASES.get(name, (name, {}))
     if is_class_path(name):
         find_here([name.partition(".")[0]])
@@ -110,7 +110,7 @@ def _read_part(name: str, arguments: Mapping[str, Any]) -> Part:
         found = known[registered]
     else:
         raise ConfigurationError(
-            f"Expected --strategy to name strategies, but got {name!r}.{did_you_mean(name, known)} "
+            f"Expected --strategy to name strategies or gates, but got {name!r}.{did_you_mean(name, known)} "
             f"Pass a class path such as my_lab.MyStrategy, or one of {', '.join(known)}."
         )
     try:

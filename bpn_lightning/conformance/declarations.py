@@ -1,17 +1,22 @@
-"""By which of its declarations a strategy does not make a promise.
+"""What a promise is, and by which of its declarations a strategy does not make one.
 
-Each function takes a case and returns the declaration, in words for the summary; empty if the promise is made.
+Functions that take a case return the declaration, in words for the summary; empty if the promise is made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+import pytest
 
 from bpn_lightning.conformance.cases import Case
 from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.gates.base import TaskGate
 
 __all__ = [
     "acts_at_once",
     "corrects_weights",
+    "expect_nothing",
+    "has_no_gate",
     "has_no_null",
     "is_alone",
     "lacks",
@@ -36,6 +41,16 @@ def promise(unless: Callable[[Case], str] = lambda case: "") -> Callable[[_Test]
         return test
 
     return mark
+
+
+def expect_nothing(found: Sequence[str], what: str, remedy: str) -> None:
+    """Fail, in words, where something was found that a promise rules out."""
+    __tracebackhide__ = True
+    if found:
+        shown = [f"  {line}" for line in found[:8]]
+        if len(found) > len(shown):
+            shown.append(f"  and {len(found) - len(shown)} more")
+        pytest.fail("\n".join([f"{what}:", *shown, remedy]), pytrace=False)
 
 
 def has_no_null(case: Case) -> str:
@@ -81,6 +96,11 @@ def is_alone(case: Case) -> str:
     if exclusive:
         return f"exclusive of {exclusive} is True"
     return has_bd and f"{has_bd} is bd already"
+
+
+def has_no_gate(case: Case) -> str:
+    """No part names tasks."""
+    return "" if case.which(lambda part: issubclass(part.strategy, TaskGate)) else "it has no gate"
 
 
 def lacks(case: Case, *hooks: str) -> str:

@@ -11,8 +11,10 @@ from bpn_lightning.conformance.pair import TwoProcesses
 from bpn_lightning.errors import ConfigurationError
 
 pytest.register_assert_rewrite("bpn_lightning.conformance.promises")
+pytest.register_assert_rewrite("bpn_lightning.conformance.gate_promises")
 
 PROMISES = "promises.py"
+GATE_PROMISES = "gate_promises.py"
 
 _STATE = pytest.StashKey["_State"]()
 
@@ -44,11 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bpn_lightning", "conformance of continual-learning strategies")
     group.addoption(
         "--strategy",
+        "--gate",
         action="append",
         default=[],
         metavar="NAME",
         help="a class path (my_lab.MyStrategy), a registered name (ewc), or several that run "
-        "together (bd+ewc); may be repeated",
+        "together (bd+ewc); may be repeated. Gates are strategies, with promises of their own",
     )
     group.addoption(
         "--strategy-arguments",
@@ -64,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Collect the promises, whatever files and functions the author's own tests are in."""
     config.stash[_STATE] = _State()
     config.addinivalue_line("python_files", PROMISES)
+    config.addinivalue_line("python_files", GATE_PROMISES)
     config.addinivalue_line("python_functions", "test_")
 
 
@@ -81,6 +85,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         state.cases = read_cases(names, state.arguments)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what gates promise where none is examined."""
+    if collection_path.name != GATE_PROMISES:
+        return None
+    from bpn_lightning.conformance.declarations import has_no_gate
+
+    return all(map(has_no_gate, config.stash[_STATE].cases)) or None
 
 
 def _read_mapping(text: str) -> dict[str, Any]:

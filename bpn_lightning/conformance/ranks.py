@@ -45,7 +45,7 @@ def work(rank: int, folder: Path, task: Mapping[str, Any]) -> None:
                 process_group_backend="gloo", timeout=timedelta(seconds=PATIENCE)
             )
             run = fit(case.make(), setting(devices=2, strategy=together))
-            torch.save(run.learned(), folder / f"{index}_{rank}.part")
+            torch.save(run.learned() | run.answers(), folder / f"{index}_{rank}.part")
             (folder / f"{index}_{rank}.part").rename(folder / f"{index}_{rank}.pt")
         except BaseException:
             (folder / f"{index}_{rank}.txt").write_text(traceback.format_exc())

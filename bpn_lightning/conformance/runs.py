@@ -18,12 +18,13 @@ from torch.optim import SGD
 
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.datamodules.readers import ImageData
+from bpn_lightning.model.gating import task_probabilities
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn.backbones import MLP
-from bpn_lightning.nn.layers import TaskModule
+from bpn_lightning.nn.layers import TaskModule, evaluation_mode
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import Position
+from bpn_lightning.tasks import Batch, Position
 from bpn_lightning.trainer.processes import leaves
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "fit",
     "flatten",
     "plain",
+    "without_gates",
 ]
 
 
@@ -145,6 +147,18 @@ class Run:
         """Everything of the module and of the strategies that a checkpoint has to hold."""
         states = {strategy.state_key: strategy.state_dict() for strategy in self.strategies}
         return flatten({"module": self.module.state_dict(), "state_dict of": states})
+
+    @torch.no_grad()
+    def answers(self) -> dict[str, Tensor]:
+        """Of each gate, its probabilities of tasks for some test images."""
+        host, raw = self.module.host, _read().test
+        images, targets = raw.images[:200].to(host.device), raw.labels[:200]
+        inputs = host.for_gates(Batch(images, targets, 0, len(images))).inputs
+        with evaluation_mode(host.network):
+            return {
+                f"answers of gate {name}": task_probabilities(host, gate, inputs)
+                for name, gate in host.gates.items()
+            }
 
     def plain(self) -> dict[str, Any]:
         """What fine-tuning has as well: weights, their optimizer's state, the random states."""
@@ -271,6 +285,13 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {
         path: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
         for path, leaf in leaves(tree)
+    }
+
+
+def without_gates(learned: Mapping[str, Any]) -> dict[str, Any]:
+    """What was learned but the state of gates, which may factor the same sums in many ways."""
+    return {
+        path: leaf for path, leaf in learned.items() if not path.startswith("state_dict of/gate ")
     }
 
 

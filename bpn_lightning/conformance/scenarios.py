@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -19,14 +19,18 @@ from bpn_lightning.costs import Bytes, measured_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, Position
 
 __all__ = [
     "CallLog",
     "Consolidation",
+    "GatedRun",
     "Scenario",
     "fine_tuning",
     "keep_call_log",
+    "learn_beside_modes",
     "logits_in_mode",
     "visits",
 ]
@@ -226,6 +230,61 @@ def fine_tuning(setting: str) -> CallLog:
     return keep_call_log([], SETTINGS[setting])
 
 
+class InferenceBytes(NamedTuple):
+    """What a gate held when a task had been learned, and what it says that a task adds."""
+
+    measured: int
+    per_task: int
+
+
+@dataclass
+class GatedRun:
+    """A fit with bias units and gates.
+
+    Args:
+        run: the fit.
+        inference_bytes: after each task, by the name of the gate.
+    """
+
+    run: Run
+    inference_bytes: dict[str, list[InferenceBytes]] = field(default_factory=dict)
+
+    @property
+    def gates(self) -> list[TaskGate]:
+        """In the order of the trainer's callbacks."""
+        return [one for one in self.run.strategies if isinstance(one, TaskGate)]
+
+
+def learn_beside_modes(
+    strategies: Sequence[ContinualStrategy],
+    setting: Setting = BATCH_NORM_DROPOUT,
+    watch: Callable[[Run], None] = lambda run: None,
+) -> GatedRun:
+    """Three tasks of a network whose modes differ, and what the strategies measure of it.
+
+    Args:
+        strategies: bias units are added, unless there are some.
+        setting: everything else.
+        watch: called with the run before it begins.
+    """
+    sizes: dict[str, list[InferenceBytes]] = {}
+
+    def begin(run: Run) -> None:
+        def note(task: int) -> None:
+            host = run.module.host
+            for gate in GatedRun(run).gates:
+                held = measured_bytes(gate, host).inference
+                per_task = gate.declared_bytes(host).per_task
+                sizes.setdefault(gate.name, []).append(InferenceBytes(held, per_task))
+
+        run.module.after_close = note
+        watch(run)
+
+    has_modes = any(isinstance(one, BeneficialPerturbation) for one in strategies)
+    modes = [] if has_modes else [BeneficialPerturbation(4)]
+    return GatedRun(fit([*modes, *strategies], setting, watch=begin), sizes)
+
+
 class Scenario:
     """One case and what it did; a fit that several promises look at is made once.
 
@@ -247,6 +306,11 @@ class Scenario:
     def undisturbed(self) -> CallLog:
         """The same, and nobody looked while it ran."""
         return CallLog(fit(self.case.make(), BATCH_NORM_DROPOUT)).finish()
+
+    @cached_property
+    def gated(self) -> GatedRun:
+        """A fit beside bias units, for the promises of gates."""
+        return learn_beside_modes(self.case.make())
 
     @cached_property
     def checkpoints(self) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from bpn_lightning.losses import LossFunction, SampleLoss
 from bpn_lightning.model.cursor import Cursor
 from bpn_lightning.model.front import describe
 from bpn_lightning.model.frozen_core import FrozenCore
+from bpn_lightning.model.front_cache import FrontCache
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.preparation import prepare_raw
@@ -31,18 +32,20 @@ class Host:
         network: that learns.
         loss: of each sample; see :class:`~bpn_lightning.losses.SampleLoss`.
         core: what tasks share, which may be frozen.
+        front_cache_gb: see :class:`~bpn_lightning.model.front_cache.FrontCache`.
 
     Attributes:
         cursor: where in the stream it is.
         strategies: the continual strategies of the trainer, in the order of its callbacks.
         phase_owners: the strategies that declared phases, by task and the phase's name.
         gates: what names tasks, by name, in the order of the trainer's callbacks, or of a file.
+        front_cache: has features of what a fit asked for.
         merged: keeps the weights of training while merged ones are in their place.
         in_step_forward: whether the forward that runs is the training step's own.
         param_groups: of the current optimizer, by the ``id`` of each of its parameters.
 
     Raises:
-        ConfigurationError: the loss is none.
+        ConfigurationError: the loss is none, or front_cache_gb is below 0.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Host:
         network: ContinualNetwork,
         loss: LossFunction | None,
         core: FrozenCore,
+        front_cache_gb: float,
     ) -> None:
         self.module = module
         self.network = network
@@ -60,6 +64,12 @@ class Host:
         self.strategies: Sequence[ContinualStrategy] = ()
         self.gates: Mapping[str, TaskGate] = {}
         self.phase_owners: dict[tuple[int, str], ContinualStrategy] = {}
+        self.front_cache = FrontCache(
+            front_cache_gb,
+            lambda task, split: self.stream.loader(task, split),
+            lambda batch: self.for_gates(self._on_device(batch)).inputs,
+            self.all_reduce,
+        )
         self.merged = MergedWeights()
         self.in_step_forward = False
         self.param_groups: dict[int, dict[str, Any]] = {}
@@ -99,14 +109,20 @@ class Host:
         self, task_id: int, split: Split, max_samples: int | None = None
     ) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, on the device and prepared."""
-        return map(self.prepare, self._raw_batches(task_id, split, max_samples))
+        raw = self._raw_batches(task_id, split, max_samples)
+        if self.network.front is not None:
+            return (self._seen_by_gates(batch, split) for batch in raw)
+        return map(self.prepare, raw)
 
     def _raw_batches(
         self, task_id: int, split: Split, max_samples: int | None = None
     ) -> Iterator[Batch]:
-        for batch in self.stream.loader(task_id, split, max_samples=max_samples):
-            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-            yield batch._replace(inputs=inputs, targets=targets)
+        loader = self.stream.loader(task_id, split, max_samples=max_samples)
+        return map(self._on_device, loader)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
+        return batch._replace(inputs=inputs, targets=targets)
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """A raw batch as the network takes it: prepared by the stream, then through the front."""
@@ -114,17 +130,47 @@ class Host:
             return self.for_gates(batch)
         return self.apply_front(self.stream.prepare(batch, augment))
 
-    def apply_front(self, batch: Batch) -> Batch:
-        """A batch that the stream has prepared, as the network takes it: through the front."""
+    def apply_front(self, batch: Batch, split: Split | None = None) -> Batch:
+        """A batch that the stream has prepared, as the network takes it: through the front.
+
+        Args:
+            batch: of the epoch that runs, or any.
+            split: which part of the stream's data an epoch's batch is of; None of any.
+        """
         front = self.network.front
         if front is None:
             return batch
+        cached = None if split is None else self._cached(batch, split)
+        if cached is not None:
+            return batch._replace(inputs=cached)
         common = self.network.structure.common_normalization
         return batch._replace(inputs=front(common.to_first(batch.inputs, batch.task)))
 
     def gate_batches(self, task_id: int, split: Split) -> Iterator[Batch]:
         """This process's share of a task's samples, each once, as gates see them."""
-        return map(self.for_gates, self._raw_batches(task_id, split))
+        return (self._seen_by_gates(one, split) for one in self._raw_batches(task_id, split))
+
+    def _seen_by_gates(self, batch: Batch, split: Split) -> Batch:
+        cached = self._cached(batch, split)
+        if cached is None:
+            return self.for_gates(batch)
+        return batch._replace(inputs=cached, augmentation=None)
+
+    def _cached(self, batch: Batch, split: Split) -> Tensor | None:
+        """Features of a batch of a task, or of the epoch that runs, where they are cached."""
+        if self.network.front is None or not self._in_fit:
+            return None
+        tasks: Sequence[int] = [batch.task] if isinstance(batch.task, int) else []
+        if not tasks:
+            now = self.cursor.task
+            tasks = self.training_tasks(now) if split == "train" else range(now + 1)
+        (width,) = self.network.structure.input_shape
+        return self.front_cache.look_up(batch, tasks, split, width)
+
+    @property
+    def _in_fit(self) -> bool:
+        state = self.trainer.state if self.has_trainer else None
+        return state is not None and state.fn == "fit" and state.status == "running"
 
     def for_gates(self, batch: Batch) -> Batch:
         """A raw batch as gates see it: under the first task's normalization, and through the front."""
@@ -151,10 +197,16 @@ class Host:
         front = self.network.front
         if front is None:
             return
+        self.front_cache.clear()
         front.fit(
             lambda: map(self._normalized_alike, self._raw_batches(0, "train")), self.all_reduce
         )
         self.network.structure.front = describe(front)
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether what stands before the network is fitted; not in Lightning's sanity check of a new fit."""
+        return self.network.front is None or self.network.front.input_shape is not None
 
     def mark_front(self, training: bool) -> None:
         """Show it as Lightning expects parts when a fit starts; it warns of those in evaluation mode."""

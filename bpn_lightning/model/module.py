@@ -57,6 +57,9 @@ class ContinualModule(HookNameAsPlainAttribute):
             features)``.
         front: a fixed feature extractor before backbone and gates, fitted once, when the first task
             opens, on its training part without augmentation; None for none.
+        front_cache_gb: gigabytes of its features that a fit keeps on the network's device, in each
+            process, so that each image goes through the front once; 0 for none. Augmented images, and
+            tasks whose features do not fit, go through it each time.
         optimizer: called with the parameters at the start of every task (LightningCLI's convention).
         scheduler: called with the optimizer at the same moments. Its ``num_steps``, ``total_steps``,
             ``T_max`` or ``total_iters``, if left without a value or -1, is the number of times that it
@@ -107,6 +110,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         backbone: nn.Module,
         *,
         front: Front | None = None,
+        front_cache_gb: float = 2.0,
         optimizer: OptimizerCallable = sgd,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
@@ -126,7 +130,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         super().__init__()
         self.network = ContinualNetwork(backbone, mask, front, reserve_classes)
         core = FrozenCore(self.network, train, train_first)
-        self.host = Host(self, self.network, loss, core)
+        self.host = Host(self, self.network, loss, core, front_cache_gb)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
             self.host, optimizer, scheduler, scheduler_interval, scheduler_monitor
@@ -321,6 +325,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.host.core.set_flags(training=True)
         self._extension.forget()
         self.task_loop.end_random_state = None
+        self.host.front_cache.clear()
         check_strategies(self.host, self.optimization)
         self.step.find_hooks()
         for strategy in self.host.strategies:
@@ -345,7 +350,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss on the active columns, and the strategies' terms; see :class:`~bpn_lightning.model.step.Step`."""
-        return self.step.loss(self.host.apply_front(batch), batch_idx)
+        return self.step.loss(self.host.apply_front(batch, "train"), batch_idx)
 
     def on_after_backward(self) -> None:
         """Reduce what DDP does not."""
@@ -385,6 +390,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.host.mark_front(training=False)
         self.on_train_end()
         self.host.core.set_flags(training=True)
+        self.host.front_cache.clear()
         self.task_loop.warn_of_unlearned_tasks()
         self.task_loop.end_random_state = random_state()
         self._extension.trainer = self.trainer
@@ -397,7 +403,8 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count losses and right answers, each sample in its own task's mode."""
-        self._scores.add(self.host, self.host.apply_front(batch))
+        if self.host.can_answer:
+            self._scores.add(self.host, self.host.apply_front(batch, "val"))
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and accuracy of the open task, and the mean accuracy over it and those before."""

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from types import SimpleNamespace
 from typing import get_args
 
@@ -164,6 +165,23 @@ def test_val_dataloader_is_one_loader_over_the_tasks_so_far(toy: Make, task: int
             found[int(image[0, 0, 0])] = task_id
     parts = members(stream, "val")[: task + 1]
     assert found == {number: task_id for task_id, part in enumerate(parts) for number in part}
+
+
+def test_batches_of_several_tasks_and_of_a_draw_say_where_samples_stand(toy: Make) -> None:
+    """In the loader of their own task."""
+    stream = toy(validation_fraction=0.3, eval_batch_size=5, batch_size=5)
+    attach(stream, 0, 1, 2)
+    loaders = {
+        "val": [stream.val_dataloader()],
+        "test": [stream.test_dataloader(), stream.loader(1, "test", max_samples=3)],
+        "train": [stream.train_loader(2, 0, [0, 2]), stream.train_loader(1, 0)],
+    }
+    for split, of_split in loaders.items():
+        whole = [next(iter(stream.loader(task, split, 100))) for task in range(3)]
+        for batch in chain.from_iterable(of_split):
+            tasks = torch.as_tensor(batch.task).expand(len(batch.targets)).tolist()
+            for task, place, image in zip(tasks, batch.samples, batch.inputs, strict=True):
+                assert torch.equal(whole[task].inputs[place], image)
 
 
 def test_val_dataloader_without_a_validation_part_is_none(toy: Make) -> None:

@@ -136,6 +136,15 @@ def test_a_front_without_vectors_is_refused(fit: Fit) -> None:
         fit(stream=small(), front=front)
 
 
+def test_the_trainer_s_sanity_check_does_not_need_a_fitted_front(fit: Fit) -> None:
+    module, _ = fit(
+        stream=small(validation_fraction=0.2),
+        front=RandomFeatures(8),
+        trainer={"num_sanity_val_steps": 2},
+    )
+    assert module.closed == 1
+
+
 def learn(devices: int) -> dict[str, Tensor]:
     seed_everything(0, verbose=False)
     front = RandomFeatures(16)

@@ -49,6 +49,17 @@ class Send(Callback):
             os.kill(os.getpid(), self.number)
 
 
+class KillInFront(Callback):
+    # While it is fitted, in its first or in its last pass over the images; or when it is used first.
+
+    def __init__(self, moment: str) -> None:
+        self.moment = moment
+
+    def on_fit_start(self, trainer, pl_module):
+        front = pl_module.network.front
+        setattr(front, self.moment, lambda *_: os.kill(os.getpid(), 9))
+
+
 class FullDisk(Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == 30:
@@ -262,6 +273,34 @@ def test_a_kill_between_two_renames(whole: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == (
         f"bpn-fit: warning: There is no {last}. Resuming from {previous}, the checkpoint before it.\n"
     )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ["KillInFront", "--trainer.callbacks.moment=_draw"],
+        ["KillInFront", "--trainer.callbacks.moment=_standardize"],
+        ["KillInFront", "--trainer.callbacks.moment=forward"],
+        ["Send", "--trainer.callbacks.number=9", "--trainer.callbacks.step=30"],
+    ],
+)
+def test_a_kill_while_a_front_is_fitted_or_used(tmp_path: Path, fault: list[str]) -> None:
+    """Its features are computed again, and are the same bits."""
+    sizes = {"num_patches": 8, "size": 3, "samples": 2000, "iterations": 3}
+    flags = ["--front", "patches", "--gate", "slda"]
+    flags += [text for name, n in sizes.items() for text in (f"--fronts.patches.{name}", str(n))]
+    assert run(*flags, "--runs", "whole") == 0
+    (whole,) = Path("whole").glob("*/*/seed_0")
+    line = [sys.executable, "-m", "bpn_lightning.cli.main", *LINE, *flags]
+    line += ["--trainer.callbacks", f"user_code.{fault[0]}", *fault[1:]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(line, check=False, env=environment).returncode == -signal.SIGKILL
+    there = Path("runs", *whole.parts[1:])
+    assert (there / "checkpoints" / "last.ckpt").exists() == (fault[0] == "Send")
+    assert run(*flags, "--ckpt_path", "last") == 0
+    assert figures(whole) == figures(there)
+    assert torch.equal(weights(whole), weights(there))
+    assert (whole / "gates.csv").read_text() == (there / "gates.csv").read_text()
 
 
 def test_every_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
