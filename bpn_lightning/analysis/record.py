@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.run.identity import flatten, part_names, short
+from bpn_lightning.run.identity import flatten, setup_name, short
 from bpn_lightning.run.moments import Moments, Row, moments, tasks_learned
 from bpn_lightning.run.results import read_matrix_rows, read_results
 from bpn_lightning.run.schema import MAX_TASKS
@@ -81,9 +81,9 @@ class RunRecord:
     @property
     def setup(self) -> str:
         """The method with what sets it apart; runs of one place and setup differ by their seed."""
-        parts = part_names("+".join(self.gates), self.at("front", "name"))
         varied = (f"{short(key)} {value}" for key, value in self.variant.items())
-        return ", ".join(filter(None, [self.method, *parts, *varied, self.note]))
+        named = setup_name(self.method, self.gates, self.at("front", "name"))
+        return ", ".join(filter(None, [named, *varied, self.note]))
 
     @property
     def gates(self) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """The identity of a run, and the differences between two runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "part_names",
     "run_name",
     "run_names",
+    "setup_name",
     "short",
 ]
 
@@ -90,6 +91,15 @@ def part_names(gate: str | None, front: str | None) -> list[str]:
     ['gate slda+ppca']
     """
     return [f"{part} {name}" for part, name in zip(PARTS, (gate, front), strict=True) if name]
+
+
+def setup_name(method: str, gates: Iterable[str], front: str | None) -> str:
+    """A method with the names of its gates and front, as titles and tables have it.
+
+    >>> setup_name("psp", ["slda", "ncm"], "patches")
+    'psp, gate slda+ncm, front patches'
+    """
+    return ", ".join([method, *part_names("+".join(gates), front)])
 
 
 def method_folder(method: str, gate: str | None = None, front: str | None = None) -> str:
