@@ -7,10 +7,7 @@ from torch import Tensor
 
 from bpn_lightning.metrics.scores import Calibration
 
-__all__ = ["BINS", "GateScores", "auroc", "calibration"]
-
-#: Of task probabilities, equally wide from 0 to 1.
-BINS = 15
+__all__ = ["GateScores", "auroc", "calibration"]
 
 
 class GateScores(TypedDict):

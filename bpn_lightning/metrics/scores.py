@@ -5,7 +5,10 @@ Does not import torch, so that results can be read without it.
 
 from typing import TypedDict
 
-__all__ = ["AfterLearning", "Calibration", "Summary", "TaskAgnostic"]
+__all__ = ["BINS", "AfterLearning", "Calibration", "Summary", "TaskAgnostic"]
+
+BINS = 15
+"""Of task probabilities, equally wide from 0 to 1."""
 
 
 class AfterLearning(TypedDict):
@@ -37,7 +40,7 @@ class Summary(TypedDict):
 
 
 class Calibration(TypedDict):
-    """Task probabilities in 15 bins of equal width from 0 to 1, by how large the largest is."""
+    """Task probabilities in :data:`BINS` bins, by how large the largest is."""
 
     error: float
     """The expected calibration error, a fraction (Guo et al., 2017, eq. 3)."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.memory import num_processes
-from bpn_lightning.metrics.gate_scores import BINS, GateScores, auroc, calibration
+from bpn_lightning.metrics.gate_scores import GateScores, auroc, calibration
+from bpn_lightning.metrics.scores import BINS
 from bpn_lightning.model.host import Host
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.gates.base import TaskGate
