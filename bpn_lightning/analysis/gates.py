@@ -29,11 +29,12 @@ class GateRow(NamedTuple):
 
     @property
     def name(self) -> str:
-        """``psp, slda on patches``, with what sets the runs apart."""
+        """``psp, slda on patches``, with what sets the runs apart; ``slda on patches`` of a gate alone."""
         record = self.row.records[0]
         front = record.at("front", "name")
         named = self.gate + (f" on {front}" if front else "")
-        return ", ".join([record.method, named, *record.variation])
+        alone = record.method == self.gate
+        return ", ".join([*([] if alone else [record.method]), named, *record.variation])
 
     @property
     def bytes_per_task(self) -> int:
@@ -49,6 +50,10 @@ class GateRow(NamedTuple):
     def average(self, key: str) -> Interval | None:
         """Of an accuracy after the last task, over seeds."""
         return interval(self._averages(key))
+
+    def modes_given(self) -> Interval | None:
+        """ACC of the modes where the task ID is given; None where there are none."""
+        return self.row.scores["average"] if self.row.records[0].gates[self.gate]["modes"] else None
 
     def gain(self) -> Interval | None:
         """By how much gate and modes exceed the gate's own class, seed by seed."""

@@ -36,7 +36,7 @@ def _accuracies(collection: Collection, place: str, rows: Sequence[GateRow]) -> 
         [
             one.name,
             *(one.average(key) for key in GATE_ACCURACIES),
-            one.row.scores["average"],
+            one.modes_given(),
             one.gain(),
             one.bytes_per_task,
             one.bytes_shared,

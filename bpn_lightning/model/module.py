@@ -17,6 +17,7 @@ from bpn_lightning.metrics.task_metrics import Metrics
 from bpn_lightning.model.checkpoint import load_state, loading, save_state
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate
+from bpn_lightning.model.gating import evaluate_own_class
 from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
@@ -221,7 +222,12 @@ class ContinualModule(HookNameAsPlainAttribute):
         return self.network.for_inference(task)
 
     def evaluate(self, tasks: Sequence[int] | None = None, split: Split = "test") -> Tensor:
-        """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.model.evaluation.evaluate`."""
+        """Accuracy on some tasks, whose IDs are given; see :func:`bpn_lightning.model.evaluation.evaluate`.
+
+        Of gates that learned alone: of the first gate's own class.
+        """
+        if self.host.classifier is not None:
+            return evaluate_own_class(self.host, self.host.classifier, tasks, split)
         return evaluate(self.host, tasks, split)
 
     def predict(
@@ -265,6 +271,9 @@ class ContinualModule(HookNameAsPlainAttribute):
     def on_train_start(self) -> None:
         """Go on where the checkpoint was, or begin."""
         self.host.mark_front(training=False)
+        if self.host.classifier is not None:
+            self.task_loop.learn_without_training()
+            return
         self.task_loop.begin(self.position.task)
         start_next_epoch(self.trainer)
         self.task_loop.advance(self.trainer.current_epoch)

@@ -107,7 +107,7 @@ def gates_table(place: str, rows: Sequence[GateRow]) -> PageTable:
         [
             one.name,
             *(_interval(one.average(key)) for key in GATE_ACCURACIES),
-            _interval(one.row.scores["average"]),
+            _interval(one.modes_given()),
             _interval(one.gain()),
             _interval(one.calibration_error()),
             _interval(one.rejection()),

@@ -166,7 +166,12 @@ def write_results(
     setup = setup_name(method, gates, front and front["name"])
     title = f"{experiment} · {setup} · seed {seed}"
     epochs = [task.epochs for task in tasks]
-    over_stream = accuracy_curves(matrix.accuracy, curve=curve, epochs_per_task=epochs, title=title)
+    if any(epochs):
+        over_stream = accuracy_curves(
+            matrix.accuracy, curve=curve, epochs_per_task=epochs, title=title
+        )
+    else:  # gates that learned alone
+        over_stream = accuracy_curves(matrix.accuracy, title=title)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         if config is not None:

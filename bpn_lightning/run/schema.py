@@ -82,7 +82,8 @@ class TaskRecord(TypedDict):
     """From 0; the column task_1 of accuracy_matrix.csv is task 0."""
     classes: list[str]
     epochs: int
-    """Epochs planned for its own training; early stopping may have ended it before."""
+    """Epochs planned for its own training; early stopping may have ended it before. 0: no network was
+    trained, and the accuracies are those of the first gate's own class."""
 
 
 class UnsettledTask(TypedDict):

@@ -30,7 +30,7 @@ def gate(own_class: float, mixture: float) -> dict[str, Any]:
         "confidence": [*[None] * 14, 1.0],
         "accuracy": [*[None] * 14, 0.75],
     }
-    sizes = {"bytes_held": 27, "bytes_per_task": 10}
+    sizes = {"modes": 2, "bytes_held": 27, "bytes_per_task": 10}
     return {**averages, "calibration": bins, "over_stream": over_stream, **sizes}
 
 
