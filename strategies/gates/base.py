@@ -117,7 +117,9 @@ class TaskGate(ContinualStrategy):
         Returns:
             -inf for classes that are not known, or not of the task.
         """
-        raise NotImplementedError(f"{type(self).__name__} names no classes.")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not implement own_logits, by which a gate of 0 modes answers."
+        )
 
 
 def check_gate_names(gates: Sequence[TaskGate]) -> None:
