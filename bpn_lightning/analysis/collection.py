@@ -250,8 +250,8 @@ def _read_record(cell: Any) -> RunRecord:
         len(row) != task for task, row in enumerate(cell["matrix"], start=1)
     ):
         raise ValueError("its matrix is no triangle")
-    if len(epochs) != tasks or any(not 0 < number <= MAX_COUNT for number in epochs):
-        raise ValueError("it has other epochs than a whole number from 1 on for each task")
+    if len(epochs) != tasks or any(not 0 <= number <= MAX_COUNT for number in epochs):
+        raise ValueError("it has other epochs than a whole number from 0 on for each task")
     check_curve(cell["curve"], tasks)
     parts = {
         "matrix": _whole(cell["matrix"]),

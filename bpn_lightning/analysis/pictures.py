@@ -117,6 +117,7 @@ def line_chart(
     log: bool = False,
     limits: tuple[float, float] | None = (0.0, 1.0),
     starts: Sequence[Sequence[float]] = (),
+    width: float | None = None,
 ) -> Figure:
     """Panels with the same lines and one legend; up to four lines have the bands of their intervals.
 
@@ -128,13 +129,15 @@ def line_chart(
         log: whether x is drawn in logarithms.
         limits: of the values; None to follow them.
         starts: for each panel, where dashed vertical lines stand.
+        width: in inches, of panels below each other; None sets them side by side.
     """
     names = list(dict.fromkeys(line.name for _, lines in panels for line in lines))
     with style.context("default"):
         columns = len(panels) if len(panels) < 4 else (2 if len(panels) == 4 else 3)
+        columns, named = (columns, 4) if width is None else (1, 2)
         lines_down = -(-len(panels) // columns)
-        width = 7.5 if len(panels) == 1 else 3.9 * columns
-        below = 0.25 * (1 + (len(names) - 1) // 4)
+        width = width or (7.5 if len(panels) == 1 else 3.9 * columns)
+        below = 0.25 * (1 + (len(names) - 1) // named)
         height = 3.9 if len(panels) == 1 else 3.1 * lines_down
         figure = Figure(figsize=(width, height + below), layout="constrained")
         figure.suptitle(title, parse_math=False)
@@ -164,7 +167,7 @@ def line_chart(
             [handles[name] for name in names if name in handles],
             [name for name in names if name in handles],
             loc="outside lower center",
-            ncols=min(4, len(names)),
+            ncols=min(named, len(names)),
             frameon=False,
             handlelength=3.5,
         )

@@ -8,7 +8,9 @@ from typing import Any, cast
 
 from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.run.identity import flatten, part_names, short
+from bpn_lightning.metrics.scores import BINS
+from bpn_lightning.run.gates import GATE_ACCURACIES
+from bpn_lightning.run.identity import flatten, setup_name, short
 from bpn_lightning.run.moments import Moments, Row, moments, tasks_learned
 from bpn_lightning.run.results import read_matrix_rows, read_results
 from bpn_lightning.run.schema import MAX_TASKS
@@ -81,9 +83,14 @@ class RunRecord:
     @property
     def setup(self) -> str:
         """The method with what sets it apart; runs of one place and setup differ by their seed."""
-        parts = part_names("+".join(self.gates), self.at("front", "name"))
+        named = setup_name(self.method, self.gates, self.at("front", "name"))
+        return ", ".join([named, *self.variation])
+
+    @property
+    def variation(self) -> list[str]:
+        """What sets it apart from runs of the same method, gates and front."""
         varied = (f"{short(key)} {value}" for key, value in self.variant.items())
-        return ", ".join(filter(None, [self.method, *parts, *varied, self.note]))
+        return [*varied, *filter(None, [self.note])]
 
     @property
     def gates(self) -> Mapping[str, Any]:
@@ -185,7 +192,8 @@ def check_record(record: RunRecord) -> RunRecord:
             raise ValueError(f"{'.'.join(keys)} is {value!r:.80}")
     _check_accuracies(record.matrix)
     _check_accuracies(point["accuracy"] for point in record.curve)
-    for name in (record.experiment, record.method):
+    _check_gates(record)
+    for name in (record.experiment, record.method, *record.gates):
         if len(name) > MAX_NAME:
             raise ValueError(f"a name has {len(name):,} characters")
     return record
@@ -205,6 +213,28 @@ def check_curve(points: Any, tasks: int) -> list[dict[str, Any]]:
         if len(point["accuracy"]) != tasks:
             raise ValueError(f"a point has no accuracy for each of the {tasks} tasks")
     return list(points)
+
+
+def _check_gates(record: RunRecord) -> None:
+    """Refuse what the tables and pictures of gates cannot be made of."""
+    for name, gate in record.gates.items():
+        bins, moments = gate["calibration"], gate["over_stream"]
+        values = [gate[key]["average"] for key in GATE_ACCURACIES if gate[key] is not None]
+        values += [moment[key] for moment in moments for key in (*GATE_ACCURACIES, "rejection")]
+        if bins is not None:
+            values += [bins["error"], *bins["confidence"], *bins["accuracy"]]
+            empty = [count == 0 for count in bins["counts"]]
+            lists = (bins["confidence"], bins["accuracy"])
+            if len(empty) != BINS or any([one is None for one in of] != empty for of in lists):
+                raise ValueError(f"the bins of gate {name!r:.80} are not {BINS} that fit together")
+            if not all(_is_between(count, 0, MAX_COUNT) for count in bins["counts"]):
+                raise ValueError(f"a bin of gate {name!r:.80} has {bins['counts']!r:.80} samples")
+        _check_accuracies([values])
+        counts = [gate["bytes_held"], gate["bytes_per_task"]]
+        if not all(_is_between(count, 0, MAX_COUNT) for count in counts):
+            raise ValueError(f"the bytes of gate {name!r:.80} are {counts!r:.80}")
+        if any(not 0 < moment["after"] <= record.tasks for moment in moments):
+            raise ValueError(f"a moment of gate {name!r:.80} is after no task of the stream")
 
 
 def _check_accuracies(rows: Iterable[Iterable[Any]]) -> None:

@@ -1,93 +1,45 @@
 """Accuracies of gates if the task ID is not given, and what the modes add to them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from bpn_lightning.analysis.artifact import Artifact, seeds_text, slug
 from bpn_lightning.analysis.collection import Collection
-from bpn_lightning.analysis.comparison import MethodRow, method_rows
-from bpn_lightning.analysis.pictures import Dots, Line, dot_chart, line_chart
-from bpn_lightning.analysis.statistics import Interval, interval
+from bpn_lightning.analysis.comparison import method_rows
+from bpn_lightning.analysis.gates import DRAWN, GateRow, draw_over_tasks, gate_rows
+from bpn_lightning.analysis.pictures import Dots, dot_chart
 from bpn_lightning.analysis.table import Cell, Table
-from bpn_lightning.run.gates import GATE_ACCURACIES, shared_bytes
+from bpn_lightning.run.drawing import draw_reliability
+from bpn_lightning.run.gates import GATE_ACCURACIES
 
 __all__ = ["gates"]
-
-#: The accuracies in pictures.
-_DRAWN = {key: GATE_ACCURACIES[key] for key in ("task_accuracy", "own_class", "mixture")}
-
-
-class _GateRow(NamedTuple):
-    """A gate of a row's runs."""
-
-    row: MethodRow
-    gate: str
-
-    @property
-    def name(self) -> str:
-        """``psp, slda on patches``."""
-        record = self.row.records[0]
-        front = record.at("front", "name")
-        return f"{record.method}, {self.gate}" + (f" on {front}" if front else "")
-
-    def average(self, key: str) -> Interval | None:
-        """Of an accuracy, over seeds."""
-        return interval([one.at("gates", self.gate, key, "average") for one in self.row.records])
-
-    def gain(self) -> Interval | None:
-        """By how much gate and modes exceed the gate's own class, seed by seed."""
-        pairs = [
-            [one.at("gates", self.gate, key, "average") for key in ("mixture", "own_class")]
-            for one in self.row.records
-        ]
-        known = [both - own for both, own in pairs if both is not None and own is not None]
-        return interval(known) if len(known) == len(pairs) else None
-
-    def bytes(self) -> tuple[int, int]:
-        """Of gate and modes for each task, and what tasks share: the rest of the gate, and the front."""
-        record = self.row.records[0]
-        gate = record.gates[self.gate]
-        return gate["bytes_per_task"], shared_bytes(gate) + (record.at("front", "bytes") or 0)
-
-    def over_stream(self, key: str) -> Line:
-        """An average over the number of tasks learned."""
-        learned = self.row.records[0].learned
-        moments = [
-            {one["after"]: one for one in record.gates[self.gate]["over_stream"]}
-            for record in self.row.records
-        ]
-        x = [after for after in range(1, learned + 1) if all(after in one for one in moments)]
-        y = [interval([one[after][key] for one in moments]) for after in x]
-        return Line(self.name, [float(after) for after in x], y)
 
 
 def gates(collection: Collection) -> list[Artifact]:
     """A table of every gate for each experiment, with accuracy over the number of tasks."""
-    rows = [(place, _rows(collection, place)) for place in collection.places()]
+    rows = [
+        (place, gate_rows(method_rows(collection.records, place))) for place in collection.places()
+    ]
     return [
         artifact
         for place, found in rows
         if found
-        for artifact in (_accuracies(collection, place, found), _over_stream(place, found))
+        for artifact in (
+            _accuracies(collection, place, found),
+            _over_stream(place, found),
+            _calibration(place, found),
+        )
     ]
 
 
-def _rows(collection: Collection, place: str) -> list[_GateRow]:
-    return [
-        _GateRow(row, gate)
-        for row in method_rows(collection.records, place)
-        for gate in row.records[0].gates
-    ]
-
-
-def _accuracies(collection: Collection, place: str, rows: Sequence[_GateRow]) -> Artifact:
+def _accuracies(collection: Collection, place: str, rows: Sequence[GateRow]) -> Artifact:
     body: list[list[Cell]] = [
         [
             one.name,
             *(one.average(key) for key in GATE_ACCURACIES),
-            one.row.scores["average"],
+            one.modes_given(),
             one.gain(),
-            *one.bytes(),
+            one.bytes_per_task,
+            one.bytes_shared,
         ]
         for one in rows
     ]
@@ -101,7 +53,7 @@ def _accuracies(collection: Collection, place: str, rows: Sequence[_GateRow]) ->
     ]
     picture = dot_chart(
         [one.name for one in rows],
-        [Dots(title, [one.average(key) for one in rows]) for key, title in _DRAWN.items()],
+        [Dots(title, [one.average(key) for one in rows]) for key, title in DRAWN.items()],
         title=place,
     )
     caption = (
@@ -114,21 +66,18 @@ def _accuracies(collection: Collection, place: str, rows: Sequence[_GateRow]) ->
     )
 
 
-def _over_stream(place: str, rows: Sequence[_GateRow]) -> Artifact:
-    lines = {key: [one.over_stream(key) for one in rows] for key in _DRAWN}
+def _over_stream(place: str, rows: Sequence[GateRow]) -> Artifact:
+    lines = {key: [one.over_stream(key) for one in rows] for key in DRAWN}
     body: list[list[Cell]] = [
-        [one.name, int(after), *(lines[key][number].y[index] for key in _DRAWN)]
+        [one.name, int(after), *(lines[key][number].y[index] for key in DRAWN)]
         for number, one in enumerate(rows)
         for index, after in enumerate(lines["task_accuracy"][number].x)
     ]
-    table = Table(["modes, gate", "tasks learned", *_DRAWN.values()], body)
+    table = Table(["modes, gate", "tasks learned", *DRAWN.values()], body)
     shown = {float(one.row.records[0].learned) for one in rows} | {1.0}
     ends = [row for row in body if row[1] in shown]
-    picture = line_chart(
-        [(name, lines[key]) for key, name in _DRAWN.items()],
-        title=place,
-        xlabel="tasks learned",
-    )
+    panels = [(name, lines[key]) for key, name in DRAWN.items()]
+    picture = draw_over_tasks(panels, title=place)
     caption = (
         "Means over the tasks learned by then, over the number of tasks; the CSV has all of them."
     )
@@ -139,4 +88,28 @@ def _over_stream(place: str, rows: Sequence[_GateRow]) -> Artifact:
         Table(table.columns, ends),
         picture,
         data=table,
+    )
+
+
+def _calibration(place: str, rows: Sequence[GateRow]) -> Artifact:
+    body: list[list[Cell]] = [[one.name, one.calibration_error(), one.rejection()] for one in rows]
+    known = {one.name: found for one in rows if (found := one.calibration())}
+    bins: list[list[Cell]] = [
+        [name, *row]
+        for name, of in known.items()
+        for row in zip(of["counts"], of["confidence"], of["accuracy"], strict=True)
+    ]
+    caption = (
+        "Calibration error: the mean distance between how likely a gate takes its likeliest task to be and "
+        "how often that is right. Rejection: the area under the ROC curve by which its largest score tells "
+        "learned tasks from those still to come, a mean over the moments at which some were tested. The "
+        "picture and the CSV have the samples of all seeds in 15 bins."
+    )
+    return Artifact(
+        f"gates_calibration_{slug(place)}",
+        f"{place}: calibration and rejection of gates",
+        caption,
+        Table(["modes, gate", "calibration error", "rejection, AUROC"], body),
+        draw_reliability(known, title=place) if known else None,
+        data=Table(["modes, gate", "samples", "mean probability", "fraction right"], bins),
     )

@@ -38,7 +38,7 @@ from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
-from bpn_lightning.run.identity import PARTS, method_folder, part_names, short
+from bpn_lightning.run.identity import PARTS, method_folder, setup_name, short
 
 __all__ = [
     "ARTIFACTS",
@@ -125,14 +125,16 @@ class Cell:
     front: str | None = None
 
     @property
+    def setup(self) -> str:
+        """The method with its gates and front, as tables name it."""
+        return setup_name(self.method, self.gate.split("+") if self.gate else [], self.front)
+
+    @property
     def name(self) -> str:
         """``digits_inc, bd+ewc, seed 0, rank 10``, for people."""
         parts = (f"{short(key)} {value}" for key, value in self.variant)
         label = [self.label] if self.label else []
-        named = part_names(self.gate, self.front)
-        return ", ".join(
-            [self.experiment, *label, self.method, *named, f"seed {self.seed}", *parts]
-        )
+        return ", ".join([self.experiment, *label, self.setup, f"seed {self.seed}", *parts])
 
     def runs(self, root: Path) -> Path:
         """What ``bpn-fit --runs`` gets: variants lie beside each other, each with runs of its own."""
@@ -245,7 +247,8 @@ def read_grid(name: str, passed_on: Sequence[str] = ()) -> Grid:
         else:
             cells += found
     _check_twice(cells, where)
-    known = {cell.method for cell in cells} | {m for one in not_run for m in one.methods}
+    known = {name for cell in cells for name in (cell.method, cell.setup)}
+    known |= {method for one in not_run for method in one.methods}
     return Grid(
         name=path.stem,
         title=str(content.get("title", path.stem)),

@@ -23,7 +23,7 @@ import yaml
 
 from bpn_lightning import registry
 from bpn_lightning.cli.config_files import CONFIGS, ConfigLayer, find_config, read_layer
-from bpn_lightning.cli.parts import check_one_front, check_values, choose, tuned_layer
+from bpn_lightning.cli.parts import check_one_front, check_values, choose, gates_alone, tuned_layer
 from bpn_lightning.cli.past import past_layers
 from bpn_lightning.cli.trust import (
     FLAGS,
@@ -85,6 +85,11 @@ class Command:
         }
 
     @property
+    def gates_alone(self) -> bool:
+        """Whether the method is gates, beside which no network is trained."""
+        return not self.strategies and set(self.method.split("+")) <= set(self.gates)
+
+    @property
     def args(self) -> list[str]:
         """The arguments for the parser."""
         return [
@@ -130,15 +135,21 @@ def read_command(argv: Sequence[str]) -> Command:
         for layer in [layer for layer in layers if layer.strategies]:
             notices.append(f"--method {method} overrides the `strategies:` of {layer.name}.")
         layers = [layer.only("strategies") if layer.strategies else layer for layer in layers]
-    chosen, method_layer = _choose(method, places, known_methods, layers, rest)
-    notices += _notice_of_values(method, experiments[0], chosen, method_layer, layers)
+    alone = gates_alone(method, known_methods)
+    chosen: dict[str, registry.Registered | None] = {}
+    method_layer: ConfigLayer | None = None
+    if not alone:  # whose values are those of gates
+        chosen, method_layer = _choose(method, places, known_methods, layers, rest)
+        notices += _notice_of_values(method, experiments[0], chosen, method_layer, layers)
     check_values("strategy", chosen, f"the method {method!r}", layers, _flags(rest))
 
     first = next((i for i, layer in enumerate(layers) if layer.strategies), len(layers))
     if method_layer is not None:
         layers.insert(first, method_layer)
-    gates, layers = _gates_or_front("gate", flags.gate, layers, rest)
-    front, layers = _gates_or_front("front", flags.front, layers, rest)
+    gates, layers = _gates_or_front("gate", flags.gate, layers, rest, alone)
+    front, layers = _gates_or_front("front", flags.front, layers, rest, {})
+    if alone:
+        layers.append(ConfigLayer(method, {"gates": {name: {"modes": 0} for name in gates}}))
     check_one_front(front, layers, _flags(rest))
     tuned = tuned_layer(experiments, folders, gates, front)
     if tuned is not None:
@@ -262,14 +273,30 @@ def _check_text(argv: Sequence[str], layers: Sequence[ConfigLayer]) -> None:
 
 
 def _gates_or_front(
-    option: str, typed: str | None, layers: list[ConfigLayer], rest: Sequence[str]
+    option: str,
+    typed: str | None,
+    layers: list[ConfigLayer],
+    rest: Sequence[str],
+    of_method: Mapping[str, registry.Registered],
 ) -> tuple[dict[str, registry.Registered], list[ConfigLayer]]:
-    """The gates or the front that are used, and the configs without values of those that a flag replaces."""
+    """The gates or the front that are used, and the configs without values of those that a flag replaces.
+
+    Raises:
+        ConfigurationError: a name is unknown, or given twice.
+    """
     if typed is None:
         stated = [layer.content[option] for layer in layers if option in layer.content]
         chosen = choose(option, stated[-1] if stated else None)
     else:
         chosen = choose(option, None if typed == "null" else typed)
+    for name in of_method:
+        if name in chosen:
+            raise ConfigurationError(
+                f"Expected --{option} to name others than the method, but got {name!r} in both. Leave "
+                f"--{option} {name} out."
+            )
+    chosen = {**of_method, **chosen}
+    if typed is not None:
         layers = [layer.only(registry.KINDS[option].group, chosen) for layer in layers]
     check_values(option, chosen, "the run", layers, _flags(rest))
     return chosen, layers

@@ -151,6 +151,7 @@ class ContinualCLI(LightningCLI):
             check_name(key, self.config[key])  # again, after resolving interpolations
         check_name("method, gate and front, joined,", self.folder.parent.name)
         refuse_outside(Path(str(self.config.runs)), self.folder)
+        self._check_gates_alone()
         if not self.command.trust.everything:
             self._check_trust()
         self.run_folder = RunFolder(self.folder)
@@ -168,6 +169,16 @@ class ContinualCLI(LightningCLI):
         self.resumed = find_checkpoint(self.config.ckpt_path, self.folder, self._identity())
         if is_first_process() and not self.config.overwrite:
             refuse_earlier(self.folder, self._identity()["config"], self._resumes_own)
+
+    def _check_gates_alone(self) -> None:
+        """Refuse modes where the method trains none."""
+        names = self.command.gates if self.command.gates_alone else ()
+        for key in (f"gates.{name}.modes" for name in names):
+            if self.config[key] != 0:
+                raise ConfigurationError(
+                    f"Expected {key} to be 0 where the method is gates alone, but got {self.config[key]!r}. "
+                    f"Leave it out, or train modes: --method psp --gate {'+'.join(names)}."
+                )
 
     def _refuse_replaced_inputs(self) -> None:
         """Refuse inputs of the run that --overwrite would replace."""

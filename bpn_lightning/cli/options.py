@@ -70,8 +70,8 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
         "--method",
         type=str,
         default=command.method,
-        help="Strategies joined by '+' (your own class by its import path), or a method with tuned "
-        "values of the experiment.",
+        help="Strategies joined by '+' (your own class by its import path), a method with tuned values of "
+        "the experiment, or gates joined by '+', which learn alone: no network is trained.",
     )
     parser.add_argument(
         "--gate",

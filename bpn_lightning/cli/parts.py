@@ -1,7 +1,7 @@
 """What a command line uses by name, and the values that belong to it.
 
-A method consists of strategies, ``gate:`` names gates joined by ``+``, and ``front:`` one front. Values are
-below ``strategies.<name>``, ``gates.<name>`` and ``fronts.<name>``. A folder of configs has tuned ones of an
+A method consists of strategies, or of gates that learn alone; ``gate:`` names gates joined by ``+``, and
+``front:`` one front. Values are below ``strategies.<name>``, ``gates.<name>`` and ``fronts.<name>``. A folder of configs has tuned ones of an
 experiment's gates and front in ``gates/<experiment>.yaml``.
 """
 
@@ -12,7 +12,7 @@ from bpn_lightning import registry
 from bpn_lightning.cli.config_files import ConfigLayer, read_layer
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 
-__all__ = ["check_one_front", "check_values", "choose", "tuned_layer"]
+__all__ = ["check_one_front", "check_values", "choose", "gates_alone", "tuned_layer"]
 
 #: The option that names what is used of each kind.
 OPTIONS = {"strategy": "method", "gate": "gate", "front": "front"}
@@ -22,17 +22,17 @@ def choose(option: str, wanted: object) -> dict[str, registry.Registered]:
     """The gates or the front that an option names, in order.
 
     Args:
-        option: ``"gate"`` or ``"front"``.
+        option: ``"gate"``, ``"front"``, or ``"method"`` of gates alone.
         wanted: its value; None for none.
 
     Raises:
         ConfigurationError: a name is unknown or given twice.
     """
-    known = registry.registered(option)
-    names = [] if wanted is None else str(wanted).split("+") if option == "gate" else [str(wanted)]
+    known = registry.registered("front" if option == "front" else "gate")
+    names = [] if wanted is None else [str(wanted)] if option == "front" else str(wanted).split("+")
     for name in names:
         if name not in known:
-            what = "gates joined by '+'" if option == "gate" else "a front"
+            what = "a front" if option == "front" else "gates joined by '+'"
             raise ConfigurationError(
                 f"Expected --{option} to be {what}, but got {wanted!r:.80} with the unknown {name!r:.80}."
                 f"{did_you_mean(name, known)} It has to be one of {', '.join(known)}."
@@ -43,6 +43,30 @@ def choose(option: str, wanted: object) -> dict[str, registry.Registered]:
             )
         known[name].check_name()
     return {name: known[name] for name in names}
+
+
+def gates_alone(method: str, known_methods: Sequence[str]) -> dict[str, registry.Registered]:
+    """The gates of a method that consists of nothing else, in order; empty for other methods.
+
+    Args:
+        method: names joined by ``+``.
+        known_methods: methods that files describe.
+
+    Raises:
+        ConfigurationError: gates are joined to strategies, or one is named twice.
+    """
+    names, gates = method.split("+"), registry.gates()
+    strategies = {*registry.strategies(), *registry.ALIASES}
+    found = [name for name in names if name in gates and name not in strategies]
+    if not found or method in known_methods:
+        return {}
+    others = [name for name in names if name not in found]
+    if others:
+        raise ConfigurationError(
+            f"Expected --method to be strategies or gates joined by '+', but got both in {method!r}. Give the "
+            f"gates by --gate: --method {'+'.join(others)} --gate {'+'.join(found)}."
+        )
+    return choose("method", method)
 
 
 def check_values(

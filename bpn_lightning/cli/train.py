@@ -25,6 +25,7 @@ from bpn_lightning.run.console import final_table, gate_table
 from bpn_lightning.run.dashboards import close_adapters, upload_artifacts
 from bpn_lightning.run.folder import written_files
 from bpn_lightning.run.gates import gate_results
+from bpn_lightning.run.identity import setup_name
 from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.results import write_results
 from bpn_lightning.run.schema import FrontRecord
@@ -155,7 +156,9 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         out.write(read_text(results))
     if config.quiet or config.json:
         return
-    title = f"{config.experiment}, {config.method}, seed {config.seed_everything}"
+    gates = gate_results(module.gate_scores)
+    setup = setup_name(config.method, gates, front and front["name"])
+    title = f"{config.experiment}, {setup}, seed {config.seed_everything}"
     summary = module.accuracy_matrix.summary()
     final_table(
         Console(),
@@ -168,8 +171,8 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         module.unsettled,
         module.overtaken,
     )
-    if module.gate_scores:
-        gate_table(Console(), gate_results(module.gate_scores), front, summary["average"])
+    if gates:
+        gate_table(Console(), gates, front, summary["average"])
 
 
 def _front(cli: ContinualCLI) -> FrontRecord | None:

@@ -4,18 +4,20 @@ A score is larger where a task is likelier. Logits of modes are ``(tasks, n, cla
 same samples in the mode of every task, at that task's own classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "TEMPERATURES",
+    "by_class",
     "by_task",
     "confidence",
     "energy",
     "mixed_logits",
     "negative_entropy",
+    "of_task",
     "one_step_gradient",
     "temperature_log_likelihoods",
 ]
@@ -104,6 +106,40 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 # --- rows of a gate ------------------------------------------------------------------------------
+
+
+def by_class(scores: Tensor, columns: Tensor, num_classes: int) -> Tensor:
+    """The largest score of each class's rows, ``(n, num_classes)``; -inf where a class has none.
+
+    Args:
+        scores: of rows, ``(n, rows)``.
+        columns: of each row, ``(rows,)`` int64.
+        num_classes: at least the largest column and 1.
+
+    >>> by_class(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([0, 2, 0]), 3)
+    tensor([[2., -inf, 3.]])
+    """
+    logits = scores.new_full((len(scores), num_classes), -torch.inf)
+    places = columns.to(scores.device).expand(len(scores), -1)
+    return logits.scatter_reduce(1, places, scores, "amax")
+
+
+def of_task(scores: Tensor, tasks: Sequence[int], task: "int | Tensor | None") -> Tensor:
+    """Scores of rows, with -inf for those of other tasks than the one that is given, if one is.
+
+    Args:
+        scores: of rows, ``(n, rows)``.
+        tasks: of each row.
+        task: of all samples, or ``(n,)``, one of each.
+
+    >>> of_task(torch.zeros(2, 3), [0, 0, 1], torch.tensor([1, 0]))
+    tensor([[-inf, -inf, 0.],
+            [0., 0., -inf]])
+    """
+    if task is None:
+        return scores
+    given = torch.as_tensor(task, device=scores.device).reshape(-1, 1)
+    return scores.masked_fill(torch.tensor(tasks, device=scores.device) != given, -torch.inf)
 
 
 def by_task(scores: Tensor, tasks: Tensor, num_tasks: int) -> Tensor:

@@ -5,26 +5,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-__all__ = ["BINS", "Calibration", "GateScores", "auroc", "calibration"]
+from bpn_lightning.metrics.scores import Calibration
 
-#: Of task probabilities, equally wide from 0 to 1.
-BINS = 15
-
-
-class Calibration(TypedDict):
-    """Task probabilities by how large they are, for a reliability picture.
-
-    Attributes:
-        error: the expected calibration error, a fraction (Guo et al., 2017, eq. 3).
-        counts: samples of each of the 15 bins, whose largest task probability is in it.
-        confidence: mean of these probabilities in each bin; None where there are no samples.
-        accuracy: fraction of the samples in each bin whose likeliest task is theirs; None likewise.
-    """
-
-    error: float
-    counts: list[int]
-    confidence: list[float | None]
-    accuracy: list[float | None]
+__all__ = ["GateScores", "auroc", "calibration"]
 
 
 class GateScores(TypedDict):

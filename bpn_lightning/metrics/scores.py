@@ -5,7 +5,10 @@ Does not import torch, so that results can be read without it.
 
 from typing import TypedDict
 
-__all__ = ["AfterLearning", "Summary", "TaskAgnostic"]
+__all__ = ["BINS", "AfterLearning", "Calibration", "Summary", "TaskAgnostic"]
+
+BINS = 15
+"""Of task probabilities, equally wide from 0 to 1."""
 
 
 class AfterLearning(TypedDict):
@@ -34,3 +37,16 @@ class Summary(TypedDict):
     forgetting: float | None
     after_learning: AfterLearning
     task_agnostic: TaskAgnostic | None
+
+
+class Calibration(TypedDict):
+    """Task probabilities in :data:`BINS` bins, by how large the largest is."""
+
+    error: float
+    """The expected calibration error, a fraction (Guo et al., 2017, eq. 3)."""
+    counts: list[int]
+    """Samples of each bin."""
+    confidence: list[float | None]
+    """Mean of their largest task probabilities; None for an empty bin."""
+    accuracy: list[float | None]
+    """Fraction of them whose likeliest task is theirs; None for an empty bin."""

@@ -1,6 +1,6 @@
 """Answers without the task ID: a gate names the task, and the modes of the likeliest tasks the class."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -10,12 +10,22 @@ from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.memory import num_processes
-from bpn_lightning.metrics.gate_scores import BINS, GateScores, auroc, calibration
+from bpn_lightning.metrics.gate_scores import GateScores, auroc, calibration
+from bpn_lightning.metrics.scores import BINS
 from bpn_lightning.model.host import Host
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.gates.base import TaskGate
+from bpn_lightning.tasks import Split
 
-__all__ = ["answer", "evaluate_gates", "find_gate", "mixed", "mode_logits", "task_probabilities"]
+__all__ = [
+    "answer",
+    "evaluate_gates",
+    "evaluate_own_class",
+    "find_gate",
+    "mixed",
+    "mode_logits",
+    "task_probabilities",
+]
 
 COUNTS = ("samples", "task_accuracy", "end_to_end", "mixture", "own_class", "own_class_task_given")
 
@@ -54,19 +64,24 @@ def task_probabilities(host: Host, gate: TaskGate, inputs: Tensor) -> Tensor:
     return _log_probabilities(host, gate, seen, learned).exp()
 
 
-def answer(host: Host, gate: TaskGate, inputs: Tensor) -> Tensor:
+def answer(
+    host: Host, gate: TaskGate, inputs: Tensor, task: "int | Tensor | None" = None
+) -> Tensor:
     """Logits in the mode of the likeliest task, or the log of the mixture over several.
 
     Args:
         host: of a network that has learned tasks.
-        gate: says how many modes.
+        gate: says how many modes; the logits of 0 modes are its own.
         inputs: ``(batch, *input_shape)`` as gates see them.
+        task: where it is given, for a gate of 0 modes.
 
     Returns:
         ``(batch, num_classes)``; -inf for the columns that the mask leaves out.
     """
     learned = host.network.closed + 1
     seen = _looked_at(host, gate, inputs, learned)
+    if gate.modes == 0:
+        return gate.own_logits(seen, host.network.structure.num_classes, task)
     found = _log_probabilities(host, gate, seen, learned)
     first, mixture = mixed(host, inputs, found, gate.modes)
     return first if gate.modes == 1 else mixture
@@ -134,6 +149,35 @@ def _looked_at(host: Host, gate: TaskGate, inputs: Tensor, learned: int) -> Tens
     if gate.looks_at == "features":
         return inputs.flatten(1)
     return mode_logits(host, inputs, learned)
+
+
+@torch.no_grad()
+def evaluate_own_class(
+    host: Host, gate: TaskGate, tasks: Sequence[int] | None = None, split: Split = "test"
+) -> Tensor:
+    """Accuracy of a gate's own class on some tasks, whose IDs are given.
+
+    Args:
+        host: of the gate; under DDP every process calls this and gets the same.
+        gate: that names classes.
+        tasks: learned ones; all of them by default.
+        split: which part of their data.
+
+    Returns:
+        ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
+    """
+    learned = host.network.closed + 1
+    ids = range(learned) if tasks is None else tasks
+    counts = torch.zeros(2, len(ids), dtype=torch.float64, device=host.device)
+    with evaluation_mode(host.network):
+        for index, task in enumerate(ids):
+            for batch in host.gate_batches(task, split):
+                seen = _looked_at(host, gate, batch.inputs, learned)
+                logits = gate.own_logits(seen, host.network.structure.num_classes, task)
+                counts[0, index] += (logits.argmax(1) == batch.targets).sum()
+                counts[1, index] += len(batch.targets)
+    right, total = host.all_reduce(counts).cpu().unbind()
+    return right / total
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -210,12 +254,14 @@ def _add(
         return
     log_probabilities = scores.log_softmax(1)
     right = log_probabilities.argmax(1) == task
-    first, mixture = mixed(host, inputs, log_probabilities, gate.modes)
+    of_modes = [torch.zeros_like(targets)] * 2
+    if gate.modes:
+        both = mixed(host, inputs, log_probabilities, gate.modes)
+        of_modes = [logits.argmax(1) == targets for logits in both]
     answers = [
         torch.ones_like(targets),
         right,
-        first.argmax(1) == targets,
-        mixture.argmax(1) == targets,
+        *of_modes,
         *(
             torch.zeros_like(targets) if own is None else own == targets
             for own in (gate.own_columns(seen), gate.own_columns(seen, task))
@@ -235,6 +281,8 @@ def _record(host: Host, gate: TaskGate, sums: _Sums, learned: int, epoch: int) -
         name: [float(right / n) if n else None for right, n in zip(row, counts[0], strict=True)]
         for name, row in zip(COUNTS, counts, strict=True)
     }
+    if gate.modes == 0:
+        shares |= {name: [None] * len(samples) for name in ("end_to_end", "mixture")}
     declared = gate.declared_bytes(host)
     return GateScores(
         after=learned,

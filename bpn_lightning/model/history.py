@@ -66,7 +66,9 @@ class History:
 
     def add_gate_scores(self, epoch: int, found: list[GateScores]) -> None:
         """Add what gates answered after so many epochs; once for each moment."""
-        self.gate_scores = [one for one in self.gate_scores if one["epoch"] != epoch] + found
+        moments = {(one["after"], epoch) for one in found}
+        earlier = [one for one in self.gate_scores if (one["after"], one["epoch"]) not in moments]
+        self.gate_scores = earlier + found
 
     def curve(self, host: Host) -> list[dict[str, Any]]:
         """Dictionaries with ``epoch``, ``task`` and ``accuracy``; see ``ContinualModule.curve``."""

@@ -1,6 +1,7 @@
 """What the strategies of a module work on, and the objects that run them: network, stream, trainer."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,8 +12,8 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.losses import LossFunction, SampleLoss
 from bpn_lightning.model.cursor import Cursor
 from bpn_lightning.model.front import describe
-from bpn_lightning.model.frozen_core import FrozenCore
 from bpn_lightning.model.front_cache import FrontCache
+from bpn_lightning.model.frozen_core import FrozenCore
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.preparation import prepare_raw
@@ -102,7 +103,10 @@ class Host:
         Raises:
             ConfigurationError: they do not fit.
         """
+        learned_alone = self.network.opened >= 0 and self.classifier is not None
         self.network.build_for(stream, self.device, grow)
+        if learned_alone:
+            self.plan_no_training()
         self._stream = stream
 
     def batches(
@@ -191,6 +195,20 @@ class Host:
         if self.network.front is not None:
             return inputs
         return self.network.structure.common_normalization.from_first(inputs, task)
+
+    @property
+    def classifier(self) -> TaskGate | None:
+        """The first of a run's gates, where these are all that learns: its own class is the answer.
+
+        Such a network has tasks of 0 epochs, which files of a module keep.
+        """
+        trained = any(task.epochs for task in self.network.tasks)
+        return None if trained else next(iter(self.gates.values()), None)
+
+    def plan_no_training(self) -> None:
+        """Give every task 0 epochs: gates are all that learns."""
+        structure = self.network.structure
+        structure.tasks = [replace(task, epochs=0) for task in structure.tasks]
 
     def fit_front(self) -> None:
         """Fit what stands before the network on the first task, without augmentation."""

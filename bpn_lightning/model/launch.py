@@ -85,6 +85,14 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     if gates or stage == "fit":  # others answer by those that the module was loaded with
         host.gates = {gate.name: gate for gate in gates}
     host.attach(stream, grow=stage == "fit")
+    if stage == "fit" and gates and all(_learns_alone(one) for one in host.strategies):
+        host.plan_no_training()
+    if stage != "fit" and host.classifier is not None:
+        verb = getattr(stage, "value", stage)
+        raise ConfigurationError(
+            f"Expected trainer.{verb} to get a network that was trained, but gates are all that this module "
+            "has learned. Call module.evaluate(), or module.predict(images)."
+        )
     stream.follow(host.training_epoch)
     if stage == "fit" and host.network.opened < 0:
         for strategy in host.strategies:
@@ -98,6 +106,11 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     if stage == "fit":  # before processes share gradients, and optimizers are made
         host.core.begin_task(host.cursor.task)
     check_layers_are_called(host.network, dry_inputs(host.network.structure, 2, host.device))
+
+
+def _learns_alone(strategy: ContinualStrategy) -> bool:
+    """Whether it needs no network that learns."""
+    return isinstance(strategy, TaskGate) and strategy.modes == 0
 
 
 def check_strategies(host: Host, optimization: Optimization) -> None:
@@ -133,7 +146,8 @@ def plan_schedule(host: Host) -> None:
             owners |= {(task.id, name): strategy for name in new}
         phases.append(of_task)
     schedule = Schedule(phases)
-    check_phases(schedule, host.stream, host.trainer)
+    if host.classifier is None:
+        check_phases(schedule, host.stream, host.trainer)
     host.cursor.plan(schedule)
     host.phase_owners = owners
 
@@ -173,6 +187,14 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     check_trainer(trainer, total)
     check_callbacks(trainer)
     check_precision(trainer, host.strategies)
+    if host.classifier is not None:
+        if loop.metrics:
+            raise ConfigurationError(
+                "Expected metrics to be None where gates are all that learns, since they give no "
+                f"probabilities of all classes, but got {', '.join(loop.metrics)}. Leave metrics out."
+            )
+        set_max_epochs(trainer, -1)  # the task loop ends it; Lightning skips a fit of 0 epochs
+        return
     held_out = len(stream.val_dataloader()) if stream.has_validation else 0
     optimization = loop.optimization
     check_lengths(trainer, *optimization.count_updates(), held_out)

@@ -22,6 +22,7 @@ from bpn_lightning.model.evaluation import evaluate
 from bpn_lightning.model.extending import Extension
 from bpn_lightning.model.forgetting import forget
 from bpn_lightning.model.frozen_core import FrozenCore, Trains
+from bpn_lightning.model.gating import evaluate_own_class
 from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
@@ -280,7 +281,12 @@ class ContinualModule(HookNameAsPlainAttribute):
         return self.network.for_inference(task)
 
     def evaluate(self, tasks: Sequence[int] | None = None, split: Split = "test") -> Tensor:
-        """Accuracy on some tasks, each in its own mode; see :func:`bpn_lightning.model.evaluation.evaluate`."""
+        """Accuracy on some tasks, whose IDs are given; see :func:`bpn_lightning.model.evaluation.evaluate`.
+
+        Of gates that learned alone: of the first gate's own class.
+        """
+        if self.host.classifier is not None:
+            return evaluate_own_class(self.host, self.host.classifier, tasks, split)
         return evaluate(self.host, tasks, split)
 
     def forget(self, task: int) -> list[str]:
@@ -334,6 +340,9 @@ class ContinualModule(HookNameAsPlainAttribute):
     def on_train_start(self) -> None:
         """Go on where the checkpoint was, or begin."""
         self.host.mark_front(training=False)
+        if self.host.classifier is not None:
+            self.task_loop.learn_without_training()
+            return
         self.task_loop.begin(self.position.task)
         start_next_epoch(self.trainer)
         self.task_loop.advance(self.trainer.current_epoch)

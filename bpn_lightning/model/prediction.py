@@ -1,6 +1,7 @@
 """What a network that has learned answers for raw inputs: prepared as in its stream, without the stream."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,8 @@ def predict(
             float32 or float64 from 0 to 1, of image streams; else floats in the data's own units, or
             integer tokens.
         task: the task ID of all, or ``(batch,)``, one of each. None: a gate names it, where the module has
-            one, and the logits are those of :func:`~bpn_lightning.model.gating.answer`. Without gates each
+            one, and the logits are those of :func:`~bpn_lightning.model.gating.answer`, as they are also with
+            the task of a module whose gates learned alone. Without gates each
             sample is answered in the mode of the learned task whose largest softmax is the largest, as in
             :func:`~bpn_lightning.model.evaluation.evaluate_task_agnostic`.
         gate: the name of the one that is asked; None: the first, where no task is given.
@@ -49,6 +51,10 @@ def predict(
             task is given where it has to be.
     """
     network = host.network
+    if host.classifier is not None and network.closed >= 0:
+        if task is not None:
+            network.check_task_ids(task)
+        return _by_gate(host, images, gate, partial(answer, task=task))
     if gate is not None or (task is None and host.gates and network.closed >= 0):
         return _by_gate(host, images, gate, answer)
     check_predictable(host, task)

@@ -1,6 +1,7 @@
 """What happens at the edges of tasks, phases and epochs, each exactly once."""
 
 import warnings
+from collections.abc import Sequence
 from math import nan
 from typing import Any, Literal
 
@@ -100,6 +101,15 @@ class TaskLoop:
         self._warn_of_unmeasured_tasks()
         self.restore_random_state()
 
+    def learn_without_training(self) -> None:
+        """Open and close every task: gates are all that learns."""
+        set_max_epochs(self.host.trainer, 0)
+        self.restore_random_state()
+        for task in range(self.network.closed + 1, len(self.network.tasks)):
+            if task > self.network.opened:
+                self._open(task)
+            self.close(task)
+
     def restore_random_state(self) -> None:
         """Last of all that resuming does: building the structure draws random numbers too."""
         state, self.random_state = self.random_state, None
@@ -173,7 +183,8 @@ class TaskLoop:
             host.fit_front()
             for strategy in host.strategies:
                 strategy.on_stream_start(host, host.stream)
-            untrained = self._test(range(len(network.tasks)), after=0)
+            known = range(len(network.tasks) if host.classifier is None else 0)
+            untrained = self._test(known, after=0)
             network.accuracy_matrix.update(0, untrained)
             self.history.add_point(untrained, task_id, epoch=0)
             self._log_stream()
@@ -219,16 +230,12 @@ class TaskLoop:
                 cursor.consolidated.append(strategy.state_key)
         network.switch(task_id)
         self._swap_in_merged_weights()
-        row = self._test(self._tested_after(task_id), after=task_id + 1)
-        last = task_id + 1 == len(network.tasks)
-        if last and self.task_agnostic and network.mask != "task":
-            max_samples = None if self.task_agnostic is True else self.task_agnostic
-            alone = evaluate_task_agnostic(host, range(len(network.tasks)), max_samples=max_samples)
-            network.accuracy_matrix.update_task_agnostic(alone)
-        network.accuracy_matrix.update(task_id + 1, row)
         epochs = cursor.schedule.last_epoch(task_id) + 1
-        self.history.add_point(row, task_id, epochs)
+        if host.classifier is None:
+            self._test_network(task_id, epochs)
         self._ask_gates(self._tested_after(task_id), task_id + 1, epochs)
+        if host.classifier is not None:
+            self._take_own_class(task_id)
         split = "val" if host.stream.has_validation else "train"
         self.history.settling.end_task(task_id, split)
         network.closed = task_id
@@ -334,6 +341,27 @@ class TaskLoop:
 
     # --- what is measured ------------------------------------------------------------------------
 
+    def _test_network(self, task_id: int, epochs: int) -> None:
+        """Fill the row of the matrix after a task."""
+        host, network = self.host, self.network
+        row = self._test(self._tested_after(task_id), after=task_id + 1)
+        last = task_id + 1 == len(network.tasks)
+        if last and self.task_agnostic and network.mask != "task":
+            max_samples = None if self.task_agnostic is True else self.task_agnostic
+            alone = evaluate_task_agnostic(host, range(len(network.tasks)), max_samples=max_samples)
+            network.accuracy_matrix.update_task_agnostic(alone)
+        network.accuracy_matrix.update(task_id + 1, row)
+        self.history.add_point(row, task_id, epochs)
+
+    def _take_own_class(self, task_id: int) -> None:
+        """Fill the row of the matrix by what the gate itself, which was just asked, has answered."""
+        name = next(iter(self.host.gates))
+        own = next(one for one in reversed(self.history.gate_scores) if one["gate"] == name)
+        matrix = self.network.accuracy_matrix
+        if task_id + 1 == len(self.network.tasks) and self.task_agnostic:
+            matrix.update_task_agnostic(_accuracies(own["own_class"]))
+        matrix.update(task_id + 1, _accuracies(own["own_class_task_given"]))
+
     def _tested_after(self, task_id: int) -> range:
         tasks = range(len(self.network.tasks))
         if self.evaluate_on == "all" or task_id == tasks[-1]:
@@ -379,3 +407,7 @@ class TaskLoop:
     def _log(self, metrics: dict[str, float]) -> None:
         trainer = self.host.trainer
         log_metrics(trainer.loggers, metrics, trainer.global_step)
+
+
+def _accuracies(per_task: Sequence[float | None] | None) -> list[float]:
+    return [nan if value is None else value for value in per_task or ()]

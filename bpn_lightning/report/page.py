@@ -15,10 +15,18 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from bpn_lightning.analysis.comparison import Comparison, MethodRow
+from bpn_lightning.analysis.gates import gate_rows
 from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.report import tables
 from bpn_lightning.report.metric_tables import metric_tables
-from bpn_lightning.report.pictures import Picture, bytes_picture, curves_picture, methods_picture
+from bpn_lightning.report.pictures import (
+    Picture,
+    bytes_picture,
+    calibration_picture,
+    curves_picture,
+    gates_picture,
+    methods_picture,
+)
 from bpn_lightning.report.reading import Found
 from bpn_lightning.report.settings import differing_settings
 from bpn_lightning.report.summary import summarize
@@ -45,12 +53,16 @@ class Place:
         table: of its methods.
         scores: ACC of each method, drawn; None where there is one only, or too many.
         tradeoff: ACC over bytes; None where fewer than two methods know their bytes.
+        gates: the table of its gates; None where there are none.
+        gate_pictures: of their accuracy over the number of tasks, and of their calibration.
     """
 
     name: str
     table: tables.PageTable
     scores: Picture | None
     tradeoff: Picture | None
+    gates: tables.PageTable | None
+    gate_pictures: list[Picture]
 
 
 def render(found: Found, comparison: Comparison, version: str) -> bytes:
@@ -107,6 +119,7 @@ def _titles(parts: Mapping[str, Any]) -> dict[str, str]:
         "words": ("In words", True),
         "methods": ("Methods" if len(rows) > 1 else "Scores", rows),
         "tests": ("Differences between methods", len(rows) > 1),
+        "gates": ("Without the task ID", any(place.gates for place in parts["places"])),
         "bytes": ("Bytes against accuracy", any(place.tradeoff for place in parts["places"])),
         "stream": ("Over the stream", runs),
         "metrics": ("Other metrics", parts["metrics"]),
@@ -133,11 +146,15 @@ def _names(rows: Sequence[MethodRow]) -> list[str]:
 
 def _place(name: str, every: Sequence[MethodRow]) -> Place:
     rows = [row for row in every if row.place == name]
+    gates = gate_rows(rows)
+    drawn = [gates_picture(name, gates), calibration_picture(name, gates)]
     return Place(
         name,
         tables.methods_table(name, rows),
         methods_picture(name, rows),
         bytes_picture(name, rows),
+        tables.gates_table(name, gates) if gates else None,
+        [picture for picture in drawn if picture is not None],
     )
 
 

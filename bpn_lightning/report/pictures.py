@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import pairwise
 from xml.etree import ElementTree as ET
@@ -12,15 +12,27 @@ from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 
 from bpn_lightning.analysis.comparison import SCORES, MethodRow
-from bpn_lightning.analysis.pictures import Dots, Point, dot_chart, tradeoff_chart
+from bpn_lightning.analysis.gates import DRAWN, GateRow, draw_over_tasks
+from bpn_lightning.analysis.pictures import Dots, Line, Point, dot_chart, tradeoff_chart
 from bpn_lightning.analysis.record import RunRecord
-from bpn_lightning.run.drawing import FEW, draw_curves
+from bpn_lightning.run.drawing import FEW, draw_curves, draw_reliability
 from bpn_lightning.run.moments import Moments
 
-__all__ = ["Picture", "bytes_picture", "curves_picture", "inline_svg", "methods_picture"]
+__all__ = [
+    "Picture",
+    "bytes_picture",
+    "calibration_picture",
+    "curves_picture",
+    "gates_picture",
+    "inline_svg",
+    "methods_picture",
+]
 
 MOST_ROWS = 60
 """Methods of a place up to which they are drawn; the table has all."""
+
+MOST_GATES = 14
+"""Gates of a place up to which they are drawn; the table has all."""
 
 MOST_READ = 200
 """Moments of a curve whose values can be read in the picture."""
@@ -87,6 +99,56 @@ def curves_picture(record: RunRecord) -> Picture:
     return Picture(
         f"Accuracy of each task over the stream of {record.name}", inline_svg(figure, values)
     )
+
+
+def gates_picture(place: str, rows: Sequence[GateRow]) -> Picture | None:
+    """Accuracies of gates over the number of tasks learned: a panel for each, a strip for each number."""
+    names = _short_apart([row.name for row in rows])
+    lines = {
+        title: [
+            replace(row.over_stream(key), name=name) for row, name in zip(rows, names, strict=True)
+        ]
+        for key, title in DRAWN.items()
+    }
+    panels = [(title, of) for title, of in lines.items() if any(any(line.y) for line in of)]
+    if not panels or len(rows) > MOST_GATES:
+        return None
+    figure = draw_over_tasks(panels, width=_WIDTH)
+    values = {}
+    for panel, (axes, (title, of)) in enumerate(zip(figure.axes, panels, strict=True)):
+        every = sorted({x for line in of for x in line.x})
+        read = [every[index] for index in _spread_out(len(every), MOST_READ)]
+        low, high = axes.get_xlim()
+        edges = [low, *((left + right) / 2 for left, right in pairwise(read)), high]
+        for number, (x, strip) in enumerate(zip(read, pairwise(edges), strict=True)):
+            gid = f"strip-{panel}-{number}"
+            with style.context("default"):
+                axes.axvspan(*strip, facecolor="none", gid=gid)
+            values[gid] = [_lines_text(title, of, x)]
+        axes.set_xlim(low, high)
+    return Picture(f"Gates on {place} over the number of tasks", inline_svg(figure, values))
+
+
+def calibration_picture(place: str, rows: Sequence[GateRow]) -> Picture | None:
+    """How often the likeliest task is right, over its probability."""
+    found = [(row.name, bins) for row in rows if (bins := row.calibration())]
+    names = _short_apart([name for name, _ in found])
+    known = {name: bins for name, (_, bins) in zip(names, found, strict=True)}
+    if not known or len(known) > MOST_GATES:
+        return None
+    figure = draw_reliability(known, size=(_WIDTH, 0.8 * _WIDTH))
+    values = {
+        f"bins-{n}": [
+            f"{name}: mean probability {x:.3f}, fraction right {y:.3f}, {count:,} of {total:,} samples"
+            for x, y, count in zip(
+                bins["confidence"], bins["accuracy"], bins["counts"], strict=True
+            )
+            if x is not None and y is not None
+        ]
+        for n, (name, bins) in enumerate(known.items())
+        for total in [sum(bins["counts"])]
+    }
+    return Picture(f"Calibration of gates on {place}", inline_svg(figure, values))
 
 
 def inline_svg(figure: Figure, values: Mapping[str, Sequence[str]]) -> str:
@@ -171,6 +233,14 @@ def _texts(rows: Sequence[MethodRow], score: str, with_bytes: bool = False) -> l
     ]
 
 
+def _lines_text(title: str, lines: Sequence[Line], x: float) -> str:
+    """What every line has at a number of tasks."""
+    found = [(line.name, dict(zip(line.x, line.y, strict=True)).get(x)) for line in lines]
+    known = "; ".join(f"{name} {value.text()}" for name, value in found if value is not None)
+    tasks = "1 task" if x == 1 else f"{x:g} tasks"
+    return f"{title} after {tasks}: {known or 'nothing measured'}"
+
+
 def _moment_text(over_stream: Moments, index: int) -> str:
     row = over_stream.accuracy[index]
     known = [(task, value) for task, value in enumerate(row, 1) if value is not None]
@@ -187,6 +257,15 @@ def _spread_out(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [round(n * (count - 1) / (most - 1)) for n in range(most)]
+
+
+def _short_apart(names: Sequence[str]) -> list[str]:
+    """Short names that stay different."""
+    short = [_short(name) for name in names]
+    return [
+        f"{number}. {name}" if short.count(name) > 1 else name
+        for number, name in enumerate(short, start=1)
+    ]
 
 
 def _short(name: str) -> str:

@@ -11,7 +11,7 @@ from bpn_lightning.analysis.record import RunRecord, read_run
 from bpn_lightning.bench.grid import Cell
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.report.settings import setting_labels
-from bpn_lightning.run.identity import OBSERVED, decides, is_method_folder, short
+from bpn_lightning.run.identity import OBSERVED, decides, is_method_folder, other_gates, short
 from bpn_lightning.untrusted import is_inside
 
 __all__ = ["Found", "Problem", "find_runs"]
@@ -241,7 +241,7 @@ def _of_collection(
             record.seed,
             record.label,
             tuple(record.variant.items()),
-            gate="+".join(record.gates) or None,
+            gate=other_gates(record.method, record.gates),
             front=record.at("front", "name"),
         )
         if cell.folder(beside) not in folders:

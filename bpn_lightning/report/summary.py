@@ -6,7 +6,9 @@ from itertools import groupby
 from typing import Any
 
 from bpn_lightning.analysis.comparison import Comparison, MethodRow
+from bpn_lightning.analysis.gates import GateRow, gate_rows
 from bpn_lightning.analysis.record import RunRecord
+from bpn_lightning.analysis.statistics import Interval
 from bpn_lightning.report.reading import Found
 
 __all__ = ["Summary", "summarize"]
@@ -53,15 +55,9 @@ def _shown(runs: Sequence[RunRecord], comparison: Comparison) -> Iterator[str]:
         prefix = f"{place}, a stream of {' or '.join(map(str, tasks))} tasks: "
         if len(here) == 1:
             yield prefix + _one(here[0])
-            continue
-        given = _highest(here, "average")
-        agnostic = _highest(here, "average_task_agnostic")
-        parts = []
-        if given:
-            parts.append(f"with the task ID given, the highest mean ACC is {given}")
-        if agnostic:
-            parts.append(f"with the task ID not given, it is {agnostic}")
-        yield prefix + ("; ".join(parts) or "no method has an ACC over all of its seeds") + "."
+        else:
+            yield prefix + _several(here)
+        yield from _gates(place, gate_rows(here))
     yield from _tests(comparison)
 
 
@@ -73,6 +69,39 @@ def _one(row: MethodRow) -> str:
     text += f". Right after learning it was {_value(row, 'after_learning')}"
     text += f"; of task 1, {_value(row, 'first_task')} is left"
     return f"{text}."
+
+
+def _several(rows: Sequence[MethodRow]) -> str:
+    given = _highest(rows, "average")
+    agnostic = _highest(rows, "average_task_agnostic")
+    parts = []
+    if given:
+        parts.append(f"with the task ID given, the highest mean ACC is {given}")
+    if agnostic:
+        parts.append(f"with the task ID not given, it is {agnostic}")
+    return ("; ".join(parts) or "no method has an ACC over all of its seeds") + "."
+
+
+def _gates(place: str, rows: Sequence[GateRow]) -> Iterator[str]:
+    """What names the task best, and what then names the class."""
+    words = {
+        "task_accuracy": "the likeliest task is right for",
+        "mixture": "gate and modes are right for",
+        "own_class": "the gate's own class, without any network, for",
+    }
+    values = {key: [(row.average(key), row.name) for row in rows] for key in words}
+    best = {key: _largest(of) for key, of in values.items()}
+    parts = [f"{words[key]} {value}" for key, value in best.items() if value]
+    if parts:
+        yield f"{place}, fractions of the images with the best gate: {'; '.join(parts)}."
+    gains = [(gain.mean - (gain.half or 0), row.name) for row in rows if (gain := row.gain())]
+    if gains:
+        above = [name for lowest, name in gains if lowest > 0]
+        yield (
+            f"{place}: gate and modes are above the gate's own class, the interval of the difference "
+            f"included, for {len(above)} of {_count(len(gains), 'gate')}"
+            + (f": {'; '.join(above)}." if above else ".")
+        )
 
 
 def _tests(comparison: Comparison) -> Iterator[str]:
@@ -223,12 +252,17 @@ def _of_method(run: RunRecord) -> dict[str, Any]:
 
 def _highest(rows: Sequence[MethodRow], score: str) -> str:
     """The methods of the highest mean; all of them where it is shared."""
-    known = [(value.mean, row) for row in rows if (value := row.scores[score]) is not None]
+    return _largest([(row.scores[score], row.name) for row in rows])
+
+
+def _largest(values: Sequence[tuple[Interval | None, str]]) -> str:
+    """The largest mean, with the names that have it; "" where none is known."""
+    known = [(value, name) for value, name in values if value is not None]
     if not known:
         return ""
-    top = max(mean for mean, _ in known)
-    best = [row for mean, row in known if top - mean < 5e-4]
-    return f"{_value(best[0], score)} ({_some(row.name for row in best)})"
+    top = max(value.mean for value, _ in known)
+    best = [(value, name) for value, name in known if top - value.mean < 5e-4]
+    return f"{best[0][0].text()} ({_some(name for _, name in best)})"
 
 
 def _value(row: MethodRow, score: str) -> str:

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bpn_lightning.analysis.comparison import SCORES, MethodRow, PairedTest
+from bpn_lightning.analysis.gates import GateRow
 from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.analysis.statistics import Interval, p_text
 from bpn_lightning.report.metric_tables import MetricTable
 from bpn_lightning.report.reading import Problem
+from bpn_lightning.run.gates import GATE_ACCURACIES
 
 __all__ = [
     "Number",
     "PageTable",
+    "gates_table",
     "methods_table",
     "metric_page_table",
     "problems_table",
@@ -85,6 +88,36 @@ def methods_table(place: str, rows: Sequence[MethodRow]) -> PageTable:
         for row in rows
     ]
     return PageTable(f"Methods on {place}", columns, body, sortable=len(rows) > 1)
+
+
+def gates_table(place: str, rows: Sequence[GateRow]) -> PageTable:
+    """What every gate of a place gave, and what it stores."""
+    columns = [
+        "modes, gate",
+        *GATE_ACCURACIES.values(),
+        "modes, task ID given",
+        "gate and modes less own class",
+        "calibration error",
+        "rejection, AUROC",
+        "bytes per task",
+        "bytes shared",
+        "seeds",
+    ]
+    body = [
+        [
+            one.name,
+            *(_interval(one.average(key)) for key in GATE_ACCURACIES),
+            _interval(one.modes_given()),
+            _interval(one.gain()),
+            _interval(one.calibration_error()),
+            _interval(one.rejection()),
+            _number(one.bytes_per_task),
+            _number(one.bytes_shared),
+            ", ".join(map(str, one.row.seeds)),
+        ]
+        for one in rows
+    ]
+    return PageTable(f"Gates on {place}", columns, body, sortable=len(rows) > 1)
 
 
 def tests_table(tests: Sequence[PairedTest]) -> PageTable:

@@ -289,7 +289,7 @@ def gate_table(
         console: the output.
         gates: by name, as in results.json.
         front: the run's, if it has one.
-        task_id_given: ACC with the task ID given.
+        task_id_given: ACC of the modes with the task ID given.
     """
     table = Table(title="task ID not given", title_justify="left")
     for column in ("gate", *GATE_ACCURACIES.values(), "modes, task ID given"):
@@ -297,7 +297,8 @@ def gate_table(
     for name, gate in gates.items():
         values: Mapping[str, Any] = gate
         averages = [values[key] and values[key]["average"] for key in GATE_ACCURACIES]
-        table.add_row(Text(printable(name)), *map(_fraction, (*averages, task_id_given)))
+        given = task_id_given if gate["modes"] else None
+        table.add_row(Text(printable(name)), *map(_fraction, (*averages, given)))
     console.print(table)
     for name, gate in gates.items():
         error = gate["calibration"] and gate["calibration"]["error"]

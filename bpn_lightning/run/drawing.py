@@ -4,7 +4,7 @@ No backend is chosen, no window opens, and no figure stays in memory. Pictures c
 white and by the color-blind, and equal ones are equal bytes. No torch here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from math import ceil, log10
 from pathlib import Path
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bpn_lightning.files import write_atomically
+from bpn_lightning.metrics.scores import Calibration
 from bpn_lightning.run.moments import Moments
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "VIRIDIS",
     "cell_color",
     "draw_curves",
+    "draw_reliability",
     "every_nth",
     "render",
     "save_figure",
@@ -111,6 +113,51 @@ def draw_curves(
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.5)
         elif tasks:
             _add_mean(figure, axes, moments)
+    return figure
+
+
+def draw_reliability(
+    gates: Mapping[str, Calibration], *, title: str = "", size: tuple[float, float] = (5.5, 4.5)
+) -> Figure:
+    """Draw how often the likeliest task is right, over its probability.
+
+    A marker's area grows with the number of test samples of its bin; a calibrated gate lies on the
+    diagonal. The markers of the n-th gate have the gid ``bins-n``, from 0.
+
+    Args:
+        gates: by the names in the legend.
+        title: stands above.
+        size: width and height in inches.
+    """
+    with style.context("default"):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, parse_math=False)
+        axes = figure.add_subplot()
+        axes.set(
+            xlim=(0, 1.02),
+            ylim=(0, 1.02),
+            xlabel="probability of the likeliest task",
+            ylabel="is right",
+        )
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
+        for number, (gate, bins) in enumerate(gates.items()):
+            total, color = sum(bins["counts"]), COLORS[number % len(COLORS)]
+            kept = [
+                (x, y, 20 + 400 * count / total)
+                for x, y, count in zip(
+                    bins["confidence"], bins["accuracy"], bins["counts"], strict=True
+                )
+                if x is not None and y is not None
+            ]
+            x, y, areas = zip(*kept, strict=True) if kept else ((), (), ())
+            label = f"{gate}, error {bins['error']:.3f}"
+            axes.plot(x, y, color=color, linestyle=DASHES[number % len(DASHES)], linewidth=1.2)
+            axes.scatter(x, y, areas, color=color, alpha=0.6, label=label, gid=f"bins-{number}")
+        if gates:
+            ncols = min(len(gates), 1 if max(map(len, gates)) > 20 else 2)
+            legend = figure.legend(loc="outside lower center", ncols=ncols, frameon=False)
+            for text in legend.get_texts():
+                text.set_parse_math(False)
     return figure
 
 

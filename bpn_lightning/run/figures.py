@@ -20,6 +20,7 @@ from bpn_lightning.run.drawing import (
     VIRIDIS,
     cell_color,
     draw_curves,
+    draw_reliability,
     every_nth,
 )
 from bpn_lightning.run.gates import GATE_ACCURACIES
@@ -135,45 +136,14 @@ def gates_over_stream(gates: Mapping[str, GateResults], *, title: str = "") -> F
 
 
 def gate_calibration(gates: Mapping[str, GateResults], *, title: str = "") -> Figure:
-    """Draw the reliability of task probabilities: how often the likeliest task is right, over its probability.
-
-    A marker's area grows with the number of test samples of its bin; a calibrated gate lies on the
-    diagonal.
+    """Draw the reliability of task probabilities; see :func:`bpn_lightning.run.drawing.draw_reliability`.
 
     Args:
         gates: by name, as in results.json.
         title: stands above the picture.
     """
-    with style.context("default"):
-        figure = Figure(figsize=(5.5, 4.5), layout="constrained")
-        figure.suptitle(title, parse_math=False)
-        axes = figure.add_subplot()
-        axes.set(
-            xlim=(0, 1.02),
-            ylim=(0, 1.02),
-            xlabel="probability of the likeliest task",
-            ylabel="is right",
-        )
-        axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
-        for number, (gate, results) in enumerate(gates.items()):
-            bins = results["calibration"]
-            if bins is None:
-                continue
-            total, color = sum(bins["counts"]), COLORS[number % len(COLORS)]
-            kept = [
-                (x, y, 20 + 400 * count / total)
-                for x, y, count in zip(
-                    bins["confidence"], bins["accuracy"], bins["counts"], strict=True
-                )
-                if x is not None and y is not None
-            ]
-            x, y, sizes = zip(*kept, strict=True)
-            label = f"{gate}, error {bins['error']:.3f}"
-            axes.plot(x, y, color=color, linestyle=DASHES[number % len(DASHES)], linewidth=1.2)
-            axes.scatter(x, y, sizes, color=color, alpha=0.6, label=label)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left")
-    return figure
+    known = {name: bins for name, gate in gates.items() if (bins := gate["calibration"])}
+    return draw_reliability(known, title=title)
 
 
 def _rows(matrix: Tensor) -> list[list[float | None]]:

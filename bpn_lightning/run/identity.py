@@ -1,6 +1,6 @@
 """The identity of a run, and the differences between two runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
@@ -11,9 +11,11 @@ __all__ = [
     "flatten",
     "is_method_folder",
     "method_folder",
+    "other_gates",
     "part_names",
     "run_name",
     "run_names",
+    "setup_name",
     "short",
 ]
 
@@ -90,6 +92,24 @@ def part_names(gate: str | None, front: str | None) -> list[str]:
     ['gate slda+ppca']
     """
     return [f"{part} {name}" for part, name in zip(PARTS, (gate, front), strict=True) if name]
+
+
+def other_gates(method: str, gates: Iterable[str]) -> str | None:
+    """Gates that a method does not consist of, as ``--gate`` takes them.
+
+    >>> other_gates("slda", ["slda", "ncm"]), other_gates("slda", ["slda"])
+    ('ncm', None)
+    """
+    return "+".join(gate for gate in gates if gate not in method.split("+")) or None
+
+
+def setup_name(method: str, gates: Iterable[str], front: str | None) -> str:
+    """A method with the names of its gates and front, as titles and tables have it.
+
+    >>> setup_name("psp", ["slda", "ncm"], "patches"), setup_name("slda", ["slda"], "random")
+    ('psp, gate slda+ncm, front patches', 'slda, front random')
+    """
+    return ", ".join([method, *part_names(other_gates(method, gates), front)])
 
 
 def method_folder(method: str, gate: str | None = None, front: str | None = None) -> str:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import csv_text, write_atomically
 from bpn_lightning.run.gates import gate_results, gates_csv
+from bpn_lightning.run.identity import setup_name
 from bpn_lightning.run.schema import (
     MAX_TASKS,
     SCHEMA_VERSION,
@@ -162,9 +163,15 @@ def write_results(
         "extra": dict(extra or {}),
         "provenance": provenance,
     }
-    title = f"{experiment} · {method} · seed {seed}"
+    setup = setup_name(method, gates, front and front["name"])
+    title = f"{experiment} · {setup} · seed {seed}"
     epochs = [task.epochs for task in tasks]
-    over_stream = accuracy_curves(matrix.accuracy, curve=curve, epochs_per_task=epochs, title=title)
+    if any(epochs):
+        over_stream = accuracy_curves(
+            matrix.accuracy, curve=curve, epochs_per_task=epochs, title=title
+        )
+    else:  # gates that learned alone
+        over_stream = accuracy_curves(matrix.accuracy, title=title)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         if config is not None:

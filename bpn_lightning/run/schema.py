@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, TypedDict, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.metrics.scores import AfterLearning, TaskAgnostic
+from bpn_lightning.metrics.scores import AfterLearning, Calibration, TaskAgnostic
 from bpn_lightning.untrusted import read_json
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Accuracy",
     "BytesHeld",
     "BytesPerTask",
-    "CalibrationBins",
     "Continues",
     "FrontRecord",
     "GateAccuracy",
@@ -84,7 +83,8 @@ class TaskRecord(TypedDict):
     """From 0; the column task_1 of accuracy_matrix.csv is task 0."""
     classes: list[str]
     epochs: int
-    """Epochs planned for its own training; early stopping may have ended it before."""
+    """Epochs planned for its own training; early stopping may have ended it before. 0: no network was
+    trained, and the accuracies are those of the first gate's own class."""
 
 
 class UnsettledTask(TypedDict):
@@ -161,19 +161,6 @@ class GateAccuracy(TypedDict):
     """One per task of the stream; null for tasks that were not learned."""
 
 
-class CalibrationBins(TypedDict):
-    """Task probabilities in 15 bins of equal width, by how large the largest is."""
-
-    error: float
-    """Expected calibration error."""
-    counts: list[int]
-    """Samples of each bin."""
-    confidence: list[float | None]
-    """Their mean largest task probability; null for an empty bin."""
-    accuracy: list[float | None]
-    """The fraction of them whose likeliest task is theirs; null for an empty bin."""
-
-
 class GateMoment(TypedDict):
     """Averages of a gate over the tasks learned by some moment of the stream."""
 
@@ -205,7 +192,7 @@ class GateResults(TypedDict):
     """Whose class is that of the gate's likeliest row; null where rows stand for tasks."""
     own_class_task_given: GateAccuracy | None
     """The same among the rows of the sample's task."""
-    calibration: CalibrationBins | None
+    calibration: Calibration | None
     over_stream: list[GateMoment]
     bytes_held: int
     """For use after the last task."""

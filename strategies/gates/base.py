@@ -24,11 +24,12 @@ class TaskGate(ContinualStrategy):
 
     Args:
         modes: m: an answer without the task ID is :math:`p(task) p(class | task)` summed over the m
-            likeliest tasks, each in its mode; 1 answers in the likeliest one's mode alone.
+            likeliest tasks, each in its mode; 1 answers in the likeliest one's mode alone, and 0 by the
+            class of the gate itself. A run whose strategies are gates of 0 modes trains no network.
         name: its column in results, and its name in checkpoints; by default its own in the table.
 
     Raises:
-        ConfigurationError: modes is no whole number of at least 1.
+        ConfigurationError: modes is no whole number of at least 0, or is 0 though the gate knows tasks only.
     """
 
     #: What it looks at: features of an input, or the logits of every learned task's mode.
@@ -38,9 +39,16 @@ class TaskGate(ContinualStrategy):
     name: str = None  # type: ignore[assignment]  # None until the class is known
 
     def __post_init__(self) -> None:
-        check_positive_int("modes", self.modes, "1 answers in the likeliest task's mode alone.")
         if self.name is None:
             self.name = self._registered_name()
+        if self.modes != 0:
+            remedy = "1 answers in the likeliest task's mode alone, 0 by the gate's own class."
+            check_positive_int("modes", self.modes, remedy)
+        elif not self.names_classes:
+            raise ConfigurationError(
+                f"Expected modes of gate {self.name} to be at least 1, since it names tasks only, but got 0. "
+                "Leave it out, or use a gate whose rows are classes, such as slda."
+            )
         self.reset()
 
     def _registered_name(self) -> str:
@@ -95,6 +103,23 @@ class TaskGate(ContinualStrategy):
             None where it knows tasks only.
         """
         return None
+
+    def own_logits(
+        self, seen: Tensor, num_classes: int, task: "int | Tensor | None" = None
+    ) -> Tensor:
+        """Log-scores of classes, ``(n, num_classes)``, up to a number of each sample's own.
+
+        Args:
+            seen: as of :meth:`task_scores`.
+            num_classes: columns of the head.
+            task: the ID of the samples' task, or of each one's, ``(n,)``, where it is given.
+
+        Returns:
+            -inf for classes that are not known, or not of the task.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not implement own_logits, by which a gate of 0 modes answers."
+        )
 
 
 def check_gate_names(gates: Sequence[TaskGate]) -> None:

@@ -18,7 +18,9 @@ from bpn_lightning.errors import CheckpointError, ConfigurationError, DataError
 from bpn_lightning.functional.moments import GroupSums, SecondMoments, draw_held_out
 from bpn_lightning.functional.task_scores import (
     TEMPERATURES,
+    by_class,
     by_task,
+    of_task,
     temperature_log_likelihoods,
 )
 from bpn_lightning.host import ContinualHost
@@ -414,11 +416,15 @@ class FeatureGate(TaskGate):
         """The column of the likeliest row's class, of all tasks' rows or of one's."""
         if not self.names_classes:
             return None
-        scores = self.log_scores(features)
-        if task is not None:
-            others = torch.tensor(self.row_tasks, device=scores.device) != task
-            scores = scores.masked_fill(others, -torch.inf)
+        scores = of_task(self.log_scores(features), self.row_tasks, task)
         return self.class_columns.to(scores.device)[scores.argmax(1)]
+
+    def own_logits(
+        self, seen: Tensor, num_classes: int, task: "int | Tensor | None" = None
+    ) -> Tensor:
+        """The score of each class's likeliest row, of all tasks' rows or of one's, at the temperature."""
+        scores = of_task(self.log_scores(seen) / self.temperature, self.row_tasks, task)
+        return by_class(scores, self.class_columns, num_classes)
 
     def _projected(self, features: Tensor) -> Tensor:
         """Features through the projection, float32."""

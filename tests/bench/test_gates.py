@@ -20,11 +20,18 @@ def gate(own_class: float, mixture: float) -> dict[str, Any]:
     keys = ("task_accuracy", "end_to_end", "mixture", "own_class", "own_class_task_given")
     after_last = dict.fromkeys(keys, 0.9) | {"own_class": own_class, "mixture": mixture}
     over_stream = [
-        {"after": 1, "epoch": 2, **dict.fromkeys(keys, 1.0)},
-        {"after": 2, "epoch": 4, **after_last},
+        {"after": 1, "epoch": 2, **dict.fromkeys(keys, 1.0), "rejection": 0.875},
+        {"after": 2, "epoch": 4, **after_last, "rejection": None},
     ]
     averages = {key: {"average": value, "per_task": []} for key, value in after_last.items()}
-    return {**averages, "over_stream": over_stream, "bytes_held": 27, "bytes_per_task": 10}
+    bins = {
+        "error": own_class,
+        "counts": [*[0] * 14, 4],
+        "confidence": [*[None] * 14, 1.0],
+        "accuracy": [*[None] * 14, 0.75],
+    }
+    sizes = {"modes": 2, "bytes_held": 27, "bytes_per_task": 10}
+    return {**averages, "calibration": bins, "over_stream": over_stream, **sizes}
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def collection(record: Make) -> Collection:
 def test_the_gain_is_taken_seed_by_seed_and_bytes_are_of_gate_and_front(
     collection: Collection,
 ) -> None:
-    accuracies, _ = gates(collection)
+    accuracies, *_ = gates(collection)
     ((name, *cells),) = accuracies.table.rows
     values = dict(zip(accuracies.table.columns[1:], cells, strict=True))
     assert name == "psp, slda on patches"
@@ -55,13 +62,23 @@ def test_the_gain_is_taken_seed_by_seed_and_bytes_are_of_gate_and_front(
 
 
 def test_accuracy_over_the_number_of_tasks(collection: Collection) -> None:
-    _, over_tasks = gates(collection)
+    _, over_tasks, _ = gates(collection)
     assert over_tasks.data is not None
     rows = [[row[1], row[3]] for row in over_tasks.data.rows]
     assert over_tasks.data.columns[3] == "gate's own class"
     assert [learned for learned, _ in rows] == [1, 2]
     means = [own.mean for _, own in rows if isinstance(own, Interval)]
     assert means == pytest.approx([1.0, 0.85])
+
+
+def test_calibration_and_rejection(collection: Collection) -> None:
+    _, _, calibration = gates(collection)
+    ((_, error, rejection),) = calibration.table.rows
+    assert isinstance(error, Interval)
+    assert isinstance(rejection, Interval)
+    assert (error.mean, rejection.mean) == (pytest.approx(0.85), 0.875)
+    assert calibration.data is not None
+    assert list(calibration.data.rows[-1]) == ["psp, slda on patches", 8, 1.0, 0.75]
 
 
 def test_runs_without_gates_have_no_table(record: Make) -> None:

@@ -1,6 +1,7 @@
 """The order of precedence, without torch: what the parser gets, and in which order."""
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,30 @@ def test_the_last_to_name_gates_decides_as_it_does_for_the_parser(
     parsed, _ = parser.parse_known_args(command.args)
     in_files = [config["gate"] for config in parsed.config if "gate" in config]
     assert [*in_files, *parsed.gate][-1] == ("+".join(gates) or None)
+
+
+@pytest.mark.parametrize(
+    ("line", "gates"), [("", ["slda"]), (" --gate ncm --front random", ["slda", "ncm"])]
+)
+def test_a_method_of_gates_trains_no_modes(line: str, gates: list[str]) -> None:
+    command = read_command(f"--config digits_inc.yaml --method slda{line}".split())
+    assert (command.strategies, list(command.gates)) == ({}, gates)
+    assert command.gates_alone
+    assert command.layers[-1].content == {"gates": {name: {"modes": 0} for name in gates}}
+    assert not any("tuned values" in notice for notice in command.notices)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("--method psp+slda", "Give the gates by --gate: --method psp --gate slda."),
+        ("--method slda --gate slda", "to name others than the method, but got 'slda' in both"),
+        ("--method slda+slda", "Expected --method to name each gate once"),
+    ],
+)
+def test_a_gate_is_named_once_and_apart_from_strategies(line: str, why: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(why)):
+        read_command(["--config", "digits_inc.yaml", *line.split()])
 
 
 @pytest.mark.parametrize("name", ["digits_inc", "digits_inc.yaml"])

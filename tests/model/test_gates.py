@@ -267,7 +267,7 @@ def test_refusals(fit: Fit) -> None:
     ):
         module.predict_tasks(raw(stream, 0), gate="sdla")
     with pytest.raises(ConfigurationError, match="modes to be a whole number of at least 1"):
-        Energy(modes=0)
+        Energy(modes=-1)
 
 
 def _ready(stream: Any) -> Any:

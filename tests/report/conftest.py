@@ -65,6 +65,35 @@ def results(method: str, seed: int, matrix: Matrix, **more: Any) -> dict[str, An
     return found | more
 
 
+def gate(own_class: float | None = 0.75, mixture: float = 0.625, **more: Any) -> dict[str, Any]:
+    """A gate of results.json after two tasks: 10 bytes for each, 7 for both."""
+    keys = ("task_accuracy", "end_to_end", "mixture", "own_class", "own_class_task_given")
+    last = dict(zip(keys, (0.875, 0.5, mixture, own_class, own_class and 0.9375), strict=True))
+    first = dict.fromkeys(keys, 1.0) | {"own_class": own_class and 1.0}
+    moments = [
+        {"after": 1, "epoch": 2, **first, "calibration_error": 0.0, "rejection": 0.96875},
+        {"after": 2, "epoch": 4, **last, "calibration_error": 0.125, "rejection": None},
+    ]
+    of_last = {
+        key: None if value is None else {"average": value, "per_task": [value, value]}
+        for key, value in last.items()
+    }
+    bins = {
+        "error": 0.125,
+        "counts": [*[0] * 9, 4, *[0] * 4, 12],
+        "confidence": [*[None] * 9, 0.625, *[None] * 4, 1.0],
+        "accuracy": [*[None] * 9, 0.5, *[None] * 4, 1.0],
+    }
+    sizes = {"modes": 2, "bytes_held": 27, "bytes_per_task": 10}
+    return of_last | {"calibration": bins, "over_stream": moments, **sizes, **more}
+
+
+@pytest.fixture
+def make_gate() -> Callable[..., dict[str, Any]]:
+    """What results.json has of a gate: see :func:`gate`."""
+    return gate
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes the folder of a run and gives its path.

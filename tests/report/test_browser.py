@@ -161,6 +161,27 @@ def test_pictures_of_methods_are_read_by_pointer_and_by_keys(
     assert picture.locator(".current").count() == 1
 
 
+def test_pictures_of_gates_are_read_by_keys(
+    opened: Callable[..., Opened], make_run: Make, make_gate: Callable[..., Any], tmp_path: Path
+) -> None:
+    for seed in range(2):
+        make_run("psp", seed, gates={"slda": make_gate(), "energy": make_gate(None)})
+    page = opened(tmp_path / "runs").page
+    pictures, lines = page.locator("#gates .picture"), page.locator("#gates .reading")
+    for number, text in enumerate(
+        [
+            "task accuracy after 1 task: psp, slda 1.000 ± 0.000; psp, energy 1.000 ± 0.000",
+            "psp, slda: mean probability 0.625, fraction right 0.500, 8 of 32 samples",
+        ]
+    ):
+        pictures.nth(number).focus()
+        page.keyboard.press("ArrowRight")
+        assert lines.nth(number).inner_text() == text
+    page.locator("#gates").get_by_role("button", name="gate's own class").click()
+    names = page.locator("#gates table.sortable tbody th").all_inner_texts()
+    assert names == ["psp, slda", "psp, energy"]
+
+
 def test_everything_is_reached_by_the_tab_key(opened: Callable[..., Opened], three: Path) -> None:
     page = opened(three).page
     reached = set()

@@ -83,7 +83,9 @@ def test_every_value_is_that_of_results_json(make_run: Make) -> None:
     assert run["matrix"][2] == pytest.approx(results["accuracy"]["per_task"], abs=5e-6)
 
 
-def test_names_are_never_read_as_html(make_run: Make, tmp_path: Path) -> None:
+def test_names_are_never_read_as_html(
+    make_run: Make, make_gate: Callable[..., Any], tmp_path: Path
+) -> None:
     """The page of nasty names has the very elements and attributes of a page of plain ones."""
     shape = []
     for root, names in (("plain", ["a", "b", "c", "d", "e"]), ("nasty", NASTY)):
@@ -94,6 +96,7 @@ def test_names_are_never_read_as_html(make_run: Make, tmp_path: Path) -> None:
                 folder = make_run(f"{index}", seed, root=root, config=config)
                 results = json.loads((folder / "results.json").read_text())
                 results |= {"method": name, "experiment": name, "tasks": tasks}
+                results["gates"] = {name: make_gate()}
                 results["provenance"]["host"]["cpu"] = name
                 (folder / "results.json").write_text(json.dumps(results))
         parsed = Parsed(html(tmp_path / root))
@@ -105,7 +108,7 @@ def test_names_are_never_read_as_html(make_run: Make, tmp_path: Path) -> None:
     (inside,) = re.findall(r'id="data">(.*?)</script', text, re.DOTALL)
     assert "<" not in inside  # so that no browser ends the script early
     (options,) = re.findall(r'<select id="run">(.*?)</select>', text, re.DOTALL)
-    assert {option.split(", seed ")[0].strip() for option in Parsed(options).text.splitlines()} == {
+    assert {option.split(", gate ")[0].strip() for option in Parsed(options).text.splitlines()} == {
         "",
         *NASTY,
     }

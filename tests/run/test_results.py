@@ -68,6 +68,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def test_pictures_name_gates_and_front(tmp_path: Path) -> None:
+    write(tmp_path, front={"name": "random", "bytes": 8})
+    drawn = (tmp_path / "figures" / "accuracy_matrix.svg").read_text()
+    assert "<!-- tiny · bd+ewc, front random · seed 3 -->" in drawn
+
+
 def test_results_json(tmp_path: Path) -> None:
     metric = matrix()
     metric.update_task_agnostic([0.1, 0.2, 0.6])
