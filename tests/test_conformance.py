@@ -433,7 +433,7 @@ FAULTS = {
     "Grows": {BYTES},
     "RanksOnTheirOwn": {RANKS},
     "DiesInCompany": {RANKS},
-    "MeansOfSlices": {RANKS, HALVES},
+    "MeansOfSlices": {RANKS, HALVES, GOING_ON},
     "CountsBatches": {HALVES},
     "ClipsBadly": {"runs_with_clipped_gradients"},
     "AloneInSecret": {"composes_with_bias_units"},
