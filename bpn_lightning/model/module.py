@@ -364,7 +364,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.on_train_end()
         self.task_loop.warn_of_unlearned_tasks()
         self.task_loop.end_random_state = random_state()
-        self._extension.trainer = self.trainer
+        self._extension.remember()
 
     # --- validation, test, prediction ------------------------------------------------------------
 

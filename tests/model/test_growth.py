@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -300,6 +301,25 @@ def test_a_continuation_is_resumed_inside_a_task(method: str, tmp_path: Path) ->
     trainer = fit(killed, stream, METHODS[method](), middle)
     assert differing(whole, learned(killed, trainer)) == []
     assert differing(learned(*Setting().fit(method, "seen", 0, ALL, middle)), whole) == []
+
+
+def test_a_module_is_extended_after_other_trainers_have_tested_it() -> None:
+    """Without its strategies, on another stream of the same tasks; and a copy has no trainer."""
+    module, trainer = Setting().fit("bd+ewc", "seen", 0, PAST)
+    trainer_of(1, []).test(module, stream_of(0, PAST, "seen", seed=9), verbose=False)
+    found = learned(module, Setting().go_on(module, trainer.callbacks, "bd+ewc", "seen"))
+    assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
+    with pytest.raises(CheckpointError, match="but it was neither fitted nor loaded"):
+        deepcopy(module).extend(stream_of(0, 1, "seen"))
+
+
+def test_the_trainer_of_the_past_may_go_on() -> None:
+    module, trainer = Setting().fit("bd+ewc", "seen", 0, PAST)
+    module.extend(new := stream_of(PAST, ALL, "seen"), stream_of(0, PAST, "seen"))
+    torch.manual_seed(11)
+    trainer.fit(module, new)
+    found = learned(module, trainer)
+    assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
 
 
 def test_a_stream_goes_on_again_and_again() -> None:
