@@ -26,8 +26,10 @@ from bpn_lightning.errors import (
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.functional import gradients
 from bpn_lightning.losses import CrossEntropy
+from bpn_lightning.model.extending import past_of
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
+from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.strategies import (
     EWC,
     SLDA,
@@ -319,6 +321,17 @@ def test_the_trainer_of_the_past_may_go_on() -> None:
     torch.manual_seed(11)
     trainer.fit(module, new)
     found = learned(module, trainer)
+    assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
+
+
+def test_a_new_module_goes_on_from_a_file_with_new_tasks_alone(tmp_path: Path) -> None:
+    """As a command does: the file says what the past was, and is then resumed."""
+    path = tmp_path / "past.ckpt"
+    Setting().fit("bd+ewc", "seen", 0, PAST)[1].save_checkpoint(path)
+    new = stream_of(PAST, ALL, "seen", seed=None)
+    new.continue_from(past_of(read_checkpoint(path)), stream_of(0, PAST, "seen"))
+    module = module_of("seen")
+    found = learned(module, fit(module, new, METHODS["bd+ewc"](), path))
     assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
 
 
