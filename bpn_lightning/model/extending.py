@@ -1,8 +1,8 @@
 """New tasks for a module that has learned: its training state as a checkpoint, which the next fit resumes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,7 +13,9 @@ from bpn_lightning.model.checkpoint import ENTRY
 from bpn_lightning.model.host import Host
 from bpn_lightning.nn.structure import Structure
 from bpn_lightning.run.checkpoints import read_checkpoint
-from bpn_lightning.tasks import Past
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.gates.base import TaskGate
+from bpn_lightning.tasks import ContinualStream, Past
 from bpn_lightning.trainer.lightning import (
     dump_checkpoint,
     resume_from_memory,
@@ -44,6 +46,20 @@ def past_of(checkpoint: Mapping[str, Any]) -> Past:
     )
 
 
+class _Fit(NamedTuple):
+    """What a module had in its last fit."""
+
+    trainer: Trainer
+    stream: ContinualStream
+    strategies: Sequence[ContinualStrategy]
+    gates: Mapping[str, TaskGate]
+
+    def give_back(self, host: Host) -> None:
+        host.module.trainer = self.trainer
+        host.strategies, host.gates = self.strategies, self.gates
+        host.attach(self.stream)
+
+
 class Extension:
     """What a module goes on from: the trainer of its last fit, or the checkpoint that it was loaded from.
 
@@ -57,7 +73,7 @@ class Extension:
 
     def __init__(self, host: Host, path: Path | None = None) -> None:
         self.host = host
-        self.trainer: Trainer | None = None
+        self._fit: _Fit | None = None
         self.path = path
         self._checkpoint: dict[str, Any] | None = None
 
@@ -78,9 +94,14 @@ class Extension:
         stream.continue_from(past_of(checkpoint), past_data)
         self._checkpoint = checkpoint
 
+    def remember(self) -> None:
+        """A fit is over: what it had is what the module goes on from."""
+        host = self.host
+        self._fit = _Fit(host.trainer, host.stream, host.strategies, host.gates)
+
     def lengthen(self, trainer: Trainer) -> None:
         """Let the trainer of the last fit train for longer: its end was that of the past."""
-        if self._checkpoint is not None and trainer is self.trainer:
+        if self._checkpoint is not None and self._fit is not None and trainer is self._fit.trainer:
             set_max_epochs(trainer, -1)
 
     def resume(self, trainer: Trainer) -> None:
@@ -93,9 +114,9 @@ class Extension:
         self._checkpoint = None
 
     def _training_state(self) -> dict[str, Any]:
-        if self.trainer is not None:
-            self.host.module.trainer = self.trainer  # another may have tested it since
-            checkpoint = dump_checkpoint(self.trainer)
+        if self._fit is not None:
+            self._fit.give_back(self.host)  # another trainer may have tested the module since
+            checkpoint = dump_checkpoint(self._fit.trainer)
             weights = checkpoint["state_dict"].items()  # which growing may write into
             checkpoint["state_dict"] = {
                 name: value.clone() if isinstance(value, torch.Tensor) else value

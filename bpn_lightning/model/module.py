@@ -402,7 +402,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.host.front_cache.clear()
         self.task_loop.warn_of_unlearned_tasks()
         self.task_loop.end_random_state = random_state()
-        self._extension.trainer = self.trainer
+        self._extension.remember()
 
     # --- validation, test, prediction ------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,10 @@ from bpn_lightning.errors import (
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.functional import gradients
 from bpn_lightning.losses import CrossEntropy
+from bpn_lightning.model.extending import past_of
 from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
+from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.strategies import (
     EWC,
     SLDA,
@@ -300,6 +303,36 @@ def test_a_continuation_is_resumed_inside_a_task(method: str, tmp_path: Path) ->
     trainer = fit(killed, stream, METHODS[method](), middle)
     assert differing(whole, learned(killed, trainer)) == []
     assert differing(learned(*Setting().fit(method, "seen", 0, ALL, middle)), whole) == []
+
+
+def test_a_module_is_extended_after_other_trainers_have_tested_it() -> None:
+    """Without its strategies, on another stream of the same tasks; and a copy has no trainer."""
+    module, trainer = Setting().fit("bd+ewc", "seen", 0, PAST)
+    trainer_of(1, []).test(module, stream_of(0, PAST, "seen", seed=9), verbose=False)
+    found = learned(module, Setting().go_on(module, trainer.callbacks, "bd+ewc", "seen"))
+    assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
+    with pytest.raises(CheckpointError, match="but it was neither fitted nor loaded"):
+        deepcopy(module).extend(stream_of(0, 1, "seen"))
+
+
+def test_the_trainer_of_the_past_may_go_on() -> None:
+    module, trainer = Setting().fit("bd+ewc", "seen", 0, PAST)
+    module.extend(new := stream_of(PAST, ALL, "seen"), stream_of(0, PAST, "seen"))
+    torch.manual_seed(11)
+    trainer.fit(module, new)
+    found = learned(module, trainer)
+    assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
+
+
+def test_a_new_module_goes_on_from_a_file_with_new_tasks_alone(tmp_path: Path) -> None:
+    """As a command does: the file says what the past was, and is then resumed."""
+    path = tmp_path / "past.ckpt"
+    Setting().fit("bd+ewc", "seen", 0, PAST)[1].save_checkpoint(path)
+    new = stream_of(PAST, ALL, "seen", seed=None)
+    new.continue_from(past_of(read_checkpoint(path)), stream_of(0, PAST, "seen"))
+    module = module_of("seen")
+    found = learned(module, fit(module, new, METHODS["bd+ewc"](), path))
+    assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
 
 
 def test_a_stream_goes_on_again_and_again() -> None:
