@@ -14,6 +14,7 @@ from bpn_lightning.run.recording import LastCheckpoint
 from bpn_lightning.run.results import read_results
 from bpn_lightning.run.schema import Continues
 from bpn_lightning.tasks import Past
+from bpn_lightning.untrusted import read_text
 
 __all__ = ["continue_stream", "describe_past", "list_tasks", "read_past"]
 
@@ -67,7 +68,7 @@ def describe_past(run: PastRun) -> Continues:
     results, date, digest = run.folder / "results.json", None, None
     try:
         date = read_results(results)["provenance"]["date"]
-        digest = sha256(results.read_bytes()).hexdigest()
+        digest = sha256(read_text(results).encode()).hexdigest()
     except ResultsError:  # the checkpoint stands alone
         pass
     return {

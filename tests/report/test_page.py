@@ -108,7 +108,7 @@ def test_names_are_never_read_as_html(
     (inside,) = re.findall(r'id="data">(.*?)</script', text, re.DOTALL)
     assert "<" not in inside  # so that no browser ends the script early
     (options,) = re.findall(r'<select id="run">(.*?)</select>', text, re.DOTALL)
-    assert {option.split(", gate ")[0].strip() for option in Parsed(options).text.splitlines()} == {
+    assert {option.split(", seed ")[0].strip() for option in Parsed(options).text.splitlines()} == {
         "",
         *NASTY,
     }

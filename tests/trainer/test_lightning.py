@@ -311,6 +311,29 @@ def test_mark_epoch_not_started(marked: bool, steps: int, train: Any, tmp_path: 
     assert trainer.global_step == steps
 
 
+@pytest.mark.parametrize(("marked", "epochs"), [(True, [1]), (False, [0, 1])])
+def test_mark_epoch_finished(marked: bool, epochs: list[int], train: Any, tmp_path: Path) -> None:
+    """Whose loaders are asked for, after a checkpoint of an epoch's end."""
+
+    class Marking(Module):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            if marked:
+                door.mark_epoch_finished(checkpoint)
+
+    class Asked(Data):
+        def train_dataloader(self) -> Any:
+            asked.append(self.trainer.current_epoch)
+            return super().train_dataloader()
+
+    asked: list[int] = []
+    saves = At(lambda trainer: trainer.save_checkpoint(tmp_path / "end.ckpt"), "on_train_epoch_end")
+    train(callbacks=saves).fit(Module(), Data())
+    trainer = train(max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(Marking(), Asked(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert asked == epochs
+    assert trainer.global_step == 6
+
+
 def test_dump_checkpoint(train: Any, tmp_path: Path) -> None:
     trainer = train()
     trainer.fit(Module(), Data())
