@@ -173,11 +173,15 @@ class ContinualNetwork(nn.Module):
             ConfigurationError: one of them stands for no layer.
         """
         known = self.switchable_layers()
-        inputs = dry_inputs(self.structure, 1, self.built_head.weight.device)
-        undone = undone_shifts(self.backbone, known, inputs)
+        undone = undone_shifts(self.backbone, known, self._dry_inputs(1))
         if wanted is None:
             return default_layers(self.backbone, known, undone)
         return chosen_layers(wanted, known, "bias units", undone)
+
+    def _dry_inputs(self, count: int) -> Tensor:
+        weight = self.built_head.weight
+        inputs = dry_inputs(self.structure, count, weight.device)
+        return inputs.to(weight.dtype) if inputs.is_floating_point() else inputs
 
     def attach_bias_units(self, layer: str, rank: int) -> BiasUnits:
         """Give a layer bias units, or return those that it has.
@@ -311,7 +315,7 @@ class ContinualNetwork(nn.Module):
             ``(batch, num_classes)``.
         """
         if task is not None:
-            if isinstance(task, Tensor) and self.kept_apart():
+            if isinstance(task, Tensor) and self._kept_apart():
                 self.check_task_ids(task)
                 return self._answer_groups(inputs, task)
             with self.task_mode(task):
@@ -330,12 +334,11 @@ class ContinualNetwork(nn.Module):
             outside = (columns < first) | (columns >= stop)
         return logits.masked_fill(outside, float("-inf"))
 
-    def kept_apart(self) -> list[str]:
+    def _kept_apart(self) -> list[str]:
         """What keeps samples of different tasks from being in one batch; empty if nothing does."""
         if self._mixing is None:
-            inputs = dry_inputs(self.structure, 3, self.built_head.weight.device)
             with self.task_mode(0):
-                layers = mixing_samples(self.backbone, inputs) if self.has_modes else []
+                layers = mixing_samples(self.backbone, self._dry_inputs(3))
             self._mixing = [
                 f"{layer}, whose first dimension is not the samples" for layer in layers
             ]
@@ -385,7 +388,7 @@ class ContinualNetwork(nn.Module):
             with self.task_mode(task):
                 columns = [self.columns(task)]
                 return FixedModeNetwork(self.backbone, self.built_head, columns, self.front)
-        apart = self.kept_apart()
+        apart = self._kept_apart()
         if apart:
             raise ConfigurationError(
                 "Expected task to be a task ID where a batch can only have one task, but got None, and "
