@@ -237,7 +237,7 @@ def check_memory_size(
     Raises:
         ConfigurationError: names the task, or its rarest class, and its number of samples.
     """
-    for task in host.network.tasks:
+    for task in host.network.tasks[host.network.closed + 1 :]:
         targets = read_slice(host, task.id).targets
         available, whose = len(targets), f"task {task.id}"
         if per == "class":

@@ -5,7 +5,7 @@ loaded without its stream therefore preprocesses raw inputs itself, bit for bit 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isclose, isfinite
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "center_crop",
     "differing_preparation",
     "find_preparation",
+    "first_preparations",
     "kind_of",
     "normalize",
     "permutation",
@@ -165,6 +166,8 @@ class Preparation:
         shape: of one raw input; 0 for square images of any size.
         steps: in order; None if the stream preprocesses with custom code.
         code: the name of that code, else empty.
+        offset: the number of its first task, for steps that differ between tasks, of a stream that
+            continued another one.
     """
 
     tasks: int
@@ -172,6 +175,7 @@ class Preparation:
     shape: tuple[int, ...]
     steps: list[Step] | None
     code: str = ""
+    offset: int = 0
 
     def record(self) -> dict[str, Any]:
         """The record as plain values, for JSON and checkpoints."""
@@ -188,6 +192,8 @@ class Preparation:
         sizes = [made.tasks, *(size or 1 for size in made.shape)]
         if not (
             all(type(size) is int and 0 < size < 2**24 for size in sizes)
+            and type(made.offset) is int
+            and 0 <= made.offset < 2**24
             and made.dtype in _KINDS
             and isinstance(made.code, str)
             and (made.steps is None or all(map(_is_step, made.steps)))
@@ -201,9 +207,12 @@ class Preparation:
     @property
     def differs_by_task(self) -> bool:
         """Whether its tasks preprocess the same raw input differently."""
-        return self.tasks > 1 and (
-            self.steps is None or any(step[0] in BY_TASK for step in self.steps)
-        )
+        return self.tasks > 1 and (self.steps is None or self.counts_tasks)
+
+    @property
+    def counts_tasks(self) -> bool:
+        """Whether a step depends on the number of the task."""
+        return any(step[0] in BY_TASK for step in self.steps or ())
 
     def is_one(self, inputs: object) -> bool:
         """Whether this is a single raw input."""
@@ -254,7 +263,7 @@ class Preparation:
             task: index within these tasks, from 0.
         """
         for name, *arguments in self.steps or []:
-            inputs = STEPS[name](inputs, task, *arguments)
+            inputs = STEPS[name](inputs, self.offset + task, *arguments)
         return inputs
 
 
@@ -289,6 +298,18 @@ def find_preparation(preparations: Sequence[Preparation], task: int) -> tuple[Pr
         "Expected the module to have the preprocessing of its tasks, but it has no stream yet. "
         "Call trainer.fit(module, stream), module.attach(stream) or load a checkpoint first."
     )
+
+
+def first_preparations(preparations: Sequence[Preparation], tasks: int) -> list[Preparation]:
+    """Those of the first tasks of a stream; equal ones next to each other are one."""
+    found: list[Preparation] = []
+    for one in preparations:
+        number = min(one.tasks, tasks - sum(other.tasks for other in found))
+        if number and found and replace(found[-1], tasks=one.tasks) == one:
+            found[-1] = replace(one, tasks=found[-1].tasks + number)
+        elif number:
+            found.append(replace(one, tasks=number))
+    return found
 
 
 def prepare_raw(preparations: Sequence[Preparation], inputs: object, task: int | Tensor) -> Tensor:

@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "ContinualStream",
     "Mask",
+    "Past",
     "Phase",
     "Position",
     "Schedule",
@@ -60,6 +61,28 @@ class Task:
     def name(self) -> str:
         """The names of its classes in one line."""
         return ", ".join(self.class_names)
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a stream that goes on knows of the tasks that are learned.
+
+    Args:
+        tasks: in order.
+        preparations: of their inputs, in order.
+        seed: of their stream.
+        shared: whether all tasks share their columns, also those to come.
+    """
+
+    tasks: tuple[Task, ...]
+    preparations: tuple[Preparation, ...]
+    seed: int
+    shared: bool
+
+    @property
+    def first_column(self) -> int:
+        """The column of the next new class."""
+        return 0 if self.shared else max(task.columns[1] for task in self.tasks)
 
 
 @dataclass(frozen=True)
@@ -188,13 +211,18 @@ class Schedule:
         shorter = epoch + 1 - self._ends[index]
         self._set_lengths([*self.lengths[:index], shorter, *self.lengths[index + 1 :]])
 
-    def load_lengths(self, lengths: Sequence[int]) -> None:
+    def load_lengths(self, lengths: Sequence[int], tasks: int | None = None) -> None:
         """Take the lengths of a saved schedule.
+
+        Args:
+            lengths: of the phases of its tasks.
+            tasks: how many it had, if these are the first ones only; the others keep their lengths.
 
         Raises:
             CheckpointError: it had other phases.
         """
-        planned = [phase.epochs for _, phase in self._flat]
+        whole = [phase.epochs for _, phase in self._flat]
+        planned = whole[: self._firsts[len(self.phases) if tasks is None else tasks]]
         lengths = [int(n) for n in lengths]
         if len(lengths) != len(planned) or any(
             n > p for n, p in zip(lengths, planned, strict=False)
@@ -203,7 +231,7 @@ class Schedule:
                 f"Expected a checkpoint of a stream with phases of {planned} epochs, but got one with "
                 f"{lengths}. Resume with the configuration that wrote it, or start a new run."
             )
-        self._set_lengths(lengths)
+        self._set_lengths(lengths + whole[len(planned) :])
 
     def _index(self, epoch: int) -> int:
         return min(bisect_right(self._ends, epoch, lo=1), len(self._flat)) - 1
@@ -220,6 +248,9 @@ class ContinualStream(Protocol):
     reset_optimizer: Literal["always", "never"]
     has_validation: bool
     task_id_at_inference: bool
+
+    def has_data(self, task_id: int) -> bool:
+        """Whether there are samples of a task to measure its accuracy; of a past one there may be none."""
 
     def loader(
         self,

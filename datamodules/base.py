@@ -3,16 +3,16 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, device
 
 from bpn_lightning.checks import check_positive_int
 from bpn_lightning.datamodules.augmentation import CropAndFlip
+from bpn_lightning.datamodules.described import verified
 from bpn_lightning.datamodules.division import (
     Division,
     SamplesOfTasks,
@@ -24,6 +24,7 @@ from bpn_lightning.datamodules.division import (
 )
 from bpn_lightning.datamodules.loading import EvaluationLoader, Samples, Share, TrainLoader
 from bpn_lightning.datamodules.normalization import ChannelStats
+from bpn_lightning.datamodules.past import ContinuedStream
 from bpn_lightning.datamodules.pixels import with_channels
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.splitting import hold_out
@@ -43,10 +44,6 @@ from bpn_lightning.trainer.lightning import batches_processed
 __all__ = ["ContinualDataModule"]
 
 
-MAX_VERIFIED = 64
-"""The number of evenly spaced tasks on which a described preprocessing is verified."""
-
-
 class _NoLoader(CombinedLoader):
     """No loader, in a form for which Lightning does not warn about empty loaders."""
 
@@ -63,7 +60,7 @@ class _Part(NamedTuple):
 # A dataclass, because its constructor includes the arguments of all base classes: a stream declares
 # only its own arguments, and jsonargparse still finds every flag.
 @dataclass(eq=False, repr=False, kw_only=True)
-class ContinualDataModule(L.LightningDataModule, ABC):
+class ContinualDataModule(ContinuedStream, ABC):
     """A stream of tasks as an ordinary LightningDataModule.
 
     Images are stored in memory once, as uint8. Batches are taken by index and normalized on the device.
@@ -214,7 +211,10 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         if self._parts:
             return
         if self.seed is None:
-            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+            self.seed = (
+                self._past.seed if self._past else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+            )
+        self._set_up_past_data()
         data = self._in_channels(self.read())
         for name in data.class_names:
             if not is_utf8(name):  # results files could not store it
@@ -223,7 +223,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
                     "Rename it."
                 )
         division = Division(*self.divide(data))
-        self.tasks = division.tasks
+        self.tasks = self._after_past(division.tasks)
         self.num_classes = max(task.columns[1] for task in self.tasks)
         inputs = data.train.images
         self.input_shape = tuple(inputs.shape[1:])
@@ -231,6 +231,7 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         self._brightest = 255.0 if inputs.dtype == torch.uint8 else 1.0
 
         columns = columns_of_classes(division, data.class_names)
+        columns = torch.where(columns < 0, columns, columns + self.first_column)
         held = hold_out(data.train.labels, self.validation_fraction, "validation", self.seed)
         train = Samples(data.train.images, columns[data.train.labels])
         test = Samples(data.test.images, columns[data.test.labels])
@@ -242,11 +243,17 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         }
         refuse = refuse_empty_classes if division.samples is None else refuse_empty_tasks
         for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
-            refuse(self.tasks, *parts[split], split, data.source)
-        self.normalization = self.known_normalization(data) or ChannelStats.of(
-            train, parts["train"].members[0]
+            refuse(self.tasks[self.first_task :], *parts[split], split, data.source)
+        self.normalization = (
+            self._past_normalization()
+            or self.known_normalization(data)
+            or ChannelStats.of(train, parts["train"].members[0])
         )
-        self._parts = parts
+        self._affine, self._parts = {}, parts
+        self._past_alike = self._past is None or len(self.preparations()) == 1
+
+    def _forget_setup(self) -> None:
+        self._parts = {}
 
     def _in_channels(self, data: ImageData) -> ImageData:
         """Validate the data, and convert images to the requested number of channels."""
@@ -266,7 +273,8 @@ class ContinualDataModule(L.LightningDataModule, ABC):
 
     def members(self, task_id: int, split: Split) -> Tensor:
         """Indices of a task's samples in the split: ``(n,)`` int64, ascending."""
-        return self._parts[split].members[task_id]
+        self._refuse_past(task_id)
+        return self._parts[split].members[task_id - self.first_task]
 
     # ---------------------------------------------------------------------- loaders
 
@@ -286,8 +294,11 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             max_samples: maximum number of samples over all processes. If the task has more, a random subset
                 is used, which depends on the stream's seed, the task and the split.
         """
-        samples = self._parts[split].samples
         size = batch_size or self.eval_batch_size
+        if self._past_data is not None and task_id < self.first_task:
+            before = cast(ContinualDataModule, self._past_data)
+            return before.loader(task_id, split, size, max_samples)
+        samples = self._parts[split].samples
         indices = self.members(task_id, split)
         if max_samples is not None and max_samples < len(indices):
             generator = seeded_generator("at most", split, self.seed, task_id)
@@ -367,11 +378,11 @@ class ContinualDataModule(L.LightningDataModule, ABC):
         """One loader over the held-out parts of the tasks so far, or none without a validation split."""
         if not self.has_validation:
             return _NoLoader([], "sequential")
-        return self._joint_loader("val", range(self._current_epoch().task + 1))
+        return self._joint_loader("val", range(self.first_task, self._current_epoch().task + 1))
 
     def test_dataloader(self) -> EvaluationLoader:
-        """One loader over the test sets of all tasks; batches have one task ID per sample."""
-        return self._joint_loader("test", range(len(self.tasks)))
+        """One loader over the test sets of its tasks; batches have one task ID per sample."""
+        return self._joint_loader("test", range(self.first_task, len(self.tasks)))
 
     def predict_dataloader(self) -> EvaluationLoader:
         """The same as ``test_dataloader``."""
@@ -417,6 +428,9 @@ class ContinualDataModule(L.LightningDataModule, ABC):
             batch: a batch from a loader.
             augment: whether to augment, if the batch has random numbers for it.
         """
+        return self._prepared_as_past(batch) or self._prepare_own(batch, augment)
+
+    def _prepare_own(self, batch: Batch, augment: bool = False) -> Batch:
         images = batch.inputs
         if augment and batch.augmentation is not None:
             images = self.augmentation.apply(images, batch.augmentation)
@@ -462,22 +476,6 @@ class ContinualDataModule(L.LightningDataModule, ABC):
     def preparations(self) -> list[Preparation]:
         """What a module saves to preprocess raw inputs of every task without the stream."""
         kind = kind_of(self.raw_samples(0))
-        steps = self.preparation_steps()
-        return self._verified([Preparation(len(self.tasks), kind, self.raw_shape(), steps)])
-
-    def _verified(self, described: list[Preparation]) -> list[Preparation]:
-        """Drop the steps of descriptions that do not reproduce ``prepare``."""
-        verified, first = [], 0
-        for one in described:
-            stride = -(-one.tasks // MAX_VERIFIED)
-            if not all(self._is_right(one, first, task) for task in range(0, one.tasks, stride)):
-                one = replace(one, steps=None, code=f"{type(self).__name__}.prepare")
-            verified.append(one)
-            first += one.tasks
-        return verified
-
-    def _is_right(self, one: Preparation, first: int, task: int) -> bool:
-        raw = self.raw_samples(first + task)
-        targets = torch.zeros(len(raw), dtype=torch.long)
-        prepared = self.prepare(Batch(raw, targets, first + task, len(raw))).inputs
-        return one.steps is not None and torch.equal(prepared, one.apply(raw, task))
+        steps, number = self.preparation_steps(), len(self.tasks) - self.first_task
+        own = Preparation(number, kind, self.raw_shape(), steps)
+        return verified(self, self._with_past(own))

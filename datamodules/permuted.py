@@ -77,7 +77,7 @@ class _TransformedMNIST(ContinualDataModule):
         """Read the data; later calls do nothing."""
         super().setup(stage)
         for name, split in _DRAWN.items():
-            wanted, found = getattr(self, name), len(super().members(0, split))
+            wanted, found = getattr(self, name), len(super().members(self.first_task, split))
             if wanted is not None and wanted > found:
                 raise ConfigurationError(
                     f"Expected {name} to be at most the {found:,} available images, but got "

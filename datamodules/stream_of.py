@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.datamodules.described import verified
 from bpn_lightning.datamodules.loading import EvaluationLoader, TrainLoader
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
@@ -186,19 +187,25 @@ class StreamOf(ContinualDataModule):
         if self.seed is None:
             self.seed = self.streams[0].seed
         self._refuse_differences()
+        self._set_up_past_data()
         substreams, tasks = list[_Substream](), list[Task]()
         column = 0
         for stream in self.streams:
-            substreams.append(_Substream(stream, len(tasks), column))
+            first, offset = self.first_task + len(tasks), self.first_column + column
+            substreams.append(_Substream(stream, first, offset))
             for task in stream.tasks:
                 columns = (task.columns[0] + column, task.columns[1] + column)
                 tasks.append(Task(len(tasks), columns, task.class_names, task.epochs))
             column += 0 if self.shared_columns else stream.num_classes
-        self.tasks = tasks
-        self.num_classes = max(task.columns[1] for task in tasks)
+        self.tasks = self._after_past(tasks)
+        self.num_classes = max(task.columns[1] for task in self.tasks)
         self.input_shape = self.streams[0].input_shape
         self.input_dtype = self.streams[0].input_dtype
         self._substreams = substreams
+        self._past_alike = self._past is None
+
+    def _forget_setup(self) -> None:
+        self._substreams = []
 
     def _refuse_differences(self) -> None:
         shapes = [stream.input_shape for stream in self.streams]
@@ -238,6 +245,7 @@ class StreamOf(ContinualDataModule):
 
     def _substream(self, task_id: int) -> _Substream:
         """The stream of a task, attached to the current trainer."""
+        self._refuse_past(task_id)
         substream = next(one for one in reversed(self._substreams) if one.first_task <= task_id)
         substream.stream.trainer = self.trainer
         return substream
@@ -270,6 +278,10 @@ class StreamOf(ContinualDataModule):
             batch_size: over all processes; None: the ``eval_batch_size`` of the task's stream.
             max_samples: maximum number of samples over all processes; a random subset if the task has more.
         """
+        if self._past_data is not None and task_id < self.first_task:
+            before: Any = self._past_data
+            found: ChainedLoader = before.loader(task_id, split, batch_size, max_samples)
+            return found
         substream = self._substream(task_id)
         of_task = substream.stream.loader(
             task_id - substream.first_task, split, batch_size, max_samples
@@ -313,6 +325,9 @@ class StreamOf(ContinualDataModule):
             batch: a batch from a loader, or of several streams whose raw images have the same shape.
             augment: whether to augment, if the batch has random numbers for it.
         """
+        return self._prepared_as_past(batch) or self._prepare_own(batch, augment)
+
+    def _prepare_own(self, batch: Batch, augment: bool = False) -> Batch:
         if isinstance(batch.task, int):
             return self._prepare_of(self._substream(batch.task), batch, augment)
         tasks = batch.task
@@ -347,7 +362,9 @@ class StreamOf(ContinualDataModule):
 
     def preparations(self) -> list[Preparation]:
         """The descriptions of all streams, in order."""
-        return self._verified([one for stream in self.streams for one in stream.preparations()])
+        before = [] if self._past is None else list(self._past.preparations)
+        own = [one for stream in self.streams for one in stream.preparations()]
+        return verified(self, [*before, *own])
 
 
 def _one_id_per_sample(batch: Batch) -> Batch:

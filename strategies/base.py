@@ -1,6 +1,6 @@
 """The base class of continual-learning methods and its hooks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback
@@ -51,6 +51,9 @@ class ContinualStrategy(Callback):
     null_arguments: ClassVar[Mapping[str, Any] | None] = None
     #: Its first task is plain training; False if it acts from the first update on.
     plain_first_task: ClassVar[bool] = True
+    #: Entries of its ``state_dict`` that hold weights by parameter name, such as averages: when a stream
+    #: goes on with new classes, their rows start as those of the network; any other entry's start as 0.
+    weights_in_state: ClassVar[Collection[str]] = ()
 
     @property
     def corrects_weights(self) -> bool:
@@ -84,6 +87,17 @@ class ContinualStrategy(Callback):
 
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Called once, before the first task."""
+
+    def on_stream_growth(self, host: ContinualHost, tasks: Sequence[Task]) -> None:
+        """Called when a learned stream goes on, before its checkpoint is loaded.
+
+        Prepare what the network has of the new tasks, such as their keys. The state of the strategy itself
+        grows without it: tensors by parameter name get the shapes of the network's.
+
+        Args:
+            host: its network has the new shapes.
+            tasks: the new ones.
+        """
 
     def on_task_start(self, host: ContinualHost, task: Task) -> None:
         """Called once per task, in its mode, before its optimizer is created."""

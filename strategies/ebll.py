@@ -155,9 +155,9 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
     where T_k is the rest of the network. If the network has modes, F and F* are computed in the mode
     of task k.
 
-    Differs from the paper: the teacher's codes are recomputed for every batch, not recorded once; no
-    autoencoder is trained after the stream's last task, as it would not be used; the warm-up and the
-    learning rate are as in LwF. Implementations that average over batch and codes (``nn.MSELoss``)
+    Differs from the paper: the teacher's codes are recomputed for every batch, not recorded once; the
+    stream's last task has an autoencoder too, since the stream may go on; the warm-up and the learning
+    rate are as in LwF. Implementations that average over batch and codes (``nn.MSELoss``)
     scale alpha differently: ours is theirs times 2 / code_size.
 
     Args:
@@ -242,7 +242,6 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
         super().reset()
         self.encoders: dict[str, Tensor] = {}  # weight (tasks, c, d) and bias (tasks, c)
         self.autoencoder: Autoencoder | None = None
-        self._last_task = 0
         self._features: Tensor | None = None  # of the step's batch, until its loss is computed
         self._remove_hook()
 
@@ -261,7 +260,6 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Find the layer, and register a hook on it."""
         super().configure(host, stream)
-        self._last_task = len(stream.tasks) - 1
         network = host.network
         known = dict(network.get_submodule("backbone").named_modules(prefix="backbone"))
         if self.layer not in known:
@@ -322,7 +320,7 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
     def phases(self, task: Task, phases: list[Phase]) -> list[Phase]:
         """Append the training of the autoencoder."""
         phases = super().phases(task, phases)
-        if self.alpha == 0 or task.id == self._last_task:
+        if self.alpha == 0:
             return phases
         return [*phases, Phase(PHASE, self.autoencoder_epochs, trains="strategy")]
 

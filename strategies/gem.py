@@ -314,11 +314,15 @@ class GradientEpisodicMemory(ContinualStrategy):
         A task adds inputs as the stream stores them, and labels. The paper counts three bytes per value
         of an image, as its Table I implies: 47,040 for 20 images of 784 values.
         """
-        samples = [self._samples(task) for task in host.network.tasks]
+        tasks = host.network.tasks
+        samples = [self._samples(task) for task in tasks]
+        dtype = self.memory.inputs.dtype
+        if host.stream.has_data(0):
+            dtype = stored_dtype(host, tasks[:1])
         learned = sum(samples[: len(self.memory.sizes)])
         return DeclaredBytes(
             training=memory_bytes(host, learned, self.memory.inputs.dtype),
-            per_task=memory_bytes(host, samples[0], stored_dtype(host, host.network.tasks[:1])),
+            per_task=memory_bytes(host, samples[0], dtype),
             per_task_in_paper=samples[0] * prod(host.stream.input_shape) * 3,
         )
 

@@ -1,6 +1,6 @@
 """Incremental moment matching."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -85,6 +85,7 @@ class IncrementalMomentMatching(ContinualStrategy):
 
     regularizer: ClassVar[bool] = True
     needs_full_precision: ClassVar[bool] = True
+    weights_in_state: ClassVar[Collection[str]] = ("mean", "previous")
 
     _handles: Sequence[RemovableHandle] = ()  # of the hooks on the layers
 

@@ -1,6 +1,6 @@
 """Learning without forgetting."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -71,6 +71,7 @@ class LearningWithoutForgetting(ContinualStrategy):
     """
 
     regularizer: ClassVar[bool] = True
+    weights_in_state: ClassVar[Collection[str]] = ("teacher",)
     null_arguments: ClassVar[Mapping[str, Any]] = {"strength": 0.0}
 
     def __init__(

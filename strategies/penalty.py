@@ -6,7 +6,7 @@ added after gradients are reduced over processes and unscaled, so it is the same
 cannot overflow in fp16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -132,6 +132,7 @@ class PenaltyStrategy(ContinualStrategy):
     regularizer: ClassVar[bool] = True
     needs_full_precision: ClassVar[bool] = True
     null_arguments: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}
+    weights_in_state: ClassVar[Collection[str]] = ("anchor",)
     #: The penalty's name in logs.
     penalty_name: ClassVar[str]
     #: Number of tensors kept per parameter, each of its size.

@@ -15,7 +15,7 @@ from bpn_lightning.nn.choosing import chosen_layers
 from bpn_lightning.nn.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
-from bpn_lightning.tasks import ContinualStream, dry_inputs
+from bpn_lightning.tasks import ContinualStream, Task, dry_inputs
 
 __all__ = ["KeyKind", "ParameterSuperposition", "binary_key", "phase_key", "turned"]
 
@@ -164,10 +164,7 @@ class ParameterSuperposition(ContinualStrategy):
 
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Sample every task's keys, and the phases of complex weights; checkpoints store them."""
-        for name, keys in self.keys.items():
-            for task in host.network.tasks:
-                generator = seeded_generator("keys", stream.seed, task.id, name)
-                keys.write(task.id, self._draw(keys, task.id, generator))
+        self._write_keys(host, host.network.tasks)
         if self.first_key == "random":
             for name, layer in self._complex_layers(host).items():
                 key = ("phases of weights", stream.seed, name)
@@ -176,6 +173,21 @@ class ParameterSuperposition(ContinualStrategy):
                     continue
                 phases = phase_key(layer.weight.numel(), seeded_generator(*key))
                 self._turn(layer, slice(None), phases.view(layer.weight.shape))
+
+    def on_stream_growth(self, host: ContinualHost, tasks: Sequence[Task]) -> None:
+        """Sample the keys of new tasks, and the phases of new rows of a complex head."""
+        self._write_keys(host, tasks)
+        head = self._complex_layers(host).get("head")
+        if head is not None and self.first_key == "random":
+            before = max(task.columns[1] for task in host.network.tasks[: -len(tasks)])
+            key = ("phases of weights", host.stream.seed, "head")
+            self._turn_rows(head, key, range(before, head.out_features))
+
+    def _write_keys(self, host: ContinualHost, tasks: Iterable[Task]) -> None:
+        for name, keys in self.keys.items():
+            for task in tasks:
+                generator = seeded_generator("keys", host.stream.seed, task.id, name)
+                keys.write(task.id, self._draw(keys, task.id, generator))
 
     def _turn_rows(
         self, layer: ComplexLinear, key: tuple[str | int, ...], columns: Iterable[int]

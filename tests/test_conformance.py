@@ -261,6 +261,14 @@ class ForgetsWhereItWas(Pull):
             parameters[name].grad.mul_(1 + 0.1 * self.steps)
 
 
+class KnowsTheEnd(Pull):
+    """Pulls by how many tasks the stream has."""
+
+    def penalty_grad(self, host, parameters):
+        for _ in host.network.tasks:
+            super().penalty_grad(host, parameters)
+
+
 class RemembersAnEarlierFit(Pull):
     def __init__(self, strength=0.01):
         super().__init__(strength)
@@ -391,6 +399,7 @@ NULL = "null_arguments_are_fine_tuning_bit_for_bit"
 FIRST = "the_first_task_is_plain_training"
 EVALUATING = "evaluating_changes_nothing"
 RESUMING = "resuming_is_bit_identical"
+GOING_ON = "going_on_equals_knowing_all_tasks"
 SECOND = "a_second_fit_begins_fresh"
 LEFT_ALONE = "consolidation_leaves_the_network_as_it_was"
 RANDOM = "consolidation_draws_no_global_random_numbers"
@@ -406,7 +415,7 @@ FAULTS = {
     "NeedsAnArgument": set(),
     "ActsAtStrengthZero": {NULL},
     "ActsAtOnce": {FIRST},
-    "CountsVisits": {EVALUATING},
+    "CountsVisits": {EVALUATING, GOING_ON},
     "DrawsToSwitch": {EVALUATING},
     "LogsMoveState": {"logging_changes_nothing"},
     "OneTaskPerBatch": {"samples_may_each_have_a_task"},
@@ -416,8 +425,9 @@ FAULTS = {
     "Twin": {"twice_is_refused"},
     "TakesAnything": {"unknown_arguments_are_refused"},
     "KeepsObjects": {"state_loads_without_trust"},
-    "ForgetsItsAnchor": {RESUMING},
+    "ForgetsItsAnchor": {RESUMING, GOING_ON},
     "ForgetsWhereItWas": {RESUMING},
+    "KnowsTheEnd": {GOING_ON},
     "RemembersAnEarlierFit": {SECOND},
     "TrainsWhileMeasuring": {LEFT_ALONE, RANDOM, MEASURED},
     "DrawsGlobally": {RANDOM},
@@ -429,7 +439,7 @@ FAULTS = {
     "Grows": {BYTES},
     "RanksOnTheirOwn": {RANKS},
     "DiesInCompany": {RANKS},
-    "MeansOfSlices": {RANKS, HALVES},
+    "MeansOfSlices": {RANKS, HALVES, GOING_ON},
     "CountsBatches": {HALVES},
     "ClipsBadly": {"runs_with_clipped_gradients"},
     "AloneInSecret": {"composes_with_bias_units"},

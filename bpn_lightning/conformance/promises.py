@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bpn_lightning.conformance.declarations import (
     acts_at_once,
@@ -32,7 +31,7 @@ from bpn_lightning.conformance.scenarios import (
     Consolidation,
     Scenario,
     fine_tuning,
-    logits_in_mode,
+    visits,
 )
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
@@ -85,20 +84,6 @@ def test_the_first_task_is_plain_training(scenario: Scenario) -> None:
 # --- looking changes nothing ---------------------------------------------------------------------
 
 
-def _visits(run: Run) -> list[str]:
-    """What differs after evaluating tasks in several orders, and between the answers."""
-    before = run.learned() | run.plain() | run.surroundings()
-    found: list[str] = []
-    first: dict[int, Tensor] = {}
-    for task in [0, 1, 2, 2, 1, 0, 1, 1, 2, 0]:
-        logits = logits_in_mode(run, task)
-        if not torch.equal(logits, first.setdefault(task, logits)):
-            found.append(f"the answers of task {task} differ from visit to visit")
-    run.module.evaluate()
-    after = run.learned() | run.plain() | run.surroundings()
-    return found + differences(after, before)
-
-
 @promise()
 def test_evaluating_changes_nothing(scenario: Scenario) -> None:
     """Tasks may be evaluated in any order, any number of times, in the midst of training too."""
@@ -106,11 +91,11 @@ def test_evaluating_changes_nothing(scenario: Scenario) -> None:
 
     def look(run: Run, at: Position, batch: int, last: bool) -> None:
         if at.task == 1 and batch == 2:
-            found.extend(_visits(run))
+            found.extend(visits(run))
 
     visited = CallLog(fit(scenario.case.make(), BATCH_NORM_DROPOUT, at_batch=look)).finish()
     found += differences(visited.learned | visited.end, _whole(scenario.undisturbed))
-    found += _visits(visited.run)
+    found += visits(visited.run)
     expect_nothing(
         found,
         "Evaluating tasks changed something",
@@ -261,6 +246,17 @@ def test_resuming_is_bit_identical(scenario: Scenario) -> None:
         "Runs that were resumed ended differently. Saved in",
         "Look at state_dict and load_state_dict: everything that outlives a hook belongs there, or in "
         "the module; move_state moves its tensors to the device.",
+    )
+
+
+@promise()
+def test_going_on_equals_knowing_all_tasks(scenario: Scenario) -> None:
+    """A stream of two tasks that goes on with a third learns what a stream of three does, bit for bit."""
+    expect_nothing(
+        differences(*scenario.going_on),
+        "After two tasks and a third it differs from three at once",
+        "Nothing may depend on how many tasks are to come. What it holds by parameter name grows with the "
+        "network: say in weights_in_state what of it are weights; on_stream_growth is for the rest.",
     )
 
 

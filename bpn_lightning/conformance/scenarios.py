@@ -14,14 +14,22 @@ from torch import Tensor
 from torch.optim import SGD
 
 from bpn_lightning.conformance.cases import Case
-from bpn_lightning.conformance.runs import BATCH_NORM_DROPOUT, Run, Setting, fit
+from bpn_lightning.conformance.runs import BATCH_NORM_DROPOUT, Run, Setting, differences, fit
 from bpn_lightning.costs import Bytes, measured_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, Position
 
-__all__ = ["CallLog", "Consolidation", "Scenario", "fine_tuning", "keep_call_log", "logits_in_mode"]
+__all__ = [
+    "CallLog",
+    "Consolidation",
+    "Scenario",
+    "fine_tuning",
+    "keep_call_log",
+    "logits_in_mode",
+    "visits",
+]
 
 #: What fine-tuning is compared in. Optimizers that keep something between updates tell more; the last
 #: is for strategies that refuse momentum.
@@ -32,6 +40,10 @@ SETTINGS = {
     ),
     "weight decay": replace(BATCH_NORM_DROPOUT, optimizer=partial(SGD, lr=0.05, weight_decay=0.01)),
 }
+
+
+#: Where columns open one task after another.
+GROWING = replace(BATCH_NORM_DROPOUT, module={"mask": "seen"})
 
 
 @dataclass
@@ -194,6 +206,20 @@ def keep_call_log(strategies: Sequence[ContinualStrategy], setting: Setting) -> 
     return logs[0].finish()
 
 
+def visits(run: Run) -> list[str]:
+    """What differs after evaluating tasks in several orders, and between the answers."""
+    before = run.learned() | run.plain() | run.surroundings()
+    found: list[str] = []
+    first: dict[int, Tensor] = {}
+    for task in [0, 1, 2, 2, 1, 0, 1, 1, 2, 0]:
+        logits = logits_in_mode(run, task)
+        if not torch.equal(logits, first.setdefault(task, logits)):
+            found.append(f"the answers of task {task} differ from visit to visit")
+    run.module.evaluate()
+    after = run.learned() | run.plain() | run.surroundings()
+    return found + differences(after, before)
+
+
 @cache
 def fine_tuning(setting: str) -> CallLog:
     """The lower reference, in a setting by its name."""
@@ -238,6 +264,21 @@ class Scenario:
 
         fit(self.case.make(), BATCH_NORM_DROPOUT, at_batch=save)
         return saved
+
+    @cached_property
+    def going_on(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What two tasks and then a third leave behind, and three at once; without the accuracies."""
+        two = replace(GROWING, stream={**GROWING.stream, "num_tasks": 2})
+        path = self.folder / "two.ckpt"
+        fit(self.case.make(), two).trainer.save_checkpoint(path)
+        found = []
+        for checkpoint in (path, None):
+            log = CallLog(
+                fit(self.case.make(), GROWING, seed=9 if checkpoint else 0, checkpoint=checkpoint)
+            )
+            whole = log.finish().learned | log.end
+            found.append({k: v for k, v in whole.items() if "accuracy_matrix" not in k})
+        return found[0], found[1]
 
     @cached_property
     def null(self) -> tuple[CallLog, CallLog]:

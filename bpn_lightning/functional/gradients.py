@@ -121,6 +121,7 @@ def sample_gradient_sums(
     loss: Loss = cross_entropies,
     measure: Measure = torch.square,
     closed_forms: bool | None = None,
+    elements: int | None = None,
 ) -> dict[str, Tensor]:
     r"""Weighted sum over samples and labels of a measure of the gradient of each.
 
@@ -138,6 +139,8 @@ def sample_gradient_sums(
         measure: ``torch.square`` or ``torch.abs``.
         closed_forms: whether closed forms are valid, the result of :func:`sums_have_closed_forms` for
             this network; None calls it, at the cost of one sample.
+        elements: of a sample's gradients, which say how many samples are summed at a time; None: of all
+            parameters. Those of a head's closed columns do not count.
 
     Returns:
         One tensor per parameter, same shape.
@@ -151,7 +154,7 @@ def sample_gradient_sums(
             if sums is not None:
                 return sums
         try:
-            return _mapped_sums(*arguments)
+            return _mapped_sums(*arguments, elements)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # torch.func does not support everything that autograd does
@@ -229,6 +232,7 @@ def _mapped_sums(
     columns: slice,
     loss: Loss,
     measure: Measure,
+    elements: int | None,
 ) -> dict[str, Tensor]:
     """The sums from per-sample gradients, many samples at a time."""
     values = {name: value.detach() for name, value in parameters.items()}
@@ -242,7 +246,7 @@ def _mapped_sums(
     with torch.no_grad():
         labels, weights = choose(module(inputs)[:, columns])
     sums = {name: torch.zeros_like(value) for name, value in values.items()}
-    size = sum(value.numel() for value in values.values()) * labels.shape[1]
+    size = (elements or sum(value.numel() for value in values.values())) * labels.shape[1]
     step = max(1, CHUNK // size)
     for start in range(0, len(inputs), step):
         part = slice(start, start + step)

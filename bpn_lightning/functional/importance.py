@@ -24,6 +24,7 @@ from bpn_lightning.functional.gradients import (
 )
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.tasks import Batch
 
 __all__ = [
@@ -77,7 +78,7 @@ def mean_over_task(
 
 
 def _measured(
-    module: nn.Module,
+    module: ContinualNetwork,
     parameters: Mapping[str, nn.Parameter],
     loss: Loss,
     measure: Measure,
@@ -98,6 +99,7 @@ def _measured(
             loss=loss,
             measure=measure,
             closed_forms=known == [True],
+            elements=sum(module.open_part(*item).numel() for item in parameters.items()),
         )
 
     return sums

@@ -286,6 +286,14 @@ class AccuracyMatrix(Metric):
         """
         self.task_agnostic[:] = self._checked(accuracies)
 
+    def grown(self, num_tasks: int) -> "AccuracyMatrix":
+        """The matrix of a stream that goes on: what it holds, and NaN for new tasks."""
+        larger = AccuracyMatrix(num_tasks)
+        tasks = self.num_tasks
+        larger.accuracy[: tasks + 1, :tasks] = self.accuracy
+        larger.task_agnostic[:tasks] = self.task_agnostic
+        return larger
+
     def compute(self) -> dict[str, Tensor]:
         """The measures of the stream so far as scalars, for ``log_dict``; NaN if unknown."""
         return {

@@ -27,6 +27,7 @@ from lightning.pytorch import Trainer
 from bpn_lightning.errors import BPNLightningError, CheckpointError
 from bpn_lightning.files import why_unreadable
 from bpn_lightning.model.gates import describe_gates, rebuild_gates
+from bpn_lightning.model.growth import grow_checkpoint, is_continued
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.model.task_loop import TaskLoop
@@ -62,7 +63,7 @@ def save_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
         "optimization": loop.optimization.state_dict(),
         "history": loop.history.state_dict(loop.right_answers()),
         "training_weights": dict(host.training_weights),
-        "random_states": _random_states(host.trainer),
+        "random_states": _random_states(host.trainer, loop.end_random_state or random_state()),
         "unfinished": _unfinished(host.trainer),
     }
     mark_epoch_not_started(checkpoint)
@@ -70,19 +71,20 @@ def save_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
         mark_epoch_unfinished(checkpoint)
 
 
-def load_state(loop: TaskLoop, checkpoint: Mapping[str, Any]) -> None:
+def load_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
     """Rebuild the structure, with or without a trainer, and take over the cursor and what was measured.
 
     Args:
         loop: of a network with the backbone of the checkpoint's.
-        checkpoint: Lightning's, with the entry of :func:`save_state`.
+        checkpoint: Lightning's, with the entry of :func:`save_state`. One of a run that goes on with new
+            tasks gets the shapes of the longer stream.
 
     Raises:
         CheckpointError: the checkpoint is of another schema, stream, mask or list of strategies, was
             taken inside an update, or has weights alone where a run is to go on.
     """
-    saved = checkpoint.get(ENTRY)
-    if saved is None:
+    saved = dict(checkpoint.get(ENTRY) or {})
+    if not saved:
         raise CheckpointError(
             f"Expected a checkpoint of a ContinualModule, but it has no {ENTRY!r} entry. "
             "Pass one from a run's checkpoints folder."
@@ -91,9 +93,13 @@ def load_state(loop: TaskLoop, checkpoint: Mapping[str, Any]) -> None:
     structure = Structure.read(saved["structure"])
     host = loop.host
     resuming = host.has_trainer and host.trainer.state.fn == "fit"
-    _check_same_run(host, structure, saved, resuming)
+    learned = len(structure.tasks)
+    growing = resuming and is_continued(host, structure)
+    _check_same_run(host, structure, saved, resuming, growing)
     if resuming:
         _check_resumable(checkpoint, saved["unfinished"])
+    if growing:
+        structure = grow_checkpoint(host, loop.optimization, checkpoint, saved, structure)
     weights = {
         name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()
     }
@@ -104,7 +110,7 @@ def load_state(loop: TaskLoop, checkpoint: Mapping[str, Any]) -> None:
     loop.early_stopping.load_state_dict(saved["early_stopping"])
     loop.history.load_state_dict(saved["history"])
     if resuming:
-        host.cursor.load_state_dict(saved["cursor"])
+        host.cursor.load_state_dict(saved["cursor"], learned if growing else None)
         loop.optimization.load_state_dict(saved["optimization"])
         loop.random_state = _own_random_state(host, saved["random_states"])
     else:
@@ -146,17 +152,21 @@ def loading(path: Any, weights_only: bool) -> Iterator[None]:
 
 
 def _check_same_run(
-    host: Host, structure: Structure, saved: Mapping[str, Any], resuming: bool
+    host: Host, structure: Structure, saved: Mapping[str, Any], resuming: bool, growing: bool
 ) -> None:
+    """Refuse a checkpoint of another run; of one that goes on, the seed of new tasks may be another."""
     network = host.network
     here: dict[str, Any] = {"mask": network.mask}
     there: dict[str, Any] = {"mask": structure.mask}
     if host.has_trainer and network.tasks:
-        here |= _table(network.tasks)
+        here |= _table(network.tasks[: len(structure.tasks) if growing else None])
         there |= _table(structure.tasks)
     if resuming:
-        here |= {"strategies": _state_keys(host), "seed": host.stream.seed}
-        there |= {"strategies": saved["strategies"], "seed": saved["seed"]}
+        here |= {"strategies": _state_keys(host)}
+        there |= {"strategies": saved["strategies"]}
+    if resuming and not growing:
+        here |= {"seed": host.stream.seed}
+        there |= {"seed": saved["seed"]}
     different = differences(here, there)
     if different:
         raise CheckpointError(
@@ -209,9 +219,8 @@ def _unfinished(trainer: Trainer) -> dict[str, int] | None:
     return None if progress is None else dict(zip(("done", "needed"), progress, strict=True))
 
 
-def _random_states(trainer: Trainer) -> list[dict[str, Any]]:
+def _random_states(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every process: their slices of a batch may differ in size, and so in what they draw."""
-    own = random_state()
     if trainer.world_size == 1:
         return [own]
     states: list[Any] = [None] * trainer.world_size

@@ -82,14 +82,18 @@ class Cursor:
             "checked_epochs": self.checked_epochs,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], tasks: int | None = None) -> None:
         """Take over :meth:`state_dict`, of a run with the same phases.
+
+        Args:
+            state: of the run.
+            tasks: how many it had, where the schedule has more.
 
         Raises:
             CheckpointError: it had other phases.
         """
         self.load_progress(state)
-        self.schedule.load_lengths(state["phase_lengths"])
+        self.schedule.load_lengths(state["phase_lengths"], tasks)
         if self.network.opened >= 0:
             self.phase = self.schedule.phase(self.network.opened, state["phase"])
 

@@ -1,6 +1,6 @@
 """Accuracy over a stream: one plain function, the same before, during and after training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.nn.network import ContinualNetwork
-from bpn_lightning.tasks import Split
+from bpn_lightning.tasks import Batch, Split
 
 __all__ = ["evaluate", "evaluate_task_agnostic", "most_confident", "validation_scores"]
 
@@ -43,7 +43,7 @@ def evaluate(
     with evaluation_mode(network):
         for index, task in enumerate(ids):
             with network.task_mode(task):
-                for batch in host.batches(task, split):
+                for batch in _batches(host, task, split):
                     logits = network(batch.inputs)
                     counts[0, index] += (logits.argmax(1) == batch.targets).sum()
                     counts[1, index] += len(batch.targets)
@@ -87,7 +87,7 @@ def evaluate_task_agnostic(
     modes = tasks if network.has_modes else tasks[-1:]
     with evaluation_mode(network):
         for index, task in enumerate(tasks):
-            for batch in host.batches(task, split, max_samples):
+            for batch in _batches(host, task, split, max_samples):
                 chosen = most_confident(network, batch.inputs, modes).argmax(1)
                 counts[0, index] += (chosen == batch.targets).sum()
                 counts[1, index] += len(batch.targets)
@@ -130,6 +130,13 @@ def validation_scores(host: ContinualHost, task: int) -> tuple[float, float]:
             sums[2] += len(batch.targets)
     loss, right, total = host.all_reduce(sums).tolist()
     return loss / total, right / total
+
+
+def _batches(
+    host: ContinualHost, task: int, split: Split, max_samples: int | None = None
+) -> Iterable[Batch]:
+    """Of a task, or none where the stream has not its data."""
+    return host.batches(task, split, max_samples) if host.stream.has_data(task) else ()
 
 
 def _accuracy(host: ContinualHost, counts: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def evaluate_gates(host: Host, tasks: Iterable[int], learned: int, epoch: int) -
         for name in host.gates
     }
     with evaluation_mode(network):
-        for task in tasks:
+        for task in filter(host.stream.has_data, tasks):
             for batch in host.gate_batches(task, "test"):
                 # Made when the first gate asks, then kept for the others.
                 logits = cache(partial(mode_logits, host, batch.inputs, learned))

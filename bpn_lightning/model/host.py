@@ -75,13 +75,17 @@ class Host:
         """Whether there is one; a loaded module answers without."""
         return self._stream is not None
 
-    def attach(self, stream: ContinualStream) -> None:
+    def attach(self, stream: ContinualStream, grow: bool = False) -> None:
         """Use a stream, for which the network is built, or to which it has to fit.
+
+        Args:
+            stream: after its ``setup``.
+            grow: whether a network that has learned all of its tasks grows for a stream that goes on.
 
         Raises:
             ConfigurationError: they do not fit.
         """
-        self.network.build_for(stream, self.device)
+        self.network.build_for(stream, self.device, grow)
         self._stream = stream
 
     def batches(
@@ -231,6 +235,8 @@ class Host:
         if isinstance(task, int):
             first, stop = network.columns(task)
             return self.sample_loss(logits[:, first:stop], targets - first, first)
+        if network.has_closed_columns and len(targets) and int(targets.max()) < network.num_open:
+            logits = logits[:, : network.num_open]  # a softmax over more has other last bits
         if self.sample_loss.loss is None or network.mask not in ("seen", "task"):
             return self.sample_loss(logits, targets)
         return self.sample_loss.by_task(logits, targets, task, network.columns)

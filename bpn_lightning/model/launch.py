@@ -83,7 +83,7 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     check_gate_names(gates)
     if gates or stage == "fit":  # others answer by those that the module was loaded with
         host.gates = {gate.name: gate for gate in gates}
-    host.attach(stream)
+    host.attach(stream, grow=stage == "fit")
     stream.follow(host.training_epoch)
     if stage == "fit" and host.network.opened < 0:
         for strategy in host.strategies:
@@ -147,12 +147,13 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     host.sample_loss.check(structure.num_classes, structure.column_sets())
     if loop.metrics:
         processes = trainer.world_size
-        several = tasks if processes > 1 else []
+        several = [t for t in tasks if stream.has_data(t.id)] if processes > 1 else []
         firsts = (next(iter(stream.loader(task.id, "test"))).global_size for task in several)
         TaskMetrics(loop.metrics).check(structure.num_classes, firsts, processes)
     methods = [one for one in host.strategies if not isinstance(one, TaskGate)]
     check_composition(host, methods)  # gates look on, whatever trains
-    if host.network.opened < 0:  # one that learned before keeps the schedule that it has
+    planned = len(host.cursor.schedule.phases) == len(tasks)
+    if host.network.opened < 0 or not planned:  # one that learned before keeps its schedule
         plan_schedule(host)
     patience = loop.early_stopping.patience
     if patience and not stream.has_validation:
@@ -169,6 +170,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     check_lengths(trainer, *optimization.count_updates(), held_out)
     switch_replaced(host.network)  # the trainer may have synchronized batch normalization
     inputs = dry_inputs(structure, 1, host.device)
-    check_batches(trainer, host.network.backbone, inputs, len(tasks), optimization.smallest_batch)
+    ahead = [task.id for task in tasks[stream.first_task :]]
+    check_batches(trainer, host.network.backbone, inputs, ahead, optimization.smallest_batch)
     set_max_epochs(trainer, total)
     reload_train_loader_every_epoch(trainer)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.losses import LossFunction
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.metrics.gate_scores import GateScores
@@ -17,6 +19,7 @@ from bpn_lightning.metrics.task_metrics import Metrics
 from bpn_lightning.model.checkpoint import load_state, loading, save_state
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate
+from bpn_lightning.model.extending import Extension
 from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
@@ -28,6 +31,7 @@ from bpn_lightning.model.step import Step
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, ContinualStream, Mask, Position, Schedule, Split, Task
 from bpn_lightning.trainer.lightning import (
@@ -62,6 +66,9 @@ class ContinualModule(HookNameAsPlainAttribute):
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
+        reserve_classes: columns of the head, if more than the stream has classes; with the mask ``all``
+            only, where the classes of tasks to come take part from the first task on. A stream that goes
+            on within them learns as if all its tasks had been known.
         loss: maps logits ``(batch, columns)`` and targets ``(batch,)``, both of the active columns only, to
             losses ``(batch,)``; a module of torch.nn, whose class weights are those of the stream's
             classes, or a function. None: cross-entropy.
@@ -99,6 +106,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
         mask: Mask = "all",
+        reserve_classes: int | None = None,
         loss: LossFunction | None = None,
         metrics: Metrics | None = None,
         evaluate_every: Literal["task", "epoch"] = "task",
@@ -108,7 +116,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         check_processes: bool = False,
     ) -> None:
         super().__init__()
-        self.network = ContinualNetwork(backbone, mask, front)
+        self.network = ContinualNetwork(backbone, mask, front, reserve_classes)
         self.host = Host(self, self.network, loss)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
@@ -127,6 +135,16 @@ class ContinualModule(HookNameAsPlainAttribute):
             check_processes=check_processes,
         )
         self._scores = TaskScores()
+        self._extension = Extension(self.host)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold no trainer."""
+        return {**super().__getstate__(), "_extension": self._extension.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy goes on from a checkpoint file, not from the trainer of the original."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._extension = Extension(self.host, state["_extension"])
 
     # --- what it knows ---------------------------------------------------------------------------
 
@@ -208,6 +226,26 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Use a stream without a trainer; see :meth:`bpn_lightning.nn.network.ContinualNetwork.build_for`."""
         self.host.attach(stream)
 
+    def extend(
+        self, stream: ContinualDataModule, past_data: ContinualDataModule | None = None
+    ) -> None:
+        """Go on with new tasks: the next ``trainer.fit(module, stream)`` learns them after those learned.
+
+        With the same strategies it is bit for bit what one fit of all tasks would have learned. Numbers and
+        columns of the tasks follow the past's, and so do random states, epochs and whatever strategies
+        remember; in ``fit`` the network grows.
+
+        Args:
+            stream: of the new tasks alone; set up or not.
+            past_data: a stream of the learned tasks, to measure accuracies on them; None leaves those
+                unmeasured, NaN in the matrix.
+
+        Raises:
+            ConfigurationError: a task is not learned to its end.
+            CheckpointError: the module has no training state, as one that was loaded from an export.
+        """
+        self._extension.begin(stream, past_data)
+
     def forward(self, inputs: Tensor, task: "int | Tensor | None" = None) -> Tensor:
         """Logits of prepared inputs; see :meth:`bpn_lightning.nn.network.ContinualNetwork.forward`."""
         return cast(Tensor, self.network(inputs, task=task))
@@ -248,7 +286,9 @@ class ContinualModule(HookNameAsPlainAttribute):
         configure(self.host, stream, stage)
         if stage == "fit":
             check_overrides(self, ContinualModule)
+            self._extension.lengthen(self.trainer)
             check_fit(self.host, self.task_loop, stream)
+            self._extension.resume(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer and its scheduler; in a phase that trains a strategy, that strategy's own."""
@@ -257,6 +297,8 @@ class ContinualModule(HookNameAsPlainAttribute):
     def on_fit_start(self) -> None:
         """Let strategies refuse what cannot be right, and move their tensors to the device."""
         self.host.mark_front(training=True)
+        self._extension.forget()
+        self.task_loop.end_random_state = None
         check_strategies(self.host, self.optimization)
         self.step.find_hooks()
         for strategy in self.host.strategies:
@@ -321,6 +363,8 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.host.mark_front(training=False)
         self.on_train_end()
         self.task_loop.warn_of_unlearned_tasks()
+        self.task_loop.end_random_state = random_state()
+        self._extension.remember()
 
     # --- validation, test, prediction ------------------------------------------------------------
 
@@ -383,4 +427,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         """
         kwargs.setdefault("weights_only", True)
         with loading(checkpoint_path, kwargs["weights_only"]):
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if isinstance(checkpoint_path, str | Path):
+            module._extension.path = Path(checkpoint_path)
+        return module

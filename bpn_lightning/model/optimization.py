@@ -106,16 +106,19 @@ class Optimization:
         Raises:
             ConfigurationError: the optimizer does not take its arguments.
         """
-        network = self.host.network
-        outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
-        parameters = [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
         try:
-            return self.optimizer(parameters)
+            return self.optimizer(self.parameters())
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"Expected optimizer to take the parameters and its arguments, but it raised "
                 f"{type(error).__name__}: {error}. Correct that argument."
             ) from error
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the network's optimizer is over, in its order."""
+        network = self.host.network
+        outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
+        return [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
 
     def _scheduler_lengths(self) -> tuple[int, int]:
         """How often a scheduler steps until its optimizer is replaced: this one, and the longest."""
@@ -134,12 +137,17 @@ class Optimization:
             return sum(lengths), sum(lengths)
         return steps(cursor.task, cursor.phase), max(lengths)
 
-    def count_updates(self) -> tuple[list[int], int]:
-        """Batches of an epoch of each task, and updates of the whole stream."""
+    def count_updates(self) -> tuple[dict[int, int], int]:
+        """Batches of an epoch of each task to be learned, and updates of all of them.
+
+        A task of the past has no updates where the stream has not its data.
+        """
         host = self.host
-        batches = [self._loader(task)[1] for task in range(len(host.network.tasks))]
+        first = cast("ContinualDataModule", host.stream).first_task
+        tasks = range(len(host.network.tasks))
+        batches = {task: self._loader(task)[1] for task in tasks[first:]}
         several = host.trainer.accumulate_grad_batches
-        self._updates_per_epoch = [ceil(number / several) for number in batches]
+        self._updates_per_epoch = [ceil(batches.get(task, 0) / several) for task in tasks]
         phases = host.cursor.schedule.phases
         epochs = (sum(phase.epochs for phase in of_task) for of_task in phases)
         return batches, sum(map(mul, self._updates_per_epoch, epochs))

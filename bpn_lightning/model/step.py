@@ -14,6 +14,7 @@ from bpn_lightning.metrics.settling import Settling
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.nn.execution import differentiable
+from bpn_lightning.nn.inference import closed_columns_added
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch
@@ -163,8 +164,10 @@ class Step:
             right = (active.detach().argmax(1) == targets).sum()
             self.settling.add(right, batch.global_size)
         terms = {"loss/task": loss}
-        for hook in self._hooks["loss_terms"]:
-            for name, term in hook(host, batch, logits).items():
+        hooks = self._hooks["loss_terms"]
+        whole = closed_columns_added(logits, network.built_head.out_features) if hooks else logits
+        for hook in hooks:
+            for name, term in hook(host, batch, whole).items():
                 terms[f"loss/{name}"] = term.sum() * scale
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
         if not self._evaluated:
@@ -206,7 +209,7 @@ class Step:
         return several * batch.global_size / loader.count(first, int(stop))
 
     def _training_logits(self, inputs: Tensor, tasks: "int | Tensor | None") -> Tensor:
-        """Of all output units; on features that stay as they are where only the head trains."""
+        """Of the open output units; on features that stay as they are where only the head trains."""
         host, network = self.host, self.network
         fixed = host.phase.trains == "head"
         mode = evaluation_mode(network.backbone) if fixed else nullcontext()
@@ -214,7 +217,7 @@ class Step:
         try:
             with mode, differentiable(network.backbone) if fixed else nullcontext():
                 if tasks is None:
-                    return network.all_logits(inputs)
+                    return network.open_logits(inputs)
                 return cast(Tensor, network(inputs, task=tasks))
         finally:
             host.in_step_forward = False
@@ -267,7 +270,7 @@ class Step:
         for parameter in self._frozen:
             parameter.grad = None
         for parameter, rows, _ in self._frozen_rows:  # not captured, not in the norm
-            if parameter.grad is not None:
+            if parameter.grad is not None and isinstance(rows, Tensor):  # closed rows have none
                 parameter.grad[rows] = 0
         for name in GRADIENT_EDITS if again else GRADIENT_HOOKS:
             for hook in self._hooks[name]:

@@ -77,6 +77,7 @@ class TaskLoop:
         self.task_agnostic = task_agnostic
         self.check_processes = check_processes
         self.random_state: dict[str, Any] | None = None  # of a checkpoint, until training starts
+        self.end_random_state: dict[str, Any] | None = None  # of a fit that is over
 
     def begin(self, task: int) -> None:
         """Go on where the checkpoint was, or begin.
@@ -91,9 +92,10 @@ class TaskLoop:
         if not opened <= task <= opened + 1:
             raise ConfigurationError(
                 f"Expected a module that is about to learn task {task}, but it has opened task "
-                f"{opened}. Make a new module, or go on with ckpt_path."
+                f"{opened}. Make a new module, go on with ckpt_path, or call module.extend for new tasks."
             )
         set_max_epochs(self.host.trainer, self.host.cursor.schedule.total)
+        self._warn_of_unmeasured_tasks()
         self.restore_random_state()
 
     def restore_random_state(self) -> None:
@@ -101,6 +103,17 @@ class TaskLoop:
         state, self.random_state = self.random_state, None
         if state is not None:
             restore_random_state(state)
+
+    def _warn_of_unmeasured_tasks(self) -> None:
+        stream, tasks = self.host.stream, self.network.tasks
+        missing = [task.id + 1 for task in tasks if not stream.has_data(task.id)]
+        if missing and self.evaluate_on != "current" and self.host.global_rank == 0:
+            which = f"task {missing[0]}" if len(missing) == 1 else f"tasks 1 to {missing[-1]}"
+            warnings.warn(
+                f"The stream has no data of {which}, learned before: accuracies on them are not measured, "
+                "and means over all tasks are not known. Give past_data to module.extend to measure them.",
+                stacklevel=4,
+            )
 
     def warn_of_unlearned_tasks(self) -> None:
         """Say which tasks a stream that stopped before its end has not learned, if any."""

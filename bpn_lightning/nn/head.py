@@ -5,10 +5,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from bpn_lightning.nn.growing import grown
 from bpn_lightning.nn.layers import SwitchableLinear
 from bpn_lightning.random_state import seeded_generator
 
-__all__ = ["draw_rows", "empty_head"]
+__all__ = ["draw_rows", "empty_head", "grow_head"]
 
 
 def empty_head(
@@ -43,3 +44,21 @@ def draw_rows(head: nn.Linear, seed: int, columns: Iterable[int]) -> None:
             generator = seeded_generator("head", seed, column)
             head.weight[column] = torch.randn(head.in_features, generator=generator) * scale
             head.bias[column] = 0
+
+
+def grow_head(head: SwitchableLinear, num_classes: int, seed: int) -> None:
+    """Give a head more output units, in place: rows are drawn by :func:`draw_rows`, biases are 0.
+
+    Args:
+        head: its parameters become others.
+        num_classes: output units from now on.
+        seed: of the stream.
+    """
+    first = head.out_features
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        larger = parameter.new_zeros(num_classes, *parameter.shape[1:])
+        setattr(head, name, nn.Parameter(grown(parameter, larger), parameter.requires_grad))
+    head.out_features = num_classes
+    draw_rows(head, seed, range(first, num_classes))
+    if head.bias_units is not None:
+        head.bias_units.widen(num_classes)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from bpn_lightning.nn.growing import grown
+
 __all__ = [
     "BiasUnits",
     "ComplexKeys",
@@ -51,6 +53,16 @@ class TaskModule(nn.Module):
         """
         self.active = task
 
+    def grow(self, num_tasks: int) -> None:
+        """Make room for more tasks; what the module has of the others stays.
+
+        By default buffers that have a row for each task get rows of 0.
+        """
+        for name, bank in list(self.named_buffers(recurse=False)):
+            if len(bank.shape) and len(bank) == self.num_tasks:
+                setattr(self, name, grown(bank, bank.new_zeros(num_tasks, *bank.shape[1:])))
+        self.num_tasks = num_tasks
+
 
 class BiasUnits(TaskModule):
     r"""The bias units of one layer: :math:`\mathrm{BIAS}_t = M_t W_t` during training on task t.
@@ -76,6 +88,13 @@ class BiasUnits(TaskModule):
         self.register_buffer("bank", torch.zeros(num_tasks, out_features))
         self.live: int | None = None
         self.num_open: int | None = None  # outputs that are computed, of a head; None: all
+
+    def widen(self, out_features: int) -> None:
+        """Make room for more outputs, whose biases are 0."""
+        self.W = nn.Parameter(
+            grown(self.W, self.W.new_zeros(len(self.W), out_features)), self.W.requires_grad
+        )
+        self.bank = grown(self.bank, self.bank.new_zeros(len(self.bank), out_features))
 
     def start(self, task_id: int, m: Tensor, w: Tensor) -> None:
         """Start training a task, with these values of M and W, copied in place."""
@@ -141,6 +160,12 @@ class Keys(TaskModule):
     def __init__(self, num_tasks: int, size: int) -> None:
         super().__init__(num_tasks)
         self.register_buffer("bank", torch.ones(num_tasks, size, dtype=torch.int8))
+
+    def grow(self, num_tasks: int) -> None:
+        """Make room for more tasks, whose keys are 1, or phases 0, until they are written."""
+        before = self.num_tasks
+        super().grow(num_tasks)
+        self.bank[before:] = 0 if self.bank.is_floating_point() else 1
 
     def write(self, task_id: int, key: Tensor) -> None:
         """Set the key of a task, ``(n,)``, in place."""
@@ -239,6 +264,15 @@ class WeightBank(TaskModule):
         if task == self.live:
             del self.learned[task]
         self.inside = task
+
+    def grow(self, num_tasks: int) -> None:
+        """Make room for more tasks, and for the classes that the network has by now."""
+        super().grow(num_tasks)
+        larger = self._tensors()
+        for weights in (self.beginning, *self.learned.values()):
+            for name, value in weights.items():
+                if value.shape != larger[name].shape:
+                    weights[name] = grown(value, larger[name])
 
     def _tensors(self) -> dict[str, Tensor]:
         children = [(part, getattr(self._network[0], part)) for part in self.parts]

@@ -14,7 +14,7 @@ from bpn_lightning.nn.choosing import chosen_layers, default_layers, named_layer
 from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths, mixing_samples
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.fronts import Front
-from bpn_lightning.nn.head import draw_rows, empty_head
+from bpn_lightning.nn.head import draw_rows, empty_head, grow_head
 from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork, closed_columns_added
 from bpn_lightning.nn.layers import (
     BiasUnits,
@@ -24,7 +24,7 @@ from bpn_lightning.nn.layers import (
     WeightBank,
     is_linear,
 )
-from bpn_lightning.nn.structure import Attachment, Structure, check_mask
+from bpn_lightning.nn.structure import Attachment, Structure, check_mask, check_reserved
 from bpn_lightning.nn.switching import SwitchableConv, add_parts, kind_of, number_of_biases
 from bpn_lightning.tasks import ContinualStream, Mask, Task, dry_inputs
 
@@ -41,6 +41,8 @@ class ContinualNetwork(nn.Module):
         front: what turns prepared inputs into the features that the network takes; None: they are the same.
         mask: the output units of the head that take part: ``all``, ``seen`` (those of the tasks opened so
             far), ``task`` (the mode's own) or ``shared`` (every task has the same).
+        reserve_classes: output units of the head, if more than the stream has classes, with the mask
+            ``all``: so that classes of later streams take part from the start.
 
     Attributes:
         structure: what it consists of besides the backbone; checkpoints and exports hold it.
@@ -53,13 +55,21 @@ class ContinualNetwork(nn.Module):
         mode: the task whose mode holds, or ``(batch,)`` one of each sample.
 
     Raises:
-        ConfigurationError: the mask is unknown.
+        ConfigurationError: the mask is unknown, or classes are reserved with another than ``all``.
     """
 
     accuracy_matrix: AccuracyMatrix
 
-    def __init__(self, backbone: nn.Module, mask: Mask = "all", front: Front | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mask: Mask = "all",
+        front: Front | None = None,
+        reserve_classes: int | None = None,
+    ) -> None:
         super().__init__()
+        check_reserved(reserve_classes, mask)
+        self.reserve_classes = reserve_classes
         self.front = front
         self.backbone = compiled_in_place(backbone)
         self.head: SwitchableLinear | None = None
@@ -87,12 +97,14 @@ class ContinualNetwork(nn.Module):
         """Whether the network answers differently in different tasks' modes."""
         return bool(self.task_modules())
 
-    def build_for(self, stream: ContinualStream, device: torch.device) -> None:
+    def build_for(self, stream: ContinualStream, device: torch.device, grow: bool = False) -> None:
         """Build the head for a stream on the first call, check the fit on later ones.
 
         Args:
             stream: after its ``setup``.
             device: that the backbone lies on.
+            grow: whether a network that has learned all of its tasks grows for a stream that begins with
+                them and goes on.
 
         Raises:
             ConfigurationError: the backbone's output is no feature matrix, the mask and the stream's
@@ -102,6 +114,8 @@ class ContinualNetwork(nn.Module):
         self.structure.check_mask_fits(tasks)
         if self.front is not None:
             shape, dtype = (self.front.width(shape),), torch.float32
+        if grow and self.head is not None and self.structure.is_continued_by(tasks, self.closed):
+            self._grow(tasks, self._with_reserved(stream.num_classes), stream.seed)
         self.build(tasks, stream.num_classes, shape, dtype, device, stream.seed)
         self.structure.set_preparations(stream.preparations())
 
@@ -129,6 +143,7 @@ class ContinualNetwork(nn.Module):
                 a stream of other sizes.
         """
         structure = self.structure
+        num_classes = self._with_reserved(num_classes)
         if self.head is not None:
             structure.check_stream(tasks, num_classes, input_shape, dtype)
             structure.tasks = tasks
@@ -139,6 +154,24 @@ class ContinualNetwork(nn.Module):
         self.head = empty_head(features, num_classes, device)
         draw_rows(self.head, seed, range(num_classes))
         self.accuracy_matrix = AccuracyMatrix(len(tasks))
+
+    def _with_reserved(self, num_classes: int) -> int:
+        reserved = max(self.reserve_classes or 0, self.structure.reserved_classes)
+        if self.reserve_classes and num_classes > self.reserve_classes:
+            raise ConfigurationError(
+                f"Expected reserve_classes to be at least the {num_classes} classes of the stream, but got "
+                f"{self.reserve_classes}. Raise it, or leave it out."
+            )
+        return max(num_classes, reserved)
+
+    def _grow(self, tasks: list[Task], num_classes: int, seed: int) -> None:
+        if num_classes > self.built_head.out_features:
+            grow_head(self.built_head, num_classes, seed)
+        for part in self.task_modules():
+            part.grow(len(tasks))
+        self.accuracy_matrix = self.accuracy_matrix.grown(len(tasks))
+        self.structure.tasks, self.structure.num_classes = tasks, num_classes
+        self.switch(self.mode)
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every fully connected layer by name, the head among them."""
@@ -354,6 +387,10 @@ class ContinualNetwork(nn.Module):
 
     def all_logits(self, inputs: Tensor) -> Tensor:
         """Logits ``(batch, num_classes)`` in the mode that holds, of every open column; else -inf."""
+        return closed_columns_added(self.open_logits(inputs), self.built_head.out_features)
+
+    def open_logits(self, inputs: Tensor) -> Tensor:
+        """Logits ``(batch, open columns)`` in the mode that holds, whatever the mask leaves out."""
         if inputs.dtype == torch.uint8:
             raise ConfigurationError(
                 "Expected inputs that the stream has prepared, but got uint8. module.predict(images) "
@@ -363,7 +400,8 @@ class ContinualNetwork(nn.Module):
         if inputs.is_floating_point():
             # Images become floats after Lightning converts precision.
             inputs = inputs.to(head.weight.dtype)
-        return closed_columns_added(head(self.backbone(inputs)), head.out_features)
+        logits: Tensor = head(self.backbone(inputs))
+        return logits
 
     def columns(self, task_id: int) -> tuple[int, int]:
         """``(start, stop)`` of the head's output units that take part in a task's mode."""
@@ -395,7 +433,8 @@ class ContinualNetwork(nn.Module):
                 f"the network has {apart[0]}. Make one network for each task."
             )
         columns = [self.columns(task.id) for task in self.tasks]
-        return PerSampleNetwork(self.backbone, self.built_head, columns, self.front)
+        with self.task_mode(len(self.tasks) - 1):  # the columns of all tasks that may be named
+            return PerSampleNetwork(self.backbone, self.built_head, columns, self.front)
 
     @contextmanager
     def task_mode(self, task: "int | Tensor") -> Iterator[None]:

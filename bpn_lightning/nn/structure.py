@@ -9,9 +9,15 @@ from typing import Any, get_args
 
 import torch
 
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.nn.common_normalization import CommonNormalization
-from bpn_lightning.preparation import Preparation, differing_preparation, read_preparations
+from bpn_lightning.preparation import (
+    Preparation,
+    differing_preparation,
+    first_preparations,
+    read_preparations,
+)
 from bpn_lightning.tasks import Mask, Task, named_dtype
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "FrontRecord",
     "Structure",
     "check_mask",
+    "check_reserved",
     "check_schema",
     "schema_fields",
 ]
@@ -78,6 +85,22 @@ def check_mask(mask: Any) -> Mask:
             f"Expected mask to be one of {', '.join(masks)}, but got {mask!r}."
         )
     return masks[masks.index(mask)]
+
+
+def check_reserved(reserve_classes: int | None, mask: Mask) -> None:
+    """Refuse reserved classes where they take no part.
+
+    Raises:
+        ConfigurationError: they are no whole number of at least 1, or the mask is not ``all``.
+    """
+    if reserve_classes is None:
+        return
+    check_positive_int("reserve_classes", reserve_classes, "Leave it out for none.")
+    if mask != "all":
+        raise ConfigurationError(
+            f"Expected reserve_classes to be left out with mask {mask!r}, where classes take part from "
+            f"their task on, but got {reserve_classes}. Leave it out, or set mask to 'all'."
+        )
 
 
 @dataclass(frozen=True)
@@ -165,6 +188,8 @@ class Structure:
     preparations: list[Preparation] = field(default_factory=list)
     attached: list[Attachment] = field(default_factory=list)
     front: FrontRecord | None = None
+    _ends: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+    _ends_of: list[Task] | None = field(default=None, init=False, repr=False, compare=False)
 
     def columns(self, task: int, opened: int) -> tuple[int, int]:
         """``(start, stop)`` of the head's output units that take part in a task's mode.
@@ -177,7 +202,7 @@ class Structure:
         if self.mask == "task":
             return self.tasks[task].columns
         if self.mask == "seen" and opened >= 0:
-            return 0, max(one.columns[1] for one in self.tasks[: opened + 1])
+            return 0, self._column_ends()[opened]
         return 0, self.num_classes
 
     def open_columns(self, mode: int, opened: int) -> int:
@@ -194,14 +219,21 @@ class Structure:
         last = max(opened, mode) if self.mask == "task" else opened
         if self.mask not in ("seen", "task") or last < 0:
             return self.num_classes
-        return max(one.columns[1] for one in self.tasks[: last + 1])
+        return self._column_ends()[last]
+
+    def _column_ends(self) -> list[int]:
+        """How many columns each task and those before it have; kept, as modes are switched often."""
+        if self._ends_of is not self.tasks:
+            self._ends_of = self.tasks
+            self._ends = [*accumulate((task.columns[1] for task in self.tasks), max)]
+        return self._ends
 
     def column_sets(self) -> set[tuple[int, int]]:
         """Every set of output units that a loss will be of."""
         if self.mask == "task":
             return {task.columns for task in self.tasks}
         if self.mask == "seen":
-            return {(0, stop) for stop in accumulate((t.columns[1] for t in self.tasks), max)}
+            return {(0, stop) for stop in self._column_ends()}
         return {(0, self.num_classes)}
 
     def check_mask_fits(self, tasks: Sequence[Task]) -> None:
@@ -220,6 +252,34 @@ class Structure:
                 "model.mask, or choose another stream."
             )
 
+    @property
+    def reserved_classes(self) -> int:
+        """Output units of the head, if more than the tasks have columns; else 0."""
+        used = max((task.columns[1] for task in self.tasks), default=0)
+        return self.num_classes if self.num_classes > used else 0
+
+    def is_continued_by(self, tasks: Sequence[Task], closed: int) -> bool:
+        """Whether a stream begins with these tasks, all of which are learned, and has more.
+
+        Args:
+            tasks: of the stream.
+            closed: the last task that is learned.
+
+        Raises:
+            ConfigurationError: it has more tasks, but other ones than those that are learned.
+        """
+        learned = self.tasks
+        if len(tasks) <= len(learned) or closed + 1 < len(learned):
+            return False
+        for own, other in zip(learned, tasks, strict=False):
+            if own != other:
+                raise ConfigurationError(
+                    f"Expected the stream to begin with the {len(learned)} tasks that are learned, but its "
+                    f"task {own.id} is {_described(other)}, not {_described(own)}. Give it these tasks "
+                    "as they were, and new ones after them; module.extend takes a stream of the new ones."
+                )
+        return True
+
     def check_stream(
         self, tasks: Sequence[Task], num_classes: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> None:
@@ -234,7 +294,7 @@ class Structure:
             raise ConfigurationError(
                 "Expected the stream that this module was built for, with (tasks, classes, input "
                 f"shape, input dtype) of {built}, but got {wanted}. Make a new module for another "
-                "stream."
+                "stream; module.extend goes on with new tasks after those learned."
             )
 
     def set_preparations(self, found: Sequence[Preparation]) -> None:
@@ -243,16 +303,24 @@ class Structure:
         Raises:
             ConfigurationError: the two differ.
         """
-        different = (
-            differing_preparation(self.preparations, list(found)) if self.preparations else None
+        before, sizes = (
+            self.preparations,
+            [sum(one.tasks for one in p) for p in (self.preparations, found)],
         )
+        if before and sizes[0] < sizes[1]:  # of a stream that goes on
+            found, whole = first_preparations(found, sizes[0]), list(found)
+            before = first_preparations(before, sizes[0])
+        else:
+            whole = before or list(found)
+        different = differing_preparation(before, list(found)) if before else None
         if different:
             raise ConfigurationError(
                 "Expected the stream to prepare its inputs as the one that this module was built for, "
                 f"{different[0]}, but got {different[1]}. Give it the data and the seed of that stream; "
                 "module.predict takes other images."
             )
-        self.preparations = self.preparations or list(found)
+        self.preparations = whole
+        self.__dict__.pop("common_normalization", None)  # of the tasks before
 
     @cached_property
     def common_normalization(self) -> CommonNormalization:
@@ -299,6 +367,12 @@ class Structure:
                 f"Expected the structure of a module, but got {type(error).__name__}: {error!s:.200}. "
                 "The file is damaged or made up."
             ) from error
+
+
+def _described(task: Task) -> str:
+    return (
+        f"({task.name} in columns {task.columns[0]} to {task.columns[1] - 1}, {task.epochs} epochs)"
+    )
 
 
 def _read_tasks(records: Iterable[Mapping[str, Any]]) -> list[Task]:

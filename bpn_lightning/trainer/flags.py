@@ -4,7 +4,7 @@ One fit runs the whole stream, so a flag that shortens or repeats it would silen
 ``docs/trainer_flags.md`` lists all flags.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -123,13 +123,13 @@ def _rules(trainer: Trainer, total: int) -> list[Rule]:
 
 
 def check_lengths(
-    trainer: Trainer, batches: Sequence[int], updates: int, validation_batches: int
+    trainer: Trainer, batches: Mapping[int, int], updates: int, validation_batches: int
 ) -> None:
     """Refuse limits that Lightning would detect only when a later task begins, or never.
 
     Args:
         trainer: before its fit begins.
-        batches: number of batches per epoch, for each task.
+        batches: number of batches per epoch, by task.
         updates: number of updates in the whole stream.
         validation_batches: of the first task; 0 without a validation split.
 
@@ -137,8 +137,9 @@ def check_lengths(
         ConfigurationError: names the flag, the task and the remedy.
     """
     limit, least = trainer.limit_train_batches, trainer.min_steps or 0
-    shortest = min(batches)
-    task, within = batches.index(shortest), val_check_interval(trainer)
+    shortest = min(batches.values())
+    task = next(task for task, number in batches.items() if number == shortest)
+    within = val_check_interval(trainer)
     checks = trainer.limit_val_batches and trainer.check_val_every_n_epoch is not None
     refuse(
         [

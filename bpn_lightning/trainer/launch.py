@@ -157,7 +157,7 @@ def check_batches(
     trainer: Trainer,
     network: nn.Module,
     inputs: Tensor,
-    tasks: int,
+    tasks: Iterable[int],
     smallest_batch: Callable[[int], int],
 ) -> None:
     """Refuse batches that are too small for batch normalization on some process.
@@ -166,7 +166,7 @@ def check_batches(
         trainer: before its fit begins.
         network: the network, with or without batch normalization.
         inputs: ``(1, ...)``, for a dry forward pass.
-        tasks: number of tasks.
+        tasks: their numbers.
         smallest_batch: maps a task to the number of samples, over all processes, in its smallest batch.
 
     Raises:
@@ -184,7 +184,7 @@ def check_batches(
     values = _values_per_channel(network, inputs, layers)
     for name in layers:
         needed = 2 if values.get(name) == 1 else 1
-        for task in range(tasks):
+        for task in tasks:
             smallest = smallest_batch(task)
             if smallest // processes < needed:
                 raise ConfigurationError(

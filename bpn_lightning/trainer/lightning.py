@@ -28,6 +28,7 @@ __all__ = [
     "datamodule_of",
     "ddp_communication_hook",
     "ddp_options",
+    "dump_checkpoint",
     "grad_scaler",
     "handles_unscaling",
     "is_attached",
@@ -41,6 +42,7 @@ __all__ = [
     "model_averaging_period",
     "progress_in_update",
     "reload_train_loader_every_epoch",
+    "resume_from_memory",
     "set_max_epochs",
     "start_method",
     "start_next_epoch",
@@ -166,6 +168,28 @@ def mark_epoch_not_started(checkpoint: dict[str, Any]) -> None:
     if epoch["started"] < epoch["ready"]:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
+
+
+def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """What ``trainer.save_checkpoint`` would write, in memory; its tensors are those of the run.
+
+    Seen in 2.6.6: ``save_checkpoint`` writes files only.
+    """
+    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    return checkpoint
+
+
+def resume_from_memory(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Have a fit resume a checkpoint as if it had been loaded from ``ckpt_path``.
+
+    Seen in 2.6.6: the connector restores what it has loaded, after the ``setup`` hooks; without a path
+    it loads nothing itself.
+
+    Args:
+        trainer: in ``setup`` of a fit without ``ckpt_path``.
+        checkpoint: whose entries may be replaced.
+    """
+    trainer._checkpoint_connector._loaded_checkpoint = checkpoint
 
 
 # --- flags ---------------------------------------------------------------------------------------

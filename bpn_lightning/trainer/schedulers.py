@@ -11,7 +11,14 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from bpn_lightning.errors import ConfigurationError
 
-__all__ = ["LENGTHS", "MONITORS", "build_scheduler", "plateau_monitor", "scheduler_config"]
+__all__ = [
+    "LENGTHS",
+    "MONITORS",
+    "build_scheduler",
+    "open_lengths",
+    "plateau_monitor",
+    "scheduler_config",
+]
 
 #: The arguments of schedulers for the number of steps.
 LENGTHS = ("num_steps", "total_steps", "T_max", "total_iters")
@@ -20,6 +27,19 @@ LENGTHS = ("num_steps", "total_steps", "T_max", "total_iters")
 UNSET = (Parameter.empty, None)
 
 MONITORS = ("val/loss", "train/loss")
+
+
+def open_lengths(make: Callable[..., LRScheduler]) -> list[str]:
+    """The arguments of a scheduler that are set to the number of its steps."""
+    given = {name: parameter.default for name, parameter in signature(make).parameters.items()}
+    given |= getattr(make, "keywords", {})  # of a partial, as created from a config
+    # OneCycleLR accepts epochs and steps_per_epoch instead of total_steps.
+    own = given.get("epochs") is not None and given.get("steps_per_epoch") is not None
+    return [
+        name
+        for name in LENGTHS
+        if name in given and (given[name] == -1 or (not own and given[name] in UNSET))
+    ]
 
 
 def build_scheduler(
@@ -46,17 +66,8 @@ def build_scheduler(
     >>> [build_scheduler(f, optimizer, 40, 40).T_max for f in (cosine, partial(cosine, T_max=9))]
     [40, 9]
     """
-    given = {name: parameter.default for name, parameter in signature(make).parameters.items()}
-    given |= getattr(make, "keywords", {})  # of a partial, as created from a config
-    # OneCycleLR accepts epochs and steps_per_epoch instead of total_steps.
-    own = given.get("epochs") is not None and given.get("steps_per_epoch") is not None
-    filled = {
-        name: steps
-        for name in LENGTHS
-        if name in given and (given[name] == -1 or (not own and given[name] in UNSET))
-    }
     try:
-        made = make(optimizer, **filled)
+        made = make(optimizer, **dict.fromkeys(open_lengths(make), steps))
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             f"Expected scheduler to take the optimizer and its arguments, but it raised "

@@ -80,5 +80,5 @@ def test_they_are_learned_and_kept_by_gem_as_floats(fit: Any) -> None:
     stream = made(epochs_per_task=5, train_samples=200)
     gem = GradientEpisodicMemory(memory_size=20)
     module, _ = fit([gem], stream=stream, mask="shared", lr=0.1)
-    assert module.accuracy_matrix.accuracy[1, 0] > 0.97
-    assert module.accuracy_matrix.accuracy[2, 1] > 0.97
+    assert module.accuracy_matrix.accuracy[1, 0] > 0.96
+    assert module.accuracy_matrix.accuracy[2, 1] > 0.96

@@ -380,7 +380,8 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_sto
         # The proximal update insists on the optimizer that the run has outside a strategy's phase.
         ewc = EWC(10.0, update=options["update"])
         return fit(
-            [BeneficialPerturbation(4), ebll, ewc, *more],
+            # At a large step of M the validation loss goes up and down.
+            [BeneficialPerturbation(4, 1.0 if early_stopping else 0.05), ebll, ewc, *more],
             stream=digits(
                 epochs_per_task=[1, 3], batch_size=150, validation_fraction=0.2, augment=True
             ),
@@ -394,8 +395,9 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_sto
     saves = [SaveEverywhere(tmp_path), SaveLast(tmp_path, ["train_epoch_end"])]
     module, trainer = run(*saves, trainer={"enable_checkpointing": True})
     reference, paths = state(module, trainer), [path for save in saves for path in save.paths]
-    assert (sum(module.schedule.lengths) < 8) == early_stopping
-    assert saves[0].phases == {(0, "train"), (0, "autoencoder"), (1, "warm_up"), (1, "train")}
+    assert (sum(module.schedule.lengths) < 10) == early_stopping
+    names = [(0, "train"), (0, "autoencoder"), (1, "warm_up"), (1, "train"), (1, "autoencoder")]
+    assert saves[0].phases == {*names}
     assert len(paths) >= 20
     different = [p.name for p in paths if not same(reference, state(*run(seed=9, ckpt_path=p)))]
     assert not different

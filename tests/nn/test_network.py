@@ -3,12 +3,13 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpn_lightning import ContinualNetwork
 from bpn_lightning.errors import ConfigurationError
@@ -90,3 +91,55 @@ def test_without_a_stream_it_has_no_head() -> None:
 def test_it_comes_without_lightning() -> None:
     code = "import bpn_lightning.nn.network, sys; assert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_head_that_grows_keeps_its_rows_and_draws_those_of_a_larger_one() -> None:
+    def built(tasks: Sequence[Task], classes: int, mask: Mask = "seen") -> ContinualNetwork:
+        network = ContinualNetwork(nn.Flatten(), mask)
+        network.build(list(tasks), classes, (1, 3, 3), torch.float32, seed=4)
+        network.attach_bias_units("head", 2)
+        network.attach_keys("head", "binary")
+        return network
+
+    three = [Task(k, (2 * k, 2 * k + 2), (f"{k}a", f"{k}b"), 1) for k in range(3)]
+    small, large = built(three[:2], 4), built(three, 6)
+    assert torch.equal(small.built_head.weight, large.built_head.weight[:4])
+    small.opened = small.closed = 1
+    small.head.bias_units.bank[:] = 1.0  # type: ignore[union-attr]
+    small.head.keys.bank[:] = -1  # type: ignore[union-attr]
+    small.accuracy_matrix.update(2, [0.5, 0.25])
+    small._grow(three, 6, seed=4)
+    assert torch.equal(small.built_head.weight, large.built_head.weight)
+    shapes = {
+        name: value.shape for name, value in small.state_dict().items() if "extra" not in name
+    }
+    assert shapes == {n: v.shape for n, v in large.state_dict().items() if "extra" not in n}
+    assert small.head.bias_units.bank.tolist() == [[1] * 4 + [0] * 2] * 2 + [[0] * 6]  # type: ignore[union-attr]
+    assert small.head.keys.bank[:, 0].tolist() == [-1, -1, 1]  # type: ignore[union-attr]
+    assert small.accuracy_matrix.accuracy[2].tolist()[:2] == [0.5, 0.25]
+    assert small.accuracy_matrix.accuracy.shape == (4, 3)
+
+
+@pytest.mark.parametrize(("mask", "opened", "mode", "number"), [
+    ("all", 0, 0, 6), ("shared", 0, 0, 6), ("seen", -1, 0, 6), ("seen", 0, 2, 2), ("seen", 1, 0, 4),
+    ("task", -1, 0, 2), ("task", 1, 0, 4), ("task", 0, 2, 6),
+])  # fmt: skip
+def test_open_columns_are_those_of_the_tasks_opened_so_far(
+    mask: Mask, opened: int, mode: int, number: int
+) -> None:
+    network = ContinualNetwork(nn.Flatten(), mask)
+    tasks = [Task(k, (2 * k, 2 * k + 2), (f"{k}a", f"{k}b"), 1) for k in range(3)]
+    network.build(tasks, 6, (1, 3, 3), torch.float32)
+    network.opened = opened
+    inputs = torch.randn(5, 1, 3, 3)
+    with network.task_mode(mode):
+        assert network.num_open == number
+        logits = network.all_logits(inputs)
+    assert logits.shape == (5, 6)
+    assert logits[:, :number].isfinite().all()
+    assert logits[:, number:].isneginf().all()
+    weight = network.built_head.weight
+    assert torch.equal(network.open_part("head.weight", weight), weight[: network.num_open])
+    answers = network.for_inference()(inputs, torch.full((5,), mode))
+    first, stop = network.columns(mode)
+    assert answers[:, first:stop].isfinite().all()

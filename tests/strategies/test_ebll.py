@@ -227,8 +227,7 @@ def test_encoders_are_those_of_a_plain_loop(learn: Any, watch: Any) -> None:
 
     def end(host: Any, task: Any) -> None:
         first = 2 if task.id else 1  # after a warm-up and the task's own training
-        if task.id < 2:
-            expected.append(plain_autoencoder(host, task.id, range(first, first + 2)))
+        expected.append(plain_autoencoder(host, task.id, range(first, first + 2)))
 
     run = learn(watch(end=end), ebll, stream={"num_tasks": 3}, mask="seen")
     assert run.module.schedule.phases[1][-1] == Phase("autoencoder", 2, trains="strategy")
@@ -262,8 +261,8 @@ def test_its_phase_leaves_the_network_alone(learn: Any, watch: Any, same: Any, l
         stream={"augment": True},
         optimizer=partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
     )
-    assert ebll.num_encoders == 1
-    assert run.module.schedule.lengths == [1, 3, 1]
+    assert ebll.num_encoders == 2
+    assert run.module.schedule.lengths == [1, 3, 1, 3]
 
 
 def test_autoencoders_learn(learn: Any, watch: Any) -> None:
@@ -296,7 +295,7 @@ def test_autoencoders_learn(learn: Any, watch: Any) -> None:
     assert accuracy > 0.98
 
 
-def test_there_is_an_encoder_for_each_task_but_the_last(learn: Any, watch: Any) -> None:
+def test_there_is_an_encoder_for_each_task(learn: Any, watch: Any) -> None:
     ebll, before, after = EBLL(), [], []
     run = learn(
         ebll,
@@ -307,10 +306,10 @@ def test_there_is_an_encoder_for_each_task_but_the_last(learn: Any, watch: Any) 
         stream={"num_tasks": 4},
     )
     assert before == [0, 1, 2, 3]
-    assert after == [1, 2, 3, 3]
+    assert after == [1, 2, 3, 4]  # the stream may go on
     assert ebll.autoencoder is None
     names = [[phase.name for phase in phases] for phases in run.module.schedule.phases]
-    assert names == [["train", "autoencoder"]] * 3 + [["train"]]
+    assert names == [["train", "autoencoder"]] * 4
 
 
 # --- the loss of later tasks ---------------------------------------------------------------------
@@ -488,7 +487,7 @@ def test_strong_codes_keep_features_from_moving(learn: Any, watch: Any) -> None:
         )
         return float((now - then).detach().norm())
 
-    assert moved(30.0) < 0.4 * moved(1e-9)
+    assert moved(30.0) < 0.5 * moved(1e-9)
 
 
 def test_listens_only_while_a_fit_lasts(learn: Any) -> None:
@@ -509,7 +508,7 @@ def test_holds_the_teacher_and_the_encoders_while_training(learn: Any, watch: An
     run = learn(watch(stepped=note), ebll, watch(end=note), stream={"num_tasks": 3})
     network = tensor_bytes(run.module.network.shared_parameters(include_head=True).values())
     one = 4 * (5 * 12 + 5)
-    expected = [0, one, network + one, network + 2 * one, network + 2 * one]
+    expected = [0, one, network + one, network + 2 * one, network + 3 * one]
     assert list(dict.fromkeys(held)) == [Bytes(n, 0) for n in dict.fromkeys(expected)]
 
 
@@ -537,7 +536,7 @@ def test_composes(learn: Any, others: Callable[[], list[Any]], after: bool) -> N
     strategies = [ebll, *others()] if after else [*others(), ebll]
     run = learn(*strategies, stream={"num_tasks": 3})
     assert run.module.closed == 2
-    assert ebll.num_encoders == 2
+    assert ebll.num_encoders == 3
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -559,7 +558,7 @@ def test_the_code_is_a_hundred_units_or_half_of_the_features(
     learn: Any, width: int, expected: int
 ) -> None:
     learn(ebll := EBLL(), backbone=lambda: MLP([width]))
-    assert ebll.encoders["weight"].shape == (1, expected, width)
+    assert ebll.encoders["weight"].shape == (2, expected, width)
 
 
 # --- refusals ------------------------------------------------------------------------------------

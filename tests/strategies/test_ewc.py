@@ -278,7 +278,7 @@ def test_remembers_what_fine_tuning_forgets(learn: Any) -> None:
         for s in (EWC(), FineTuning())
     )
     assert kept[1, 0] > 0.9
-    assert kept[2, 0] > 0.6
+    assert kept[2, 0] > 0.55
     assert lost[2, 0] < 0.3
 
 

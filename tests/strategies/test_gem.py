@@ -452,12 +452,15 @@ def one_by_one(gem: Any, host: Any, parameters: Any) -> Tensor:
                 moves[slice(*host.network.tasks[host.network.opened].columns)] = True
                 full[name] = full[name].clone()
                 full[name][~moves] = 0
-        rows.append(torch.cat([value.flatten() for value in full.values()]))
+        opened = [network.open_part(name, value).flatten() for name, value in full.items()]
+        rows.append(torch.cat(opened))
     return torch.stack(rows)
 
 
-def flat_gradient(parameters: Any) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None])
+def flat_gradient(host: Any, parameters: Any) -> Tensor:
+    """Of the open columns: the others have none."""
+    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    return torch.cat([host.network.open_part(n, g).flatten() for n, g in found.items()])
 
 
 MODES = {
@@ -542,12 +545,12 @@ def test_the_update_follows_the_projected_gradient(
     gem, before, moved = GradientEpisodicMemory(40, margin=margin), [], []
 
     def note(host: Any, parameters: Any) -> None:
-        before[:] = [flat_gradient(parameters)]
+        before[:] = [flat_gradient(host, parameters)]
         if gem.memory.sizes:
             before.append(one_by_one(gem, host, parameters))
 
     def compare(host: Any, parameters: Any) -> None:
-        after = flat_gradient(parameters)
+        after = flat_gradient(host, parameters)
         if len(before) == 1:
             assert torch.equal(after, before[0])
             return
@@ -698,12 +701,12 @@ def test_averaged_update_is_the_closed_form(learn: Any, watch: Any) -> None:
     gem.sample_size = None
 
     def note(host: Any, parameters: Any) -> None:
-        before[:] = [flat_gradient(parameters).double()]
+        before[:] = [flat_gradient(host, parameters).double()]
         if gem.memory.sizes:  # tasks have equal memories: the mean over all is the mean of means
             before.append(one_by_one(gem, host, parameters).double().mean(0))
 
     def compare(host: Any, parameters: Any) -> None:
-        after, (gradient, *rest) = flat_gradient(parameters).double(), before
+        after, (gradient, *rest) = flat_gradient(host, parameters).double(), before
         for m in rest:
             wanted = gradient - min(0, float(gradient @ m)) / (m @ m) * m
             torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-6)
@@ -769,7 +772,9 @@ def test_the_penalty_comes_before_the_projection(learn: Any, watch: Any, order: 
 
     def compare(host: Any, parameters: Any) -> None:
         for wanted in kept:
-            torch.testing.assert_close(flat_gradient(parameters), wanted, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                flat_gradient(host, parameters), wanted, rtol=1e-3, atol=1e-5
+            )
 
     pair = [gem, ewc][:: 1 - 2 * order]
     learn(watch(capture=note), *pair, watch(consume=compare), stream=STREAM)
@@ -879,6 +884,10 @@ def test_the_papers_bytes_are_those_of_its_table(memory_size: int, shape: Any, p
             input_shape = shape
 
             @staticmethod
+            def has_data(task_id: int) -> bool:
+                return True
+
+            @staticmethod
             def loader(*_: Any, **__: Any) -> list[Any]:
                 return [SimpleNamespace(inputs=torch.zeros(1, *shape, dtype=torch.uint8))]
 
@@ -896,7 +905,7 @@ def test_logs_how_many_memories_objected_and_how_much(learn: Any, watch: Any) ->
     def count(host: Any, parameters: Any) -> None:
         number, lowest = 0, None
         if gem.memory.sizes:
-            rows, gradient = one_by_one(gem, host, parameters), flat_gradient(parameters)
+            rows, gradient = one_by_one(gem, host, parameters), flat_gradient(host, parameters)
             number = int((rows @ gradient < 0).sum())
             lowest = pytest.approx(float(F.cosine_similarity(rows, gradient[None]).min()), abs=1e-5)
         pairs.append([(number, lowest)])

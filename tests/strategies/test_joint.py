@@ -224,7 +224,7 @@ def test_knows_what_one_training_on_all_data_knows(learn: Any) -> None:
     )
     accuracy = float(joint.module.accuracy_matrix.accuracy[-1].mean())
     assert accuracy == pytest.approx(
-        float(at_once.module.accuracy_matrix.accuracy[-1, 0]), abs=0.03
+        float(at_once.module.accuracy_matrix.accuracy[-1, 0]), abs=0.04
     )
     assert accuracy > 0.9
     assert torch.equal(

@@ -81,6 +81,7 @@ def alone(run: Any, task_id: int, make_optimizer: Any, generators: Any, mask: st
     optimizer = make_optimizer(network.parameters())
     task = run.stream.tasks[task_id]
     first, stop = task.columns if mask == "task" else (0, run.stream.num_classes)
+    network["head"].open_outputs(stop)  # a head of fewer columns has other last bits
     torch.set_rng_state(generators["torch"])
     for epoch in range(task.epochs):
         for batch in run.stream.train_loader(task_id, epoch):

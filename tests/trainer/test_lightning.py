@@ -311,6 +311,30 @@ def test_mark_epoch_not_started(marked: bool, steps: int, train: Any, tmp_path: 
     assert trainer.global_step == steps
 
 
+def test_dump_checkpoint(train: Any, tmp_path: Path) -> None:
+    trainer = train()
+    trainer.fit(Module(), Data())
+    trainer.save_checkpoint(tmp_path / "written.ckpt")
+    written = torch.load(tmp_path / "written.ckpt", weights_only=True)
+    dumped = door.dump_checkpoint(trainer)
+    assert dumped.keys() == written.keys()
+    assert repr(dumped) == repr(written)
+
+
+def test_resume_from_memory(train: Any) -> None:
+    """Weights, optimizer and the number of epochs go on, in a trainer that is given no path."""
+    first = train()
+    first.fit(learned := Module(), Data())
+    checkpoint = door.dump_checkpoint(first)
+    start = learned.layer.weight.detach().clone()
+    resume = At(lambda trainer: door.resume_from_memory(trainer, checkpoint), "setup")
+    weights = At(lambda trainer: trainer.model.layer.weight.detach().clone(), "on_train_start")
+    trainer = train(max_epochs=2, callbacks=[resume, weights])
+    trainer.fit(Module(), Data())
+    assert torch.equal(weights.seen[0], start)
+    assert (trainer.current_epoch, trainer.global_step) == (2, 6)
+
+
 # --- flags ---------------------------------------------------------------------------------------
 
 

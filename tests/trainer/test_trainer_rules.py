@@ -183,7 +183,7 @@ def test_batches_too_small_for_their_statistics(kind, smallest, processes, said)
         driver,
         normalizing(kind),
         torch.zeros(1, 1, 8, 8),
-        2,
+        [0, 1],
         lambda task: 64 - task * (64 - smallest),
     )
     if said is None:
@@ -199,7 +199,7 @@ def test_batches_too_small_for_their_statistics(kind, smallest, processes, said)
 
 def test_layers_that_are_frozen_take_no_statistics():
     driver = SimpleNamespace(strategy=None, world_size=2)
-    check_batches(driver, normalizing().eval(), torch.zeros(1, 64), 1, lambda task: 1)
+    check_batches(driver, normalizing().eval(), torch.zeros(1, 64), [0], lambda task: 1)
 
 
 def test_a_single_sample_that_is_left_over_is_learned_with_the_batch_before(fit):
@@ -297,4 +297,4 @@ def test_one_class_at_a_time_is_learned_among_the_others(fit, mask):
     module, _ = fit([JointTraining()], stream=stream, mask=mask)
     assert module.accuracy_matrix.accuracy[-1].min() > 0.8
     module, _ = fit(stream=stream, mask=mask)
-    assert module.accuracy_matrix.accuracy[-1, :2].max() < 0.2, "fine-tuning forgets"
+    assert module.accuracy_matrix.accuracy[-1, :2].max() < 0.5, "fine-tuning forgets"

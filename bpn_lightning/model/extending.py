@@ -1,0 +1,151 @@
+"""New tasks for a module that has learned: its training state as a checkpoint, which the next fit resumes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+
+from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.errors import CheckpointError, ConfigurationError
+from bpn_lightning.model.checkpoint import ENTRY
+from bpn_lightning.model.host import Host
+from bpn_lightning.nn.structure import Structure
+from bpn_lightning.run.checkpoints import read_checkpoint
+from bpn_lightning.strategies.base import ContinualStrategy
+from bpn_lightning.strategies.gates.base import TaskGate
+from bpn_lightning.tasks import ContinualStream, Past
+from bpn_lightning.trainer.lightning import (
+    dump_checkpoint,
+    resume_from_memory,
+    set_max_epochs,
+)
+
+__all__ = ["Extension", "past_of"]
+
+
+def past_of(checkpoint: Mapping[str, Any]) -> Past:
+    """What a stream that goes on needs to know of a run, by one of its checkpoints.
+
+    Raises:
+        CheckpointError: it is none of a ContinualModule.
+    """
+    saved = checkpoint.get(ENTRY)
+    if saved is None:
+        raise CheckpointError(
+            f"Expected a checkpoint of a ContinualModule, but it has no {ENTRY!r} entry. "
+            "Pass one from a run's checkpoints folder."
+        )
+    structure = Structure.read(saved["structure"])
+    return Past(
+        tasks=tuple(structure.tasks),
+        preparations=tuple(structure.preparations),
+        seed=int(saved["seed"]),
+        shared=structure.mask == "shared",
+    )
+
+
+class _Fit(NamedTuple):
+    """What a module had in its last fit."""
+
+    trainer: Trainer
+    stream: ContinualStream
+    strategies: Sequence[ContinualStrategy]
+    gates: Mapping[str, TaskGate]
+
+    def give_back(self, host: Host) -> None:
+        host.module.trainer = self.trainer
+        host.strategies, host.gates = self.strategies, self.gates
+        host.attach(self.stream)
+
+
+class Extension:
+    """What a module goes on from: the trainer of its last fit, or the checkpoint that it was loaded from.
+
+    Args:
+        host: of the module.
+        path: of that checkpoint.
+
+    State: none; a reference to that trainer, or the file's path, and between :meth:`begin` and the next fit
+    a checkpoint, with a copy of the weights.
+    """
+
+    def __init__(self, host: Host, path: Path | None = None) -> None:
+        self.host = host
+        self._fit: _Fit | None = None
+        self.path = path
+        self._checkpoint: dict[str, Any] | None = None
+
+    def begin(self, stream: ContinualDataModule, past_data: ContinualDataModule | None) -> None:
+        """Let a stream continue what is learned, and have the next fit begin there.
+
+        Raises:
+            ConfigurationError: nothing is learned, or a task is not finished.
+            CheckpointError: the training state is not there, or is of other weights.
+        """
+        network = self.host.network
+        if network.closed < 0 or network.closed + 1 < len(network.tasks):
+            raise ConfigurationError(
+                f"Expected a module that has learned all tasks of its stream, but it has learned "
+                f"{network.closed + 1} of {len(network.tasks)}. Fit it, or resume it with ckpt_path, first."
+            )
+        checkpoint = self._training_state()
+        stream.continue_from(past_of(checkpoint), past_data)
+        self._checkpoint = checkpoint
+
+    def remember(self) -> None:
+        """A fit is over: what it had is what the module goes on from."""
+        host = self.host
+        self._fit = _Fit(host.trainer, host.stream, host.strategies, host.gates)
+
+    def lengthen(self, trainer: Trainer) -> None:
+        """Let the trainer of the last fit train for longer: its end was that of the past."""
+        if self._checkpoint is not None and self._fit is not None and trainer is self._fit.trainer:
+            set_max_epochs(trainer, -1)
+
+    def resume(self, trainer: Trainer) -> None:
+        """Hand a trainer what is to be resumed, if there is anything; its ``ckpt_path`` goes first."""
+        if self._checkpoint is not None:
+            resume_from_memory(trainer, dict(self._checkpoint))
+
+    def forget(self) -> None:
+        """The fit has begun, or a module is copied."""
+        self._checkpoint = None
+
+    def _training_state(self) -> dict[str, Any]:
+        if self._fit is not None:
+            self._fit.give_back(self.host)  # another trainer may have tested the module since
+            checkpoint = dump_checkpoint(self._fit.trainer)
+            weights = checkpoint["state_dict"].items()  # which growing may write into
+            checkpoint["state_dict"] = {
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in weights
+            }
+            return checkpoint
+        if self.path is None:
+            raise CheckpointError(
+                "Expected a module with its training state, but it was neither fitted nor loaded from a "
+                "checkpoint file: an export has no optimizer and no state of its strategies. Use "
+                "ContinualModule.load_from_checkpoint with one of the run's checkpoints."
+            )
+        checkpoint = read_checkpoint(self.path)
+        if "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                f"Expected {self.path} to have the training state of a run, but it has the weights alone. "
+                "Load another one of the run's checkpoints."
+            )
+        own, saved = self.host.module.state_dict(), checkpoint["state_dict"]
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor) and not _same(value, saved.get(name)):
+                raise CheckpointError(
+                    f"Expected {self.path} to have the weights that were loaded from it, but its {name} is "
+                    "another one. Load it again."
+                )
+        return checkpoint
+
+
+def _same(value: torch.Tensor, saved: Any) -> bool:
+    if not isinstance(saved, torch.Tensor) or saved.shape != value.shape:
+        return False
+    return torch.allclose(saved.to(value), value, rtol=0, atol=0, equal_nan=True)
