@@ -10,6 +10,7 @@ import torch
 from networks import NETWORKS, lstm, resnet18, small_images, vit
 from torch import Tensor, nn
 
+from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.functional.gradients import sample_gradient_sums, sums_have_closed_forms
@@ -250,6 +251,31 @@ def test_checkpoints_and_exports_hold_the_biases(fit: Any, tmp_path: Path) -> No
         with torch.no_grad():
             for task in (0, 1):
                 assert torch.equal(again.network(images(), task=task), wanted[task])
+
+
+@pytest.mark.slow
+def test_biases_of_all_kinds_of_layers_grow_with_the_stream(fit: Any, tmp_path: Path) -> None:
+    """A longer stream that goes on from a checkpoint learns what it learns at once, bit for bit."""
+
+    def learn(tasks: int, ckpt_path: Path | None = None) -> Any:
+        stream = SplitDigits(
+            class_order=list(range(2 * tasks)), epochs_per_task=1, batch_size=128, seed=0
+        )
+        torch.manual_seed(0)
+        bd = BeneficialPerturbation(4, layers=EVERY)
+        return fit([bd], backbone=vit(layers=1), stream=stream, mask="seen", ckpt_path=ckpt_path)
+
+    at_once, _ = learn(3)
+    _, trainer = learn(2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    grown, _ = learn(3, tmp_path / "two.ckpt")
+    wanted, found = at_once.network.state_dict(), grown.network.state_dict()
+    assert len([name for name in wanted if name.endswith("bias_units.bank")]) == 8
+    for name, value in wanted.items():
+        if isinstance(value, Tensor) and name.startswith(("backbone", "head")):
+            assert torch.equal(found[name], value), name
+    rows = at_once.accuracy_matrix.accuracy[1:].nan_to_num()
+    assert torch.equal(grown.accuracy_matrix.accuracy[1:].nan_to_num(), rows)
 
 
 @pytest.mark.slow
