@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bpn_lightning.checks import check_above_zero, check_choice, check_number, check_positive_int
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, bias_unit_bytes
-from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.nn.layers import BiasUnits
 from bpn_lightning.random_state import seeded_generator
@@ -69,14 +69,18 @@ class BeneficialPerturbation(ContinualStrategy):
         direction: how M is updated. ``sign`` is the paper's BD, ``gradient`` its GD, ``normalized`` the
             gradient scaled to the norm of the sign's step; ``frozen`` is a control, in which neither M
             nor W is trained and M is sampled from N(0, 1).
-        layers: names of the linear layers that get bias units (``"head"`` and names within
-            ``backbone``); by default all.
+        layers: which layers get bias units: names (``"head"`` and names within ``backbone``), wildcards
+            such as ``"backbone.layer4.*"``, and kinds: ``linear``, ``conv``, ``attention``, ``norm``,
+            ``embedding``, ``recurrent``. By default all of the first three kinds; where batch
+            normalization follows directly, it has the units in the place of the layer, since it would
+            take a bias away again.
         m_start: ``zero`` or ``normal``, N(0, 1); by default ``normal`` if M is frozen, else ``zero``.
         w_scale: the initial standard deviation of W times the square root of H.
 
     State:
         in the module: M (1, H), W (H, K) and a bank of frozen biases (T, K) per layer; a task stores
-        4 K bytes per layer.
+        4 K bytes per layer. K is the number of outputs, channels or features; of attention, 4 times its
+        width, for the projections of queries, keys, values and output.
 
     Raises:
         ConfigurationError: a value is out of range or unknown, or a layer does not exist.
@@ -115,8 +119,8 @@ class BeneficialPerturbation(ContinualStrategy):
         self.direction: Direction = direction
         if layers is not None and not layers:
             raise ConfigurationError(
-                "Expected layers to name at least one linear layer, but got none. "
-                "Leave it out to give every linear layer bias units."
+                "Expected layers to name at least one layer, but got none. "
+                "Leave it out for the default: linear, convolutional and attention layers."
             )
         self.layers = None if layers is None else list(layers)
         self.m_start = m_start or ("normal" if direction == "frozen" else "zero")
@@ -132,16 +136,8 @@ class BeneficialPerturbation(ContinualStrategy):
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Attach bias units to the selected layers."""
-        known = host.network.linear_layers()
-        for name in self.layers or known:
-            if name not in known:
-                raise ConfigurationError(
-                    f"Expected layers to be linear layers of the network, but got {name!r}."
-                    f"{did_you_mean(name, known)} It has {', '.join(known)}."
-                )
-        self.units = {
-            name: host.network.attach_bias_units(name, self.rank) for name in self.layers or known
-        }
+        names = host.network.layers_for_bias_units(self.layers)
+        self.units = {name: host.network.attach_bias_units(name, self.rank) for name in names}
         for units in self.units.values():
             # Before DDP wraps the module, which would wait for the gradients of frozen parameters.
             units.requires_grad_(self.direction != "frozen")

@@ -12,6 +12,7 @@ from bpn_lightning.checks import check_choice
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.host import ContinualHost
+from bpn_lightning.nn.choosing import chosen_layers
 from bpn_lightning.nn.layers import ComplexLinear, Keys, TaskModule, evaluation_mode
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -57,9 +58,10 @@ class ParameterSuperposition(ContinualStrategy):
 
     Args:
         keys: ``binary``, ``complex``, or ``ones``: a control, which equals fine-tuning.
-        layers: names of the linear layers and convolutions with keys (``"head"`` and names within
-            ``backbone``); by default every linear layer including the head, as in Wen et al. The keys
-            of a convolution multiply its weights, with one sign per element of a patch.
+        layers: which linear layers and convolutions have keys: names (``"head"`` and names within
+            ``backbone``), wildcards such as ``"backbone.layer4.*"``, and the kinds ``linear`` and
+            ``conv``. By default every linear layer including the head, as in Wen et al. The keys of a
+            convolution multiply its weights, with one sign per element of a patch.
         key_input: whether the default includes the first layer of the network, if it is linear: its
             key multiplies the pixels.
         key_output: whether the default includes the head.
@@ -123,8 +125,11 @@ class ParameterSuperposition(ContinualStrategy):
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Attach keys to the selected layers, with value 1 until the stream starts."""
-        names = self.layers or self._default_layers(host)
         kind = "complex" if self.kind == "complex" else "binary"
+        if self.layers is None:
+            names = self._default_layers(host)
+        else:
+            names = chosen_layers(self.layers, host.network.layers_for_keys(kind), "keys")
         self.keys = {name: host.network.attach_keys(name, kind) for name in names}
         if kind == "complex":
             inputs = dry_inputs(host.network.structure, 2, host.device)

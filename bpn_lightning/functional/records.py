@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bpn_lightning.nn.execution import graph_uses
 from bpn_lightning.nn.layers import SwitchableLinear, effective_input
+from bpn_lightning.nn.switching import plain_class
 
 __all__ = [
     "Record",
@@ -110,10 +111,12 @@ def logits_of(module: nn.Module, inputs: Tensor, tasks: Tensor | None) -> Tensor
 
 
 def _has_closed_form(layer: nn.Module) -> bool:
-    """Check the exact type: a subclass may override forward."""
-    if type(layer) is nn.Conv2d:
-        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
+    """Check the exact type: a subclass may override forward. Bias units only shift what it computes."""
+    kind = plain_class(layer)
+    if kind is nn.Conv2d:
+        keyless = getattr(layer, "keys", None) is None
+        return keyless and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
         return layer.running_mean is not None and not layer.training
     return type(layer) in (nn.Linear, SwitchableLinear)
 

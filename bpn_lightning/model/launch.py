@@ -11,6 +11,7 @@ from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.execution import check_layers_are_called
 from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.nn.switching import switch_replaced
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.gates.base import TaskGate, check_gate_names
 from bpn_lightning.tasks import Phase, Schedule, dry_inputs
@@ -198,6 +199,7 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
     held_out = len(stream.val_dataloader()) if stream.has_validation else 0
     optimization = loop.optimization
     check_lengths(trainer, *optimization.count_updates(), held_out)
+    switch_replaced(host.network)  # the trainer may have synchronized batch normalization
     inputs = dry_inputs(structure, 1, host.device)
     ahead = [task.id for task in tasks[stream.first_task :]]
     check_batches(trainer, host.network.backbone, inputs, ahead, optimization.smallest_batch)

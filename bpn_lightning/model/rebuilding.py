@@ -18,6 +18,7 @@ from bpn_lightning.model.front import rebuild_front
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.nn.structure import Attachment, Structure
+from bpn_lightning.nn.switching import number_of_biases
 
 __all__ = ["MAX_INPUT", "rebuild"]
 
@@ -89,7 +90,7 @@ def _attached_bytes(network: ContinualNetwork, attachment: Attachment) -> int:
         width = 1 if arguments["kind"] == "binary" else 4
         size: int = layer.weight[0].numel() * getattr(layer, "groups", 1)
         return width * tasks * size
-    rank, out = int(arguments["rank"]), int(layer.out_features)
+    rank, out = int(arguments["rank"]), number_of_biases(layer)
     return 4 * (rank + rank * out + tasks * out)
 
 

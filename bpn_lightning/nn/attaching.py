@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import (
@@ -10,9 +10,8 @@ from bpn_lightning.nn.layers import (
     ComplexLinear,
     KernelKeys,
     Keys,
-    SwitchableConv2d,
-    SwitchableLinear,
 )
+from bpn_lightning.nn.switching import add_parts
 
 __all__ = ["make_keys"]
 
@@ -30,13 +29,14 @@ def make_keys(name: str, layer: nn.Module, kind: str, num_tasks: int, is_head: b
     Raises:
         ConfigurationError: a layer without weights of its own is to become complex.
     """
-    if isinstance(layer, nn.Conv2d):
-        size = layer.groups * layer.weight[0].numel()
-        return SwitchableConv2d.convert(layer, KernelKeys(num_tasks, size)).keys
-    assert isinstance(layer, nn.Linear)
+    weight = cast(Tensor, layer.weight)
     if kind != "complex":
-        keys = Keys(num_tasks, layer.in_features)
-        return cast(Keys, SwitchableLinear.convert(layer, keys=keys).keys)
+        convolution = not isinstance(layer, nn.Linear)
+        size = weight[0].numel() * (cast(int, layer.groups) if convolution else 1)
+        keys = KernelKeys(num_tasks, size) if convolution else Keys(num_tasks, size)
+        add_parts(layer, keys=keys.to(weight.device))
+        return keys
+    assert isinstance(layer, nn.Linear)
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         raise ConfigurationError(
             "Expected layers with weights of their own where keys are 'complex', but layer "

@@ -15,7 +15,8 @@ from torch._dynamo import OptimizedModule
 from torch.autograd.graph import Node
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.nn.layers import SwitchableConv2d, SwitchableLinear, TaskModule
+from bpn_lightning.nn.layers import TaskModule
+from bpn_lightning.nn.switching import SwitchableAttention, SwitchableRecurrent, is_switchable
 
 __all__ = [
     "check_layers_are_called",
@@ -23,6 +24,7 @@ __all__ = [
     "differentiable",
     "graph_uses",
     "leave_fast_paths",
+    "mixing_samples",
 ]
 
 
@@ -128,22 +130,16 @@ def graph_uses(tensor: Tensor) -> Counter[Node]:
 def leave_fast_paths(network: nn.Module) -> None:
     """Make torch's transformer layers call their switchable layers in evaluation mode too.
 
-    Their fused kernel reads the weights of ``linear1`` and ``linear2`` directly. Other layers keep it.
+    Their fused kernel reads the weights of all their layers directly. Other layers keep it.
     """
     for part in network.modules():
         if isinstance(part, nn.TransformerEncoderLayer | nn.TransformerEncoder):
-            if not any(map(_is_switchable, part.modules())):
+            if not any(map(is_switchable, part.modules())):
                 continue
             if isinstance(part, nn.TransformerEncoder):
                 part.use_nested_tensor = False  # supported by the fused kernel only
             else:
                 part.activation_relu_or_gelu = 0  # 0 disables the fused kernel
-
-
-def _is_switchable(part: nn.Module) -> bool:
-    if isinstance(part, SwitchableLinear):
-        return part.bias_units is not None or part.keys is not None
-    return isinstance(part, SwitchableConv2d)
 
 
 def check_layers_are_called(network: nn.Module, inputs: Tensor) -> None:
@@ -159,7 +155,7 @@ def check_layers_are_called(network: nn.Module, inputs: Tensor) -> None:
     Raises:
         ConfigurationError: names the layers; or the forward pass raises an error in training mode.
     """
-    layers = {name: part for name, part in network.named_modules() if _is_switchable(part)}
+    layers = {name: part for name, part in network.named_modules() if is_switchable(part)}
     read = []
     for training in (False, True) if layers else ():
         try:
@@ -183,6 +179,38 @@ def check_layers_are_called(network: nn.Module, inputs: Tensor) -> None:
             "Expected the network to call every layer that has bias units or keys, but it reads the "
             f"weights of {first}{others} without a call, which would bypass them. Choose other layers, or call the layer in your forward."
         )
+
+
+def mixing_samples(backbone: nn.Module, inputs: Tensor) -> list[str]:
+    """Switchable layers whose first dimension is not that of the samples, such as of sequences (length, batch).
+
+    They cannot tell which sample's biases belong where. Attention and recurrent layers can.
+
+    Args:
+        backbone: the network below the head.
+        inputs: ``(3, ...)``, for dry forward passes.
+    """
+    found: dict[str, None] = {}
+    size = 0
+
+    def compare(name: str, output: Tensor) -> None:
+        if output.shape[:1] != (size,):
+            found[name] = None
+
+    layers = {
+        name: part
+        for name, part in backbone.named_modules(prefix="backbone")
+        if is_switchable(part) and not isinstance(part, SwitchableAttention | SwitchableRecurrent)
+    }
+    with ExitStack() as stack:
+        for name, part in layers.items():
+            hook = part.register_forward_hook(
+                lambda _, __, output, name=name: compare(name, output)
+            )
+            stack.callback(hook.remove)
+        for size in (2, 3) if layers else ():
+            _dry_forward(backbone, inputs[:size], training=False)
+    return list(found)
 
 
 def _reaches_output(

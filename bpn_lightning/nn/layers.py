@@ -18,7 +18,6 @@ __all__ = [
     "ComplexLinear",
     "KernelKeys",
     "Keys",
-    "SwitchableConv2d",
     "SwitchableLinear",
     "TaskModule",
     "WeightBank",
@@ -450,33 +449,6 @@ class ComplexLinear(SwitchableLinear):
             return real
         imaginary = F.linear(effective, torch.cat([weight_imag, weight], 1))
         return torch.cat([real, imaginary], -1)
-
-
-class SwitchableConv2d(nn.Conv2d):
-    r"""A convolution with keys: :math:`y = (W \odot k_t) * x + b`, one sign per element of a patch.
-
-    Multiplying the weights is equivalent to multiplying every patch, and cheaper. :meth:`convert`
-    converts an ``nn.Conv2d`` in place.
-    """
-
-    keys: KernelKeys
-
-    @staticmethod
-    def convert(layer: nn.Conv2d, keys: KernelKeys) -> "SwitchableConv2d":
-        """Add keys of size :math:`C_{in} k_h k_w` to a convolution."""
-        layer.__class__ = SwitchableConv2d
-        assert isinstance(layer, SwitchableConv2d)
-        layer.keys = keys.to(layer.weight)
-        return layer
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Same shapes as ``nn.Conv2d``."""
-        shape = self.weight.shape[1:]
-        by_group = self.weight.view(self.groups, -1, *shape) * self.keys().view(
-            self.groups, 1, *shape
-        )
-        output: Tensor = self._conv_forward(input, by_group.flatten(0, 1), self.bias)
-        return output
 
 
 def is_linear(part: nn.Module) -> bool:

@@ -7,10 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.nn.attaching import make_keys
-from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths
+from bpn_lightning.nn.choosing import chosen_layers, default_layers, named_layer, undone_shifts
+from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths, mixing_samples
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.head import draw_rows, empty_head, grow_head
@@ -18,14 +19,14 @@ from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork, close
 from bpn_lightning.nn.layers import (
     BiasUnits,
     Keys,
-    SwitchableConv2d,
     SwitchableLinear,
     TaskModule,
     WeightBank,
     is_linear,
 )
 from bpn_lightning.nn.structure import Attachment, Structure, check_mask, check_reserved
-from bpn_lightning.tasks import ContinualStream, Mask, Task
+from bpn_lightning.nn.switching import SwitchableConv, add_parts, kind_of, number_of_biases
+from bpn_lightning.tasks import ContinualStream, Mask, Task, dry_inputs
 
 __all__ = ["ContinualNetwork"]
 
@@ -77,6 +78,7 @@ class ContinualNetwork(nn.Module):
         self.opened = -1
         self.closed = -1
         self.mode: int | Tensor = 0
+        self._mixing: list[str] | None = None  # layers that mix samples; None: not known yet
 
     # --- structure -------------------------------------------------------------------------------
 
@@ -180,13 +182,55 @@ class ContinualNetwork(nn.Module):
         }
         return {**cast(dict[str, nn.Linear], layers), "head": self.built_head}
 
+    def switchable_layers(self) -> dict[str, nn.Module]:
+        """Every layer that can have bias units, by name, the head last: see :mod:`.switching`."""
+        parts = self.backbone.named_modules(prefix="backbone")
+        layers = {name: part for name, part in parts if kind_of(part) is not None}
+        return {**layers, "head": self.built_head}
+
+    def layers_for_keys(self, kind: str) -> dict[str, nn.Module]:
+        """Every layer that can have keys: linear, or a convolution, whose keys are binary."""
+        linear: dict[str, nn.Module] = {**self.linear_layers()}
+        if kind == "complex":
+            return linear
+        return {
+            name: part
+            for name, part in self.switchable_layers().items()
+            if name in linear or getattr(kind_of(part), "mixin", None) is SwitchableConv
+        }
+
+    def layers_for_bias_units(self, wanted: Sequence[str] | None) -> list[str]:
+        """The names of the layers that names, wildcards and kinds stand for; None: the default.
+
+        Raises:
+            ConfigurationError: one of them stands for no layer.
+        """
+        known = self.switchable_layers()
+        undone = undone_shifts(self.backbone, known, self._dry_inputs(1))
+        if wanted is None:
+            return default_layers(self.backbone, known, undone)
+        return chosen_layers(wanted, known, "bias units", undone)
+
+    def _dry_inputs(self, count: int) -> Tensor:
+        weight = self.built_head.weight
+        inputs = dry_inputs(self.structure, count, weight.device)
+        return inputs.to(weight.dtype) if inputs.is_floating_point() else inputs
+
     def attach_bias_units(self, layer: str, rank: int) -> BiasUnits:
-        """Give a linear layer bias units, or return those that it has."""
-        linear = self.linear_layers()[layer]
-        units: BiasUnits | None = getattr(linear, "bias_units", None)
+        """Give a layer bias units, or return those that it has.
+
+        Args:
+            layer: its name.
+            rank: of the units, H.
+
+        Raises:
+            ConfigurationError: there is no such layer, or it has units of another rank.
+        """
+        part = named_layer(layer, self.switchable_layers(), "bias units")
+        units: BiasUnits | None = getattr(part, "bias_units", None)
         if units is None:
-            units = BiasUnits(len(self.tasks), rank, linear.out_features)
-            SwitchableLinear.convert(linear, bias_units=units)
+            units = BiasUnits(len(self.tasks), rank, number_of_biases(part))
+            add_parts(part, bias_units=units.to(self.built_head.weight.device))
             leave_fast_paths(self.backbone)
             self._note("bias_units", layer=layer, rank=rank)
         if units.M.shape[1] != rank:
@@ -206,21 +250,10 @@ class ContinualNetwork(nn.Module):
         Raises:
             ConfigurationError: there is no such layer, or it has keys of the other kind.
         """
-        known: dict[str, nn.Module] = {**self.linear_layers()}
-        if kind != "complex":
-            known |= {
-                name: part
-                for name, part in self.backbone.named_modules(prefix="backbone")
-                if type(part) in (nn.Conv2d, SwitchableConv2d)
-            }
-        if layer not in known:
-            raise ConfigurationError(
-                f"Expected layers to be linear or convolutional layers of the network, but got "
-                f"{layer!r}.{did_you_mean(layer, known)} It has {', '.join(known)}."
-            )
-        keys: Keys | None = getattr(known[layer], "keys", None)
+        part = named_layer(layer, self.layers_for_keys(kind), "keys")
+        keys: Keys | None = getattr(part, "keys", None)
         if keys is None:
-            keys = make_keys(layer, known[layer], kind, len(self.tasks), layer == "head")
+            keys = make_keys(layer, part, kind, len(self.tasks), layer == "head")
             leave_fast_paths(self.backbone)
             self._note("keys", layer=layer, kind=kind)
         if keys.kind != kind:
@@ -237,6 +270,7 @@ class ContinualNetwork(nn.Module):
         return self.weight_bank
 
     def _note(self, part: str, **arguments: Any) -> None:
+        self._mixing = None
         self.structure.attached.append(Attachment(part, arguments))
 
     @property
@@ -314,7 +348,7 @@ class ContinualNetwork(nn.Module):
             ``(batch, num_classes)``.
         """
         if task is not None:
-            if isinstance(task, Tensor) and not all(p.per_sample for p in self.task_modules()):
+            if isinstance(task, Tensor) and self._kept_apart():
                 self.check_task_ids(task)
                 return self._answer_groups(inputs, task)
             with self.task_mode(task):
@@ -342,6 +376,17 @@ class ContinualNetwork(nn.Module):
         outside = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
         outside[self.structure.forgotten_columns] = True
         return logits.masked_fill(outside, float("-inf"))
+
+    def _kept_apart(self) -> list[str]:
+        """What keeps samples of different tasks from being in one batch; empty if nothing does."""
+        if self._mixing is None:
+            with self.task_mode(self.structure.known(range(len(self.tasks)))[0]):
+                layers = mixing_samples(self.backbone, self._dry_inputs(3))
+            self._mixing = [
+                f"{layer}, whose first dimension is not the samples" for layer in layers
+            ]
+        whole = [type(part).__name__ for part in self.task_modules() if not part.per_sample]
+        return whole or self._mixing
 
     def _answer_groups(self, inputs: Tensor, task: Tensor) -> Tensor:
         """Logits where a batch can only have one task: one forward for each that occurs."""
@@ -412,11 +457,11 @@ class ContinualNetwork(nn.Module):
                 return FixedModeNetwork(
                     self.backbone, self.built_head, columns, self.front, structure.forgotten_columns
                 )
-        whole = [type(part).__name__ for part in self.task_modules() if not part.per_sample]
-        if whole:
+        apart = self._kept_apart()
+        if apart:
             raise ConfigurationError(
                 "Expected task to be a task ID where a batch can only have one task, but got None, and "
-                f"the network has {whole[0]}. Make one network for each task."
+                f"the network has {apart[0]}. Make one network for each task."
             )
         known = structure.known(range(len(self.tasks)))
         columns = [self.columns(task.id) if task.id in known else (0, 0) for task in self.tasks]

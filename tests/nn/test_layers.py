@@ -14,12 +14,12 @@ from bpn_lightning.nn.layers import (
     ComplexLinear,
     KernelKeys,
     Keys,
-    SwitchableConv2d,
     SwitchableLinear,
     WeightBank,
     effective_input,
     evaluation_mode,
 )
+from bpn_lightning.nn.switching import add_parts
 
 TASKS, RANK, INPUTS, OUTPUTS = 4, 3, 5, 7
 
@@ -324,7 +324,8 @@ def test_a_keyed_convolution_multiplies_every_patch(options: dict[str, Any]) -> 
     size = 4 * 3 * 3
     keys = KernelKeys(TASKS, size)
     keys.bank.copy_(drawn_keys(size).bank)
-    layer = SwitchableConv2d.convert(deepcopy(plain), keys)
+    layer = deepcopy(plain)
+    add_parts(layer, keys=keys)
     x = torch.randn(5, 4, 9, 9, dtype=torch.float64)
     for task in range(TASKS):
         switch(layer, task)
@@ -341,7 +342,7 @@ def test_patches_times_keys_are_what_a_keyed_convolution_sees() -> None:
     layer = nn.Conv2d(4, 8, 3, padding=1).double()
     keys = KernelKeys(TASKS, 36)
     keys.bank.copy_(drawn_keys(36).bank)
-    layer = SwitchableConv2d.convert(layer, keys)
+    add_parts(layer, keys=keys)
     x = torch.randn(5, 4, 6, 6, dtype=torch.float64)
     switch(layer, 3)
     patches = F.unfold(x, 3, padding=1) * keys.bank[3][:, None]

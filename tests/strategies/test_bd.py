@@ -652,7 +652,7 @@ def test_names_the_layers_that_there_are(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(BeneficialPerturbation(layers=["backbone.2"]))
     assert str(error.value) == (
-        "Expected layers to be linear layers of the network, but got 'backbone.2'. Did you mean "
+        "Expected layers to be layers of the network that can have bias units, but got 'backbone.2'. Did you mean "
         "'backbone.3'? It has backbone.1, backbone.3, head."
     )
 

@@ -818,8 +818,8 @@ def test_names_the_layers_that_there_are(learn: Any) -> None:
     with pytest.raises(ConfigurationError) as error:
         learn(ParameterSuperposition(layers=["backbone.1"]), backbone=network_of_convolutions)
     assert str(error.value) == (
-        "Expected layers to be linear or convolutional layers of the network, but got 'backbone.1'. "
-        "Did you mean 'backbone.4'? It has backbone.4, head, backbone.0, backbone.2."
+        "Expected layers to be layers of the network that can have keys, but got 'backbone.1'. Did you "
+        "mean 'backbone.4'? It has backbone.0, backbone.2, backbone.4, head."
     )
 
 

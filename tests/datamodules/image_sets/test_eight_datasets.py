@@ -131,7 +131,7 @@ def test_the_whole_sequence_through_alexnet(trees: Trees, fit: Any) -> None:
     """BD+PSP with the first key at ones; bias units stand on all fully connected layers."""
     stream = stream_of(trees().root, batch_size=64, eval_batch_size=64)
     strategies = [
-        BeneficialPerturbation(rank=100, epsilon=0.001),
+        BeneficialPerturbation(rank=100, epsilon=0.001, layers=["linear"]),
         ParameterSuperposition(first_key="ones"),
     ]
     network = torchvision_backbone("alexnet")

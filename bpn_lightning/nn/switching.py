@@ -1,0 +1,399 @@
+"""Layers that torch has, with biases per task: which there are, how many biases each has, and where they go."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
+
+from bpn_lightning.nn.layers import BiasUnits, Keys, SwitchableLinear, is_linear
+
+__all__ = [
+    "KINDS",
+    "Switchable",
+    "SwitchableAttention",
+    "SwitchableConv",
+    "SwitchableRecurrent",
+    "add_parts",
+    "is_switchable",
+    "kind_of",
+    "number_of_biases",
+    "plain_class",
+    "switch_replaced",
+]
+
+
+class Switchable(nn.Module):
+    """What a layer of torch becomes: itself, with the active task's biases added to its output.
+
+    :func:`add_parts` derives a class of this one and of the layer's own, and gives it to the layer in
+    place: parameters, names and references remain valid.
+
+    Attributes:
+        bias_units: they add one number per channel or feature.
+        keys: of a convolution only.
+    """
+
+    #: The layer's class before.
+    plain: ClassVar[type[nn.Module]]
+    bias_units: BiasUnits | None
+    keys: Keys | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer makes of its inputs, shifted."""
+        output = super().forward(*args, **kwargs)
+        return output if self.bias_units is None else self.shifted(output, self.bias_units())
+
+    def shifted(self, output: Any, shift: Tensor) -> Any:
+        """An output plus biases ``(1, K)``, or ``(batch, K)`` with one task ID per sample."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the classes that this one is derived from, because no module has it by name."""
+        bases = type(self).__bases__
+        state: dict[str, Any] = super().__reduce_ex__(protocol)[2]  # type: ignore[assignment]
+        return _empty, bases, state
+
+
+def _empty(mixin: type[Switchable], kind: type[nn.Module]) -> nn.Module:
+    derived = _derived(mixin, kind)
+    return derived.__new__(derived)
+
+
+_DERIVED: dict[tuple[type, type], type[Switchable]] = {}
+
+
+def _derived(mixin: type[Switchable], kind: type[nn.Module]) -> type[Switchable]:
+    """The class of a layer that was of a kind, the same whenever it is asked for."""
+    made = _DERIVED.get((mixin, kind))
+    if made is None:
+        made = type(f"Switchable{kind.__name__}", (mixin, kind), {"plain": kind})
+        _DERIVED[mixin, kind] = made
+    return made
+
+
+def _beside(shift: Tensor, output: Tensor, features: Sequence[int], after: int) -> Tensor:
+    """Biases ``(1, K)`` or ``(batch, K)`` that broadcast over ``(batch, ..., *features, *after)``."""
+    shape = [*features, *(1,) * after]
+    if shift.shape[0] != 1:  # len() would fix the batch size when a network is exported
+        shape = [shift.shape[0], *(1,) * (output.dim() - 1 - len(shape)), *shape]
+    return shift.reshape(shape).to(output.dtype)
+
+
+class SwitchableFeatures(Switchable):
+    """A layer with one bias per feature, the last dimensions of its output: embeddings, layer norms."""
+
+    def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
+        """``(batch, ..., *features)``."""
+        features = getattr(self, "normalized_shape", shift.shape[1:])
+        return output + _beside(shift, output, features, 0)
+
+
+class SwitchableChannels(Switchable):
+    """A layer with one bias per channel, the second dimension of its output: batch norms and the like."""
+
+    def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
+        """``(batch, channels, ...)``; of layers that take a single sample also ``(channels, ...)``."""
+        part: Any = self
+        after = output.dim() - 2
+        if hasattr(part, "kernel_size"):  # a transposed convolution
+            after = len(part.kernel_size)
+        elif hasattr(part, "_get_no_batch_dim"):  # an instance norm
+            after = part._get_no_batch_dim() - 1
+        return output + _beside(shift, output, shift.shape[1:], after)
+
+
+class SwitchableConv(Switchable):
+    r"""A convolution with keys, bias units, or both: :math:`y = (W \odot k_t) * x + b + \mathrm{BIAS}_t`.
+
+    There is one sign per element of a patch: multiplying the weights is equivalent to multiplying every
+    patch, and cheaper. There is one bias per output channel, which joins the layer's own.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same shapes as those of the convolution."""
+        weight, bias, units = self.weight, self.bias, self.bias_units
+        if self.keys is not None:
+            shape = weight.shape[1:]
+            by_group = weight.view(self.groups, -1, *shape) * self.keys().view(
+                self.groups, 1, *shape
+            )
+            weight = by_group.flatten(0, 1)
+        if units is None:
+            return self._conv_forward(input, weight, bias)
+        shift: Tensor = units()
+        if shift.shape[0] == 1:
+            shift = shift[0]
+            return self._conv_forward(input, weight, shift if bias is None else bias + shift)
+        output = self._conv_forward(input, weight, bias)
+        return output + _beside(shift, output, shift.shape[1:], output.dim() - 2)
+
+
+class SwitchableAttention(Switchable):
+    """Attention with biases for the projections of queries, keys and values, and of the output.
+
+    There are 4 E of them: those of ``in_proj`` in its order, then those of ``out_proj``. A bias of the
+    keys cancels in the softmax; torch has one too.
+    """
+
+    embed_dim: int
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Same shapes as those of ``nn.MultiheadAttention``."""
+        options: dict[str, Any] = {
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
+        part: Any = self
+        units = self.bias_units
+        if units is None:
+            found: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **options)
+            return found
+        transposed = part.batch_first and query.dim() == 3
+        if transposed:
+            # Torch projects queries, keys and values at once where they are the same object.
+            once = {id(one): one.transpose(0, 1) for one in (query, key, value)}
+            query, key, value = once[id(query)], once[id(key)], once[id(value)]
+        shift: Tensor = units()
+        attend = self._one_task if shift.shape[0] == 1 else self._many_tasks
+        output, weights = attend(query, key, value, shift, options)
+        return (output.transpose(0, 1) if transposed else output), weights
+
+    def _one_task(
+        self, query: Tensor, key: Tensor, value: Tensor, shift: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Torch's own function, with other biases."""
+        part: Any = self
+        into, out = shift[0].tensor_split([3 * self.embed_dim])
+        if part.in_proj_bias is not None:
+            into = into + part.in_proj_bias
+        if part.out_proj.bias is not None:
+            out = out + part.out_proj.bias
+        if part._qkv_same_embed_dim:
+            weights: dict[str, Any] = {}
+        else:
+            weights = {f"{one}_proj_weight": getattr(part, f"{one}_proj_weight") for one in "qkv"}
+        return self._attend((query, key, value), part.in_proj_weight, into, out, weights, options)
+
+    def _many_tasks(
+        self, query: Tensor, key: Tensor, value: Tensor, shift: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same after projections of each sample's own; torch's are the identity then."""
+        part: Any = self
+        if part._qkv_same_embed_dim:
+            weights = part.in_proj_weight.chunk(3)
+        else:
+            weights = (part.q_proj_weight, part.k_proj_weight, part.v_proj_weight)
+        own = (None,) * 3 if part.in_proj_bias is None else part.in_proj_bias.chunk(3)
+        *into, out = shift.chunk(4, 1)  # (batch, E) each, beside (length, batch, E)
+        inputs = (query, key, value)
+        projected = [F.linear(*each) for each in zip(inputs, weights, own, strict=True)]
+        projected = [x + s.to(x.dtype) for x, s in zip(projected, into, strict=True)]
+        identity = torch.eye(self.embed_dim, dtype=query.dtype, device=query.device)
+        same = {f"{one}_proj_weight": identity for one in "qkv"}
+        output, found = self._attend(projected, None, None, part.out_proj.bias, same, options)
+        return output + out.to(output.dtype), found
+
+    def _attend(
+        self,
+        inputs: Any,
+        in_weight: Tensor | None,
+        in_bias: Tensor | None,
+        out_bias: Tensor | None,
+        weights: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        part: Any = self
+        attend: Any = F.multi_head_attention_forward
+        found: tuple[Tensor, Tensor | None] = attend(
+            *inputs,
+            self.embed_dim,
+            part.num_heads,
+            in_weight,
+            in_bias,
+            part.bias_k,
+            part.bias_v,
+            part.add_zero_attn,
+            part.dropout,
+            part.out_proj.weight,
+            out_bias,
+            training=self.training,
+            use_separate_proj_weight=bool(weights),
+            **weights,
+            **options,
+        )
+        return found
+
+
+class SwitchableRecurrent(Switchable):
+    """A recurrent layer with one bias per feature of its output, and of the last states that equal it.
+
+    Not within the recurrence, as a bias of the gates would be: that could not differ between the samples
+    of a batch, nor exist in layers without biases. States that are passed back in are shifted ones.
+    """
+
+    def shifted(self, output: Any, shift: Tensor) -> Any:
+        """The pair of outputs and states that torch's layers return."""
+        part: Any = self
+        sequence, states = output
+        if isinstance(sequence, PackedSequence):
+            data = sequence.data + self._packed(shift, sequence).to(sequence.data.dtype)
+            sequence = sequence._replace(data=data)
+        else:
+            alike = shift[:, None] if part.batch_first and sequence.dim() == 3 else shift
+            sequence = sequence + alike.to(sequence.dtype)
+        hidden = states[0] if isinstance(states, tuple) else states
+        directions = 2 if part.bidirectional else 1
+        last = shift.view(shift.shape[0], directions, -1).transpose(0, 1)  # (directions, batch, K)
+        last = last.to(hidden.dtype) if hidden.dim() == 3 else last[:, 0].to(hidden.dtype)
+        hidden = torch.cat([hidden[:-directions], hidden[-directions:] + last])
+        return sequence, (hidden, *states[1:]) if isinstance(states, tuple) else hidden
+
+    @staticmethod
+    def _packed(shift: Tensor, sequence: PackedSequence) -> Tensor:
+        """Each row's shift: rows are samples, longest first, step by step."""
+        if shift.shape[0] == 1:
+            return shift
+        if sequence.sorted_indices is not None:
+            shift = shift[sequence.sorted_indices]
+        return torch.cat([shift[:number] for number in sequence.batch_sizes.tolist()])
+
+
+# --- which layers there are ----------------------------------------------------------------------
+
+
+class LayerKind(NamedTuple):
+    """A kind of layer that task-dependent parts can be given to.
+
+    Attributes:
+        name: in the argument ``layers`` of strategies.
+        biases: how many a layer has.
+        mixin: what makes it switchable; None: :class:`SwitchableLinear`.
+    """
+
+    name: str
+    biases: Callable[[Any], int]
+    mixin: type[Switchable] | None
+
+
+def _recurrent_width(layer: nn.RNNBase) -> int:
+    return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+
+
+_CONV = LayerKind("conv", lambda layer: layer.out_channels, SwitchableConv)
+_TRANSPOSED = LayerKind("conv", lambda layer: layer.out_channels, SwitchableChannels)
+_CHANNEL_NORM = LayerKind("norm", lambda layer: layer.num_features, SwitchableChannels)
+_FEATURE_NORM = LayerKind("norm", lambda layer: prod(layer.normalized_shape), SwitchableFeatures)
+_EMBEDDING = LayerKind("embedding", lambda layer: layer.embedding_dim, SwitchableFeatures)
+_RECURRENT = LayerKind("recurrent", _recurrent_width, SwitchableRecurrent)
+
+#: By exact class: a subclass may compute something else.
+KINDS: Mapping[type[nn.Module], LayerKind] = {
+    nn.Linear: LayerKind("linear", lambda layer: layer.out_features, None),
+    nn.Bilinear: LayerKind("linear", lambda layer: layer.out_features, SwitchableFeatures),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _CONV),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _TRANSPOSED),
+    nn.MultiheadAttention: LayerKind(
+        "attention", lambda layer: 4 * layer.embed_dim, SwitchableAttention
+    ),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _CHANNEL_NORM),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _CHANNEL_NORM),
+    nn.SyncBatchNorm: _CHANNEL_NORM,
+    nn.GroupNorm: LayerKind("norm", lambda layer: layer.num_channels, SwitchableChannels),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _FEATURE_NORM),
+    **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), _EMBEDDING),
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), _RECURRENT),
+}
+
+
+def plain_class(part: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was parametrized or made switchable."""
+    if is_linear(part):
+        return nn.Linear
+    kind = _unswitched(type(part))
+    if is_parametrized(part):
+        kind = _unswitched(kind.__bases__[0])
+    return kind
+
+
+def _unswitched(kind: type[nn.Module]) -> type[nn.Module]:
+    return kind.plain if issubclass(kind, Switchable) and "plain" in vars(kind) else kind
+
+
+def kind_of(part: nn.Module) -> LayerKind | None:
+    """What is known of a module's class; None: nothing, and it cannot be made switchable."""
+    return KINDS.get(plain_class(part))
+
+
+def number_of_biases(layer: nn.Module) -> int:
+    """How many biases each task of a layer of :data:`KINDS` has."""
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind.biases(layer)
+
+
+def is_switchable(part: nn.Module) -> bool:
+    """Whether a module is a layer that has bias units or keys."""
+    if not isinstance(part, SwitchableLinear | Switchable):
+        return False
+    return part.bias_units is not None or part.keys is not None
+
+
+def add_parts(
+    layer: nn.Module, bias_units: BiasUnits | None = None, keys: Keys | None = None
+) -> None:
+    """Add bias units or keys to a layer of :data:`KINDS` in place, keeping those that it has.
+
+    Args:
+        layer: linear layers and convolutions have keys.
+        bias_units: of :func:`number_of_biases`, on the layer's device.
+        keys: on the layer's device.
+    """
+    if isinstance(layer, nn.Linear):
+        SwitchableLinear.convert(layer, bias_units=bias_units, keys=keys)
+        return
+    if not isinstance(layer, Switchable):
+        kind = kind_of(layer)
+        assert kind is not None
+        assert kind.mixin is not None
+        layer.__class__ = _derived(kind.mixin, type(layer))
+        layer.register_module("bias_units", None)
+        layer.register_module("keys", None)
+    assert isinstance(layer, Switchable)
+    if bias_units is not None:
+        layer.bias_units = bias_units
+    if keys is not None:
+        layer.keys = keys
+
+
+def switch_replaced(network: nn.Module) -> None:
+    """Make layers switchable that took the place of some that were, and have their bias units.
+
+    ``nn.SyncBatchNorm.convert_sync_batchnorm``, behind Lightning's ``sync_batchnorm``, makes such layers.
+    """
+    for part in list(network.modules()):
+        units = part._modules.get("bias_units")
+        if isinstance(units, BiasUnits) and not isinstance(part, SwitchableLinear | Switchable):
+            add_parts(part, bias_units=units)
