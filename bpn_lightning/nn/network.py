@@ -494,26 +494,7 @@ class ContinualNetwork(nn.Module):
         Raises:
             ConfigurationError: it is none, of the wrong shape, or forgotten.
         """
-        if isinstance(task, Tensor) and torch.compiler.is_compiling():
-            raise ConfigurationError(
-                "Expected task to be a number where the module itself is exported, but got a tensor, "
-                "whose values are not known then. Export module.for_inference()."
-            )
-        if isinstance(task, Tensor) and task.dim() != 1:
-            raise ConfigurationError(
-                f"Expected task to be a number or (batch,) numbers, but got {task.dim()} dimensions."
-            )
-        ids = set(task.tolist()) if isinstance(task, Tensor) else {task}
-        for one in ids:
-            if not 0 <= one < len(self.tasks):
-                raise ConfigurationError(
-                    f"Expected task to be an id from 0 to {len(self.tasks) - 1}, but got {one}."
-                )
-            if one in self.structure.forgotten:
-                raise ConfigurationError(
-                    f"Expected task to be one that is known, but got {one}, which was forgotten: its mode "
-                    "and its rows of the head are overwritten. Name another task."
-                )
+        self.structure.check_task_ids(task)
 
     def switch(self, task: "int | Tensor") -> None:
         """Answer in a task's mode from now on; :meth:`task_mode` does so for a while, and checks."""

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from bpn_lightning.checks import check_positive_int
 from bpn_lightning.errors import CheckpointError, ConfigurationError
@@ -252,6 +253,33 @@ class Structure:
             self._ends_of = self.tasks
             self._ends = [*accumulate((task.columns[1] for task in self.tasks), max)]
         return self._ends
+
+    def check_task_ids(self, task: "int | Tensor") -> None:
+        """Refuse what is no task ID of the stream.
+
+        Raises:
+            ConfigurationError: it is none, of the wrong shape, or forgotten.
+        """
+        if isinstance(task, Tensor) and torch.compiler.is_compiling():
+            raise ConfigurationError(
+                "Expected task to be a number where the module itself is exported, but got a tensor, "
+                "whose values are not known then. Export module.for_inference()."
+            )
+        if isinstance(task, Tensor) and task.dim() != 1:
+            raise ConfigurationError(
+                f"Expected task to be a number or (batch,) numbers, but got {task.dim()} dimensions."
+            )
+        ids = set(task.tolist()) if isinstance(task, Tensor) else {task}
+        for one in ids:
+            if not 0 <= one < len(self.tasks):
+                raise ConfigurationError(
+                    f"Expected task to be an id from 0 to {len(self.tasks) - 1}, but got {one}."
+                )
+            if one in self.forgotten:
+                raise ConfigurationError(
+                    f"Expected task to be one that is known, but got {one}, which was forgotten: its mode "
+                    "and its rows of the head are overwritten. Name another task."
+                )
 
     def column_sets(self) -> set[tuple[int, int]]:
         """Every set of output units that a loss will be of."""
