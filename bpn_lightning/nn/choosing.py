@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.nn.layers import TaskModule, evaluation_mode
 from bpn_lightning.nn.switching import KINDS, kind_of
+from bpn_lightning.random_state import seeded_generator
 
 __all__ = [
     "KIND_NAMES",
@@ -159,7 +160,7 @@ def undone_shifts(
     Args:
         backbone: the network below the head.
         layers: by name; those that are no normalizations are looked at.
-        inputs: ``(batch, ...)``.
+        inputs: ``(batch, ...)``, of which shape, type and device matter, and the values of tokens.
 
     Returns:
         The name of the normalization by that of the layer.
@@ -169,23 +170,29 @@ def undone_shifts(
         for name, part in layers.items()
         if isinstance(part, _BatchNorm | _InstanceNorm)
     }
-    outputs: dict[int, tuple[str, Tensor, int]] = {}  # keeps the tensors, so that ids stay theirs
+    outputs: dict[
+        int, tuple[str, Tensor, Tensor]
+    ] = {}  # keeps the tensors, so that ids stay theirs
     found: dict[str, str] = {}
 
     def note_output(name: str) -> Any:
         def note(part: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                outputs[id(output)] = (name, output, output._version)
+                outputs[id(output)] = (name, output, output.clone())
 
         return note
 
     def note_input(part: nn.Module, args: tuple[Any, ...]) -> None:
-        name, output, version = outputs.get(id(args[0]), ("", None, 0)) if args else ("", None, 0)
-        if output is not None and output._version == version:  # no activation in place between them
-            found.setdefault(name, subtracting[id(part)])
+        if args and id(args[0]) in outputs:
+            name, output, before = outputs[id(args[0])]
+            if torch.equal(output, before):  # else an activation was in place between the two
+                found.setdefault(name, subtracting[id(part)])
 
     if not subtracting:
         return {}
+    if inputs.is_floating_point():  # zeros are left alone by activations
+        draw = torch.randn(inputs.shape, generator=seeded_generator("dry forward"))
+        inputs = draw.to(inputs)
     handles = [
         part.register_forward_pre_hook(note_input)
         if id(part) in subtracting

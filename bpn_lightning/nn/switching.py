@@ -394,6 +394,6 @@ def switch_replaced(network: nn.Module) -> None:
     ``nn.SyncBatchNorm.convert_sync_batchnorm``, behind Lightning's ``sync_batchnorm``, makes such layers.
     """
     for part in list(network.modules()):
-        units = part._modules.get("bias_units")
+        units = getattr(part, "bias_units", None)
         if isinstance(units, BiasUnits) and not isinstance(part, SwitchableLinear | Switchable):
             add_parts(part, bias_units=units)

@@ -32,7 +32,7 @@ def learned(fit: Any) -> Callable[..., Any]:
         backbone = nn.Sequential(
             nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.2), nn.ReLU()
         )
-        strategies = [BeneficialPerturbation(8, 0.1)] if modes else []
+        strategies = [BeneficialPerturbation(8, 0.1, layers=["head"])] if modes else []
         module, _ = fit(strategies, stream=digits(**stream), backbone=backbone, mask=mask)
         return module
 

@@ -215,8 +215,8 @@ def test_a_strategys_phase_follows_its_own_loss_and_optimizer(fit):
         backbone = noisy()
         weights = {n[9:]: t for n, t in before.items() if n.startswith("backbone.")}
         weights = {n: t for n, t in weights.items() if "bias_units" not in n}
-        bias = before["backbone.1.bias_units.M"] @ before["backbone.1.bias_units.W"]
-        weights["1.bias"] = weights["1.bias"] + bias[0]
+        bias = before["backbone.2.bias_units.M"] @ before["backbone.2.bias_units.W"]
+        weights["2.bias"] = weights["2.bias"] + bias[0]
         backbone.load_state_dict(weights)
         backbone.eval()
         optimizer = Adadelta([theta], lr=0.5)  # a fresh one
