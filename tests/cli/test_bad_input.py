@@ -181,7 +181,7 @@ def test_a_command(
     command = section["command"]
     line = line_of(section, given, bad_file)
     said = refused(COMMANDS[command], line, capsys, section["exit"])
-    prefix = f"{command}: " if command == "bpn-data" else f"{command}: error: "
+    prefix = f"{command}: error: "
     assert said.startswith(prefix)
     check(said.removeprefix(prefix), parts)
 

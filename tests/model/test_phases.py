@@ -381,7 +381,7 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_sto
         ewc = EWC(10.0, update=options["update"])
         return fit(
             # At a large step of M the validation loss goes up and down.
-            [BeneficialPerturbation(4, 1.0 if early_stopping else 0.05), ebll, ewc, *more],
+            [BeneficialPerturbation(4, 3.0 if early_stopping else 0.05), ebll, ewc, *more],
             stream=digits(
                 epochs_per_task=[1, 3], batch_size=150, validation_fraction=0.2, augment=True
             ),

@@ -11,7 +11,7 @@ import runpy
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
@@ -459,11 +459,13 @@ class Recorder(Logger):
         return {key for _, row in self.rows for key in row}
 
 
-def recorded(fit: Any, *callbacks: Callback, **stream: Any) -> Recorder:
+def recorded(
+    fit: Any, *callbacks: Callback, module: Mapping[str, Any] | None = None, **stream: Any
+) -> Recorder:
     logger = Recorder()
     shape = {"num_tasks": 2, "epochs_per_task": 1, "batch_size": 100, "seed": 0, **stream}
     trainer = {"logger": logger, "log_every_n_steps": 1}
-    fit([*callbacks], stream=SplitDigits(**shape), trainer=trainer)
+    fit([*callbacks], stream=SplitDigits(**shape), trainer=trainer, **(module or {}))
     return logger
 
 
@@ -502,6 +504,7 @@ def test_what_is_logged_is_what_is_documented(fit: Any) -> None:
         keys = recorded(fit, strategy(memory_size=10) if sized else strategy()).keys
         assert keys - common == own, strategy
         seen |= keys
+    seen |= recorded(fit, FineTuning(), module={"train": "modes", "mask": "seen"}).keys
     media = {f"figures/{name}" for name in ("accuracy_matrix", "accuracy_over_stream")}
     media |= {f"tables/{name}" for name in ("accuracy_matrix", "accuracy")}
     table = documented()
@@ -531,7 +534,7 @@ def test_the_workspace_shows_documented_keys_only(capsys: pytest.CaptureFixture[
     assert found["^accuracy/task_.*"] == ["accuracy/task_1"]
     shown = single | {key for keys in found.values() for key in keys}
     hidden = {e for e in examples if e not in shown and not e.startswith(("val/", "tables/"))}
-    assert hidden == {"epoch", "accuracy_task_agnostic/task_1"}
+    assert hidden == {"epoch", "accuracy_task_agnostic/task_1", "overtaken/average"}
     text = json.dumps(view)
     assert all(f'"{key}"' in text for key in written if key.startswith("tables/"))
     grouping = view["section"]["runSets"][0]["grouping"]
