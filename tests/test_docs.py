@@ -160,6 +160,7 @@ def grid_of(arguments: list[str]) -> None:
 
 
 # Lightning's, of an epoch that is shorter than its interval of logging, as most here are.
+@pytest.mark.filterwarnings("ignore:The stream has no data of tasks")  # as the page says
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCKS[page]])
 def test_every_block_of_the_page_runs(

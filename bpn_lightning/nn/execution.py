@@ -247,7 +247,8 @@ def _dry_forward(network: nn.Module, inputs: Tensor, training: bool) -> Tensor:
                 part.training = flag
             with torch.no_grad():
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # a graph may have it saved as it is
+                        buffer.copy_(value)
     return output.detach()
 
 

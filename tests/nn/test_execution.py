@@ -20,7 +20,7 @@ from bpn_lightning.functional.segments import segment_gradients
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import execution
 from bpn_lightning.nn.execution import check_layers_are_called, differentiable, graph_uses
-from bpn_lightning.nn.layers import SwitchableLinear, evaluation_mode
+from bpn_lightning.nn.layers import BiasUnits, SwitchableLinear, evaluation_mode
 from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
 from bpn_lightning.strategies.imm import IncrementalMomentMatching
@@ -463,3 +463,12 @@ def test_phases_that_learn_in_evaluation_mode_do_without_cudnn(fit: Any, strateg
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), recurrent)
     fit([strategy], backbone=backbone, stream=stream, mask="task")
     assert set(recurrent.allowed) == {True, False}
+
+
+def test_a_dry_forward_leaves_buffers_as_a_graph_has_saved_them() -> None:
+    """The first batch of several tasks may come between a forward and its backward."""
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    SwitchableLinear.convert(backbone[0], BiasUnits(2, 3, 4))
+    output = backbone(torch.randn(3, 4))
+    execution.mixing_samples(backbone, torch.randn(3, 4))
+    output.sum().backward()  # raises if running statistics were written, even with the same values
