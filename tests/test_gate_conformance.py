@@ -205,6 +205,7 @@ FILE = "a_file_has_all_that_it_answers_by"
 #: Of all strategies.
 RANKS = "two_processes_learn_what_one_does"
 RESUMING = "resuming_is_bit_identical"
+GOING_ON = "going_on_equals_knowing_all_tasks"
 BYTES = "measured_bytes_are_declared_bytes"
 
 #: What each planted fault breaks: nothing else may fail.
@@ -220,7 +221,7 @@ FAULTS: dict[str, set[str]] = {
     "SaysItIsFree": {PER_TASK},
     "LosesAnArgument": {FILE},
     "CountsBytesWrong": {BYTES},
-    "ForgetsItsMeans": {RESUMING},
+    "ForgetsItsMeans": {RESUMING, GOING_ON},
     "RanksOnTheirOwn": {RANKS},
 }
 ARGUMENTS = "{ranpac: {width: 80}, planted.LosesAnArgument: {scale: 0.3}}"
