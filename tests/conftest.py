@@ -34,6 +34,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in long)
 
 
+@pytest.fixture(autouse=True)
+def _loaders_as_torch_has_them() -> Iterator[None]:
+    """Lightning 2.6.6 replaces methods of loaders while it asks for them, and leaves them so where that raises."""
+    data = sys.modules.get("torch.utils.data")
+    classes = [] if data is None else [data.DataLoader, data.BatchSampler]
+    names = ("__init__", "__setattr__", "__delattr__")
+    before = {cls: {name: vars(cls).get(name) for name in names} for cls in classes}
+    yield
+    for cls, methods in before.items():
+        for name, method in methods.items():
+            if vars(cls).get(name) is method:
+                continue
+            if method is None:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, method)
+            if f"__old{name}" in vars(cls):
+                delattr(cls, f"__old{name}")
+
+
 def _mark_cells(cells: list[pytest.Item]) -> None:
     """Mark as `matrix` what `make test` does not need: its parameters' values are in other cells too.
 
