@@ -72,12 +72,14 @@ class Past:
         preparations: of their inputs, in order.
         seed: of their stream.
         shared: whether all tasks share their columns, also those to come.
+        learned: how many of the tasks are learned to their end.
     """
 
     tasks: tuple[Task, ...]
     preparations: tuple[Preparation, ...]
     seed: int
     shared: bool
+    learned: int
 
     @property
     def first_column(self) -> int:

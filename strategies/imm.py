@@ -18,7 +18,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.importance import FisherLabels, fisher_diagonal
 from bpn_lightning.functional.penalties import merged_quadratic
 from bpn_lightning.host import ContinualHost
-from bpn_lightning.nn.head_rows import without_rows
+from bpn_lightning.nn.head import without_rows
 from bpn_lightning.nn.layers import TaskModule
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused

@@ -12,7 +12,7 @@ from bpn_lightning.costs import DeclaredBytes, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.distillation import distillation_of_heads
 from bpn_lightning.host import ContinualHost
-from bpn_lightning.nn.head_rows import without_rows
+from bpn_lightning.nn.head import without_rows
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch, ContinualStream, Phase, Task
 from bpn_lightning.teacher import Columns, Outputs, Teacher, concatenated_heads, student_outputs

@@ -24,7 +24,7 @@ from bpn_lightning.functional.penalties import (
     proximal_weights,
 )
 from bpn_lightning.host import ContinualHost
-from bpn_lightning.nn.head_rows import without_rows
+from bpn_lightning.nn.head import without_rows
 from bpn_lightning.strategies.base import ContinualStrategy, refuse_fused
 from bpn_lightning.tasks import Task
 

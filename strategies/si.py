@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bpn_lightning.checks import check_above_zero, check_choice
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.host import ContinualHost
-from bpn_lightning.nn.head_rows import without_rows
+from bpn_lightning.nn.head import without_rows
 from bpn_lightning.strategies.penalty import PenaltyStrategy, Update
 from bpn_lightning.tasks import Task
 

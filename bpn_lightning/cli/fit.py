@@ -238,8 +238,10 @@ class ContinualCLI(LightningCLI):
         self.config.trainer.logger = self._loggers()
         super().instantiate_classes()
         self.config = asked
+        self.continues = None
         if self.past:
-            continue_stream(self.datamodule, self.past, self.config_init.past_data)
+            learned = self.config_init.past_data
+            self.continues = continue_stream(self.datamodule, self.past, learned)
 
     def _loggers(self) -> Any:
         """The loggers' classes and arguments, and our metrics.csv."""

@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from bpn_lightning.cli.command import Command
-from bpn_lightning.cli.continuing import describe_past
 from bpn_lightning.cli.entry_point import INTERRUPTED
 from bpn_lightning.cli.fit import ContinualCLI
 from bpn_lightning.cli.output import notify, quiet_lightning
@@ -136,7 +135,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         metrics=module.task_metrics,
         gate_scores=module.gate_scores,
         front=front,
-        provenance=collect_provenance(seconds, describe_past(cli.past) if cli.past else None),
+        provenance=collect_provenance(seconds, cli.continues),
         extra={"curve": module.curve} if module.history.evaluate_every == "epoch" else {},
     )
     if module.closed + 1 == len(module.tasks):  # complete, so there is nothing to resume

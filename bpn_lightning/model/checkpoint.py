@@ -44,7 +44,7 @@ from bpn_lightning.trainer.lightning import (
     stopped_mid_epoch,
 )
 
-__all__ = ["ENTRY", "load_state", "loading", "save_state"]
+__all__ = ["ENTRY", "entry_of", "load_state", "loading", "save_state"]
 
 ENTRY = "continual"
 """The key in a checkpoint."""
@@ -73,6 +73,22 @@ def save_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
         mark_epoch_unfinished(checkpoint)
 
 
+def entry_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What :func:`save_state` has put into a checkpoint.
+
+    Raises:
+        CheckpointError: it is none of a ContinualModule, or of another schema.
+    """
+    saved = checkpoint.get(ENTRY)
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(
+            f"Expected a checkpoint of a ContinualModule, but it has no {ENTRY!r} entry. "
+            "Pass one from a run's checkpoints folder."
+        )
+    check_schema(saved, "a checkpoint")
+    return saved
+
+
 def load_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
     """Rebuild the structure, with or without a trainer, and take over the cursor and what was measured.
 
@@ -85,13 +101,7 @@ def load_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
         CheckpointError: the checkpoint is of another schema, stream, mask or list of strategies, was
             taken inside an update, or has weights alone where a run is to go on.
     """
-    saved = dict(checkpoint.get(ENTRY) or {})
-    if not saved:
-        raise CheckpointError(
-            f"Expected a checkpoint of a ContinualModule, but it has no {ENTRY!r} entry. "
-            "Pass one from a run's checkpoints folder."
-        )
-    check_schema(saved, "a checkpoint")
+    saved = dict(entry_of(checkpoint))
     structure = Structure.read(saved["structure"])
     host = loop.host
     resuming = host.has_trainer and host.trainer.state.fn == "fit"

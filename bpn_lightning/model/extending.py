@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Trainer
 
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.model.checkpoint import ENTRY
+from bpn_lightning.model.checkpoint import entry_of
 from bpn_lightning.model.host import Host
 from bpn_lightning.nn.structure import Structure
 from bpn_lightning.run.checkpoints import read_checkpoint
@@ -29,20 +29,24 @@ def past_of(checkpoint: Mapping[str, Any]) -> Past:
     """What a stream that goes on needs to know of a run, by one of its checkpoints.
 
     Raises:
-        CheckpointError: it is none of a ContinualModule.
+        CheckpointError: it is none of a ContinualModule, of another schema, or damaged.
     """
-    saved = checkpoint.get(ENTRY)
-    if saved is None:
+    saved = entry_of(checkpoint)
+    structure = Structure.read(saved.get("structure", {}))
+    cursor = saved.get("cursor")
+    numbers = (saved.get("seed"), cursor.get("closed") if isinstance(cursor, Mapping) else None)
+    if not all(type(number) is int for number in numbers):
         raise CheckpointError(
-            f"Expected a checkpoint of a ContinualModule, but it has no {ENTRY!r} entry. "
-            "Pass one from a run's checkpoints folder."
+            f"Expected a seed and the last task that is learned, but got {numbers!r:.80}. The file is "
+            "damaged or made up."
         )
-    structure = Structure.read(saved["structure"])
+    seed, closed = cast(tuple[int, int], numbers)
     return Past(
         tasks=tuple(structure.tasks),
         preparations=tuple(structure.preparations),
-        seed=int(saved["seed"]),
+        seed=seed,
         shared=structure.mask == "shared",
+        learned=closed + 1,
     )
 
 
@@ -109,8 +113,8 @@ class Extension:
         if self._checkpoint is not None:
             resume_from_memory(trainer, dict(self._checkpoint))
 
-    def forget(self) -> None:
-        """The fit has begun, or a module is copied."""
+    def done(self) -> None:
+        """The fit has begun."""
         self._checkpoint = None
 
     def _training_state(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.host import Host
-from bpn_lightning.nn.head_rows import without_rows
+from bpn_lightning.nn.head import without_rows
 from bpn_lightning.tasks import Task
 
 __all__ = ["forget"]

@@ -329,7 +329,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         """Let strategies refuse what cannot be right, and move their tensors to the device."""
         self.host.mark_front(training=True)
         self.host.core.set_flags(training=True)
-        self._extension.forget()
+        self._extension.done()
         self.task_loop.end_random_state = None
         self.host.front_cache.clear()
         check_strategies(self.host, self.optimization)

@@ -1,15 +1,18 @@
 """The head of a network: one linear layer whose rows, one for each class, are drawn by column."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bpn_lightning.nn.growing import grown
 from bpn_lightning.nn.layers import SwitchableLinear
 from bpn_lightning.random_state import seeded_generator
 
-__all__ = ["draw_rows", "empty_head", "grow_head"]
+__all__ = ["draw_rows", "empty_head", "grow_head", "without_rows"]
+
+BY_COLUMN = ("head.weight", "head.bias", "head.weight_imag")
+"""Whose first dimension is the head's output units."""
 
 
 def empty_head(
@@ -62,3 +65,18 @@ def grow_head(head: SwitchableLinear, num_classes: int, seed: int) -> None:
     draw_rows(head, seed, range(first, num_classes))
     if head.bias_units is not None:
         head.bias_units.widen(num_classes)
+
+
+def without_rows(tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """Tensors by the names of parameters, with 0 in these rows of the head's; others are the same objects.
+
+    >>> import torch
+    >>> without_rows({"head.bias": torch.ones(3)}, slice(0, 2))
+    {'head.bias': tensor([0., 0., 1.])}
+    """
+    found = dict(tensors)
+    for name in BY_COLUMN:
+        if name in found:
+            found[name] = found[name].clone()
+            found[name][rows] = 0
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bpn_lightning.cli import train
 from bpn_lightning.cli.main import main
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.run.results import read_matrix_csv, read_results
@@ -185,3 +186,40 @@ def test_streams_of_the_past_need_trust_too(capsys: pytest.CaptureFixture[str]) 
     line = [*new([6, 7], "bad"), *QUICK, "--continue_from", str(folder("digits_inc"))]
     assert main([*line, "--past_data"]) == 2
     assert "os.path.join" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 99}, "Expected a checkpoint of schema"),
+        ({"cursor": {}}, "Expected a seed and the last task that is learned, but got (0, None)"),
+        ({"cursor": 3, "seed": "0"}, "but got ('0', None)"),
+        ({"structure": 1}, "Expected the structure of a module"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--continue_from", "--list"])
+def test_nor_a_checkpoint_that_somebody_made_up(
+    option: str, change: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder("digits_inc") / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    saved["continual"] |= change
+    torch.save(saved, path)
+    line = [option, str(folder("digits_inc"))]
+    assert main(line if option == "--list" else [*new([6, 7], "bad"), *QUICK, *line]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_past_may_be_gone_when_the_results_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finish = train._finish
+
+    def later(*args: Any, **kwargs: Any) -> None:
+        shutil.rmtree(folder("digits_inc"))
+        finish(*args, **kwargs)
+
+    monkeypatch.setattr(train, "_finish", later)
+    line = [*new([6, 7], "again"), *QUICK, "--continue_from", str(folder("digits_inc"))]
+    assert main(line) == 0
+    assert read_results(folder("again"))["provenance"]["continues"]["tasks"] == 3

@@ -23,7 +23,8 @@ Make = Callable[..., Any]
 
 
 def past_of(stream: ContinualDataModule, shared: bool = False) -> Past:
-    return Past(tuple(stream.tasks), tuple(stream.preparations()), stream.seed, shared)
+    tasks = tuple(stream.tasks)
+    return Past(tasks, tuple(stream.preparations()), stream.seed, shared, len(tasks))
 
 
 def continued(stream: Any, past: ContinualDataModule, shared: bool = False, **data: Any) -> Any:
