@@ -115,7 +115,11 @@ class ContinualNetwork(nn.Module):
         if self.front is not None:
             shape, dtype = (self.front.width(shape),), torch.float32
         if grow and self.head is not None and self.structure.is_continued_by(tasks, self.closed):
-            self._grow(tasks, self._with_reserved(stream.num_classes), stream.seed)
+            self._grow(
+                tasks,
+                self.structure.with_reserved(stream.num_classes, self.reserve_classes),
+                stream.seed,
+            )
         self.build(tasks, stream.num_classes, shape, dtype, device, stream.seed)
         self.structure.set_preparations(stream.preparations())
 
@@ -143,7 +147,7 @@ class ContinualNetwork(nn.Module):
                 a stream of other sizes.
         """
         structure = self.structure
-        num_classes = self._with_reserved(num_classes)
+        num_classes = structure.with_reserved(num_classes, self.reserve_classes)
         if self.head is not None:
             structure.check_stream(tasks, num_classes, input_shape, dtype)
             structure.tasks = tasks
@@ -154,15 +158,6 @@ class ContinualNetwork(nn.Module):
         self.head = empty_head(features, num_classes, device)
         draw_rows(self.head, seed, range(num_classes))
         self.accuracy_matrix = AccuracyMatrix(len(tasks))
-
-    def _with_reserved(self, num_classes: int) -> int:
-        reserved = max(self.reserve_classes or 0, self.structure.reserved_classes)
-        if self.reserve_classes and num_classes > self.reserve_classes:
-            raise ConfigurationError(
-                f"Expected reserve_classes to be at least the {num_classes} classes of the stream, but got "
-                f"{self.reserve_classes}. Raise it, or leave it out."
-            )
-        return max(num_classes, reserved)
 
     def _grow(self, tasks: list[Task], num_classes: int, seed: int) -> None:
         if num_classes > self.built_head.out_features:
@@ -429,11 +424,7 @@ class ContinualNetwork(nn.Module):
     @property
     def resting_task(self) -> int:
         """The task whose mode holds outside of a fit: the open one, or the first; none that is forgotten."""
-        last = max(self.opened, 0)
-        if last not in self.structure.forgotten:
-            return last
-        known = self.structure.known(range(len(self.tasks)))
-        return max((task for task in known if task < last), default=min(known, default=last))
+        return self.structure.resting_task(self.opened)
 
     def for_inference(self, task: int | None = None) -> nn.Module:
         """A copy of the network that only answers, for ``torch.export`` and ``torch.onnx.export``.

@@ -311,6 +311,27 @@ class Structure:
         used = max((task.columns[1] for task in self.tasks), default=0)
         return self.num_classes if self.num_classes > used else 0
 
+    def with_reserved(self, num_classes: int, reserve_classes: int | None) -> int:
+        """Output units of a head for so many classes, and for those that are reserved.
+
+        Raises:
+            ConfigurationError: fewer are reserved than there are classes.
+        """
+        if reserve_classes and num_classes > reserve_classes:
+            raise ConfigurationError(
+                f"Expected reserve_classes to be at least the {num_classes} classes of the stream, but got "
+                f"{reserve_classes}. Raise it, or leave it out."
+            )
+        return max(num_classes, reserve_classes or 0, self.reserved_classes)
+
+    def resting_task(self, opened: int) -> int:
+        """The task whose mode holds outside of a fit: the one opened last, or the nearest that is known."""
+        last = max(opened, 0)
+        if last not in self.forgotten:
+            return last
+        known = self.known(range(len(self.tasks)))
+        return max((task for task in known if task < last), default=min(known, default=last))
+
     def is_continued_by(self, tasks: Sequence[Task], closed: int) -> bool:
         """Whether a stream begins with these tasks, all of which are learned, and has more.
 
