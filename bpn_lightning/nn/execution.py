@@ -232,10 +232,10 @@ def _reaches_output(
 
 
 def _dry_forward(network: nn.Module, inputs: Tensor, training: bool) -> Tensor:
-    """The output in a mode; parameters, buffers, flags and random states are restored."""
+    """The output in a mode; flags and random states are restored, buffers are never written."""
     flags = [(part, part.training) for part in network.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     with ExitStack() as stack:
+        stack.enter_context(_copied_buffers(network))
         stack.enter_context(torch.random.fork_rng([inputs.device] if inputs.is_cuda else []))
         stack.enter_context(torch.set_grad_enabled(training))  # as in actual use
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -245,11 +245,25 @@ def _dry_forward(network: nn.Module, inputs: Tensor, training: bool) -> Tensor:
         finally:
             for part, flag in flags:
                 part.training = flag
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):  # a graph may have it saved as it is
-                        buffer.copy_(value)
     return output.detach()
+
+
+@contextmanager
+def _copied_buffers(network: nn.Module) -> Iterator[None]:
+    """Let a network write into copies: a graph may have saved its buffers as they are."""
+    real = [
+        (owner, name, buffer)
+        for owner in network.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    copies = {buffer: buffer.clone() for *_, buffer in real}  # one of a buffer of two owners
+    for owner, name, buffer in real:
+        setattr(owner, name, copies[buffer])
+    try:
+        yield
+    finally:
+        for owner, name, buffer in real:
+            setattr(owner, name, buffer)
 
 
 @contextmanager
