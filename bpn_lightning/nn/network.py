@@ -115,11 +115,8 @@ class ContinualNetwork(nn.Module):
         if self.front is not None:
             shape, dtype = (self.front.width(shape),), torch.float32
         if grow and self.head is not None and self.structure.is_continued_by(tasks, self.closed):
-            self._grow(
-                tasks,
-                self.structure.with_reserved(stream.num_classes, self.reserve_classes),
-                stream.seed,
-            )
+            size = self.structure.with_reserved(stream.num_classes, self.reserve_classes)
+            self._grow(tasks, size, stream.seed)
         self.build(tasks, stream.num_classes, shape, dtype, device, stream.seed)
         self.structure.set_preparations(stream.preparations())
 

@@ -7,7 +7,7 @@ solved again from sums that are exact.
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from bpn_lightning.functional.task_scores import (
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.gates.base import TaskGate
+from bpn_lightning.strategies.gates.open_task import OpenTask
 from bpn_lightning.tasks import Batch, ContinualStream, Task
 
 __all__ = ["FLOAT32", "FeatureGate", "Per"]
@@ -36,21 +37,6 @@ FLOAT32, FLOAT64 = 4, 8
 
 #: What is left of a sum of squares in float64 where nothing varies.
 ROUNDING = 1e-12
-
-
-class _Part(NamedTuple):
-    """What was summed of one task: of the samples to fit, and of those held out."""
-
-    task: Task
-    fit: GroupSums
-    held: GroupSums
-
-    def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> "_Part":
-        return _Part(self.task, self.fit.reduced(all_reduce), self.held.reduced(all_reduce))
-
-    def can_choose(self, least: int) -> bool:
-        """Whether samples are held out, and each group has enough others."""
-        return bool(self.held.counts.sum() > 0 and self.fit.counts.min() >= least)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -116,7 +102,7 @@ class FeatureGate(TaskGate):
         self.chosen: float | None = None
         self.retained: tuple[GroupSums, GroupSums] | None = None
         self.likelihoods = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
-        self._part: _Part | None = None
+        self._open: OpenTask | None = None
         self._random: dict[str, Tensor] = {}
 
     # --- what a method says ----------------------------------------------------------------------
@@ -177,24 +163,20 @@ class FeatureGate(TaskGate):
                 f"Expected the features of task {task.id} to be finite for gate {self.name}, but got "
                 "NaN or infinite values. Look at the inputs, and at the front that made them."
             )
-        if self._part is None:
-            size = self._groups(task), projected.shape[1]
-            zeros = (GroupSums.zero(*size, self.second_moments, projected.device) for _ in range(2))
-            self._part = _Part(task, *zeros)
-        groups = columns - task.columns[0] if self.per == "class" else torch.zeros_like(columns)
-        chosen = torch.zeros_like(groups, dtype=torch.bool) if held_out is None else held_out
-        self._part.fit.add_(projected[~chosen], groups[~chosen])
-        if chosen.any():
-            self._part.held.add_(projected[chosen], groups[chosen])
+        if self._open is None:
+            self._open = OpenTask.zero(
+                task, projected.shape[1], self.second_moments, projected.device, self.names_classes
+            )
+        self._open.add_(projected, columns, held_out)
 
     def discard(self) -> None:
         """Forget what was summed of a task that is not finished."""
-        self._part = None
+        self._open = None
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Sum the open task over all processes."""
-        self._part = self._open_part().reduced(all_reduce)
-        self._check_counts()
+        self._open = self._open_task().reduced(all_reduce)
+        self._open.check_counts(self.least, self.name)
 
     def trial_rows(self) -> dict[str, Tensor] | None:
         """All rows, those of the open task without its held-out samples; chooses what is open.
@@ -202,7 +184,7 @@ class FeatureGate(TaskGate):
         Returns:
             None where too few samples are left for that.
         """
-        part = self._open_part()
+        part = self._open_task()
         if not part.can_choose(self.least):
             return None
         self._choose(part)
@@ -218,10 +200,11 @@ class FeatureGate(TaskGate):
         Returns:
             ``(61,)`` float64, sums over the samples, for :meth:`finish`.
         """
-        task = self._open_part().task
+        part = self._open_task()
         scores = self.scores(self._projected(features), trial)
-        tasks = torch.tensor([*self.row_tasks, *[task.id] * self._groups(task)]).to(scores.device)
-        return temperature_log_likelihoods(scores, tasks, tasks.new_full((len(scores),), task.id))
+        tasks = torch.tensor(self.row_tasks + part.row_tasks, device=scores.device)
+        targets = tasks.new_full((len(scores),), part.task.id)
+        return temperature_log_likelihoods(scores, tasks, targets)
 
     def finish(self, likelihoods: Tensor | None = None) -> None:
         """Write the rows of the open task, from the sums of all its samples.
@@ -233,8 +216,8 @@ class FeatureGate(TaskGate):
             DataError: a class has too few samples, or features do not vary.
             ConfigurationError: a covariance cannot be inverted, or nothing was held out to choose with.
         """
-        part = self._open_part()
-        self._check_counts()
+        part = self._open_task()
+        part.check_counts(self.least, self.name)
         if self.chosen is None:
             self._choose(part)
         rows = self._all_rows(part.fit.plus(part.held))
@@ -242,11 +225,11 @@ class FeatureGate(TaskGate):
         # From here on nothing fails, so that a task is either finished or not.
         self.rows = rows
         self.retained = retained if self.second_moments == "shared" else None
-        self.row_tasks += [part.task.id] * self._groups(part.task)
-        self.row_columns += list(range(*part.task.columns)) if self.per == "class" else [-1]
+        self.row_tasks += part.row_tasks
+        self.row_columns += part.row_columns
         if likelihoods is not None:
             self.likelihoods = self.likelihoods.to(likelihoods.device) + likelihoods
-        self._part = None
+        self._open = None
 
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Fit the task in one pass; the features of held-out samples are held until it ends."""
@@ -275,30 +258,14 @@ class FeatureGate(TaskGate):
             places = batch.start + torch.arange(len(batch.targets))
         return draw_held_out(places.to(batch.targets.device), self.held_out, self.seed)
 
-    def _groups(self, task: Task) -> int:
-        return task.num_classes if self.per == "class" else 1
-
-    def _open_part(self) -> _Part:
-        if self._part is None:
+    def _open_task(self) -> OpenTask:
+        if self._open is None:
             raise DataError(
                 f"Expected samples of a task for gate {self.name}, but got none. Add them first."
             )
-        return self._part
+        return self._open
 
-    def _check_counts(self) -> None:
-        """Refuse groups of too few samples, by the name of their class."""
-        task, fit, held = self._open_part()
-        count = fit.counts + held.counts
-        if count.min() >= self.least:
-            return
-        rarest = int(count.argmin())
-        whose = f"class {task.class_names[rarest]!r} of task" if self.per == "class" else "task"
-        raise DataError(
-            f"Expected {whose} {task.id} to have at least {self.least} training samples for gate "
-            f"{self.name}, but got {int(count[rarest])}. Add samples, or leave the gate out."
-        )
-
-    def _choose(self, part: _Part) -> None:
+    def _choose(self, part: OpenTask) -> None:
         """Let the held-out samples of all tasks so far choose what is open."""
         argument = self.open_argument
         if argument is None:
