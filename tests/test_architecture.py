@@ -95,6 +95,11 @@ def test_no_two_files_lean_on_each_other() -> None:
     TopologicalSorter({module: imported_from_here(module) for module in FILES}).prepare()
 
 
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    lengths = {module: len(path.read_text().splitlines()) for module, path in FILES.items()}
+    assert not {module: length for module, length in lengths.items() if length > 500}
+
+
 @pytest.mark.parametrize(
     "path", [*FILES.values(), *sorted((ROOT / "tests").rglob("*.py"))], ids=str
 )
