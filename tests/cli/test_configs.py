@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from matrices import representatives
 
 from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import methods_of, packaged_configs
@@ -18,6 +19,7 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("bench", "sweeps"))
 EXPERIMENTS = [name.removesuffix(".yaml") for name in packaged_configs()]
 RUNS = [(experiment, method) for experiment in EXPERIMENTS for method in methods_of(experiment)]
+ENOUGH = representatives([dict(enumerate(run)) for run in RUNS])
 METHODS = {"finetune", "ewc", "ewc_task_mask", "bd+ewc", "gd+ewc", "gd+ewc_tuned", "frozen+ewc"}
 MULTI_HEAD = {"finetune", "ewc", "bd+ewc"}
 
@@ -59,7 +61,13 @@ def test_an_experiment_names_its_method_and_no_strategies(experiment: str) -> No
     assert set(methods_of(experiment)) >= (METHODS if single_head else MULTI_HEAD)
 
 
-@pytest.mark.parametrize(("experiment", "method"), RUNS)
+@pytest.mark.parametrize(
+    ("experiment", "method"),
+    [
+        pytest.param(*run, marks=() if index in ENOUGH else pytest.mark.matrix)
+        for index, run in enumerate(RUNS)
+    ],
+)
 def test_every_method_of_every_experiment_is_built_with_its_values(
     experiment: str, method: str, tmp_path: Path
 ) -> None:
