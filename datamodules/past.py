@@ -39,6 +39,19 @@ class ContinuedStream(L.LightningDataModule):
             past_data: the stream itself, or one with the same tasks, to measure accuracies on its tasks;
                 None leaves them unmeasured. Nothing is trained on it.
         """
+        if past.learned < len(past.tasks):
+            raise ConfigurationError(
+                f"Expected a run that has learned its {len(past.tasks)} tasks before it goes on with new "
+                f"ones, but got one that stopped after {past.learned}. Resume it with its own stream first."
+            )
+        before: ContinuedStream | None = past_data
+        while before is not None:
+            if before is self:
+                raise ConfigurationError(
+                    "Expected past_data to be another stream than the one that goes on, but got that one. "
+                    "Make a second stream, of the tasks that are learned."
+                )
+            before = before._past_data
         self._past, self._past_data = past, past_data
         self._forget_setup()
 
@@ -64,10 +77,15 @@ class ContinuedStream(L.LightningDataModule):
         if past is None or data is None:
             return
         data.setup("fit")
-        if data.tasks != list(past.tasks):
+        learned, given = (
+            [replace(task, epochs=0) for task in tasks] for tasks in (past.tasks, data.tasks)
+        )
+        if given != learned:
+            odd = next((task for task in given if task not in learned), given[-1])
             raise ConfigurationError(
-                f"Expected past_data to be a stream of the {len(past.tasks)} tasks that are learned, but got "
-                f"other ones: {quoted_names([task.name for task in data.tasks])}. Pass that stream."
+                f"Expected past_data to be a stream of the {len(learned)} tasks that are learned, but got "
+                f"{len(given)} with task {odd.id} of the classes {quoted_names(odd.class_names)} in the "
+                f"columns from {odd.columns[0]} on. Pass the stream that was learned."
             )
 
     def _after_past(self, tasks: Sequence[Task]) -> list[Task]:

@@ -116,7 +116,8 @@ def read_command(argv: Sequence[str]) -> Command:
     paths = [find_config(name) for name in flags.config]
     layers = [read_layer(path) for path in paths]
     experiments = _experiments(flags.experiment, layers, paths)
-    past = flags.continue_from or _last(layers, "continue_from")
+    past = flags.continue_from
+    past = _last(layers, "continue_from") if past is None else past
     if past is not None:
         layers = [*past_layers(past, flags.past_data), *layers]
     elif flags.past_data:

@@ -13,6 +13,7 @@ from bpn_lightning.untrusted import MAX_CONFIG_BYTES, read_text
 
 __all__ = [
     "CONFIGS",
+    "PLACES",
     "ConfigLayer",
     "find_config",
     "methods_of",
@@ -23,6 +24,10 @@ __all__ = [
 ]
 
 CONFIGS = Path(str(files("bpn_lightning.configs")))
+
+#: Keys for where and how outputs are written: runs that differ only in these have the same results,
+#: including config.yaml.
+PLACES = ("runs", "overwrite", "ckpt_path", "logger", "log_artifacts", "quiet", "json")
 
 #: Groups of which each key is a name with a mapping of its own.
 NAMED = ("strategies", "gates", "fronts")

@@ -32,6 +32,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(run: Path, out: Path, trust: bool, forget: Sequence[int]) -> Path:
+    if not run.is_dir():
+        raise ConfigurationError(
+            f"Expected RUN to be the folder of a run of bpn-fit, but there is none at {run}. Name another."
+        )
     backbone, mask = _configured(run / "config.yaml", trust)
     from bpn_lightning.export import export_module  # slow: imports torch and lightning
     from bpn_lightning.model.module import ContinualModule
@@ -40,12 +44,13 @@ def _export(run: Path, out: Path, trust: bool, forget: Sequence[int]) -> Path:
     module = ContinualModule.load_from_checkpoint(
         checkpoint, map_location="cpu", backbone=backbone, mask=mask
     )
+    odd = [one for one in forget if not 1 <= one <= module.closed + 1 or forget.count(one) > 1]
+    if odd:
+        raise ConfigurationError(
+            f"Expected --forget to be numbers of tasks that the run has learned, from 1 to "
+            f"{module.closed + 1}, each once, but got {odd[0]}."
+        )
     for number in forget:
-        if not 1 <= number <= module.closed + 1:
-            raise ConfigurationError(
-                f"Expected --forget to be the number of a task that the run has learned, from 1 to "
-                f"{module.closed + 1}, but got {number}."
-            )
         for line in module.forget(number - 1):
             note = printable(f"task {number} is forgotten, but for {line}")
             print(f"bpn-export: {note}", file=sys.stderr)

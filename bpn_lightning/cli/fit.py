@@ -18,11 +18,12 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 
 from bpn_lightning.cli.allowed import Given, canonical_names, check_given, check_places, given
 from bpn_lightning.cli.command import Command
+from bpn_lightning.cli.config_files import PLACES
 from bpn_lightning.cli.continuing import continue_stream
 from bpn_lightning.cli.earlier_runs import refuse_earlier, refuse_other_name
 from bpn_lightning.cli.options import FitParser, add_options, parse_options
 from bpn_lightning.cli.output import notify
-from bpn_lightning.cli.past import find_past
+from bpn_lightning.cli.past import PastRun, find_past, goes_on_from
 from bpn_lightning.cli.resume import find_checkpoint, last_checkpoint
 from bpn_lightning.cli.trust import restrict_imports
 from bpn_lightning.datamodules import DATAMODULES
@@ -42,10 +43,6 @@ from bpn_lightning.trainer.launch import check_launch
 from bpn_lightning.trainer.lightning import is_first_process
 
 __all__ = ["ContinualCLI"]
-
-#: Keys for where and how outputs are written: runs that differ only in these have the same results,
-#: including config.yaml.
-PLACES = ("runs", "overwrite", "ckpt_path", "logger", "log_artifacts", "quiet", "json")
 
 
 class ContinualCLI(LightningCLI):
@@ -165,6 +162,8 @@ class ContinualCLI(LightningCLI):
             self._closing.callback(self._release_folder)
         wanted = self.config.continue_from
         self.past = None if wanted is None else find_past(str(wanted))
+        if self.config.overwrite and self.past:
+            self._refuse_replaced_past(self.past)
         refuse_other_name(self.folder, self._names())
         self.resumed = find_checkpoint(self.config.ckpt_path, self.folder, self._identity())
         if is_first_process() and not self.config.overwrite:
@@ -197,6 +196,14 @@ class ContinualCLI(LightningCLI):
                         f"which is {replaced} of the run to be replaced. Copy it to another folder, or "
                         "leave --overwrite out."
                     )
+
+    def _refuse_replaced_past(self, past: PastRun) -> None:
+        """Refuse to replace one of the runs that this one goes on from."""
+        if goes_on_from(past, self.folder):
+            raise ConfigurationError(
+                f"Expected --overwrite to replace another run than those that are continued, but got "
+                f"{self.folder}. Give this run an --experiment of its own."
+            )
 
     @property
     def checkpoint(self) -> Path | None:

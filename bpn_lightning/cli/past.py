@@ -1,19 +1,17 @@
 """The run that a command line goes on from with new tasks, and those before it; nothing here imports torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpn_lightning.cli.config_files import ConfigLayer, read_layer
+from bpn_lightning.cli.config_files import PLACES, ConfigLayer, read_layer
 from bpn_lightning.errors import ConfigurationError
 
-__all__ = ["PastRun", "find_past", "past_layers", "runs_before"]
+__all__ = ["PastRun", "find_past", "goes_on_from", "past_layers", "runs_before"]
 
 #: Keys of a run's config.yaml that are not those of a run that goes on from it.
-_OWN = ("data", "experiment", "continue_from", "past_data")
-
-MAX_RUNS = 1000
-"""Of a stream that was learned in several runs."""
+_OWN = ("data", "experiment", "continue_from", "past_data", *PLACES)
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ def find_past(wanted: str, option: str = "continue_from") -> PastRun:
     if not found.checkpoint.is_file():
         raise ConfigurationError(
             f"Expected {option} to be the folder of a finished run or one of its checkpoints, but "
-            f"there is no file {str(found.checkpoint)!r}. Runs are in <runs>/<experiment>/<method>/seed_<n>."
+            f"there is no file {str(found.checkpoint)!r}. Runs are in <runs>/<experiment>/<method>/seed_<n>; "
+            "if it has moved, name its new place."
         )
     return found
 
@@ -85,18 +84,43 @@ def runs_before(run: PastRun) -> list[PastRun]:
     Raises:
         ConfigurationError: one is not there, or they have no beginning.
     """
-    found = [run]
-    while (layer := found[0].layer) is not None:
-        before = layer.content.get("continue_from")
+    return [*_newest_first(run)][::-1]
+
+
+def goes_on_from(run: PastRun, folder: Path) -> bool:
+    """Whether a folder is that of a run, or of one before it, as far as these are there."""
+    try:
+        return any(one.folder.resolve() == folder.resolve() for one in _newest_first(run))
+    except ConfigurationError:
+        return False
+
+
+def _newest_first(run: PastRun) -> Iterator[PastRun]:
+    """A run, the one that it goes on from, and so on.
+
+    Raises:
+        ConfigurationError: one is not there, or they have no beginning.
+    """
+    known = set()
+    while True:
+        yield run
+        known.add(run.folder.resolve())
+        before = None if run.layer is None else run.layer.content.get("continue_from")
         if before is None:
-            return found
-        found.insert(0, find_past(str(before)))
-        if len(found) > MAX_RUNS:
+            return
+        config = run.folder / "config.yaml"
+        run = find_past(_from_where_it_ran(run, str(before)), f"continue_from in {config}")
+        if run.folder.resolve() in known:
             raise ConfigurationError(
-                f"Expected continue_from to lead to a first run, but got more than {MAX_RUNS} runs: "
-                f"{run.folder} goes on from itself. Correct its config.yaml."
+                f"Expected continue_from in {config} to lead to a first run, but got {before}, which goes "
+                "on from this one. Correct it."
             )
-    return found
+
+
+def _from_where_it_ran(run: PastRun, named: str) -> str:
+    """A path in a run's config.yaml: the command was given in one of the folders above the run's."""
+    places = [above / named for above in run.folder.resolve().parents]
+    return str(next((place for place in places if place.exists()), named))
 
 
 def _stream(run: PastRun) -> Any:

@@ -123,7 +123,8 @@ class TaskLoop:
             which = f"task {missing[0]}" if len(missing) == 1 else f"tasks 1 to {missing[-1]}"
             warnings.warn(
                 f"The stream has no data of {which}, learned before: accuracies on them are not measured, "
-                "and means over all tasks are not known. Give past_data to module.extend to measure them.",
+                "and means over all tasks are not known. Give past_data to module.extend, or --past_data to "
+                "bpn-fit, to measure them.",
                 stacklevel=4,
             )
 

@@ -56,7 +56,7 @@ def named_layer(name: str, known: Mapping[str, nn.Module], part: str) -> nn.Modu
 def _refuse(name: str, known: Collection[str], part: str) -> None:
     raise ConfigurationError(
         f"Expected layers to be layers of the network that can have {part}, but got {name!r}."
-        f"{did_you_mean(name, [*known, *KIND_NAMES])} It has {listed(known)}."
+        f"{did_you_mean(name, {*known, *KIND_NAMES} - {name})} It has {listed(known)}."
     )
 
 

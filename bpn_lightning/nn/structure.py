@@ -35,6 +35,9 @@ __all__ = [
 SCHEMA = 3
 """Of checkpoints and exports. Goes up when a field is renamed, removed or changes its meaning."""
 
+MOST_RESERVED = 1_000_000
+"""Classes that a head may be given room for."""
+
 ATTACHMENTS: Mapping[str, Mapping[str, type]] = {
     "bias_units": {"layer": str, "rank": int},
     "keys": {"layer": str, "kind": str},
@@ -97,6 +100,11 @@ def check_reserved(reserve_classes: int | None, mask: Mask) -> None:
     if reserve_classes is None:
         return
     check_positive_int("reserve_classes", reserve_classes, "Leave it out for none.")
+    if reserve_classes > MOST_RESERVED:
+        raise ConfigurationError(
+            f"Expected reserve_classes to be at most {MOST_RESERVED}, but got {reserve_classes}. Each has a "
+            "row of the head from the start."
+        )
     if mask != "all":
         raise ConfigurationError(
             f"Expected reserve_classes to be left out with mask {mask!r}, where classes take part from "

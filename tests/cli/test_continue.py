@@ -12,6 +12,7 @@ import torch
 
 from bpn_lightning.cli import train
 from bpn_lightning.cli.main import main
+from bpn_lightning.cli.past import find_past, runs_before
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.run.results import read_matrix_csv, read_results
 
@@ -165,6 +166,60 @@ def test_nor_a_run_that_stopped_inside_a_task(capsys: pytest.CaptureFixture[str]
     line = [*new([6, 7], "bad"), *QUICK, "--continue_from", str(folder("early"))]
     assert main([*line, "--trainer.max_steps", "-1"]) == 2
     assert "Expected a run that has learned its 3 tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("replaced", ["digits_inc", "fourth"])
+def test_no_run_that_is_continued_is_replaced(
+    replaced: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (folder(replaced) / "results.json").read_bytes()
+    line = [*new([8, 9], replaced), *QUICK, "--continue_from", str(folder("fourth"))]
+    assert main([*line, "--overwrite"]) == 2
+    assert "Expected --overwrite to replace another run than those" in capsys.readouterr().err
+    assert (folder(replaced) / "results.json").read_bytes() == before
+
+
+def test_a_config_of_the_past_replaces_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder("digits_inc") / "config.yaml").open("a") as config:
+        config.write("overwrite: true\n")
+    line = [*new([6, 7], "fourth"), *QUICK, "--continue_from", str(folder("digits_inc"))]
+    assert main([*line, "--model.evaluate_on", "current", "--model.optimizer.init_args.lr=1"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_runs_that_go_on_from_each_other_have_no_beginning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = folder("digits_inc") / "config.yaml"
+    config.write_text(f"{config.read_text()}continue_from: {folder('fourth')}\n")
+    line = [*new([8, 9], "bad"), *QUICK, "--continue_from", str(folder("fourth")), "--past_data"]
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert f"Expected continue_from in {config.resolve()} to lead to a first run" in said
+
+
+def test_runs_are_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path in a config.yaml is one of the folder in which its command was given."""
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    runs = runs_before(find_past(str(".." / folder("fifth"))))
+    names = ("digits_inc", "fourth", "fifth")
+    assert [run.folder.resolve() for run in runs] == [tmp_path / folder(name) for name in names]
+
+
+def test_gates_alone_go_on_with_past_data() -> None:
+    gates = ["--method", "slda", "--trainer.accelerator", "cpu", "--quiet"]
+    assert main([*FIRST, *gates, "--experiment", "some"]) == 0
+    line = ["--continue_from", "runs/some/slda/seed_0", "--past_data", "--quiet"]
+    assert main([*new([6, 7], "more"), *line]) == 0
+    assert main([*FIRST[:2], *gates, "--experiment", "four", "--data.init_args.num_tasks=4"]) == 0
+    more, four = (
+        read_matrix_csv(Path("runs", name, "slda", "seed_0", "accuracy_matrix.csv"))[-1]
+        for name in ("more", "four")
+    )
+    assert torch.equal(more, four)
 
 
 def test_past_data_need_the_configuration_of_every_run(capsys: pytest.CaptureFixture[str]) -> None:

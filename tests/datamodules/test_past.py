@@ -152,6 +152,25 @@ def test_what_the_past_has_is_refused_by_name(toy: Make) -> None:
         continued(toy(class_order=[4, 5]), before, past_data=toy(class_order=[0, 1]))
 
 
+def test_a_stream_is_not_its_own_past(toy: Make) -> None:
+    before, after = toy(class_order=[0, 1]), toy(class_order=[4, 5])
+    before.setup()
+    for one, data in ((after, after), (before, after)):
+        with pytest.raises(ConfigurationError, match="Expected past_data to be another stream"):
+            one.continue_from(past_of(before), data)
+        after.continue_from(past_of(before), before)  # a cycle of two comes next
+
+
+def test_past_data_may_be_learned_for_another_time(toy: Make) -> None:
+    before = toy(class_order=[0, 1])
+    before.setup()
+    after = continued(
+        toy(class_order=[4, 5]), before, past_data=toy(class_order=[0, 1], epochs_per_task=9)
+    )
+    assert after.has_data(0)
+    assert after.tasks[0] == before.tasks[0]
+
+
 def test_other_inputs_are_refused(toy: Make) -> None:
     class Color(type(toy())):  # type: ignore[misc]
         @staticmethod

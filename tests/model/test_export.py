@@ -319,7 +319,11 @@ def test_a_run_is_exported_without_a_task(run: Path, capsys: Said) -> None:
     assert again.network.head is not None
     assert again.network.head.weight[2:4].eq(0).all()
     assert export_command.main([str(run), "other", "--forget", "0"]) == 2
-    assert "Expected --forget to be the number of a task" in capsys.readouterr().err
+    assert "Expected --forget to be numbers of tasks" in capsys.readouterr().err
+    assert export_command.main([str(run), "other", "--forget", "1", "1"]) == 2
+    assert "each once, but got 1." in capsys.readouterr().err
+    assert export_command.main(["nowhere", "other"]) == 2
+    assert "Expected RUN to be the folder of a run of bpn-fit" in capsys.readouterr().err
 
 
 def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:

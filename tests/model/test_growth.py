@@ -531,6 +531,8 @@ def test_more_classes_than_reserved_are_refused() -> None:
         ConfigurationError, match="Expected reserve_classes to be left out with mask"
     ):
         module_of("seen", reserve_classes=8)
+    with pytest.raises(ConfigurationError, match="Expected reserve_classes to be at most"):
+        module_of("all", reserve_classes=10**12)
 
 
 def test_joint_training_needs_the_past_data(tmp_path: Path) -> None:
