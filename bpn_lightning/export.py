@@ -4,17 +4,19 @@
 
     <folder>/
     ├── model.safetensors    every tensor: weights, bias bank, keys, the accuracy matrix
-    └── model.json           schema, gates, structure (tasks, mask, head, inputs, attachments), and the
-                         position of each tensor
+    └── model.json           schema, gates, structure (tasks, mask, head, inputs, attachments), seed and
+                         strategies of the run, and the position of each tensor
 
-A checkpoint continues a run; an export is for distribution. The backbone is the reader's own code: the
-files contain the names of its tensors, not its computation.
+A checkpoint resumes a run; an export is for distribution. New tasks go on from either, but an export has no
+training state: of the optimizer, of the strategies, of random numbers. The backbone is the reader's own code:
+the files contain the names of its tensors, not its computation.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,20 @@ from bpn_lightning.errors import (
     ConfigurationError,
     ResultsError,
 )
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files import EXPORT_FILES, write_atomically
 from bpn_lightning.model.gates import describe_gates, rebuild_gates
+from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
+from bpn_lightning.tasks import Past
 from bpn_lightning.untrusted import check_untrusted, read_json
 
-__all__ = ["export_module", "load_exported"]
+__all__ = ["export_module", "load_exported", "past_of_export", "restore_exported"]
 
 FORMAT = "bpn_lightning model"
-_TENSORS = "model.safetensors"
-_RECORD = "model.json"
+_TENSORS, _RECORD = EXPORT_FILES
 
 
 def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Path:
@@ -76,6 +79,7 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
         "structure": network.structure.record(),
         "opened": network.opened,
         "closed": network.closed,
+        **(module.host.learned_by.record() if module.host.learned_by else {}),
         "state": _set_aside(network.state_dict(), "", tensors),
         "gates": _set_aside(gates, "gates", tensors),
     }
@@ -98,7 +102,10 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
 
 
 def load_exported(
-    folder: str | os.PathLike[str], backbone: nn.Module, front: Front | None = None
+    folder: str | os.PathLike[str],
+    backbone: nn.Module,
+    front: Front | None = None,
+    **arguments: Any,
 ) -> ContinualModule:
     """Load an exported module; its logits in each task's mode equal those of the original.
 
@@ -106,6 +113,8 @@ def load_exported(
         folder: written by :func:`export_module`.
         backbone: with the same shapes as the exported module's; its weights are overwritten.
         front: of the exported module, where it is none of plain arguments; else it is made anew.
+        arguments: others of :class:`ContinualModule`, such as ``optimizer`` and ``train``, for a module that
+            is to learn new tasks; see :meth:`ContinualModule.extend`.
 
     Returns:
         The module, on the CPU, in evaluation mode.
@@ -113,27 +122,69 @@ def load_exported(
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, or does not match the backbone.
     """
-    folder = Path(folder)
-    try:
-        record = read_json(folder / _RECORD)
-        if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']!r}")
-        check_schema(record, "an exported module")
-        tensors = load_file(check_untrusted(folder / _TENSORS))
+    with _reading(folder) as record:
+        mask = Structure.read(record["structure"]).mask
+    module = ContinualModule(backbone, front=front, **{"mask": mask, **arguments})
+    restore_exported(module, folder)
+    return module.eval()
+
+
+def restore_exported(module: ContinualModule, folder: str | os.PathLike[str]) -> None:
+    """Give a new module all that an exported one had learned.
+
+    Args:
+        module: without a stream; its backbone has the same shapes as the exported module's.
+        folder: written by :func:`export_module`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another kind, or does not match the module.
+    """
+    network = module.network
+    with _reading(folder) as record:
         structure = Structure.read(record["structure"])
-        opened, closed = record["opened"], record["closed"]
-        last = range(-1, len(structure.tasks))
-        if opened not in last or closed not in last:
-            raise ValueError(f"opened {opened!r} and closed {closed!r}")
+    if structure.mask != network.mask:
+        raise CheckpointError(
+            f"Expected mask to be that of the exported module in {folder}, {structure.mask!r}, but got "
+            f"{network.mask!r}. Set it to {structure.mask!r}."
+        )
+    with _reading(folder) as record:
+        opened, closed = _progress(record, structure)
+        tensors = load_file(check_untrusted(Path(folder) / _TENSORS))
         state = _put_back(record["state"], tensors)
-        module = ContinualModule(backbone, front=front, mask=structure.mask)
-        network = module.network
         rebuild(network, structure, state)
         network.opened, network.closed = opened, closed
         network.load_state_dict(state)
         gates = _put_back(record.get("gates", {"items": []}), tensors)
         module.host.gates = rebuild_gates(gates.values())
+        module.host.learned_by = _learned_by(record)
         network.switch(network.resting_task)
+
+
+def past_of_export(folder: str | os.PathLike[str]) -> Past:
+    """What a stream that goes on needs to know of an exported module.
+
+    Args:
+        folder: written by :func:`export_module`.
+
+    Raises:
+        CheckpointError: its record is missing, damaged or of another kind, or says nothing of the run.
+    """
+    with _reading(folder) as record:
+        run, structure = _learned_by(record), Structure.read(record["structure"])
+        if run is None:
+            raise CheckpointError("none with the seed and the strategies of its run")
+        return run.past(structure, _progress(record, structure)[1])
+
+
+@contextmanager
+def _reading(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The record of an export; says in one way what is wrong with it and with the tensors."""
+    try:
+        record = read_json(Path(folder) / _RECORD)
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']!r}")
+        check_schema(record, "an exported module")
+        yield record
     # A damaged or malicious file may raise any exception here.
     except Exception as error:
         said = " ".join(str(error).split())[:300].rstrip(".")
@@ -142,7 +193,20 @@ def load_exported(
             f"Expected {folder} to hold {_TENSORS} and {_RECORD} of a module with this backbone, but "
             f"got {kind}{said}. Export the module again, or pass its original backbone."
         ) from error
-    return module.eval()
+
+
+def _progress(record: Mapping[str, Any], structure: Structure) -> tuple[int, int]:
+    """The tasks that were opened and closed last."""
+    opened, closed = record["opened"], record["closed"]
+    last = range(-1, len(structure.tasks))
+    if opened not in last or closed not in last:
+        raise ValueError(f"opened {opened!r} and closed {closed!r}")
+    return opened, closed
+
+
+def _learned_by(record: Mapping[str, Any]) -> LearnedBy | None:
+    """The run; None in an export that does not say it."""
+    return LearnedBy.read(record) if record.keys() & {"seed", "strategies"} else None
 
 
 def _taken(folder: Path) -> ConfigurationError:

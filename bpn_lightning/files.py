@@ -12,6 +12,7 @@ from typing import BinaryIO
 from bpn_lightning.errors import ConfigurationError, ResultsError
 
 __all__ = [
+    "EXPORT_FILES",
     "check_name",
     "csv_text",
     "flush",
@@ -20,6 +21,9 @@ __all__ = [
     "why_unreadable",
     "write_atomically",
 ]
+
+EXPORT_FILES = ("model.safetensors", "model.json")
+"""The files of an exported module: its tensors, and the record of what they are."""
 
 _LONGEST = 255  # bytes of a file name, the usual limit of file systems
 

@@ -110,6 +110,14 @@ class ContinualStrategy(Callback):
         ``host.batches(task.id, "train")`` yields this process's shard of the samples, each once.
         """
 
+    def training_state(self) -> str:
+        """What of its state only training needs, in words; empty if there is none.
+
+        Exports, and copies of a module, hold the network and what gates answer by, and no training state:
+        a strategy goes on from them if it has none.
+        """
+        return "state" if self.state_dict() else ""
+
     def forget(self, host: ContinualHost, task: Task) -> Sequence[str]:
         """Overwrite what the state holds of a learned task; say what of it cannot be taken out.
 

@@ -428,6 +428,10 @@ class EncoderBasedLifelongLearning(LearningWithoutForgetting):
             training += 4 * (2 * c * d + c + d)
         return DeclaredBytes(training)
 
+    def training_state(self) -> str:
+        """LwF's, and what past tasks' features are encoded by."""
+        return "teacher and autoencoders"
+
     def state_dict(self) -> dict[str, Any]:
         """The teacher, the encoders, and the autoencoder in training, if any."""
         live = {} if self.autoencoder is None else self.autoencoder.state_dict()

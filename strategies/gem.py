@@ -289,6 +289,10 @@ class GradientEpisodicMemory(ContinualStrategy):
         """Clear the cache of layer types, which may have changed."""
         self._closed_forms = {}
 
+    def training_state(self) -> str:
+        """The samples of past tasks."""
+        return "memory"
+
     def state_dict(self) -> dict[str, Any]:
         """The memory, and the logged values of the last update."""
         conflict = {"violated": self._violated, "lowest_cosine": self._lowest}

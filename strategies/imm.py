@@ -262,6 +262,10 @@ class IncrementalMomentMatching(ContinualStrategy):
         ]
         return {"penalty/imm": self.strength * torch.stack(gaps).sum()} if gaps else {}
 
+    def training_state(self) -> str:
+        """What the merged network is computed from."""
+        return "averages of weights"
+
     def state_dict(self) -> dict[str, Any]:
         """The averages with their masses, and the previous weights."""
         return {

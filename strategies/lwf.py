@@ -251,6 +251,10 @@ class LearningWithoutForgetting(ContinualStrategy):
         kept = self.needs_teacher and host.network.opened > 0
         return DeclaredBytes(tensor_bytes(Teacher.state(host).values()) if kept else 0)
 
+    def training_state(self) -> str:
+        """The network of the task before."""
+        return "teacher"
+
     def state_dict(self) -> dict[str, Any]:
         """The teacher."""
         return {"teacher": self.teacher.tensors}

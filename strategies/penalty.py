@@ -262,6 +262,10 @@ class PenaltyStrategy(ContinualStrategy):
         value = self.effective_strength * self.penalty.value(self.parameters(host))
         return {f"penalty/{self.penalty_name}": value}
 
+    def training_state(self) -> str:
+        """The importances and their anchors."""
+        return "importances"
+
     def state_dict(self) -> dict[str, Any]:
         """Importances and anchors."""
         return self.penalty.state_dict()

@@ -7,7 +7,9 @@ from typing import Any
 from bpn_lightning.cli.past import PastRun, runs_before
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import ConfigurationError, ResultsError
+from bpn_lightning.export import past_of_export, restore_exported
 from bpn_lightning.model.extending import past_of
+from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.run.checkpoints import callback_state, read_checkpoint
 from bpn_lightning.run.identity import run_name, run_names
 from bpn_lightning.run.recording import LastCheckpoint
@@ -20,7 +22,10 @@ __all__ = ["continue_stream", "list_tasks"]
 
 
 def continue_stream(
-    stream: ContinualDataModule, run: PastRun, learned: Sequence[ContinualDataModule] | None
+    stream: ContinualDataModule,
+    run: PastRun,
+    learned: Sequence[ContinualDataModule] | None,
+    module: ContinualModule | None,
 ) -> Continues:
     """Let a stream follow those of a past run and of the runs before it.
 
@@ -29,16 +34,18 @@ def continue_stream(
         run: that goes on.
         learned: the streams of all past runs, the oldest first; None if accuracies on their tasks are
             not to be measured.
+        module: that gets what an export holds; a checkpoint is loaded by the trainer. None where the run
+            resumes a checkpoint of its own.
 
     Returns:
         What results say of the past run, which may be gone when they are written.
 
     Raises:
         ConfigurationError: there is not one stream for each past run.
-        CheckpointError: the checkpoint of a run is damaged, or of another kind.
+        CheckpointError: the checkpoint of a run, or the export, is damaged, or of another kind.
     """
-    saved = read_checkpoint(run.checkpoint)
-    past, before = past_of(saved), None
+    saved = {} if run.checkpoint is None else read_checkpoint(run.checkpoint)
+    past, before = past_of(saved) if saved else _past(run), None
     if learned:
         runs = runs_before(run)
         if len(learned) != len(runs):
@@ -47,15 +54,25 @@ def continue_stream(
                 f"oldest first, but got {len(learned)}. Use --past_data alone to take those of their "
                 "config.yaml."
             )
-        pasts = [*(past_of(read_checkpoint(one.checkpoint)) for one in runs[:-1]), past]
+        pasts = [*map(_past, runs[:-1]), past]
         before, *later = learned
         if before.seed is None:
             before.seed = pasts[0].seed
         for following, of in zip(later, pasts, strict=False):
             following.continue_from(of, before)
             before = following
-    stream.continue_from(past, before)
+    if run.checkpoint is None and module is not None:
+        restore_exported(module, run.folder)
+        module.extend(stream, before)
+    else:
+        stream.continue_from(past, before)
     return _description(run, saved, past)
+
+
+def _past(run: PastRun) -> Past:
+    if run.checkpoint is None:
+        return past_of_export(run.folder)
+    return past_of(read_checkpoint(run.checkpoint))
 
 
 def _description(run: PastRun, saved: Mapping[str, Any], past: Past) -> Continues:
@@ -68,7 +85,7 @@ def _description(run: PastRun, saved: Mapping[str, Any], past: Past) -> Continue
     except ResultsError:  # the checkpoint stands alone
         pass
     return {
-        "run": run_name(known) if known else run.checkpoint.name,
+        "run": run_name(known) if known else run.source.name,
         "tasks": len(past.tasks),
         "date": date,
         "results_sha256": digest,
@@ -79,9 +96,9 @@ def list_tasks(run: PastRun) -> str:
     """The tasks that a run has learned, as a table in plain text.
 
     Raises:
-        CheckpointError: its checkpoint is damaged, or of another kind.
+        CheckpointError: its checkpoint, or the export, is damaged, or of another kind.
     """
-    past = past_of(read_checkpoint(run.checkpoint))
+    past = _past(run)
     lines = [f"{'task':<6}{'head columns':<14}{'epochs':<8}classes"]
     for task in past.tasks:
         first, stop = task.columns

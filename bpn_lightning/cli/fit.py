@@ -248,7 +248,8 @@ class ContinualCLI(LightningCLI):
         self.continues = None
         if self.past:
             learned = self.config_init.past_data
-            self.continues = continue_stream(self.datamodule, self.past, learned)
+            fresh = None if self.resumed else self.model
+            self.continues = continue_stream(self.datamodule, self.past, learned, fresh)
 
     def _loggers(self) -> Any:
         """The loggers' classes and arguments, and our metrics.csv."""

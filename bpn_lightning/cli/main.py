@@ -44,7 +44,7 @@ Train a method over a stream of tasks, in one Lightning fit.
                       and the front
 
   --list              list configs, methods, strategies, streams, gates and fronts, including plugins
-  --list RUN          list the tasks that a run has learned, by its folder or checkpoint
+  --list RUN          list the tasks that a run has learned, by its folder, its checkpoint or an export
   --print_config      print the resolved configuration, and exit
   --data.help CLASS, --model.backbone.help CLASS, --model.optimizer.help CLASS
                       the arguments of a class

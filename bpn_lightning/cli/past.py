@@ -7,6 +7,7 @@ from typing import Any
 
 from bpn_lightning.cli.config_files import PLACES, ConfigLayer, read_layer
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.files import EXPORT_FILES
 
 __all__ = ["PastRun", "find_past", "goes_on_from", "past_layers", "runs_before"]
 
@@ -19,12 +20,17 @@ class PastRun:
     """A run whose tasks are learned.
 
     Args:
-        folder: of the run; where the checkpoint stands alone, the folder that would be it.
-        checkpoint: from which another run goes on.
+        folder: of the run, or of an export; where the checkpoint stands alone, the folder that would be it.
+        checkpoint: from which another run goes on; None: the folder is an export.
     """
 
     folder: Path
-    checkpoint: Path
+    checkpoint: Path | None
+
+    @property
+    def source(self) -> Path:
+        """What is read: the checkpoint, or the export."""
+        return self.checkpoint or self.folder
 
     @property
     def layer(self) -> ConfigLayer | None:
@@ -34,27 +40,26 @@ class PastRun:
 
 
 def find_past(wanted: str, option: str = "continue_from") -> PastRun:
-    """A run by its folder, or by one of its checkpoints.
+    """A run by its folder, by one of its checkpoints, or by an export.
 
     Args:
         wanted: the path.
         option: that gave it, for messages.
 
     Raises:
-        ConfigurationError: neither is there.
+        ConfigurationError: none of them is there.
     """
     path = Path(wanted)
-    if path.is_dir():
-        found = PastRun(path, path / "checkpoints" / "last.ckpt")
-    else:
-        found = PastRun(path.parent.parent, path)
-    if not found.checkpoint.is_file():
+    if path.is_dir() and any((path / name).is_file() for name in EXPORT_FILES):
+        return PastRun(path, None)
+    checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not checkpoint.is_file():
         raise ConfigurationError(
-            f"Expected {option} to be the folder of a finished run or one of its checkpoints, but "
-            f"there is no file {str(found.checkpoint)!r}. Runs are in <runs>/<experiment>/<method>/seed_<n>; "
-            "if it has moved, name its new place."
+            f"Expected {option} to be the folder of a finished run, one of its checkpoints or an export, but "
+            f"there is no file {str(checkpoint)!r}. Runs are in <runs>/<experiment>/<method>/seed_<n>; if "
+            "it has moved, name its new place."
         )
-    return found
+    return PastRun(path if path.is_dir() else path.parent.parent, checkpoint)
 
 
 def past_layers(wanted: str, with_data: bool) -> list[ConfigLayer]:
@@ -74,7 +79,7 @@ def past_layers(wanted: str, with_data: bool) -> list[ConfigLayer]:
     content = {key: value for key, value in content.items() if key not in _OWN}
     if with_data:
         content["past_data"] = [_stream(one) for one in runs_before(run)]
-    name = str(run.folder / "config.yaml") if layer is not None else str(run.checkpoint)
+    name = str(run.folder / "config.yaml") if layer is not None else str(run.source)
     return [ConfigLayer(name, content)] if content else []
 
 

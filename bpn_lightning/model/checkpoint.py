@@ -30,6 +30,7 @@ from bpn_lightning.files import why_unreadable
 from bpn_lightning.model.gates import describe_gates, rebuild_gates
 from bpn_lightning.model.growth import grow_checkpoint, is_continued
 from bpn_lightning.model.host import Host
+from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
@@ -119,6 +120,8 @@ def load_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
     rebuild(host.network, structure, weights)
     if not host.gates:  # a trainer's own are callbacks, which Lightning loads
         host.gates = rebuild_gates(saved.get("gates", ()))
+    if not resuming:  # a fit's own begins soon
+        host.learned_by = LearnedBy.read(saved)
     host.merged.training = dict(saved["training_weights"])
     loop.early_stopping.load_state_dict(saved["early_stopping"])
     loop.history.load_state_dict(saved["history"])

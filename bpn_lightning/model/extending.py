@@ -10,13 +10,17 @@ from lightning.pytorch import Trainer
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.model.checkpoint import entry_of
+from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
+from bpn_lightning.model.learned_by import LearnedBy
+from bpn_lightning.model.weights_alone import WeightsAlone
 from bpn_lightning.nn.structure import Structure
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import ContinualStream, Past
 from bpn_lightning.trainer.lightning import (
+    callbacks_of,
     dump_checkpoint,
     resume_from_memory,
     set_max_epochs,
@@ -40,14 +44,8 @@ def past_of(checkpoint: Mapping[str, Any]) -> Past:
             f"Expected a seed and the last task that is learned, but got {numbers!r:.80}. The file is "
             "damaged or made up."
         )
-    seed, closed = cast(tuple[int, int], numbers)
-    return Past(
-        tasks=tuple(structure.tasks),
-        preparations=tuple(structure.preparations),
-        seed=seed,
-        shared=structure.mask == "shared",
-        learned=closed + 1,
-    )
+    _, closed = cast(tuple[int, int], numbers)
+    return LearnedBy.read(saved).past(structure, closed)
 
 
 class _Fit(NamedTuple):
@@ -65,14 +63,14 @@ class _Fit(NamedTuple):
 
 
 class Extension:
-    """What a module goes on from: the trainer of its last fit, or the checkpoint that it was loaded from.
+    """What a module goes on from: the trainer of its last fit, the checkpoint that it was loaded from, or itself.
 
     Args:
         host: of the module.
         path: of that checkpoint.
 
     State: none; a reference to that trainer, or the file's path, and between :meth:`begin` and the next fit
-    a checkpoint, with a copy of the weights.
+    a checkpoint, with a copy of the weights, or what the module holds without one.
     """
 
     def __init__(self, host: Host, path: Path | None = None) -> None:
@@ -80,6 +78,7 @@ class Extension:
         self._fit: _Fit | None = None
         self.path = path
         self._checkpoint: dict[str, Any] | None = None
+        self._alone: WeightsAlone | None = None
 
     def begin(self, stream: ContinualDataModule, past_data: ContinualDataModule | None) -> None:
         """Let a stream continue what is learned, and have the next fit begin there.
@@ -94,9 +93,23 @@ class Extension:
                 f"Expected a module that has learned all tasks of its stream, but it has learned "
                 f"{network.closed + 1} of {len(network.tasks)}. Fit it, or resume it with ckpt_path, first."
             )
+        self.done()
+        if self._fit is None and self.path is None:
+            alone = WeightsAlone(self.host)
+            stream.continue_from(alone.past, past_data)
+            self._alone = alone
+            if not self.host.module.training:  # as load_exported leaves it
+                self.host.module.train()
+            return
         checkpoint = self._training_state()
         stream.continue_from(past_of(checkpoint), past_data)
         self._checkpoint = checkpoint
+
+    def check(self, trainer: Trainer, stream: ContinualStream) -> None:
+        """Refuse a fit that needs more of the past than there is."""
+        if self._alone is not None:
+            found = [one for one in callbacks_of(trainer) if isinstance(one, ContinualStrategy)]
+            self._alone.check(found, stream)
 
     def remember(self) -> None:
         """A fit is over: what it had is what the module goes on from."""
@@ -108,14 +121,16 @@ class Extension:
         if self._checkpoint is not None and self._fit is not None and trainer is self._fit.trainer:
             set_max_epochs(trainer, -1)
 
-    def resume(self, trainer: Trainer) -> None:
+    def resume(self, trainer: Trainer, history: History) -> None:
         """Hand a trainer what is to be resumed, if there is anything; its ``ckpt_path`` goes first."""
         if self._checkpoint is not None:
             resume_from_memory(trainer, dict(self._checkpoint))
+        if self._alone is not None:
+            self._alone.resume(history)
 
     def done(self) -> None:
         """The fit has begun."""
-        self._checkpoint = None
+        self._checkpoint = self._alone = None
 
     def _training_state(self) -> dict[str, Any]:
         if self._fit is not None:
@@ -127,13 +142,7 @@ class Extension:
                 for name, value in weights
             }
             return checkpoint
-        if self.path is None:
-            raise CheckpointError(
-                "Expected a module with its training state, but it was neither fitted nor loaded from a "
-                "checkpoint file: an export has no optimizer and no state of its strategies. Use "
-                "ContinualModule.load_from_checkpoint with one of the run's checkpoints."
-            )
-        checkpoint = read_checkpoint(self.path)
+        checkpoint = read_checkpoint(cast(Path, self.path))
         if "optimizer_states" not in checkpoint:
             raise CheckpointError(
                 f"Expected {self.path} to have the training state of a run, but it has the weights alone. "

@@ -22,7 +22,7 @@ from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.trainer.lightning import mark_epoch_finished
 from bpn_lightning.trainer.schedulers import open_lengths
 
-__all__ = ["grow_checkpoint", "is_continued"]
+__all__ = ["grow_checkpoint", "grown_history", "is_continued"]
 
 PREFIX = "network."
 
@@ -81,7 +81,7 @@ def grow_checkpoint(
         ]
     mark_epoch_finished(checkpoint)
     saved["training_weights"] = _grown_tree(saved["training_weights"], fresh)
-    saved["history"] = _grown_history(saved["history"], learned, len(network.tasks))
+    saved["history"] = grown_history(saved["history"], learned, len(network.tasks))
     return replace(
         structure,
         tasks=list(network.tasks),
@@ -228,7 +228,7 @@ def _grown_like(value: Any, old: Sequence[int], new: Sequence[int]) -> Any:
     return grown(value, value.new_zeros(shape))
 
 
-def _grown_history(history: Mapping[str, Any], learned: int, tasks: int) -> dict[str, Any]:
+def grown_history(history: Mapping[str, Any], learned: int, tasks: int) -> dict[str, Any]:
     """Lists with a number for each task have None for those that were not there."""
     more = [None] * (tasks - learned)
 

@@ -14,6 +14,7 @@ from bpn_lightning.model.cursor import Cursor
 from bpn_lightning.model.front import describe
 from bpn_lightning.model.front_cache import FrontCache
 from bpn_lightning.model.frozen_core import FrozenCore
+from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.preparation import prepare_raw
@@ -41,6 +42,7 @@ class Host:
         phase_owners: the strategies that declared phases, by task and the phase's name.
         gates: what names tasks, by name, in the order of the trainer's callbacks, or of a file.
         front_cache: has features of what a fit asked for.
+        learned_by: the run that learned the network's tasks; None before the first fit.
         merged: keeps the weights of training while merged ones are in their place.
         in_step_forward: whether the forward that runs is the training step's own.
         param_groups: of the current optimizer, by the ``id`` of each of its parameters.
@@ -71,10 +73,16 @@ class Host:
             lambda batch: self.for_gates(self._on_device(batch)).inputs,
             self.all_reduce,
         )
+        self.learned_by: LearnedBy | None = None
         self.merged = MergedWeights()
         self.in_step_forward = False
         self.param_groups: dict[int, dict[str, Any]] = {}
         self._stream: ContinualStream | None = None
+
+    def note_run(self) -> None:
+        """A fit has begun: its stream and its strategies are those that learn."""
+        keys = tuple(strategy.state_key for strategy in self.strategies)
+        self.learned_by = LearnedBy(self.stream.seed, keys)
 
     # --- the stream ------------------------------------------------------------------------------
 

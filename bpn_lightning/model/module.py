@@ -255,7 +255,9 @@ class ContinualModule(HookNameAsPlainAttribute):
 
         With the same strategies it is bit for bit what one fit of all tasks would have learned. Numbers and
         columns of the tasks follow the past's, and so do random states, epochs and whatever strategies
-        remember; in ``fit`` the network grows.
+        remember; in ``fit`` the network grows. A module that was loaded from an export, or copied, has no
+        training state: it goes on with strategies and gates that need none, such as BD, and others are
+        refused in ``fit``.
 
         Args:
             stream: of the new tasks alone; set up or not.
@@ -264,7 +266,7 @@ class ContinualModule(HookNameAsPlainAttribute):
 
         Raises:
             ConfigurationError: a task is not learned to its end.
-            CheckpointError: the module has no training state, as one that was loaded from an export.
+            CheckpointError: the module was loaded from weights alone, or from an export of another version.
         """
         self._extension.begin(stream, past_data)
 
@@ -314,12 +316,14 @@ class ContinualModule(HookNameAsPlainAttribute):
         stream = find_stream(self.host, stage)
         if stream is None:
             return  # of raw inputs, whose preparation the module knows
+        if stage == "fit":
+            self._extension.check(self.trainer, stream)
         configure(self.host, stream, stage)
         if stage == "fit":
             check_overrides(self, ContinualModule)
             self._extension.lengthen(self.trainer)
             check_fit(self.host, self.task_loop, stream)
-            self._extension.resume(self.trainer)
+            self._extension.resume(self.trainer, self.history)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer and its scheduler; in a phase that trains a strategy, that strategy's own."""
@@ -330,6 +334,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.host.mark_front(training=True)
         self.host.core.set_flags(training=True)
         self._extension.done()
+        self.host.note_run()
         self.task_loop.end_random_state = None
         self.host.front_cache.clear()
         check_strategies(self.host, self.optimization)

@@ -187,7 +187,8 @@ def _facts(record: RunRecord) -> dict[str, str]:
         **(record.at("provenance", "versions") or {}),
     }
     if before:
-        found["continues"] = "{run} ({tasks} tasks, ended {date})".format(**before)
+        ended = before["date"] or "at an unknown time"
+        found["continues"] = f"{before['run']} ({before['tasks']} tasks, ended {ended})"
     return {key: "not kept" if value is None else str(value) for key, value in found.items()}
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "progress_in_update",
     "reload_train_loader_every_epoch",
     "resume_from_memory",
+    "set_epochs_done",
     "set_max_epochs",
     "start_method",
     "start_next_epoch",
@@ -64,6 +65,21 @@ def set_max_epochs(trainer: Trainer, epochs: int) -> None:
     before every epoch.
     """
     trainer.fit_loop.max_epochs = epochs
+
+
+def set_epochs_done(trainer: Trainer, epochs: int) -> None:
+    """Let a fit begin after so many epochs, none of which it has trained.
+
+    Seen in 2.6.6: ``Trainer.current_epoch`` reads what the loop has processed, and has no setter; a fit that
+    resumes nothing leaves that as it is.
+
+    Args:
+        trainer: in ``setup`` of a fit.
+        epochs: of the stream.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    counts = dict.fromkeys(progress.current.state_dict(), epochs)
+    progress.load_state_dict({"total": dict(counts), "current": dict(counts)})
 
 
 def reload_train_loader_every_epoch(trainer: Trainer) -> None:

@@ -76,6 +76,11 @@ class TaskGate(ContinualStrategy):
         """What it answers by, of its ``state_dict``: files of a module hold it."""
         return self.state_dict()
 
+    def training_state(self) -> str:
+        """None, unless ``inference_state`` leaves a part of the state out."""
+        whole = type(self).inference_state is TaskGate.inference_state
+        return "" if whole else "statistics for later tasks"
+
     @abstractmethod
     def task_scores(self, seen: Tensor) -> Tensor:
         """Log-scores of the learned tasks, ``(n, tasks)``, up to a number of each sample's own.

@@ -441,6 +441,10 @@ class FeatureGate(TaskGate):
         """The state without what only later tasks need."""
         return {**self.state_dict(), "retained": []}
 
+    def training_state(self) -> str:
+        """The sums of all rows, where these share second moments."""
+        return "shared second moments" if self.second_moments == "shared" else ""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave.
 
