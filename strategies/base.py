@@ -57,6 +57,8 @@ class ContinualStrategy(Callback):
     #: goes on with new classes, their rows start as those of the network; any other entry's start as 0.
     weights_in_state: ClassVar[Collection[str]] = ()
 
+    _host_id: int | None = None  # of the module that it learned with last
+
     @property
     def corrects_weights(self) -> bool:
         """Whether it changes shared weights after the optimizer's step, bypassing any projection."""

@@ -11,7 +11,7 @@ from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.model.checkpoint import entry_of
 from bpn_lightning.model.history import History
-from bpn_lightning.model.host import Host
+from bpn_lightning.model.host import Host, check_own_strategies
 from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.weights_alone import WeightsAlone
 from bpn_lightning.nn.structure import Structure
@@ -87,6 +87,7 @@ class Extension:
             ConfigurationError: nothing is learned, or a task is not finished.
             CheckpointError: the training state is not there, or is of other weights.
         """
+        self._check_streams(stream, past_data)
         network = self.host.network
         if network.closed < 0 or network.closed + 1 < len(network.tasks):
             raise ConfigurationError(
@@ -104,6 +105,20 @@ class Extension:
         checkpoint = self._training_state()
         stream.continue_from(past_of(checkpoint), past_data)
         self._checkpoint = checkpoint
+
+    def _check_streams(self, stream: Any, past_data: Any) -> None:
+        for name, one in (("stream", stream), ("past_data", past_data)):
+            absent = one is None and name == "past_data"
+            if not absent and not isinstance(one, ContinualDataModule):
+                raise ConfigurationError(
+                    f"Expected {name} to be a ContinualDataModule, but got {one!r:.80}. StreamOf joins "
+                    "several streams to one."
+                )
+        if self._fit is not None and stream is self._fit.stream:
+            raise ConfigurationError(
+                "Expected a stream of new tasks, but got the one that the module has learned. Make another "
+                "one; the learned one may be its past_data."
+            )
 
     def check(self, trainer: Trainer, stream: ContinualStream) -> None:
         """Refuse a fit that needs more of the past than there is."""
@@ -134,6 +149,7 @@ class Extension:
 
     def _training_state(self) -> dict[str, Any]:
         if self._fit is not None:
+            check_own_strategies(self._fit.strategies, self.host)
             self._fit.give_back(self.host)  # another trainer may have tested the module since
             checkpoint = dump_checkpoint(self._fit.trainer)
             weights = checkpoint["state_dict"].items()  # which growing may write into
@@ -147,6 +163,13 @@ class Extension:
             raise CheckpointError(
                 f"Expected {self.path} to have the training state of a run, but it has the weights alone. "
                 "Load another one of the run's checkpoints."
+            )
+        gone = self.host.network.structure.forgotten
+        if gone != entry_of(checkpoint)["structure"].get("forgotten", []):
+            raise CheckpointError(
+                f"Expected {self.path} to be written after tasks were forgotten, but it still holds what was "
+                f"stored of task {gone[-1]}. Resume it in a trainer, forget the task there, and go on from "
+                "what trainer.save_checkpoint writes."
             )
         own, saved = self.host.module.state_dict(), checkpoint["state_dict"]
         for name, value in own.items():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.model.host import Host
+from bpn_lightning.model.host import Host, check_own_strategies
 from bpn_lightning.nn.head import without_rows
 from bpn_lightning.tasks import Task
 
@@ -70,6 +70,7 @@ def _check(host: Host, task_id: int) -> None:
             f"Expected task to be one that is known, but got {task_id}, which was forgotten before. Name "
             "another task."
         )
+    check_own_strategies(host.strategies, host)
     if is_parametrized(network.built_head):
         raise ConfigurationError(
             "Expected the head to have weights of its own, whose rows can be overwritten, but they are "

@@ -23,7 +23,7 @@ from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Batch, ContinualStream, Phase, Position, Split, TrainingEpoch
 from bpn_lightning.trainer.lightning import grad_scaler, is_attached
 
-__all__ = ["Host"]
+__all__ = ["Host", "check_own_strategies"]
 
 
 class Host:
@@ -347,3 +347,17 @@ class Host:
             if buffer.is_floating_point():
                 own = buffer if self.global_rank == 0 else torch.zeros_like(buffer)
                 buffer.copy_(self.all_reduce(own))
+
+
+def check_own_strategies(strategies: Sequence[ContinualStrategy], host: Host) -> None:
+    """Refuse strategies that hold what they learned with another module.
+
+    Raises:
+        ConfigurationError: names the first.
+    """
+    for strategy in strategies:
+        if strategy._host_id not in (None, id(host)):
+            raise ConfigurationError(
+                f"Expected strategies as the module's last fit left them, but {strategy.state_key} has learned "
+                "with another module since. Load a checkpoint of this module, and make strategies for each."
+            )

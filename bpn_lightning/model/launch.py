@@ -95,9 +95,11 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
             "has learned. Call module.evaluate(), or module.predict(images)."
         )
     stream.follow(host.training_epoch)
-    if stage == "fit" and host.network.opened < 0:
+    if stage == "fit":
         for strategy in host.strategies:
-            strategy.reset()
+            strategy._host_id = id(host)
+            if host.network.opened < 0:
+                strategy.reset()
     frozen = host.core.freezes(host.cursor.task)
     # A glance at a weight with spectral norm moves that norm's buffers in training mode.
     with evaluation_mode(host.network.backbone) if frozen else nullcontext():

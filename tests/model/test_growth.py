@@ -308,9 +308,9 @@ def test_a_module_is_extended_after_other_trainers_have_tested_it() -> None:
     """Without its strategies, on another stream of the same tasks; and a copy has no trainer."""
     module, trainer = Setting().fit("bd+ewc", "seen", 0, PAST)
     trainer_of(1, []).test(module, stream_of(0, PAST, "seen", seed=9), verbose=False)
+    copied = deepcopy(module)
     found = learned(module, Setting().go_on(module, trainer.callbacks, "bd+ewc", "seen"))
     assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
-    copied = deepcopy(module)
     copied.extend(new := stream_of(PAST, ALL, "seen"))
     with pytest.raises(CheckpointError, match="holds no importances: EWC cannot go on from it"):
         fit(copied, new, METHODS["bd+ewc"]())
@@ -477,6 +477,37 @@ def test_a_past_that_stopped_inside_a_task_is_refused(tmp_path: Path) -> None:
         fit(module_of("seen"), stream_of(0, ALL, "seen"), METHODS["ewc"](), path)
     loaded = ContinualModule.load_from_checkpoint(path, backbone=MLP([16, 12]), mask="seen")
     with pytest.raises(ConfigurationError, match="but it has learned 1 of 3"):
+        loaded.extend(stream_of(PAST, ALL, "seen"))
+
+
+def test_strategies_that_learned_with_another_module_are_refused() -> None:
+    """They hold the other's importances: what would be learned is silently another network."""
+    module, trainer = past()
+    fit(module_of("seen"), stream_of(0, PAST, "seen"), trainer.callbacks)
+    for ask in (lambda: module.extend(stream_of(PAST, ALL, "seen")), lambda: module.forget(0)):
+        with pytest.raises(ConfigurationError, match="but ewc has learned with another module"):
+            ask()
+
+
+def test_what_is_no_stream_of_new_tasks_is_refused() -> None:
+    module, trainer = past()
+    learned_stream = trainer.datamodule
+    for arguments, says in (
+        ((learned_stream,), "but got the one that the module has learned"),
+        (([stream_of(PAST, ALL, "seen")],), "Expected stream to be a ContinualDataModule, but got"),
+        ((stream_of(PAST, ALL, "seen"), 3), "Expected past_data to be a ContinualDataModule"),
+    ):
+        with pytest.raises(ConfigurationError, match=says):
+            module.extend(*arguments)
+    module.extend(stream_of(PAST, ALL, "seen"), learned_stream)  # nothing of it was touched
+
+
+def test_a_file_of_before_tasks_were_forgotten_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "past.ckpt"
+    past()[1].save_checkpoint(path)
+    loaded = ContinualModule.load_from_checkpoint(path, backbone=MLP([16, 12]), mask="seen")
+    loaded.forget(1)
+    with pytest.raises(CheckpointError, match="it still holds what was stored of task 1"):
         loaded.extend(stream_of(PAST, ALL, "seen"))
 
 
