@@ -63,8 +63,8 @@ class ContinualModule(HookNameAsPlainAttribute):
             tasks whose features do not fit, go through it each time.
         optimizer: called with the parameters at the start of every task (LightningCLI's convention).
         scheduler: called with the optimizer at the same moments. Its ``num_steps``, ``total_steps``,
-            ``T_max`` or ``total_iters``, if left without a value or -1, is the number of times that it
-            will step.
+            ``T_max`` or ``total_iters``, if it has no value, not even a default, or -1, is the number of
+            times that it will step.
         scheduler_interval: whether the scheduler steps after every update or every epoch.
         scheduler_monitor: the loss of the open task that a ``ReduceLROnPlateau``, which steps after every
             epoch, is given: ``val/loss`` or ``train/loss``; by default the former where a part is held

@@ -47,8 +47,8 @@ def build_scheduler(
 ) -> LRScheduler:
     """Create a scheduler for a number of steps.
 
-    An argument named ``num_steps``, ``total_steps``, ``T_max`` or ``total_iters`` that is unset or -1 is
-    set to this number.
+    An argument named ``num_steps``, ``total_steps``, ``T_max`` or ``total_iters`` that has no value, not
+    even a default, or is -1, is set to this number.
 
     Args:
         make: called with the optimizer.
