@@ -198,8 +198,8 @@ def _reading(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def _progress(record: Mapping[str, Any], structure: Structure) -> tuple[int, int]:
     """The tasks that were opened and closed last."""
     opened, closed = record["opened"], record["closed"]
-    last = range(-1, len(structure.tasks))
-    if opened not in last or closed not in last:
+    numbers = type(opened) is int and type(closed) is int
+    if not numbers or not -1 <= closed <= opened < len(structure.tasks):
         raise ValueError(f"opened {opened!r} and closed {closed!r}")
     return opened, closed
 

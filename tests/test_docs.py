@@ -10,7 +10,8 @@ commands. A comment above a block says what is done instead, and why::
 Runs of the digits learn one epoch of each task in place of 30.
 
 A command that names DIR, somebody's folder of data sets, is only parsed: all of its arguments are
-checked, and nothing is trained. So are bpn-report and bpn-export, which need runs, and every grid.
+checked, and nothing is trained. So are bpn-report, bpn-export of runs that the page has not made, and every
+grid.
 
 A command that names a class of one's own is a process of its own, as it is for its reader: in here, the
 tests' own ``sys.path`` would find what a console script does not.
@@ -130,6 +131,7 @@ def run_command(block: Block) -> None:
         html_report._parse(arguments)
     elif command == "bpn-export":
         export_command._parser().parse_args(arguments)
+        assert not Path(arguments[0]).is_dir() or main(arguments) == 0, where
     elif command == "bpn-data":
         Path("DIR").mkdir(exist_ok=True)
         assert main(arguments) == SETS_ARE_MISSING, where
