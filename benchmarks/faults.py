@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py
     python benchmarks/faults.py --processes 2 --methods finetune bd+ewc ebll agem
+    python benchmarks/faults.py --continued
 
 Every run is ``bpn-fit`` on a small stream of digits, in a process forked from this one, which has
 imported torch once. The uninterrupted run records its events: batches, updates, the ends of epochs and
@@ -17,6 +18,8 @@ one event of each kind, and additional points in time.
 After each fault, ``bpn-fit --ckpt_path last`` resumes, until the next fault or the end of the run. Then every
 tensor and number of the last checkpoint (weights, optimizer, scheduler, strategies, random states) and
 every figure of metrics.csv, accuracy_matrix.csv and results.json is compared.
+
+With ``--continued``, that run goes on, by ``--continue_from``, from one that has learned three tasks.
 """
 
 import argparse
@@ -69,6 +72,13 @@ STREAM = [
     *("--trainer.log_every_n_steps", "1"),
     *("--trainer.enable_progress_bar", "false"),
     *("--checkpoint_every_n_steps", "3"),
+]
+
+#: Of a run that goes on from one with the flags above.
+NEW_TASKS = [
+    *("--experiment", "continued"),
+    *("--data.init_args.num_tasks", "2"),
+    *("--data.init_args.class_order", "[6, 7, 8, 9]"),
 ]
 
 ADAM = ["--model.optimizer", "torch.optim.Adam", "--model.optimizer.lr", "0.002"]
@@ -387,21 +397,38 @@ def draw(moments: Sequence[Moment], rng: random.Random) -> dict[Moment, str]:
     return plan
 
 
+def undisturbed(line: Sequence[str], folder: Path, processes: int) -> float:
+    """Run without faults; the seconds that it takes."""
+    started = time.monotonic()
+    statuses = attempt(line, folder, [Clock({}, folder / "fault") for _ in range(processes)])
+    if any(statuses):
+        raise SystemExit(f"The undisturbed run failed:\n{(folder / 'log_0').read_text()[-3000:]}")
+    return time.monotonic() - started
+
+
 def examine(
-    method: str, processes: int, seed: int, clock: int, most: int | None, folder: Path
+    method: str,
+    processes: int,
+    seed: int,
+    clock: int,
+    most: int | None,
+    folder: Path,
+    continued: bool = False,
 ) -> Outcome:
     """Run a method undisturbed, with faults at drawn moments, and with faults by the clock."""
     line = [*STREAM, "--method", method, *FLAGS.get(method, [])]
     if processes > 1:
         line += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
-    whole, by_place, by_clock = (folder / name for name in ("whole", "by_place", "by_clock"))
-    for one in (whole, by_place, by_clock):
+    past, whole, by_place, by_clock = (
+        folder / name for name in ("past", "whole", "by_place", "by_clock")
+    )
+    for one in (past, whole, by_place, by_clock):
         one.mkdir()
-    started = time.monotonic()
-    statuses = attempt(line, whole, [Clock({}, whole / "fault") for _ in range(processes)])
-    seconds = time.monotonic() - started
-    if any(statuses):
-        raise SystemExit(f"The undisturbed run failed:\n{(whole / 'log_0').read_text()[-3000:]}")
+    if continued:
+        undisturbed(line, past, processes)
+        (run,) = past.glob("runs/*/*/*")
+        line += [*NEW_TASKS, "--continue_from", str(run.resolve()), "--past_data"]
+    seconds = undisturbed(line, whole, processes)
     moments = [Moment(*entry) for entry in json.loads((whole / "moments").read_text())]
 
     rng = random.Random(f"{seed} {method} {processes}")
@@ -595,6 +622,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--clock", type=int, default=1, help="faults by the clock in each run")
     parser.add_argument("--most", type=int, help="faults in each run, if not one at each place")
+    parser.add_argument("--continued", action="store_true", help="runs that go on from another")
     parser.add_argument("--keep", type=Path, help="a folder in which to keep the runs")
     given = parser.parse_args()
     torch.set_num_threads(1)  # forked children cannot use the parent's threads
@@ -604,7 +632,15 @@ def main() -> int:
         folder = folder / method
         folder.mkdir(parents=True)
         outcomes.append(
-            examine(method, given.processes, given.seed, given.clock, given.most, folder)
+            examine(
+                method,
+                given.processes,
+                given.seed,
+                given.clock,
+                given.most,
+                folder,
+                given.continued,
+            )
         )
         print(f"{method}: {outcomes[-1].faults.total()} faults", file=sys.stderr)
         if given.keep is None:

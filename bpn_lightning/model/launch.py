@@ -198,12 +198,13 @@ def check_fit(host: Host, loop: TaskLoop, stream: ContinualDataModule) -> None:
             )
         set_max_epochs(trainer, -1)  # the task loop ends it; Lightning skips a fit of 0 epochs
         return
-    held_out = len(stream.val_dataloader()) if stream.has_validation else 0
+    first = stream.first_task
+    held_out = len(stream.loader(first, "val")) if stream.has_validation else 0
     optimization = loop.optimization
     check_lengths(trainer, *optimization.count_updates(), held_out)
     switch_replaced(host.network)  # the trainer may have synchronized batch normalization
     inputs = dry_inputs(structure, 1, host.device)
-    ahead = [task.id for task in tasks[stream.first_task :]]
+    ahead = [task.id for task in tasks[first:]]
     check_batches(trainer, host.network.backbone, inputs, ahead, optimization.smallest_batch)
     set_max_epochs(trainer, total)
     reload_train_loader_every_epoch(trainer)

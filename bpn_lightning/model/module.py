@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -427,7 +428,9 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.log("val/loss", float(losses[task]))
         self.log("val/accuracy", float(accuracy[task]), prog_bar=True)
         known = self.network.structure.known(range(task + 1))
-        self.log("val/average_accuracy", float(accuracy[known].mean()))
+        average = float(accuracy[known].mean())
+        if not isnan(average):  # the tasks of a run before this one are not validated
+            self.log("val/average_accuracy", average)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

@@ -131,7 +131,7 @@ def check_lengths(
         trainer: before its fit begins.
         batches: number of batches per epoch, by task.
         updates: number of updates in the whole stream.
-        validation_batches: of the first task; 0 without a validation split.
+        validation_batches: of the first task to learn; 0 without a validation split.
 
     Raises:
         ConfigurationError: names the flag, the task and the remedy.
@@ -154,7 +154,7 @@ def check_lengths(
                 0 < validation_batches * trainer.limit_val_batches < 1,
                 "limit_val_batches",
                 f"{trainer.limit_val_batches}, which leaves none",
-                "0, or a number that leaves task 0 at least one batch",
+                f"0, or a number that leaves task {min(batches)} at least one batch",
                 "Increase it, or lower eval_batch_size.",
             ),
             (

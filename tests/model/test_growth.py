@@ -272,6 +272,11 @@ def test_it_goes_on_under_any_trainer_and_optimizer(
     assert differing(learned(*one.fit("bd", mask, 0, ALL)), found) == []
 
 
+def test_new_tasks_alone_have_a_validation_split() -> None:
+    found = SETTINGS["validation"].extended("bd", "seen")
+    assert differing(learned(*SETTINGS["validation"].fit("bd", "seen", 0, ALL)), found) == []
+
+
 # --- what else may happen on the way -------------------------------------------------------------
 
 

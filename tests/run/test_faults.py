@@ -119,19 +119,28 @@ def assert_same(whole: Path) -> None:
 # --- the harness ---------------------------------------------------------------------------------
 
 
-def test_faults_at_drawn_moments_leave_no_difference() -> None:
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("ebll", ["--most", "6"]),
+        ("bd+ewc", ["--continued", "--most", "6"]),
+        pytest.param("gem", ["--continued", "--seed", "1"], marks=pytest.mark.matrix),
+        pytest.param("lwf", ["--continued", "--seed", "2"], marks=pytest.mark.matrix),
+        pytest.param("stl", ["--continued", "--seed", "3"], marks=pytest.mark.matrix),
+        pytest.param(
+            "bd+psp",
+            ["--continued", "--processes", "2", "--most", "8"],
+            marks=pytest.mark.matrix,
+        ),
+    ],
+)
+def test_faults_at_drawn_moments_leave_no_difference(method: str, flags: list[str]) -> None:
     """All processes are the harness's own; its table with every strategy is in docs/resume.md."""
-    line = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "faults.py"),
-        "--methods",
-        "ebll",
-        "--most",
-        "6",
-    ]
-    done = subprocess.run([*line, "--clock", "0"], check=False, capture_output=True, text=True)
+    script = str(ROOT / "benchmarks" / "faults.py")
+    line = [sys.executable, script, "--methods", method, "--clock", "0", *flags]
+    done = subprocess.run(line, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
-    row = next(line for line in done.stdout.splitlines() if line.startswith("| ebll "))
+    row = next(line for line in done.stdout.splitlines() if line.startswith(f"| {method} "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert int(cells[1]) >= 4
     assert int(cells[4]) > 800
