@@ -7,7 +7,7 @@ from typing import Any
 from bpn_lightning.cli.config_files import ConfigLayer, read_layer
 from bpn_lightning.errors import ConfigurationError
 
-__all__ = ["PastRun", "find_past", "past_layers", "runs_before"]
+__all__ = ["PastRun", "find_past", "first_experiment", "past_layers", "runs_before"]
 
 #: Keys of a run's config.yaml that are not those of a run that goes on from it.
 _OWN = ("data", "experiment", "continue_from", "past_data")
@@ -97,6 +97,20 @@ def runs_before(run: PastRun) -> list[PastRun]:
                 f"{run.folder} goes on from itself. Correct its config.yaml."
             )
     return found
+
+
+def first_experiment(run: PastRun) -> str:
+    """The experiment in which a stream began, or that of the oldest of its runs that is still there."""
+    for _ in range(MAX_RUNS):
+        before = None if run.layer is None else run.layer.content.get("continue_from")
+        if before is None:
+            break
+        try:
+            run = find_past(str(before))
+        except ConfigurationError:  # it is needed for its data only
+            break
+    named = None if run.layer is None else run.layer.content.get("experiment")
+    return run.folder.parent.parent.name if named is None else str(named)
 
 
 def _stream(run: PastRun) -> Any:
