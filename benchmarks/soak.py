@@ -198,6 +198,7 @@ def fork(line: Sequence[str]) -> float:
 def go_on(method: str, tasks: int, continuations: int, place: Path) -> list[Run]:
     """Run a method on some tasks, and then again and again on as many new ones."""
     flags: dict[str, object] = {f"checkpoint_every_n_{unit}": "null" for unit in UNITS}
+    flags["model.task_agnostic"] = False  # takes a forward of every mode
     found = []
     for number in range(continuations + 1):
         whole = fork(arguments(method, tasks, place, f"run_{number}", flags))

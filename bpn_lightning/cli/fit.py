@@ -23,7 +23,7 @@ from bpn_lightning.cli.continuing import continue_stream
 from bpn_lightning.cli.earlier_runs import refuse_earlier, refuse_other_name
 from bpn_lightning.cli.options import FitParser, add_options, parse_options
 from bpn_lightning.cli.output import notify
-from bpn_lightning.cli.past import PastRun, find_past, goes_on_from
+from bpn_lightning.cli.past import PastRun, find_past, first_experiment, goes_on_from
 from bpn_lightning.cli.resume import find_checkpoint, last_checkpoint
 from bpn_lightning.cli.trust import restrict_imports
 from bpn_lightning.datamodules import DATAMODULES
@@ -250,6 +250,7 @@ class ContinualCLI(LightningCLI):
             learned = self.config_init.past_data
             fresh = None if self.resumed else self.model
             self.continues = continue_stream(self.datamodule, self.past, learned, fresh)
+            self._dashboard.config["continues"] = dict(self.continues)
 
     def _loggers(self) -> Any:
         """The loggers' classes and arguments, and our metrics.csv."""
@@ -264,6 +265,7 @@ class ContinualCLI(LightningCLI):
             seed=config.seed_everything,
             runs=Path(config.runs),
             folder=self.folder,
+            began_in=first_experiment(self.past) if self.past else None,
         )
         if config.quiet or config.json:
             os.environ.setdefault("WANDB_SILENT", "true")
@@ -325,7 +327,8 @@ class ContinualCLI(LightningCLI):
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             callbacks.append(StreamProgress())
-        callbacks.append(Dashboard({**self.shown_config, **self._names()}))
+        self._dashboard = Dashboard({**self.shown_config, **self._names()})
+        callbacks.append(self._dashboard)
         kwargs["callbacks"] = callbacks
         if chosen.default_root_dir is None:
             kwargs["default_root_dir"] = str(self.folder)

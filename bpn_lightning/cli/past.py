@@ -1,6 +1,7 @@
 """The run that a command line goes on from with new tasks, and those before it; nothing here imports torch."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from bpn_lightning.cli.config_files import PLACES, ConfigLayer, read_layer
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.files import EXPORT_FILES
 
-__all__ = ["PastRun", "find_past", "goes_on_from", "past_layers", "runs_before"]
+__all__ = ["PastRun", "find_past", "first_experiment", "goes_on_from", "past_layers", "runs_before"]
 
 #: Keys of a run's config.yaml that are not those of a run that goes on from it.
 _OWN = ("data", "experiment", "continue_from", "past_data", *PLACES)
@@ -94,10 +95,22 @@ def runs_before(run: PastRun) -> list[PastRun]:
 
 def goes_on_from(run: PastRun, folder: Path) -> bool:
     """Whether a folder is that of a run, or of one before it, as far as these are there."""
-    try:
-        return any(one.folder.resolve() == folder.resolve() for one in _newest_first(run))
-    except ConfigurationError:
-        return False
+    return any(one.folder.resolve() == folder.resolve() for one in _that_are_there(run))
+
+
+def first_experiment(run: PastRun) -> str:
+    """The experiment in which a stream began, or that of the oldest of its runs that is still there."""
+    first = _that_are_there(run)[-1]
+    named = None if first.layer is None else first.layer.content.get("experiment")
+    return first.folder.parent.parent.name if named is None else str(named)
+
+
+def _that_are_there(run: PastRun) -> list[PastRun]:
+    """The newest first."""
+    found: list[PastRun] = []
+    with suppress(ConfigurationError):  # one is needed for its data only
+        found.extend(_newest_first(run))
+    return found
 
 
 def _newest_first(run: PastRun) -> Iterator[PastRun]:

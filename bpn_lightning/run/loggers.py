@@ -48,6 +48,7 @@ class RunName:
         seed: the run's seed.
         runs: the folder of all runs.
         folder: the run's own.
+        began_in: the experiment of the first run of the stream, in a run that goes on from another.
     """
 
     experiment: str
@@ -55,6 +56,7 @@ class RunName:
     seed: int
     runs: Path
     folder: Path
+    began_in: str | None = None
 
     def __str__(self) -> str:
         return f"{self.method}, seed {self.seed}"
@@ -185,11 +187,12 @@ def _fill(spec: Namespace, kind: str, arguments: dict[str, Any]) -> None:
 
 def _of_wandb(run: RunName, version: Any, step: int) -> dict[str, Any]:
     _need("wandb", "wandb")
+    goes_on = run.began_in is not None
     chosen = {
         "project": ("WANDB_PROJECT", "bpn_lightning"),
-        "group": ("WANDB_RUN_GROUP", f"{run.experiment}/{run.method}"),
+        "group": ("WANDB_RUN_GROUP", f"{run.began_in or run.experiment}/{run.method}"),
         "job_type": ("WANDB_JOB_TYPE", f"seed_{run.seed}"),
-        "name": ("WANDB_NAME", str(run)),
+        "name": ("WANDB_NAME", f"{run.experiment}: {run}" if goes_on else str(run)),
         "save_dir": ("WANDB_DIR", str(run.folder)),
     }
     arguments = {name: os.environ.get(key, value) for name, (key, value) in chosen.items()}

@@ -347,3 +347,27 @@ def test_a_run_of_somebody_else(run: Path, capsys: Said, monkeypatch: pytest.Mon
     )
     assert not Path("owned").exists()
     assert not Path("out").exists()
+
+
+def fit_in_two(folder: str) -> int:
+    """The exit code of the command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        flags = "--trainer.devices 2 --trainer.strategy ddp"
+        return cli.main([*RUN.split(), *flags.split()])
+
+
+def test_a_run_of_two_processes_is_exported_without_a_task(run: Path, ranks: Any) -> None:
+    Path("two").mkdir()
+    assert ranks(fit_in_two, "two") == [0, 0]
+    for name, source in {"one_out": run, "two_out": Path("two") / run}.items():
+        assert export_command.main([str(source), name, "--forget", "2"]) == 0
+    one, two = (load_exported(name, MLP([8])) for name in ("one_out", "two_out"))
+    assert two.network.structure.forgotten == [1]
+    torch.testing.assert_close(
+        dict(two.network.state_dict()),
+        dict(one.network.state_dict()),
+        rtol=1e-4,
+        atol=1e-5,
+        equal_nan=True,
+    )

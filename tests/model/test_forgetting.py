@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from fits import trainer_of
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from bpn_lightning import ContinualModule
@@ -470,6 +471,42 @@ def test_a_run_that_goes_on_without_a_task_is_resumed_bit_for_bit(
         )
     states = [c.state_dict() for c in whole.host.strategies]
     assert missing(secret, [whole.state_dict(), states]) == list(secret)
+
+
+def forget_and_go_on(devices: int) -> dict[str, Any]:
+    """Three tasks, of which one is forgotten, and then a new one."""
+    seed_everything(0, verbose=False)
+    module = ContinualModule(MLP([16]), mask="seen", optimizer=partial(torch.optim.SGD, lr=0.05))
+    strategies = [GradientEpisodicMemory(8), EWC(10.0, update="clamped"), SLDA()]
+    trainer_of(devices, strategies).fit(module, digits(3))
+    left = module.forget(GONE)
+    module.extend(new := digits(1, class_order=[6, 7], seed=None))
+    trainer = trainer_of(devices, strategies)
+    trainer.fit(module, new)
+    return {
+        "left": left,
+        "network": module.network.state_dict(),
+        "strategies": [strategy.state_dict() for strategy in strategies],
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "forgotten": module.network.structure.forgotten,
+        "logits": own_logits(module),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The stream has no data of tasks 1 to 3")
+def test_two_processes_forget_and_go_on_as_one(ranks: Any) -> None:
+    first, second = ranks(forget_and_go_on, 2)
+    one = forget_and_go_on(1)
+    assert first["left"] == second["left"] == one["left"]
+    assert first["forgotten"] == one["forgotten"] == [GONE]
+    assert sorted(first["logits"]) == [0, 2, 3]
+    assert first["network"]["head.weight"][2:4].eq(0).all()
+    found, again, expected = (list(tensors(of)) for of in (first, second, one))
+    torch.testing.assert_close(found, again, rtol=0, atol=0, equal_nan=True)
+    # But for the gate's whitening, whose rows have any sign.
+    found, expected = ([x for x in some if x.shape != (64, 64)] for some in (found, expected))
+    assert len(found) > 20
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 # --- the losses of later tasks -------------------------------------------------------------------

@@ -253,6 +253,50 @@ def test_wandb_groups_by_experiment_and_method(launches: list[WandbFile]) -> Non
         assert "commit" in config["provenance"]
 
 
+@pytest.mark.filterwarnings("ignore:The stream has no data of tasks 1 to")
+def test_wandb_has_one_group_for_a_stream_of_several_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    wandb_environment(monkeypatch, tmp_path, WANDB_BASE_URL=CLOSED_PORT)
+    flags = ["--trainer.accelerator", "cpu", "--quiet", "--data.init_args.epochs_per_task", "1"]
+    flags += ["--data.init_args.batch_size", "100", "--logger", "wandb"]
+    first = ["--config", "digits_inc.yaml", "--model.mask", "seen", "--data.init_args.num_tasks"]
+    assert main([*first, "3", *flags]) == 0
+    found, past = [], "digits_inc"
+    for name, classes in {"second": "[6, 7]", "third": "[8, 9]"}.items():
+        new = ["--data", "SplitDigits", "--data.init_args.class_order", classes]
+        before = ["--continue_from", f"runs/{past}/bd+ewc/seed_0"]
+        assert main(["--experiment", name, *before, *new, *flags]) == 0
+        past = name
+    for name in ("digits_inc", "second", "third"):
+        (path,) = Path("runs", name).glob("bd+ewc/seed_0/wandb/offline-run-*/*.wandb")
+        found.append(WandbFile(path))
+    assert len({launch.run.run_id for launch in found}) == 3
+    assert {(one.run.run_group, one.run.job_type) for one in found} == {
+        ("digits_inc/bd+ewc", "seed_0")
+    }
+    assert [launch.run.display_name for launch in found] == [
+        "bd+ewc, seed 0",
+        "second: bd+ewc, seed 0",
+        "third: bd+ewc, seed 0",
+    ]
+    assert "continues" not in found[0].config
+    continues = [launch.config["continues"] for launch in found[1:]]
+    assert [one["tasks"] for one in continues] == [3, 4]
+    assert continues[1]["run"] == "second, method bd+ewc, seed 0"
+    for key, numbers in (
+        ("trainer/global_step", None),
+        ("stream/tasks_learned", [0, 1, 2, 3, 4, 5]),
+    ):
+        rows = [[row[key] for row in launch.rows if key in row] for launch in found]
+        joined = [value for one in rows for value in one]
+        assert joined == sorted(joined)
+        assert numbers is None or list(dict.fromkeys(joined)) == numbers
+
+
 def test_wandb_shows_each_task_once(launches: list[WandbFile]) -> None:
     for key in ("figures/accuracy_matrix", "figures/accuracy_over_stream"):
         names = [
