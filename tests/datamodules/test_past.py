@@ -1,8 +1,9 @@
 """Streams that continue another one: tasks, draws and inputs are those of one stream of all tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from bpn_lightning.datamodules import (
     ContinualDataModule,
     PermutedMNIST,
     RotatedMNIST,
+    SplitArrays,
     SplitMNIST,
     StreamOf,
 )
@@ -62,6 +64,39 @@ def test_tasks_and_draws_go_on_where_the_past_ended(toy: Make) -> None:
     assert after.preparations() == whole.preparations()
     for epoch in (0, 1):
         same(batches(after, 2, epoch), batches(whole, 2, epoch))
+
+
+def arrays(classes: Collection[str]) -> dict[str, Any]:
+    """Samples 0 to 39 of each class, numbered by their only feature."""
+    labels = np.repeat(sorted(classes), 40)
+    numbers = np.tile(np.arange(40.0)[:, None], (len(classes), 1))
+    return {
+        f"{part}_{name}": v
+        for part in ("train", "test")
+        for name, v in (("features", numbers), ("labels", labels))
+    }
+
+
+def test_samples_are_held_out_by_the_label_in_the_data_set() -> None:
+    """So a continuation holds out what one stream of all tasks does, unless its arrays are others."""
+
+    def stream(classes: str, **given: Any) -> Any:
+        return SplitArrays(arrays(classes), standardize=False, validation_fraction=0.25, **given)
+
+    def held(one: Any) -> list[float]:
+        return [x for b in one.loader(2, "val") for x in one.prepare(b).inputs.flatten().tolist()]
+
+    whole = stream("abc", classes_per_task=1, seed=5)
+    whole.setup()
+    before = stream("abc", classes_per_task=1, seed=5, class_order=["a", "b"])
+    before.setup()
+    assert len(held(whole)) == 10
+    assert held(
+        continued(stream("abc", classes_per_task=1, class_order=["c"], seed=5), before)
+    ) == held(whole)
+    others = held(continued(stream("c", classes_per_task=1, seed=5), before))
+    assert len(others) == 10
+    assert others != held(whole)
 
 
 def test_a_domain_goes_on_in_the_same_columns(toy: Make) -> None:
