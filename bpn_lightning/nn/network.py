@@ -21,11 +21,11 @@ from bpn_lightning.nn.layers import (
     Keys,
     SwitchableLinear,
     TaskModule,
-    WeightBank,
     is_linear,
 )
 from bpn_lightning.nn.structure import Attachment, Structure, check_mask, check_reserved
 from bpn_lightning.nn.switching import SwitchableConv, add_parts, kind_of, number_of_biases
+from bpn_lightning.nn.weight_bank import WeightBank
 from bpn_lightning.tasks import ContinualStream, Mask, Task, dry_inputs
 
 __all__ = ["ContinualNetwork"]
