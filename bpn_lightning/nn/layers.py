@@ -75,12 +75,12 @@ class BiasUnits(TaskModule):
 
     Args:
         num_tasks: T, number of tasks of the stream.
-        rank: H, the width of the factorization.
+        rank: H, the width of the factorization; 0: none, W is the bias itself.
         out_features: K, outputs of the layer.
 
     State:
-        M ``(1, H)`` and W ``(H, K)``, parameters; ``bank`` ``(T, K)``, the frozen biases, 4 K bytes per
-        task; the task in training, if any.
+        M ``(1, H)`` and W ``(H, K)``, or ``(1, K)`` without a factorization, parameters; ``bank`` ``(T,
+        K)``, the frozen biases, 4 K bytes per task; the task in training, if any.
     """
 
     bank: Tensor
@@ -88,7 +88,7 @@ class BiasUnits(TaskModule):
     def __init__(self, num_tasks: int, rank: int, out_features: int) -> None:
         super().__init__(num_tasks)
         self.M = nn.Parameter(torch.zeros(1, rank))
-        self.W = nn.Parameter(torch.zeros(rank, out_features))
+        self.W = nn.Parameter(torch.zeros(max(rank, 1), out_features))
         self.register_buffer("bank", torch.zeros(num_tasks, out_features))
         self.live: int | None = None
         self.num_open: int | None = None  # outputs that are computed, of a head; None: all
@@ -126,11 +126,12 @@ class BiasUnits(TaskModule):
                 self.W.zero_()
 
     def product(self) -> Tensor:
-        """M W, shape ``(1, K)``, of the open outputs."""
-        if self.num_open is None or self.num_open == self.W.shape[1]:
-            return self.M @ self.W
-        # Contiguous, so that the last bits do not depend on how many outputs are closed.
-        return self.M @ self.W[:, : self.num_open].contiguous()
+        """M W, or W where there is no M, shape ``(1, K)``, of the open outputs."""
+        w: Tensor = self.W
+        if self.num_open is not None and self.num_open < w.shape[1]:
+            # Contiguous, so that the last bits do not depend on how many outputs are closed.
+            w = w[:, : self.num_open].contiguous()
+        return self.M @ w if self.M.shape[1] else w
 
     def forward(self) -> Tensor:
         """The bias of the active task: ``(1, K)``, or ``(batch, K)`` with one task ID per sample."""
@@ -219,7 +220,7 @@ class ComplexKeys(Keys):
 
 
 class SwitchableLinear(nn.Linear):
-    r"""A linear layer with keys, bias units, or both: :math:`y = W (x \odot k_t) + b + \mathrm{BIAS}_t`.
+    r"""A linear layer with keys, bias units, adapters: :math:`y = W (x \odot k_t) + b + \mathrm{BIAS}_t`.
 
     Alg. 3 of Wen et al.; without keys it is their Eq. 1. :meth:`convert` converts an ``nn.Linear`` in
     place, so its parameters, its name and all references to it remain valid.
@@ -232,6 +233,7 @@ class SwitchableLinear(nn.Linear):
 
     bias_units: BiasUnits | None
     keys: Keys | None
+    adapters: nn.ModuleDict | None  # of nn.adapters, by kind
     num_open: int | None = None
 
     @staticmethod
@@ -246,8 +248,8 @@ class SwitchableLinear(nn.Linear):
                 if is_parametrized(layer)
                 else SwitchableLinear
             )
-            layer.register_module("bias_units", None)
-            layer.register_module("keys", None)
+            for part in ("bias_units", "keys", "adapters"):
+                layer.register_module(part, None)
         assert isinstance(layer, SwitchableLinear)
         if bias_units is not None:
             bias_units.num_open = layer.num_open
@@ -276,10 +278,20 @@ class SwitchableLinear(nn.Linear):
         """The outputs ``(batch, ..., out)`` of inputs ``(batch, ..., in)``; of the open ones."""
         return self._biased(self.effective_input(input), self._opened(self.weight))
 
+    @staticmethod
+    def aligned(values: Tensor, output: Tensor) -> Tensor:
+        """``(batch, K)`` numbers that broadcast over outputs ``(batch, ..., K)``."""
+        return _aligned(values, output)
+
     def _biased(self, effective: Tensor, weight: Tensor) -> Tensor:
         """The linear map, with the layer's own bias and the active task's."""
         units = self.bias_units
         own = None if self.bias is None else self._opened(self.bias)
+        if self.adapters is not None:
+            output = F.linear(effective, weight, own)
+            for adapter in self.adapters.values():
+                output = adapter(self, effective, output)
+            return output if units is None else output + self.aligned(units(), output)
         if units is None:
             return F.linear(effective, weight, own)
         shift: Tensor = units()

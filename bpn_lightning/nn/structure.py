@@ -37,6 +37,8 @@ SCHEMA = 3
 
 ATTACHMENTS: Mapping[str, Mapping[str, type]] = {
     "bias_units": {"layer": str, "rank": int},
+    "scales": {"layer": str},
+    "low_rank": {"layer": str, "rank": int},
     "keys": {"layer": str, "kind": str},
     "weight_bank": {},
 }
@@ -109,7 +111,7 @@ class Attachment:
     """What a strategy has given to a network.
 
     Args:
-        part: ``bias_units``, ``keys`` or ``weight_bank``.
+        part: ``bias_units``, ``scales``, ``low_rank``, ``keys`` or ``weight_bank``.
         arguments: of the network's method ``attach_<part>``, by name.
     """
 
@@ -131,7 +133,7 @@ class Attachment:
         types = ATTACHMENTS.get(part)
         fits = types is not None and {k: type(v) for k, v in arguments.items()} == types
         sizes = [value for value in arguments.values() if isinstance(value, int)]
-        if not fits or any(not 0 < size < MAX_ARGUMENT for size in sizes):
+        if not fits or any(not 0 <= size < MAX_ARGUMENT for size in sizes):
             raise CheckpointError(
                 f"Expected an attachment to be one of {', '.join(ATTACHMENTS)} with its arguments, but "
                 f"got {dict(record)!r:.120}. The file is damaged or made up."
