@@ -133,7 +133,8 @@ class Attachment:
         types = ATTACHMENTS.get(part)
         fits = types is not None and {k: type(v) for k, v in arguments.items()} == types
         sizes = [value for value in arguments.values() if isinstance(value, int)]
-        if not fits or any(not 0 <= size < MAX_ARGUMENT for size in sizes):
+        least = 0 if part == "bias_units" else 1  # a bias of rank 0 has no factorization
+        if not fits or any(not least <= size < MAX_ARGUMENT for size in sizes):
             raise CheckpointError(
                 f"Expected an attachment to be one of {', '.join(ATTACHMENTS)} with its arguments, but "
                 f"got {dict(record)!r:.120}. The file is damaged or made up."
