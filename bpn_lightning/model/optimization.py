@@ -126,7 +126,8 @@ class Optimization:
         parameters: Any = self.parameters()
         if self.lr_of:
             parameters = [
-                {"params": own, **({"lr": self.lr_of[name]} if name in self.lr_of else {})}
+                {"name": name, "params": own}
+                | ({"lr": self.lr_of[name]} if name in self.lr_of else {})
                 for name, own in groups.items()
                 if own
             ]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from fits import trainer_of
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from bpn_lightning import ContinualModule
@@ -317,6 +319,35 @@ def test_a_group_moves_by_its_rate(fit: Fit) -> None:
     moved = [n for n, value in start.items() if n != "rates" and not torch.equal(value, only[n])]
     assert moved == ["backbone.1.bias_units.W", "head.bias_units.W"]
     assert only["rates"].tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("reset_optimizer", ["always", "never"])
+def test_lightning_logs_rates_by_the_names_of_groups(reset_optimizer: str, fit: Fit) -> None:
+    """Also where the first task has a group that later tasks have not."""
+    rates: dict[str, list[float]] = {}
+
+    class Log(CSVLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            for name, value in metrics.items():
+                if name.startswith("lr-"):
+                    rates.setdefault(name, []).append(value)
+
+    fit(
+        [BitFit(), LearningRateMonitor(logging_interval="step")],
+        stream=digits(num_tasks=2, reset_optimizer=reset_optimizer),
+        backbone=MLP([16]),
+        train="modes",
+        train_first="all",
+        lr_of={"modes": 0.5},
+        trainer={"logger": Log("."), "log_every_n_steps": 1},
+    )
+    assert {name: set(values) for name, values in rates.items()} == {
+        "lr-SGD/core": {0.05},
+        "lr-SGD/modes": {0.5},
+        "lr-SGD/head": {0.05},
+    }
+    if reset_optimizer == "always":
+        assert len(rates["lr-SGD/core"]) < len(rates["lr-SGD/head"])
 
 
 def test_rates_of_nothing_are_refused(fit: Fit) -> None:
