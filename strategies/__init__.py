@@ -8,6 +8,7 @@ from bpn_lightning.strategies import table
 if TYPE_CHECKING:
     from bpn_lightning.strategies.base import ContinualStrategy
     from bpn_lightning.strategies.bd import BeneficialPerturbation
+    from bpn_lightning.strategies.bitfit import BitFit
     from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
     from bpn_lightning.strategies.ewc import EWC
     from bpn_lightning.strategies.finetune import FineTuning
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from bpn_lightning.strategies.gates.ranpac import RanPAC
     from bpn_lightning.strategies.gates.slda import SLDA
     from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
+    from bpn_lightning.strategies.ia3 import IA3
     from bpn_lightning.strategies.imm import IncrementalMomentMatching
     from bpn_lightning.strategies.joint import JointTraining
+    from bpn_lightning.strategies.lora import LoRA
     from bpn_lightning.strategies.lwf import LearningWithoutForgetting
     from bpn_lightning.strategies.mas import MemoryAwareSynapses
     from bpn_lightning.strategies.psp import ParameterSuperposition
@@ -29,11 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EWC",
+    "IA3",
     "SLDA",
     "SLNID",
     "STRATEGIES",
     "AveragedGEM",
     "BeneficialPerturbation",
+    "BitFit",
     "ContinualStrategy",
     "EncoderBasedLifelongLearning",
     "FeCAM",
@@ -43,6 +48,7 @@ __all__ = [
     "IndependentNetworks",
     "JointTraining",
     "LearningWithoutForgetting",
+    "LoRA",
     "MemoryAwareSynapses",
     "NearestClassMean",
     "ParameterSuperposition",

@@ -136,7 +136,7 @@ class BeneficialPerturbation(ContinualStrategy):
 
     def configure(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Attach bias units to the selected layers."""
-        names = host.network.layers_for_bias_units(self.layers)
+        names = host.network.layers_for("bias_units", self.layers)
         self.units = {name: host.network.attach_bias_units(name, self.rank) for name in names}
         for units in self.units.values():
             # Before DDP wraps the module, which would wait for the gradients of frozen parameters.

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from bpn_lightning.costs import DeclaredBytes, HeldTensors, tensor_bytes
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.host import ContinualHost
-from bpn_lightning.nn.layers import WeightBank
+from bpn_lightning.nn.weight_bank import WeightBank
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualStream, Task

@@ -10,6 +10,7 @@ import pytest
 
 from bpn_lightning.conformance.cases import Case
 from bpn_lightning.strategies.bd import BeneficialPerturbation
+from bpn_lightning.strategies.bitfit import BitFit
 from bpn_lightning.strategies.gates.base import TaskGate
 
 __all__ = [
@@ -90,12 +91,12 @@ def trains_on_other_tasks(case: Case) -> str:
 
 
 def is_alone(case: Case) -> str:
-    """It composes with nothing, or is bd itself."""
+    """It composes with nothing, or has bias units itself."""
     exclusive = case.which(lambda part: part.strategy.exclusive)
-    has_bd = case.which(lambda part: issubclass(part.strategy, BeneficialPerturbation))
+    has_units = case.which(lambda part: issubclass(part.strategy, BeneficialPerturbation | BitFit))
     if exclusive:
         return f"exclusive of {exclusive} is True"
-    return has_bd and f"{has_bd} is bd already"
+    return has_units and f"{has_units} has bias units already"
 
 
 def has_no_gate(case: Case) -> str:

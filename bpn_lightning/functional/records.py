@@ -111,8 +111,10 @@ def logits_of(module: nn.Module, inputs: Tensor, tasks: Tensor | None) -> Tensor
 
 
 def _has_closed_form(layer: nn.Module) -> bool:
-    """Check the exact type: a subclass may override forward. Bias units only shift what it computes."""
+    """Check the exact type: a subclass may override forward. All but scales only adds to what it computes."""
     kind = plain_class(layer)
+    if "scales" in (getattr(layer, "adapters", None) or ()):
+        return False
     if kind is nn.Conv2d:
         keyless = getattr(layer, "keys", None) is None
         return keyless and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

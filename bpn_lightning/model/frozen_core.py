@@ -15,8 +15,10 @@ from bpn_lightning.tasks import Task
 
 __all__ = ["FrozenCore", "Overtaken", "Trains"]
 
-Trains = Literal["all", "modes"]
-"""What a task trains: everything, or its mode and its own rows of the head."""
+Trains = Literal["all", "modes", "head"]
+"""What a task trains: everything, its mode and its own rows of the head, or these rows alone."""
+
+CHOICES: tuple[Trains, ...] = ("all", "modes", "head")
 
 
 class FrozenCore:
@@ -41,12 +43,12 @@ class FrozenCore:
     def __init__(
         self, network: ContinualNetwork, train: Trains, train_first: Trains | None
     ) -> None:
-        check_choice("train", train, ("all", "modes"))
-        check_choice("train_first", train_first, (None, "all", "modes"))
-        if train == "all" and train_first == "modes":
+        check_choice("train", train, CHOICES)
+        check_choice("train_first", train_first, (None, *CHOICES))
+        if train_first not in (None, "all", train):
             raise ConfigurationError(
-                "Expected train_first to be 'all' where train is 'all', but got 'modes'. Set train to "
-                "'modes', or leave train_first out."
+                f"Expected train_first to be 'all' where train is {train!r}, but got {train_first!r}. Set "
+                f"train to {train_first!r}, or leave train_first out."
             )
         self.network = network
         self.train = train
@@ -61,7 +63,7 @@ class FrozenCore:
 
     def freezes(self, task: int) -> bool:
         """Whether a task leaves what tasks share as it is."""
-        return (self.train_first if task == 0 else self.train) == "modes"
+        return (self.train_first if task == 0 else self.train) != "all"
 
     def begin_task(self, task: int) -> bool:
         """Freeze what a task that opens leaves as it is; whether that changed anything."""
@@ -107,15 +109,26 @@ class FrozenCore:
                 why = "trains on other tasks' data" if mixes else "works on the shared weights"
                 raise ConfigurationError(
                     f"Expected train to be 'all' with {type(strategy).__name__}, which {why}, but got "
-                    "'modes', which freezes all but a task's mode and its own rows of the head. Set train "
-                    "to 'all', or leave the strategy out."
+                    f"{self.train!r}, which freezes all but a task's {self._trained}. Set train to 'all', or "
+                    "leave the strategy out."
                 )
         own = [p for part in network.task_modules() for p in part.parameters() if p.requires_grad]
+        if self.train == "head" and own:
+            raise ConfigurationError(
+                "Expected train to be 'modes' with strategies that train a mode, but got 'head', which trains "
+                "a task's rows of the head alone. Set train to 'modes', or leave these strategies out."
+            )
         if network.mask == "shared" and not own:
             raise ConfigurationError(
-                "Expected a mode to train where train is 'modes' and all tasks share the head, but the "
-                "network has no bias units. Add the strategy bd, or set train to 'all'."
+                f"Expected something to train where train is {self.train!r} and all tasks share the head, but "
+                "the network has no modes. Set train to 'modes' and add a strategy with modes (bitfit, ia3, lora, "
+                "bd), or set train to 'all'."
             )
+
+    @property
+    def _trained(self) -> str:
+        mode = "" if self.train == "head" else "mode and its "
+        return f"{mode}own rows of the head"
 
 
 class Overtaken:

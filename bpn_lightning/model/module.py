@@ -63,6 +63,9 @@ class ContinualModule(HookNameAsPlainAttribute):
             process, so that each image goes through the front once; 0 for none. Augmented images, and
             tasks whose features do not fit, go through it each time.
         optimizer: called with the parameters at the start of every task (LightningCLI's convention).
+        lr_of: learning rates of their own for parameters of ``modes`` (bias units, scales, low-rank
+            products), of the ``head`` and of the ``core`` (all others), by these names: groups of the
+            optimizer, which is then called with them.
         scheduler: called with the optimizer at the same moments. Its ``num_steps``, ``total_steps``,
             ``T_max`` or ``total_iters``, if it has no value, not even a default, or -1, is the number of
             times that it will step.
@@ -73,8 +76,9 @@ class ContinualModule(HookNameAsPlainAttribute):
         mask: the columns of the head that take part: ``all`` from the first task on (single head),
             ``seen`` (classes of the tasks opened so far), ``task`` (multi-head: the mode's own), or
             ``shared`` (every task has the same classes).
-        train: what a task trains: ``all``, or its ``modes`` alone: bias units and its own rows of the head,
-            while backbone and running statistics, and a head that all tasks share, are frozen.
+        train: what a task trains: ``all``, or its ``modes`` alone: its mode and its own rows of the head, or
+            its rows of the ``head`` alone. Backbone and running statistics, and a head that all tasks
+            share, are frozen in both.
         train_first: the same of the stream's first task, so that a core is learned whole and then frozen;
             None: as ``train``.
         reserve_classes: columns of the head, if more than the stream has classes; with the mask ``all``
@@ -114,6 +118,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         front: Front | None = None,
         front_cache_gb: float = 2.0,
         optimizer: OptimizerCallable = sgd,
+        lr_of: dict[str, float] | None = None,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
@@ -135,7 +140,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.host = Host(self, self.network, loss, core, front_cache_gb)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
-            self.host, optimizer, scheduler, scheduler_interval, scheduler_monitor
+            self.host, optimizer, scheduler, scheduler_interval, scheduler_monitor, lr_of
         )
         self.step = Step(self.host, self.optimization, self.history.settling)
         self.task_loop = TaskLoop(

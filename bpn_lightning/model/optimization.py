@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from bpn_lightning.checks import check_choice, check_number
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.host import Host
 from bpn_lightning.nn.layers import BiasUnits
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from bpn_lightning.datamodules.base import ContinualDataModule
     from bpn_lightning.datamodules.loading import TrainLoader
 
-__all__ = ["Optimization", "sgd"]
+__all__ = ["GROUPS", "Optimization", "sgd"]
+
+GROUPS = ("core", "modes", "head")
+"""Which parameters may have a learning rate of their own, in the order of the optimizer's groups."""
 
 
 def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
@@ -44,6 +48,7 @@ class Optimization:
         scheduler: called with the optimizer; see :func:`~bpn_lightning.trainer.schedulers.build_scheduler`.
         interval: whether the scheduler steps after every update or every epoch.
         monitor: the loss that a ``ReduceLROnPlateau`` takes after every epoch.
+        lr_of: learning rates by the names of :data:`GROUPS`.
 
     Attributes:
         plateau: the loss that decides over the learning rate, if one does.
@@ -61,6 +66,7 @@ class Optimization:
         scheduler: LRSchedulerCallable | None,
         interval: Literal["step", "epoch"],
         monitor: Literal["val/loss", "train/loss"] | None,
+        lr_of: Mapping[str, float] | None = None,
     ) -> None:
         if interval not in ("step", "epoch"):
             raise ConfigurationError(
@@ -71,8 +77,12 @@ class Optimization:
                 f"Expected scheduler_monitor to be one of {', '.join(MONITORS)}, but got "
                 f"{monitor!r}. null takes the validation loss where a part is held out."
             )
+        for name, rate in (lr_of or {}).items():
+            check_choice("a name in lr_of", name, GROUPS)
+            check_number(f"lr_of[{name!r}]", rate, "It is the learning rate of these parameters.")
         self.host = host
         self.optimizer = optimizer
+        self.lr_of = dict(lr_of or {})
         self.scheduler = scheduler
         self.interval = interval
         self.monitor = monitor
@@ -104,10 +114,25 @@ class Optimization:
         """A fresh one, over everything trainable but M, whatever the phase.
 
         Raises:
-            ConfigurationError: the optimizer does not take its arguments.
+            ConfigurationError: the optimizer does not take its arguments, or a learning rate is for modes
+                that the network has not.
         """
+        groups = self._groups()
+        if "modes" in self.lr_of and not groups["modes"]:
+            raise ConfigurationError(
+                "Expected lr_of to name parameters that there are, but got 'modes', and the network has no "
+                "modes that the optimizer trains. Leave it out, or add a strategy such as bitfit or lora."
+            )
+        parameters: Any = self.parameters()
+        if self.lr_of:
+            parameters = [
+                {"name": name, "params": own}
+                | ({"lr": self.lr_of[name]} if name in self.lr_of else {})
+                for name, own in groups.items()
+                if own
+            ]
         try:
-            return self.optimizer(self.parameters())
+            return self.optimizer(parameters)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"Expected optimizer to take the parameters and its arguments, but it raised "
@@ -116,9 +141,25 @@ class Optimization:
 
     def parameters(self) -> list[nn.Parameter]:
         """What the network's optimizer is over, in its order."""
+        if self.lr_of:
+            return [p for own in self._groups().values() for p in own]
+        return [p for _, p in self._trained()]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
         network = self.host.network
         outside = {id(part.M) for part in network.modules() if isinstance(part, BiasUnits)}
-        return [p for p in network.parameters() if p.requires_grad and id(p) not in outside]
+        named = network.named_parameters()
+        return [(name, p) for name, p in named if p.requires_grad and id(p) not in outside]
+
+    def _groups(self) -> dict[str, list[nn.Parameter]]:
+        """What the optimizer is over, by the names of :data:`GROUPS`."""
+        modes = {id(p) for part in self.host.network.task_modules() for p in part.parameters()}
+        found: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+        for name, parameter in self._trained():
+            own = "modes" if id(parameter) in modes else "core"
+            own = "head" if own == "core" and name.startswith("head.") else own
+            found[own].append(parameter)
+        return found
 
     def _scheduler_lengths(self) -> tuple[int, int]:
         """How often a scheduler steps until its optimizer is replaced: this one, and the longest."""

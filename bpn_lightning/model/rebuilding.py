@@ -15,10 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.model.front import rebuild_front
+from bpn_lightning.nn.attaching import numbers_per_task
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.nn.structure import Attachment, Structure
-from bpn_lightning.nn.switching import number_of_biases
 
 __all__ = ["MAX_INPUT", "rebuild"]
 
@@ -90,8 +90,10 @@ def _attached_bytes(network: ContinualNetwork, attachment: Attachment) -> int:
         width = 1 if arguments["kind"] == "binary" else 4
         size: int = layer.weight[0].numel() * getattr(layer, "groups", 1)
         return width * tasks * size
-    rank, out = int(arguments["rank"]), number_of_biases(layer)
-    return 4 * (rank + rank * out + tasks * out)
+    rank = int(arguments.get("rank", 0))
+    row = numbers_per_task(attachment.part, layer, rank)
+    live = rank + rank * row if attachment.part == "bias_units" and rank else row
+    return 4 * (live + tasks * row)
 
 
 def _refuse_more(what: str, needed: int, held: int) -> None:

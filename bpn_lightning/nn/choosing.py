@@ -96,7 +96,7 @@ def chosen_layers(
     without = [f"{name} (by {undone[name]})" for name in dict.fromkeys(found) if name in undone]
     if without:
         warnings.warn(
-            f"A bias before a normalization of batches is taken away again in training: of {listed(without)}. "
+            f"A bias or a scale before a normalization of batches is taken away again in training: of {listed(without)}. "
             "Name the normalization in layers instead.",
             stacklevel=2,
         )
@@ -109,26 +109,34 @@ def _kind_name(part: nn.Module) -> str:
 
 
 def default_layers(
-    backbone: nn.Module, known: Mapping[str, nn.Module], undone: Mapping[str, str]
+    backbone: nn.Module, known: Mapping[str, nn.Module], part: str, undone: Mapping[str, str]
 ) -> list[str]:
     """Every linear, convolutional and attention layer, or the batch normalization right behind it.
 
-    Layers of classes that are not known are named in a warning.
+    Layers that cannot have the part, or are of classes that are not known, are named in a warning.
 
     Args:
         backbone: the network below the head.
         known: the layers that there are to choose from.
+        part: what the layers are to have, for the message.
         undone: what :func:`undone_shifts` found.
     """
-    names = [name for name, part in known.items() if _kind_name(part) in DEFAULT_KINDS]
-    unknown = unknown_layers(backbone)
-    if unknown:
-        warnings.warn(
-            f"The layers {listed(unknown)} have weights, but no biases of the tasks, because their "
-            "classes are not torch's own. Name the layers that are to have some in layers, which "
-            "takes this warning away.",
-            stacklevel=2,
-        )
+    names = [name for name, layer in known.items() if _kind_name(layer) in DEFAULT_KINDS]
+    unable = [
+        f"{name} ({type(layer).__name__})"
+        for name, layer in backbone.named_modules(prefix="backbone")
+        if name not in known and _kind_name(layer) in DEFAULT_KINDS
+    ]
+    for without, why in (
+        (unable, "they cannot have any"),
+        (unknown_layers(backbone), "their classes are not torch's own"),
+    ):
+        if without:
+            warnings.warn(
+                f"The layers {listed(without)} have weights, but no {part} of the tasks, because {why}. "
+                "Name the layers that are to have some in layers, which takes this warning away.",
+                stacklevel=2,
+            )
     return list(dict.fromkeys(undone.get(name, name) for name in names))
 
 

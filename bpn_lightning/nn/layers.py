@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ __all__ = [
     "Keys",
     "SwitchableLinear",
     "TaskModule",
-    "WeightBank",
     "effective_input",
     "evaluation_mode",
     "full_precision",
@@ -77,12 +75,12 @@ class BiasUnits(TaskModule):
 
     Args:
         num_tasks: T, number of tasks of the stream.
-        rank: H, the width of the factorization.
+        rank: H, the width of the factorization; 0: none, W is the bias itself.
         out_features: K, outputs of the layer.
 
     State:
-        M ``(1, H)`` and W ``(H, K)``, parameters; ``bank`` ``(T, K)``, the frozen biases, 4 K bytes per
-        task; the task in training, if any.
+        M ``(1, H)`` and W ``(H, K)``, or ``(1, K)`` without a factorization, parameters; ``bank`` ``(T,
+        K)``, the frozen biases, 4 K bytes per task; the task in training, if any.
     """
 
     bank: Tensor
@@ -90,7 +88,7 @@ class BiasUnits(TaskModule):
     def __init__(self, num_tasks: int, rank: int, out_features: int) -> None:
         super().__init__(num_tasks)
         self.M = nn.Parameter(torch.zeros(1, rank))
-        self.W = nn.Parameter(torch.zeros(rank, out_features))
+        self.W = nn.Parameter(torch.zeros(max(rank, 1), out_features))
         self.register_buffer("bank", torch.zeros(num_tasks, out_features))
         self.live: int | None = None
         self.num_open: int | None = None  # outputs that are computed, of a head; None: all
@@ -128,11 +126,12 @@ class BiasUnits(TaskModule):
                 self.W.zero_()
 
     def product(self) -> Tensor:
-        """M W, shape ``(1, K)``, of the open outputs."""
-        if self.num_open is None or self.num_open == self.W.shape[1]:
-            return self.M @ self.W
-        # Contiguous, so that the last bits do not depend on how many outputs are closed.
-        return self.M @ self.W[:, : self.num_open].contiguous()
+        """M W, or W where there is no M, shape ``(1, K)``, of the open outputs."""
+        w: Tensor = self.W
+        if self.num_open is not None and self.num_open < w.shape[1]:
+            # Contiguous, so that the last bits do not depend on how many outputs are closed.
+            w = w[:, : self.num_open].contiguous()
+        return self.M @ w if self.M.shape[1] else w
 
     def forward(self) -> Tensor:
         """The bias of the active task: ``(1, K)``, or ``(batch, K)`` with one task ID per sample."""
@@ -220,114 +219,8 @@ class ComplexKeys(Keys):
         self.bank = torch.zeros(num_tasks, size)
 
 
-class WeightBank(TaskModule):
-    """A complete set of weights per task, of which one is loaded in the network at a time.
-
-    Tasks that were never started use the initial weights.
-
-    Args:
-        num_tasks: number of tasks of the stream.
-        network: its parameters and buffers below ``parts`` are exchanged in place.
-        parts: names of its children.
-
-    State:
-        the weights of each learned task and the initial ones, as plain tensors, because DDP would
-        broadcast buffers at every forward pass.
-    """
-
-    per_sample = False
-
-    def __init__(self, num_tasks: int, network: nn.Module, parts: tuple[str, ...]) -> None:
-        super().__init__(num_tasks)
-        self._network = (network,)  # in a tuple, so that it is not registered as a submodule
-        self.parts = parts
-        self.beginning: dict[str, Tensor] = {}
-        self.learned: dict[int, dict[str, Tensor]] = {}
-        self.live: int | None = None
-        self.inside = 0  # the task whose weights are loaded
-
-    def begin(self) -> None:
-        """Store the network's weights as the initial weights of all tasks."""
-        self.beginning = self._copy()
-
-    def start(self, task_id: int) -> None:
-        """Start training a task, with the initial weights."""
-        self._write(self.beginning)
-        self.live = self.inside = task_id
-
-    def freeze(self) -> None:
-        """Store the weights of the task in training, and end its training."""
-        if self.live is not None:
-            self.learned[self.live] = self._copy()
-            self.live = None
-
-    def switch(self, task: int | Tensor) -> None:
-        """Load the weights of a task into the network.
-
-        Raises:
-            TypeError: one task ID per sample is given; the network runs such batches task by task.
-        """
-        if isinstance(task, Tensor):
-            raise TypeError("A weight bank needs one task ID for the whole batch.")
-        super().switch(task)
-        if task == self.inside or not self.beginning:
-            return
-        if self.inside == self.live:
-            self.learned[self.live] = self._copy()
-        self._write(self.learned.get(task, self.beginning))
-        if task == self.live:
-            del self.learned[task]
-        self.inside = task
-
-    def forget(self, task_id: int) -> None:
-        """Delete a task's weights; where they are loaded, the next :meth:`switch` loads others."""
-        self.learned.pop(task_id, None)
-        if self.inside == task_id:
-            self.inside = -1  # those of no task
-
-    def grow(self, num_tasks: int) -> None:
-        """Make room for more tasks, and for the classes that the network has by now."""
-        super().grow(num_tasks)
-        larger = self._tensors()
-        for weights in (self.beginning, *self.learned.values()):
-            for name, value in weights.items():
-                if value.shape != larger[name].shape:
-                    weights[name] = grown(value, larger[name])
-
-    def _tensors(self) -> dict[str, Tensor]:
-        children = [(part, getattr(self._network[0], part)) for part in self.parts]
-        return {
-            f"{part}.{name}": tensor
-            for part, child in children
-            for name, tensor in chain(child.named_parameters(), child.named_buffers())
-        }
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
-
-    def _write(self, values: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(values[name])
-        torch.clear_autocast_cache()  # it contains the previous weights in half precision
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """All sets of weights, and the ID of the loaded one."""
-        return {
-            "beginning": self.beginning,
-            "learned": dict(self.learned),
-            "live": self.live,
-            "inside": self.inside,
-        }
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the result of :meth:`get_extra_state`; the network's own weights are loaded separately."""
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
 class SwitchableLinear(nn.Linear):
-    r"""A linear layer with keys, bias units, or both: :math:`y = W (x \odot k_t) + b + \mathrm{BIAS}_t`.
+    r"""A linear layer with keys, bias units, adapters: :math:`y = W (x \odot k_t) + b + \mathrm{BIAS}_t`.
 
     Alg. 3 of Wen et al.; without keys it is their Eq. 1. :meth:`convert` converts an ``nn.Linear`` in
     place, so its parameters, its name and all references to it remain valid.
@@ -340,6 +233,7 @@ class SwitchableLinear(nn.Linear):
 
     bias_units: BiasUnits | None
     keys: Keys | None
+    adapters: nn.ModuleDict | None  # of nn.adapters, by kind
     num_open: int | None = None
 
     @staticmethod
@@ -354,8 +248,8 @@ class SwitchableLinear(nn.Linear):
                 if is_parametrized(layer)
                 else SwitchableLinear
             )
-            layer.register_module("bias_units", None)
-            layer.register_module("keys", None)
+            for part in ("bias_units", "keys", "adapters"):
+                layer.register_module(part, None)
         assert isinstance(layer, SwitchableLinear)
         if bias_units is not None:
             bias_units.num_open = layer.num_open
@@ -384,10 +278,20 @@ class SwitchableLinear(nn.Linear):
         """The outputs ``(batch, ..., out)`` of inputs ``(batch, ..., in)``; of the open ones."""
         return self._biased(self.effective_input(input), self._opened(self.weight))
 
+    @staticmethod
+    def aligned(values: Tensor, output: Tensor) -> Tensor:
+        """``(batch, K)`` numbers that broadcast over outputs ``(batch, ..., K)``."""
+        return _aligned(values, output)
+
     def _biased(self, effective: Tensor, weight: Tensor) -> Tensor:
         """The linear map, with the layer's own bias and the active task's."""
         units = self.bias_units
         own = None if self.bias is None else self._opened(self.bias)
+        if self.adapters is not None:
+            output = F.linear(effective, weight, own)
+            for adapter in self.adapters.values():
+                output = adapter(self, effective, output)
+            return output if units is None else output + self.aligned(units(), output)
         if units is None:
             return F.linear(effective, weight, own)
         shift: Tensor = units()

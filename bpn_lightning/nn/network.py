@@ -1,37 +1,26 @@
 """A network whose mode follows the task: one backbone, one wide head, and bias units on its layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
-from bpn_lightning.nn.attaching import make_keys
-from bpn_lightning.nn.choosing import chosen_layers, default_layers, named_layer, undone_shifts
-from bpn_lightning.nn.execution import compiled_in_place, leave_fast_paths, mixing_samples
+from bpn_lightning.nn.attaching import NetworkOfLayers
+from bpn_lightning.nn.execution import compiled_in_place, mixing_samples
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.head import draw_rows, empty_head, grow_head
 from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork, closed_columns_added
-from bpn_lightning.nn.layers import (
-    BiasUnits,
-    Keys,
-    SwitchableLinear,
-    TaskModule,
-    WeightBank,
-    is_linear,
-)
-from bpn_lightning.nn.structure import Attachment, Structure, check_mask, check_reserved
-from bpn_lightning.nn.switching import SwitchableConv, add_parts, kind_of, number_of_biases
-from bpn_lightning.tasks import ContinualStream, Mask, Task, dry_inputs
+from bpn_lightning.nn.structure import Structure, check_mask, check_reserved
+from bpn_lightning.tasks import ContinualStream, Mask, Task
 
 __all__ = ["ContinualNetwork"]
 
 
-class ContinualNetwork(nn.Module):
+class ContinualNetwork(NetworkOfLayers):
     """All that answers: plain torch, without a trainer, a stream or a strategy.
 
     Checkpoints and exports hold its ``state_dict`` and its ``structure``; ``copy.deepcopy`` copies it.
@@ -72,20 +61,15 @@ class ContinualNetwork(nn.Module):
         self.reserve_classes = reserve_classes
         self.front = front
         self.backbone = compiled_in_place(backbone)
-        self.head: SwitchableLinear | None = None
-        self.weight_bank: WeightBank | None = None
+        self.head = None
+        self.weight_bank = None
         self.structure = Structure(check_mask(mask))
         self.opened = -1
         self.closed = -1
         self.mode: int | Tensor = 0
-        self._mixing: list[str] | None = None  # layers that mix samples; None: not known yet
+        self._mixing = None  # layers that mix samples; None: not known yet
 
     # --- structure -------------------------------------------------------------------------------
-
-    @property
-    def tasks(self) -> Sequence[Task]:
-        """The tasks of the stream."""
-        return self.structure.tasks
 
     @property
     def mask(self) -> Mask:
@@ -165,120 +149,6 @@ class ContinualNetwork(nn.Module):
         self.structure.tasks, self.structure.num_classes = tasks, num_classes
         self.switch(self.mode)
 
-    def linear_layers(self) -> dict[str, nn.Linear]:
-        """Every fully connected layer by name, the head among them."""
-        layers = {
-            name: part
-            for name, part in self.backbone.named_modules(prefix="backbone")
-            if is_linear(part)
-        }
-        return {**cast(dict[str, nn.Linear], layers), "head": self.built_head}
-
-    def switchable_layers(self) -> dict[str, nn.Module]:
-        """Every layer that can have bias units, by name, the head last: see :mod:`.switching`."""
-        parts = self.backbone.named_modules(prefix="backbone")
-        layers = {name: part for name, part in parts if kind_of(part) is not None}
-        return {**layers, "head": self.built_head}
-
-    def layers_for_keys(self, kind: str) -> dict[str, nn.Module]:
-        """Every layer that can have keys: linear, or a convolution, whose keys are binary."""
-        linear: dict[str, nn.Module] = {**self.linear_layers()}
-        if kind == "complex":
-            return linear
-        return {
-            name: part
-            for name, part in self.switchable_layers().items()
-            if name in linear or getattr(kind_of(part), "mixin", None) is SwitchableConv
-        }
-
-    def layers_for_bias_units(self, wanted: Sequence[str] | None) -> list[str]:
-        """The names of the layers that names, wildcards and kinds stand for; None: the default.
-
-        Raises:
-            ConfigurationError: one of them stands for no layer.
-        """
-        known = self.switchable_layers()
-        undone = undone_shifts(self.backbone, known, self._dry_inputs(1))
-        if wanted is None:
-            return default_layers(self.backbone, known, undone)
-        return chosen_layers(wanted, known, "bias units", undone)
-
-    def _dry_inputs(self, count: int) -> Tensor:
-        weight = self.built_head.weight
-        inputs = dry_inputs(self.structure, count, weight.device)
-        return inputs.to(weight.dtype) if inputs.is_floating_point() else inputs
-
-    def attach_bias_units(self, layer: str, rank: int) -> BiasUnits:
-        """Give a layer bias units, or return those that it has.
-
-        Args:
-            layer: its name.
-            rank: of the units, H.
-
-        Raises:
-            ConfigurationError: there is no such layer, or it has units of another rank.
-        """
-        part = named_layer(layer, self.switchable_layers(), "bias units")
-        units: BiasUnits | None = getattr(part, "bias_units", None)
-        if units is None:
-            units = BiasUnits(len(self.tasks), rank, number_of_biases(part))
-            add_parts(part, bias_units=units.to(self.built_head.weight.device))
-            leave_fast_paths(self.backbone)
-            self._note("bias_units", layer=layer, rank=rank)
-        if units.M.shape[1] != rank:
-            raise ConfigurationError(
-                f"Expected rank to be {units.M.shape[1]}, as in the bias units that layer "
-                f"{layer} has, but got {rank}."
-            )
-        return units
-
-    def attach_keys(self, layer: str, kind: str) -> Keys:
-        """Give a linear layer or a convolution keys, or return those that it has.
-
-        Args:
-            layer: its name; convolutions have binary keys only.
-            kind: ``binary``, or ``complex``, which makes the layer's weights complex too.
-
-        Raises:
-            ConfigurationError: there is no such layer, or it has keys of the other kind.
-        """
-        part = named_layer(layer, self.layers_for_keys(kind), "keys")
-        keys: Keys | None = getattr(part, "keys", None)
-        if keys is None:
-            keys = make_keys(layer, part, kind, len(self.tasks), layer == "head")
-            leave_fast_paths(self.backbone)
-            self._note("keys", layer=layer, kind=kind)
-        if keys.kind != kind:
-            raise ConfigurationError(
-                f"Expected keys to be {keys.kind!r}, as those that layer {layer} has, but got {kind!r}."
-            )
-        return keys
-
-    def attach_weight_bank(self) -> WeightBank:
-        """Keep a whole set of weights for every task, or return the bank that does."""
-        if self.weight_bank is None:
-            self.weight_bank = WeightBank(len(self.tasks), self, ("backbone", "head"))
-            self._note("weight_bank")
-        return self.weight_bank
-
-    def _note(self, part: str, **arguments: Any) -> None:
-        self._mixing = None
-        self.structure.attached.append(Attachment(part, arguments))
-
-    @property
-    def built_head(self) -> SwitchableLinear:
-        """The head, where there is one.
-
-        Raises:
-            ConfigurationError: the module knows no stream yet.
-        """
-        if self.head is None:
-            raise ConfigurationError(
-                "Expected the module to know its stream, but it has no head yet. Call "
-                "trainer.fit(module, stream), module.attach(stream) or load a checkpoint first."
-            )
-        return self.head
-
     @property
     def num_open(self) -> int:
         """How many of the head's columns are open: it computes them, from the first on."""
@@ -311,10 +181,6 @@ class ContinualNetwork(nn.Module):
             return tensor[:, : self.num_open].contiguous()
         by_column = name.removeprefix("head.") in dict(head.named_parameters(recurse=False))
         return tensor[: self.num_open] if by_column else tensor
-
-    def task_modules(self) -> list[TaskModule]:
-        """The parts that hold something for every task."""
-        return [part for part in self.modules() if isinstance(part, TaskModule)]
 
     def shared_parameters(self, include_head: bool) -> dict[str, nn.Parameter]:
         """The trainable parameters that tasks share, by name; never those of bias units."""

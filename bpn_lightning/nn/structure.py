@@ -40,6 +40,8 @@ MOST_RESERVED = 1_000_000
 
 ATTACHMENTS: Mapping[str, Mapping[str, type]] = {
     "bias_units": {"layer": str, "rank": int},
+    "scales": {"layer": str},
+    "low_rank": {"layer": str, "rank": int},
     "keys": {"layer": str, "kind": str},
     "weight_bank": {},
 }
@@ -117,7 +119,7 @@ class Attachment:
     """What a strategy has given to a network.
 
     Args:
-        part: ``bias_units``, ``keys`` or ``weight_bank``.
+        part: ``bias_units``, ``scales``, ``low_rank``, ``keys`` or ``weight_bank``.
         arguments: of the network's method ``attach_<part>``, by name.
     """
 
@@ -139,7 +141,8 @@ class Attachment:
         types = ATTACHMENTS.get(part)
         fits = types is not None and {k: type(v) for k, v in arguments.items()} == types
         sizes = [value for value in arguments.values() if isinstance(value, int)]
-        if not fits or any(not 0 < size < MAX_ARGUMENT for size in sizes):
+        least = 0 if part == "bias_units" else 1  # a bias of rank 0 has no factorization
+        if not fits or any(not least <= size < MAX_ARGUMENT for size in sizes):
             raise CheckpointError(
                 f"Expected an attachment to be one of {', '.join(ATTACHMENTS)} with its arguments, but "
                 f"got {dict(record)!r:.120}. The file is damaged or made up."

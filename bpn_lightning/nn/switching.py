@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
+from bpn_lightning.nn.adapters import Adapter
 from bpn_lightning.nn.layers import BiasUnits, Keys, SwitchableLinear, is_linear
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 
 
 class Switchable(nn.Module):
-    """What a layer of torch becomes: itself, with the active task's biases added to its output.
+    """What a layer of torch becomes: itself, with the active task's adapters and biases on its output.
 
     :func:`add_parts` derives a class of this one and of the layer's own, and gives it to the layer in
     place: parameters, names and references remain valid.
@@ -36,21 +37,35 @@ class Switchable(nn.Module):
     Attributes:
         bias_units: they add one number per channel or feature.
         keys: of a convolution only.
+        adapters: by kind; see :mod:`.adapters`.
     """
 
     #: The layer's class before.
     plain: ClassVar[type[nn.Module]]
     bias_units: BiasUnits | None
     keys: Keys | None
+    adapters: nn.ModuleDict | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer makes of its inputs, shifted."""
+        """What the layer makes of its inputs, adapted and shifted."""
         output = super().forward(*args, **kwargs)
+        if self.adapters is not None:
+            output = self.adapted(args[0] if args else None, output)
         return output if self.bias_units is None else self.shifted(output, self.bias_units())
+
+    def adapted(self, input: Any, output: Any) -> Any:
+        """An output in the active task's mode, before its biases are added."""
+        for adapter in {} if self.adapters is None else self.adapters.values():
+            output = adapter(self, input, output)
+        return output
+
+    def aligned(self, values: Tensor, output: Tensor) -> Tensor:
+        """Numbers ``(1, K)`` or ``(batch, K)`` that broadcast over an output."""
+        raise NotImplementedError
 
     def shifted(self, output: Any, shift: Tensor) -> Any:
         """An output plus biases ``(1, K)``, or ``(batch, K)`` with one task ID per sample."""
-        raise NotImplementedError
+        return output + self.aligned(shift, output)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the classes that this one is derived from, because no module has it by name."""
@@ -87,24 +102,24 @@ def _beside(shift: Tensor, output: Tensor, features: Sequence[int], after: int) 
 class SwitchableFeatures(Switchable):
     """A layer with one bias per feature, the last dimensions of its output: embeddings, layer norms."""
 
-    def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
-        """``(batch, ..., *features)``."""
-        features = getattr(self, "normalized_shape", shift.shape[1:])
-        return output + _beside(shift, output, features, 0)
+    def aligned(self, values: Tensor, output: Tensor) -> Tensor:
+        """Over ``(batch, ..., *features)``."""
+        features = getattr(self, "normalized_shape", values.shape[1:])
+        return _beside(values, output, features, 0)
 
 
 class SwitchableChannels(Switchable):
     """A layer with one bias per channel, the second dimension of its output: batch norms and the like."""
 
-    def shifted(self, output: Tensor, shift: Tensor) -> Tensor:
-        """``(batch, channels, ...)``; of layers that take a single sample also ``(channels, ...)``."""
+    def aligned(self, values: Tensor, output: Tensor) -> Tensor:
+        """Over ``(batch, channels, ...)``; of layers that take a single sample also ``(channels, ...)``."""
         part: Any = self
         after = output.dim() - 2
         if hasattr(part, "kernel_size"):  # a transposed convolution
             after = len(part.kernel_size)
         elif hasattr(part, "_get_no_batch_dim"):  # an instance norm
             after = part._get_no_batch_dim() - 1
-        return output + _beside(shift, output, shift.shape[1:], after)
+        return _beside(values, output, values.shape[1:], after)
 
 
 class SwitchableConv(Switchable):
@@ -128,21 +143,24 @@ class SwitchableConv(Switchable):
                 self.groups, 1, *shape
             )
             weight = by_group.flatten(0, 1)
-        if units is None:
-            return self._conv_forward(input, weight, bias)
-        shift: Tensor = units()
-        if shift.shape[0] == 1:
+        shift: Tensor | None = None if units is None else units()
+        if shift is not None and shift.shape[0] == 1 and self.adapters is None:
             shift = shift[0]
             return self._conv_forward(input, weight, shift if bias is None else bias + shift)
-        output = self._conv_forward(input, weight, bias)
-        return output + _beside(shift, output, shift.shape[1:], output.dim() - 2)
+        output: Tensor = self.adapted(input, self._conv_forward(input, weight, bias))
+        return output if shift is None else output + self.aligned(shift, output)
+
+    def aligned(self, values: Tensor, output: Tensor) -> Tensor:
+        """Over ``(batch, channels, *places)``, or ``(channels, *places)`` of a single sample."""
+        part: Any = self
+        return _beside(values, output, values.shape[1:], len(part.kernel_size))
 
 
 class SwitchableAttention(Switchable):
-    """Attention with biases for the projections of queries, keys and values, and of the output.
+    """Attention with biases and adapters of the projections of queries, keys and values, and of the output.
 
-    There are 4 E of them: those of ``in_proj`` in its order, then those of ``out_proj``. A bias of the
-    keys cancels in the softmax; torch has one too.
+    There are 4 E biases: those of ``in_proj`` in its order, then those of ``out_proj``. A bias of the
+    keys cancels in the softmax; torch has one too. Adapters are called projection by projection.
     """
 
     embed_dim: int
@@ -167,8 +185,7 @@ class SwitchableAttention(Switchable):
             "is_causal": is_causal,
         }
         part: Any = self
-        units = self.bias_units
-        if units is None:
+        if self.bias_units is None and self.adapters is None:
             found: tuple[Tensor, Tensor | None] = super().forward(query, key, value, **options)
             return found
         transposed = part.batch_first and query.dim() == 3
@@ -176,12 +193,14 @@ class SwitchableAttention(Switchable):
             # Torch projects queries, keys and values at once where they are the same object.
             once = {id(one): one.transpose(0, 1) for one in (query, key, value)}
             query, key, value = once[id(query)], once[id(key)], once[id(value)]
-        shift: Tensor = units()
-        attend = self._one_task if shift.shape[0] == 1 else self._many_tasks
-        output, weights = attend(query, key, value, shift, options)
+        shift: Tensor | None = None if self.bias_units is None else self.bias_units()
+        if shift is not None and shift.shape[0] == 1 and self.adapters is None:
+            output, weights = self._folded(query, key, value, shift, options)
+        else:
+            output, weights = self._by_projection((query, key, value), shift, options)
         return (output.transpose(0, 1) if transposed else output), weights
 
-    def _one_task(
+    def _folded(
         self, query: Tensor, key: Tensor, value: Tensor, shift: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Torch's own function, with other biases."""
@@ -195,32 +214,46 @@ class SwitchableAttention(Switchable):
             weights: dict[str, Any] = {}
         else:
             weights = {f"{one}_proj_weight": getattr(part, f"{one}_proj_weight") for one in "qkv"}
-        return self._attend((query, key, value), part.in_proj_weight, into, out, weights, options)
+        inputs, out_weight = (query, key, value), part.out_proj.weight
+        return self._attend(inputs, part.in_proj_weight, into, out_weight, out, weights, options)
 
-    def _many_tasks(
-        self, query: Tensor, key: Tensor, value: Tensor, shift: Tensor, options: dict[str, Any]
+    def _by_projection(
+        self, inputs: Sequence[Tensor], shift: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """The same after projections of each sample's own; torch's are the identity then."""
+        """The same with projections of our own; torch's are the identity then."""
         part: Any = self
         if part._qkv_same_embed_dim:
             weights = part.in_proj_weight.chunk(3)
         else:
             weights = (part.q_proj_weight, part.k_proj_weight, part.v_proj_weight)
         own = (None,) * 3 if part.in_proj_bias is None else part.in_proj_bias.chunk(3)
-        *into, out = shift.chunk(4, 1)  # (batch, E) each, beside (length, batch, E)
-        inputs = (query, key, value)
-        projected = [F.linear(*each) for each in zip(inputs, weights, own, strict=True)]
-        projected = [x + s.to(x.dtype) for x, s in zip(projected, into, strict=True)]
-        identity = torch.eye(self.embed_dim, dtype=query.dtype, device=query.device)
+        shifts = (
+            (None,) * 4 if shift is None else shift.chunk(4, 1)
+        )  # (batch, E) beside (length, batch, E)
+        projected = [
+            self._projected(index, x, weights[index], own[index], shifts[index])
+            for index, x in enumerate(inputs)
+        ]
+        identity = torch.eye(self.embed_dim, dtype=projected[0].dtype, device=projected[0].device)
         same = {f"{one}_proj_weight": identity for one in "qkv"}
-        output, found = self._attend(projected, None, None, part.out_proj.bias, same, options)
-        return output + out.to(output.dtype), found
+        mixed, found = self._attend(projected, None, None, identity, None, same, options)
+        return self._projected(3, mixed, part.out_proj.weight, part.out_proj.bias, shifts[3]), found
+
+    def _projected(
+        self, index: int, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None
+    ) -> Tensor:
+        """One of the four projections: of queries, keys, values or the output."""
+        output = F.linear(x, weight, bias)
+        for adapter in {} if self.adapters is None else self.adapters.values():
+            output = adapter.project(index, x, output)  # type: ignore[operator]
+        return output if shift is None else output + shift.to(output.dtype)
 
     def _attend(
         self,
         inputs: Any,
         in_weight: Tensor | None,
         in_bias: Tensor | None,
+        out_weight: Tensor,
         out_bias: Tensor | None,
         weights: Mapping[str, Tensor],
         options: Mapping[str, Any],
@@ -237,7 +270,7 @@ class SwitchableAttention(Switchable):
             part.bias_v,
             part.add_zero_attn,
             part.dropout,
-            part.out_proj.weight,
+            out_weight,
             out_bias,
             training=self.training,
             use_separate_proj_weight=bool(weights),
@@ -355,33 +388,41 @@ def number_of_biases(layer: nn.Module) -> int:
 
 
 def is_switchable(part: nn.Module) -> bool:
-    """Whether a module is a layer that has bias units or keys."""
+    """Whether a module is a layer that has bias units, keys or adapters."""
     if not isinstance(part, SwitchableLinear | Switchable):
         return False
-    return part.bias_units is not None or part.keys is not None
+    return any(own is not None for own in (part.bias_units, part.keys, part.adapters))
 
 
 def add_parts(
-    layer: nn.Module, bias_units: BiasUnits | None = None, keys: Keys | None = None
+    layer: nn.Module,
+    bias_units: BiasUnits | None = None,
+    keys: Keys | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> None:
-    """Add bias units or keys to a layer of :data:`KINDS` in place, keeping those that it has.
+    """Add what tasks have to a layer of :data:`KINDS` in place, keeping what it has.
 
     Args:
         layer: linear layers and convolutions have keys.
         bias_units: of :func:`number_of_biases`, on the layer's device.
         keys: on the layer's device.
+        adapters: by kind, on the layer's device.
     """
     if isinstance(layer, nn.Linear):
-        SwitchableLinear.convert(layer, bias_units=bias_units, keys=keys)
-        return
-    if not isinstance(layer, Switchable):
+        layer = SwitchableLinear.convert(layer, bias_units=bias_units, keys=keys)
+    elif not isinstance(layer, Switchable):
         kind = kind_of(layer)
         assert kind is not None
         assert kind.mixin is not None
         layer.__class__ = _derived(kind.mixin, type(layer))
-        layer.register_module("bias_units", None)
-        layer.register_module("keys", None)
-    assert isinstance(layer, Switchable)
+        for part in ("bias_units", "keys", "adapters"):
+            layer.register_module(part, None)
+    assert isinstance(layer, SwitchableLinear | Switchable)
+    if adapters:
+        before = {} if layer.adapters is None else dict(layer.adapters.items())
+        layer.adapters = nn.ModuleDict({**before, **adapters})
+    if isinstance(layer, SwitchableLinear):
+        return
     if bias_units is not None:
         layer.bias_units = bias_units
     if keys is not None:
@@ -389,11 +430,18 @@ def add_parts(
 
 
 def switch_replaced(network: nn.Module) -> None:
-    """Make layers switchable that took the place of some that were, and have their bias units.
+    """Make layers switchable that took the place of some that were, and have their parts.
 
     ``nn.SyncBatchNorm.convert_sync_batchnorm``, behind Lightning's ``sync_batchnorm``, makes such layers.
     """
     for part in list(network.modules()):
-        units = getattr(part, "bias_units", None)
-        if isinstance(units, BiasUnits) and not isinstance(part, SwitchableLinear | Switchable):
-            add_parts(part, bias_units=units)
+        if isinstance(part, SwitchableLinear | Switchable):
+            continue
+        children = dict(part.named_children())
+        units, held = (
+            children.get("bias_units"),
+            children.get("adapters", nn.Module()).named_children(),
+        )
+        adapters = {kind: one for kind, one in held if isinstance(one, Adapter)}
+        if isinstance(units, BiasUnits) or adapters:
+            add_parts(part, units if isinstance(units, BiasUnits) else None, adapters=adapters)

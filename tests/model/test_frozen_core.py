@@ -1,6 +1,7 @@
 """A frozen core: what tasks share does not move, and neither do the logits of old tasks in their columns."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import torch
 from fits import trainer_of
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from bpn_lightning import ContinualModule
@@ -18,9 +21,11 @@ from bpn_lightning.nn import MLP
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies import (
     EWC,
+    IA3,
     SLNID,
     AveragedGEM,
     BeneficialPerturbation,
+    BitFit,
     ContinualStrategy,
     EncoderBasedLifelongLearning,
     FineTuning,
@@ -29,6 +34,7 @@ from bpn_lightning.strategies import (
     IndependentNetworks,
     JointTraining,
     LearningWithoutForgetting,
+    LoRA,
     MemoryAwareSynapses,
     NearestClassMean,
     ParameterSuperposition,
@@ -88,13 +94,16 @@ class Kept(ContinualStrategy):
 
 
 def own(name: str) -> bool:
-    return ".bias_units." in name
+    return ".bias_units." in name or ".adapters." in name
 
 
 METHODS: dict[str, Callable[[], Sequence[Callback]]] = {
     "finetune": lambda: [FineTuning()],
     "bd": lambda: [BeneficialPerturbation(4)],
     "bd+ewc": lambda: [BeneficialPerturbation(4), EWC(10.0)],
+    "bitfit": lambda: [BitFit()],
+    "ia3": lambda: [IA3()],
+    "lora": lambda: [LoRA(2)],
     "psp": lambda: [ParameterSuperposition()],
     "gem": lambda: [GradientEpisodicMemory(8)],
     "agem": lambda: [AveragedGEM(8)],
@@ -239,14 +248,115 @@ def test_what_needs_the_core_is_refused_by_name(strategy: Any, why: str, fit: Fi
 
 def test_bad_arguments_are_refused(fit: Fit) -> None:
     with pytest.raises(
-        ConfigurationError, match="Expected train to be one of all, modes, but got 'mod"
+        ConfigurationError, match="Expected train to be one of all, modes, head, but got 'mod"
     ):
         ContinualModule(network(), train="mode")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="Expected train_first to be 'all' where train is"):
         ContinualModule(network(), train_first="modes")
     stream = digits(domain_incremental=True)
-    with pytest.raises(ConfigurationError, match="Expected a mode to train where train is 'modes'"):
+    with pytest.raises(ConfigurationError, match="Expected something to train where train is"):
         fit([FineTuning()], stream=stream, mask="shared", train="modes")
+
+
+# --- the head alone, and learning rates of their own -----------------------------------------------
+
+
+def test_the_head_alone_is_what_modes_are_without_modes(fit: Fit) -> None:
+    core, found = network(), []
+    for train in ("head", "modes"):
+        module, trainer = fit(
+            [FineTuning()], stream=digits(), mask="task", backbone=deepcopy(core), train=train
+        )
+        found.append({n: v for n, v in module.state_dict().items() if isinstance(v, Tensor)})
+        trained = [p.shape for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        assert trained == [(6, 12), (6,)]  # of three tasks of two classes
+    assert same(*found)
+    assert same({n: found[0][f"network.backbone.{n}"] for n in tensors(core)}, tensors(core))
+
+
+def tensors(part: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in part.state_dict().items() if isinstance(value, Tensor)}
+
+
+def test_modes_are_refused_where_the_head_alone_trains(fit: Fit) -> None:
+    with pytest.raises(
+        ConfigurationError, match="Expected train to be 'modes' with strategies that"
+    ):
+        fit([BitFit()], train="head")
+    with pytest.raises(
+        ConfigurationError, match="Expected something to train where train is 'head'"
+    ):
+        fit([FineTuning()], stream=digits(domain_incremental=True), mask="shared", train="head")
+    with pytest.raises(
+        ConfigurationError, match="Expected train_first to be 'all' where train is 'mo"
+    ):
+        ContinualModule(network(), train="modes", train_first="head")
+
+
+def end(fit: Fit, **options: Any) -> dict[str, Tensor]:
+    """What BitFit learns from the first task of digits, by SGD with rate 0.1."""
+    module, trainer = fit(
+        [BitFit()], stream=digits(num_tasks=2), backbone=MLP([16]), mask="task", lr=0.1, **options
+    )
+    rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+    return {**dict(module.network.named_parameters()), "rates": torch.tensor(rates)}
+
+
+def test_groups_of_one_rate_are_no_groups(fit: Fit) -> None:
+    alike = end(fit, lr_of={"core": 0.1, "modes": 0.1, "head": 0.1})
+    plain = end(fit)
+    assert plain.pop("rates").tolist() == pytest.approx([0.1])
+    assert alike.pop("rates").tolist() == pytest.approx([0.1, 0.1, 0.1])
+    assert same(alike, plain)
+
+
+def test_a_group_moves_by_its_rate(fit: Fit) -> None:
+    start = end(fit, lr_of={"core": 0.0, "modes": 0.0, "head": 0.0})
+    still = end(fit, lr_of={"core": 0.0, "modes": 0.0})
+    moved = [n for n, value in start.items() if n != "rates" and not torch.equal(value, still[n])]
+    assert moved == ["head.weight", "head.bias"]
+    only = end(fit, lr_of={"modes": 0.5, "head": 0.0}, train="modes")
+    moved = [n for n, value in start.items() if n != "rates" and not torch.equal(value, only[n])]
+    assert moved == ["backbone.1.bias_units.W", "head.bias_units.W"]
+    assert only["rates"].tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("reset_optimizer", ["always", "never"])
+def test_lightning_logs_rates_by_the_names_of_groups(reset_optimizer: str, fit: Fit) -> None:
+    """Also where the first task has a group that later tasks have not."""
+    rates: dict[str, list[float]] = {}
+
+    class Log(CSVLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            for name, value in metrics.items():
+                if name.startswith("lr-"):
+                    rates.setdefault(name, []).append(value)
+
+    fit(
+        [BitFit(), LearningRateMonitor(logging_interval="step")],
+        stream=digits(num_tasks=2, reset_optimizer=reset_optimizer),
+        backbone=MLP([16]),
+        train="modes",
+        train_first="all",
+        lr_of={"modes": 0.5},
+        trainer={"logger": Log("."), "log_every_n_steps": 1},
+    )
+    assert {name: set(values) for name, values in rates.items()} == {
+        "lr-SGD/core": {0.05},
+        "lr-SGD/modes": {0.5},
+        "lr-SGD/head": {0.05},
+    }
+    if reset_optimizer == "always":
+        assert len(rates["lr-SGD/core"]) < len(rates["lr-SGD/head"])
+
+
+def test_rates_of_nothing_are_refused(fit: Fit) -> None:
+    with pytest.raises(ConfigurationError, match="a name in lr_of to be one of core, modes, head"):
+        ContinualModule(network(), lr_of={"mode": 0.1})
+    with pytest.raises(ConfigurationError, match=r"Expected lr_of\['head'\] to be 0 or a positive"):
+        ContinualModule(network(), lr_of={"head": -1.0})
+    with pytest.raises(ConfigurationError, match="but got 'modes', and the network has no modes"):
+        fit([FineTuning()], lr_of={"modes": 0.1})
 
 
 # --- resuming, and several processes --------------------------------------------------------------

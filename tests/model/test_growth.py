@@ -31,10 +31,12 @@ from bpn_lightning.random_state import random_state
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.strategies import (
     EWC,
+    IA3,
     SLDA,
     SLNID,
     AveragedGEM,
     BeneficialPerturbation,
+    BitFit,
     ContinualStrategy,
     EncoderBasedLifelongLearning,
     FineTuning,
@@ -43,6 +45,7 @@ from bpn_lightning.strategies import (
     IndependentNetworks,
     JointTraining,
     LearningWithoutForgetting,
+    LoRA,
     MemoryAwareSynapses,
     NearestClassMean,
     ParameterSuperposition,
@@ -62,6 +65,9 @@ METHODS: Mapping[str, Callable[[], list[ContinualStrategy]]] = {
     "finetune": lambda: [FineTuning()],
     "bd": lambda: [BeneficialPerturbation(4)],
     "bd+ewc": lambda: [BeneficialPerturbation(4), EWC(100.0)],
+    "bitfit": lambda: [BitFit()],
+    "ia3": lambda: [IA3()],
+    "lora": lambda: [LoRA(2)],
     "ewc": lambda: [EWC(100.0)],
     "online": lambda: [EWC(100.0, gamma=0.9, fisher="sampled", update="clamped")],
     "si": lambda: [SynapticIntelligence()],
@@ -221,6 +227,10 @@ SETTINGS = {
     "clipped": Setting(module={"backbone": lambda: MLP([203])}, trainer={"gradient_clip_val": 0.5}),
     "adam kept": Setting(
         module={"optimizer": partial(AdamW, lr=0.01)}, stream={"reset_optimizer": "never"}
+    ),
+    "rates kept": Setting(
+        module={"optimizer": partial(AdamW, lr=0.01), "lr_of": {"head": 0.02, "modes": 0.005}},
+        stream={"reset_optimizer": "never"},
     ),
     "momentum kept": Setting(
         module={"optimizer": partial(SGD, lr=0.02, momentum=0.9, weight_decay=0.1)},

@@ -15,11 +15,11 @@ from bpn_lightning.nn.layers import (
     KernelKeys,
     Keys,
     SwitchableLinear,
-    WeightBank,
     effective_input,
     evaluation_mode,
 )
 from bpn_lightning.nn.switching import add_parts
+from bpn_lightning.nn.weight_bank import WeightBank
 
 TASKS, RANK, INPUTS, OUTPUTS = 4, 3, 5, 7
 

@@ -12,8 +12,8 @@ from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn import MLP
-from bpn_lightning.nn.layers import WeightBank
 from bpn_lightning.nn.structure import Attachment
+from bpn_lightning.nn.weight_bank import WeightBank
 
 TASKS = 3
 
