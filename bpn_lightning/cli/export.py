@@ -26,13 +26,14 @@ def main(argv: Sequence[str]) -> int:
         0, 2 on a usage error, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    folder = _export(Path(arguments.run), Path(arguments.out), arguments.trust, arguments.forget)
+    folder = _export(arguments)
     print(printable(folder))
     return 0
 
 
-def _export(run: Path, out: Path, trust: bool, forget: Sequence[int]) -> Path:
-    backbone, mask = _configured(run / "config.yaml", trust)
+def _export(arguments: argparse.Namespace) -> Path:
+    run = Path(arguments.run)
+    backbone, mask = _configured(run / "config.yaml", arguments.trust)
     from bpn_lightning.export import export_module  # slow: imports torch and lightning
     from bpn_lightning.model.module import ContinualModule
 
@@ -40,7 +41,7 @@ def _export(run: Path, out: Path, trust: bool, forget: Sequence[int]) -> Path:
     module = ContinualModule.load_from_checkpoint(
         checkpoint, map_location="cpu", backbone=backbone, mask=mask
     )
-    for number in forget:
+    for number in arguments.forget:
         if not 1 <= number <= module.closed + 1:
             raise ConfigurationError(
                 f"Expected --forget to be the number of a task that the run has learned, from 1 to "
@@ -49,7 +50,8 @@ def _export(run: Path, out: Path, trust: bool, forget: Sequence[int]) -> Path:
         for line in module.forget(number - 1):
             note = printable(f"task {number} is forgotten, but for {line}")
             print(f"bpn-export: {note}", file=sys.stderr)
-    return export_module(module, out)
+    out = Path(arguments.out)
+    return export_module(module, out, include_pretrained=arguments.include_pretrained)
 
 
 def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
@@ -103,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="numbers of tasks, from 1, whose mode, rows of the head and statistics of gates are left "
         "out; prints what of them cannot be taken out",
+    )
+    parser.add_argument(
+        "--include_pretrained",
+        action="store_true",
+        help="write pretrained weights whose license is not known, too, instead of naming their package and "
+        "hash",
     )
     parser.add_argument(
         "--trust",

@@ -1,6 +1,6 @@
 """Networks that were trained elsewhere, with the preprocessing that their weights were trained with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any, Literal
@@ -114,6 +114,7 @@ class Pretrained(nn.Module):
         self.mean = None if mean is None else tuple(map(float, mean))
         self.std = None if std is None else tuple(map(float, std))
         self.origin: Origin | None = None
+        self._names: tuple[str, ...] = ()  # of the tensors that have this origin
         channels = len(self.mean or (0.0,))
         self.register_buffer("scale", torch.ones(channels, 1, 1))
         self.register_buffer("shift", torch.zeros(channels, 1, 1))
@@ -142,6 +143,30 @@ class Pretrained(nn.Module):
         )
         self.scale.copy_((deviations / own_std).view(-1, 1, 1))
         self.shift.copy_(((theirs - own_mean) / own_std).view(-1, 1, 1))
+
+    def set_origin(
+        self, library: str, name: str, weights: str, *, shippable: bool = True
+    ) -> "Pretrained":
+        """Record where the weights come from, right after they were loaded.
+
+        Args:
+            library: the distribution that has the network.
+            name: of the network in it.
+            weights: as of :class:`Origin`.
+            shippable: likewise.
+
+        Returns:
+            The same network.
+        """
+        self._names = tuple(self.network.state_dict())
+        found = hash_of(self.original_state())
+        self.origin = Origin(library, metadata.version(library), name, weights, found, shippable)
+        return self
+
+    def original_state(self) -> dict[str, Tensor]:
+        """What the tensors that were loaded are now, by their names in ``state_dict``."""
+        state = self.network.state_dict(prefix="network.")
+        return {key: state[key] for key in (f"network.{name}" for name in self._names)}
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of ``(batch, channels, height, width)``, as the network gives them."""
@@ -217,19 +242,11 @@ def cut_classifier(network: nn.Module) -> str | None:
     return None
 
 
-def with_origin(
-    made: Pretrained, library: str, name: str, weights: str, *, shippable: bool = True
-) -> Pretrained:
-    """Record where a network's weights come from, right after they were loaded."""
-    made.origin = Origin(
-        library,
-        metadata.version(library),
-        name,
-        weights,
-        hash_of(made.network.state_dict()),
-        shippable,
-    )
-    return made
+def with_origin(network: nn.Module) -> Iterator[tuple[str, Pretrained, Origin]]:
+    """The parts of a network whose weights come from elsewhere: names, parts and origins."""
+    for name, part in network.named_modules():
+        if isinstance(part, Pretrained) and part.origin is not None:
+            yield name, part, part.origin
 
 
 def import_extra(module: str, extra: str, needed_by: str) -> Any:

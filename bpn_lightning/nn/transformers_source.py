@@ -14,7 +14,6 @@ from bpn_lightning.nn.pretrained import (
     Pretrained,
     cut_classifier,
     import_extra,
-    with_origin,
 )
 from bpn_lightning.nn.weights import other_network, read_state_dict
 from bpn_lightning.untrusted import read_json
@@ -80,7 +79,7 @@ def transformers_backbone(
     built = _build(library, _read(path / "config.json"), str(path / "config.json"))
     features = _Features(_load(library, built, path))
     made = _preprocessed(features, built.model_type, size, path)
-    return with_origin(made, "transformers", built.model_type, path.resolve().name)
+    return made.set_origin("transformers", built.model_type, path.resolve().name)
 
 
 class _Features(nn.Module):

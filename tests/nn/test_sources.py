@@ -232,6 +232,22 @@ def test_timm_refuses(arguments: dict[str, Any], said: str) -> None:
     assert said in str(error.value)
 
 
+def test_timm_weights_that_cannot_be_downloaded_have_a_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timm = pytest.importorskip("timm")
+
+    def refuse(name: str, *, pretrained: bool, num_classes: int) -> nn.Module:
+        assert (name, pretrained, num_classes) == ("resnet18.a1_in1k", True, 0)
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(
+        DataError, match=r"from timm/resnet18\.a1_in1k, but got OSError: no network"
+    ):
+        timm_backbone("resnet18.a1_in1k", weights="DEFAULT")
+
+
 def test_timm_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
