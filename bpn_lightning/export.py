@@ -15,8 +15,9 @@ the files contain the names of its tensors, not its computation.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.nn.fronts import Front
+from bpn_lightning.nn.pretrained import Origin, Pretrained, with_origin
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
+from bpn_lightning.nn.weights import hash_of
 from bpn_lightning.tasks import Past
 from bpn_lightning.untrusted import check_untrusted, read_json
 
@@ -46,7 +49,12 @@ FORMAT = "bpn_lightning model"
 _TENSORS, _RECORD = EXPORT_FILES
 
 
-def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Path:
+def export_module(
+    module: ContinualModule,
+    folder: str | os.PathLike[str],
+    *,
+    include_pretrained: bool = False,
+) -> Path:
     """Write a module that has learned tasks; the folder appears only when it is complete.
 
     If merged weights, such as IMM's, are swapped in, they are written.
@@ -54,12 +62,15 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
     Args:
         module: with a stream, from :class:`~lightning.Trainer` or a checkpoint.
         folder: a new folder.
+        include_pretrained: whether to write pretrained weights whose license is not known, too. If not, they
+            are named by their package and hash, and ``load_exported`` takes them from its backbone.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigurationError: the folder exists, or the module has no head yet.
+        ConfigurationError: the folder exists, the module has no head yet, or pretrained weights that would
+            be left out were trained.
         ResultsError: it cannot be written.
     """
     folder = Path(folder)
@@ -71,6 +82,9 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
             "Expected a module that has learned tasks, but it has no head yet. Export it after "
             "trainer.fit, or after load_from_checkpoint."
         )
+    left_out = [] if include_pretrained else _left_out(network)
+    names = {name for part, one, _ in left_out for name in _names(part, one)}
+    state = {name: value for name, value in network.state_dict().items() if name not in names}
     tensors: dict[str, Tensor] = {}
     gates = {gate["arguments"]["name"]: gate for gate in describe_gates(module.gates.values())}
     record = {
@@ -80,7 +94,8 @@ def export_module(module: ContinualModule, folder: str | os.PathLike[str]) -> Pa
         "opened": network.opened,
         "closed": network.closed,
         **(module.host.learned_by.record() if module.host.learned_by else {}),
-        "state": _set_aside(network.state_dict(), "", tensors),
+        "pretrained": [{"part": part, **asdict(origin)} for part, _, origin in left_out],
+        "state": _set_aside(state, "", tensors),
         "gates": _set_aside(gates, "gates", tensors),
     }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.export")
@@ -151,6 +166,7 @@ def restore_exported(module: ContinualModule, folder: str | os.PathLike[str]) ->
         opened, closed = _progress(record, structure)
         tensors = load_file(check_untrusted(Path(folder) / _TENSORS))
         state = _put_back(record["state"], tensors)
+        state |= _from_backbone(record.get("pretrained", []), network)
         rebuild(network, structure, state)
         network.opened, network.closed = opened, closed
         network.load_state_dict(state)
@@ -207,6 +223,46 @@ def _progress(record: Mapping[str, Any], structure: Structure) -> tuple[int, int
 def _learned_by(record: Mapping[str, Any]) -> LearnedBy | None:
     """The run; None in an export that does not say it."""
     return LearnedBy.read(record) if record.keys() & {"seed", "strategies"} else None
+
+
+def _left_out(network: nn.Module) -> list[tuple[str, Pretrained, Origin]]:
+    """Parts with pretrained weights that an export names instead of holding them.
+
+    Raises:
+        ConfigurationError: they were trained, so that no package has them.
+    """
+    found = [
+        (name, part, origin) for name, part, origin in with_origin(network) if not origin.shippable
+    ]
+    for name, part, origin in found:
+        if hash_of(part.original_state()) != origin.sha256:
+            raise ConfigurationError(
+                f"Expected the weights of {name} to be those of {origin.weights}, which states no license and "
+                "is named in an export instead of copied, but they were trained. Set train='modes', or pass "
+                "include_pretrained=True if you may share them."
+            )
+    return found
+
+
+def _names(name: str, part: Pretrained) -> list[str]:
+    return [f"{name}.{key}" for key in part.original_state()]
+
+
+def _from_backbone(records: Sequence[Mapping[str, Any]], network: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a file names instead of holding them, from the network that is to be filled."""
+    parts = {name: (part, origin) for name, part, origin in with_origin(network)}
+    state: dict[str, Tensor] = {}
+    for record in records:
+        name, wanted = record["part"], record["sha256"]
+        part, origin = parts.get(name, (None, None))
+        if part is None or hash_of(part.original_state()) != wanted:
+            got = "none" if origin is None else f"{origin.weights} with {origin.sha256}"
+            raise CheckpointError(
+                f"Expected {name} to be the network {record['name']} of {record['library']} with the weights "
+                f"{record['weights']} and the hash {wanted}, but got {got}. Pass that backbone"
+            )
+        state |= {f"{name}.{key}": value for key, value in part.original_state().items()}
+    return state
 
 
 def _taken(folder: Path) -> ConfigurationError:

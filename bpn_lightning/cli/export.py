@@ -26,17 +26,18 @@ def main(argv: Sequence[str]) -> int:
         0, 2 on a usage error, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    folder = _export(Path(arguments.run), Path(arguments.out), arguments.trust, arguments.forget)
+    folder = _export(arguments)
     print(printable(folder))
     return 0
 
 
-def _export(run: Path, out: Path, trust: bool, forget: Sequence[int]) -> Path:
+def _export(arguments: argparse.Namespace) -> Path:
+    run, forget = Path(arguments.run), arguments.forget
     if not run.is_dir():
         raise ConfigurationError(
             f"Expected RUN to be the folder of a run of bpn-fit, but there is none at {run}. Name another."
         )
-    backbone, mask = _configured(run / "config.yaml", trust)
+    backbone, mask = _configured(run / "config.yaml", arguments.trust)
     from bpn_lightning.export import export_module  # slow: imports torch and lightning
     from bpn_lightning.model.module import ContinualModule
 
@@ -54,7 +55,8 @@ def _export(run: Path, out: Path, trust: bool, forget: Sequence[int]) -> Path:
         for line in module.forget(number - 1):
             note = printable(f"task {number} is forgotten, but for {line}")
             print(f"bpn-export: {note}", file=sys.stderr)
-    return export_module(module, out)
+    out = Path(arguments.out)
+    return export_module(module, out, include_pretrained=arguments.include_pretrained)
 
 
 def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
@@ -108,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="numbers of tasks, from 1, whose mode, rows of the head and statistics of gates are left "
         "out; prints what of them cannot be taken out",
+    )
+    parser.add_argument(
+        "--include_pretrained",
+        action="store_true",
+        help="write pretrained weights whose license is not known, too, instead of naming their package and "
+        "hash",
     )
     parser.add_argument(
         "--trust",

@@ -20,6 +20,7 @@ from bpn_lightning.cli.output import notify, quiet_lightning
 from bpn_lightning.cli.resume import how_to_resume, last_checkpoint, previous_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.nn.pretrained import with_origin
 from bpn_lightning.run.console import final_table, gate_table
 from bpn_lightning.run.dashboards import close_adapters, upload_artifacts
 from bpn_lightning.run.folder import written_files
@@ -27,7 +28,7 @@ from bpn_lightning.run.gates import gate_results
 from bpn_lightning.run.identity import setup_name
 from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.results import write_results
-from bpn_lightning.run.schema import FrontRecord
+from bpn_lightning.run.schema import FrontRecord, PretrainedRecord
 from bpn_lightning.untrusted import read_text
 
 __all__ = ["fit"]
@@ -135,7 +136,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         metrics=module.task_metrics,
         gate_scores=module.gate_scores,
         front=front,
-        provenance=collect_provenance(seconds, cli.continues),
+        provenance=collect_provenance(seconds, cli.continues, _pretrained(cli)),
         extra={"curve": module.curve} if module.history.evaluate_every == "epoch" else {},
     )
     if module.closed + 1 == len(module.tasks):  # complete, so there is nothing to resume
@@ -172,6 +173,20 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     )
     if gates:
         gate_table(Console(), gates, front, summary["average"])
+
+
+def _pretrained(cli: ContinualCLI) -> list[PretrainedRecord]:
+    """Where the weights of the network's parts come from, as they were before the run."""
+    return [
+        {
+            "library": one.library,
+            "version": one.version,
+            "name": one.name,
+            "weights": one.weights,
+            "sha256": one.sha256,
+        }
+        for _, _, one in with_origin(cli.model.network)
+    ]
 
 
 def _front(cli: ContinualCLI) -> FrontRecord | None:

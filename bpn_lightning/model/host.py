@@ -17,6 +17,7 @@ from bpn_lightning.model.frozen_core import FrozenCore
 from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.nn.pretrained import adopt_normalization
 from bpn_lightning.preparation import prepare_raw
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.gates.base import TaskGate
@@ -112,6 +113,8 @@ class Host:
             ConfigurationError: they do not fit.
         """
         learned_alone = self.network.opened >= 0 and self.classifier is not None
+        if self.network.head is None:
+            adopt_normalization(self.network, stream)
         self.network.build_for(stream, self.device, grow)
         if learned_alone:
             self.plan_no_training()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bpn_lightning.preparation import Preparation, Step
 
-__all__ = ["CommonNormalization"]
+__all__ = ["CommonNormalization", "normalization_of"]
 
 
 class CommonNormalization:
@@ -26,7 +26,7 @@ class CommonNormalization:
     """
 
     def __init__(self, preparations: Sequence[Preparation]) -> None:
-        parts = [_normalization(one) for one in preparations]
+        parts = [normalization_of(one) for one in preparations]
         first = parts[0]
         self.differs = first is not None and any(part != first for part in parts)
         self.preparations = list(preparations)
@@ -71,7 +71,7 @@ class CommonNormalization:
         return own_mean, own_deviation, mean, deviation
 
 
-def _normalization(one: Preparation) -> tuple[list[float], list[float]] | None:
+def normalization_of(one: Preparation) -> tuple[list[float], list[float]] | None:
     """Mean and deviation of each channel; None where it does not normalize, or by code."""
     return next(((step[1], step[2]) for step in one.steps or [] if step[0] == "normalize"), None)
 

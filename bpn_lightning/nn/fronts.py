@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bpn_lightning.checks import check_above_zero, check_choice, check_positive_int
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.nn.backbones import read_state_dict
+from bpn_lightning.nn.weights import digest_tensors, load_weights, read_state_dict
 from bpn_lightning.random_state import seeded_generator
 
 __all__ = ["Front", "FrozenNetwork", "Images", "RandomFeatures"]
@@ -169,10 +169,7 @@ class Front(nn.Module):
     def fingerprint(self) -> str:
         """A hash of the arguments and of every bit that was fitted or loaded."""
         digest = blake2b(repr((type(self).__name__, sorted(self.record().items()))).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(bits.numpy().tobytes())
+        digest_tensors(digest.update, self.state_dict())
         return digest.hexdigest()[:32]
 
 
@@ -329,15 +326,8 @@ class FrozenNetwork(Front):
 
     def _load(self, path: Path) -> None:
         advice = "Name a file that torch.save(network.state_dict(), ...) wrote."
-        found, kept = read_state_dict(path, advice), self.network.state_dict()
-        wrong = sorted(kept.keys() ^ found.keys())
-        wrong += [key for key in kept if key in found and kept[key].shape != found[key].shape]
-        if wrong:
-            raise DataError(
-                f"Expected {path} to hold the weights of the front's network, but got another's: "
-                f"{wrong[0]!r} is missing, unknown or of another shape. {advice}"
-            )
-        self.network.load_state_dict(found)
+        what = f"{path} to hold the weights of the front's network"
+        load_weights(self.network, read_state_dict(path, advice), what, advice)
 
     def given_state(self) -> Mapping[str, Tensor]:
         """The network's, where it was loaded from a file."""

@@ -3,23 +3,29 @@
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from bpn_lightning.run.schema import Continues, Provenance
+from bpn_lightning.run.schema import Continues, PretrainedRecord, Provenance
 
 __all__ = ["collect_provenance"]
 
 _PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics", "bpn_lightning")
 
 
-def collect_provenance(seconds: float, continues: Continues | None = None) -> Provenance:
+def collect_provenance(
+    seconds: float,
+    continues: Continues | None = None,
+    pretrained: Sequence[PretrainedRecord] = (),
+) -> Provenance:
     """What this process knows of the circumstances of its run.
 
     Args:
         seconds: wall time of the run.
         continues: the run that it went on from.
+        pretrained: where the weights of its networks come from.
     """
     import torch
 
@@ -44,6 +50,8 @@ def collect_provenance(seconds: float, continues: Continues | None = None) -> Pr
     }
     if continues is not None:
         provenance["continues"] = continues
+    if pretrained:
+        provenance["pretrained"] = list(pretrained)
     return provenance
 
 

@@ -124,9 +124,24 @@ class Continues(TypedDict):
     """Of its results.json, in hexadecimal digits."""
 
 
+class PretrainedRecord(TypedDict):
+    """Where the weights of a network come from."""
+
+    library: str
+    version: str
+    name: str
+    """Of the network in the library."""
+    weights: str
+    """Their ID in the library or the package that has them, or the name of a file."""
+    sha256: str
+    """Of the weights' names, types, shapes and bits, in hexadecimal digits."""
+
+
 class _Continued(TypedDict, total=False):
     continues: Continues
     """Missing in a run that began with its first task."""
+    pretrained: list[PretrainedRecord]
+    """Missing in a run whose networks began with random weights."""
 
 
 class Provenance(_Continued):

@@ -17,7 +17,7 @@ from bpn_lightning.cli import export as export_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
 from bpn_lightning.export import export_module, load_exported
-from bpn_lightning.nn import MLP
+from bpn_lightning.nn import MLP, Pretrained
 from bpn_lightning.nn.structure import SCHEMA
 from bpn_lightning.strategies import (
     EWC,
@@ -126,7 +126,7 @@ def test_what_is_in_the_files_is_never_run(exported: Path, tmp_path: Path) -> No
 
 
 UNKNOWN_PART = (
-    "Expected an attachment to be one of bias_units, keys, weight_bank with its arguments, but got {}. "
+    "Expected an attachment to be one of bias_units, scales, low_rank, keys, weight_bank with its arguments, but got {}. "
     "The file is damaged or made up."
 )
 
@@ -371,3 +371,44 @@ def test_a_run_of_two_processes_is_exported_without_a_task(run: Path, ranks: Any
         atol=1e-5,
         equal_nan=True,
     )
+
+
+# --- pretrained weights without a license --------------------------------------------------------
+
+
+def borrowed(seed: int = 0) -> Pretrained:
+    """A network whose weights may not be handed on."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+    return Pretrained(network).set_origin("torch", "net", "some-weights", shippable=False)
+
+
+def test_weights_without_a_license_are_named_instead_of_copied(fit: Fit, tmp_path: Path) -> None:
+    backbone = borrowed()
+    module, _ = fit([BeneficialPerturbation(rank=4)], backbone=backbone, train="modes")
+    folder = export_module(module.eval(), tmp_path / "out")
+    (record,) = json.loads((folder / "model.json").read_text())["pretrained"]
+    assert backbone.origin is not None
+    assert (record["part"], record["weights"]) == ("backbone", "some-weights")
+    assert record["sha256"] == backbone.origin.sha256
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert "backbone.network.1.weight" not in names
+    assert any("bias_units" in name for name in names)
+    for one, other in zip(answers(module), answers(load_exported(folder, borrowed())), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(CheckpointError, match=r"some-weights and the hash .* but got some-weights"):
+        load_exported(folder, borrowed(seed=1))
+    whole = export_module(module, tmp_path / "whole", include_pretrained=True)
+    again = load_exported(whole, borrowed(seed=1))
+    for one, other in zip(answers(module), answers(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_weights_without_a_license_that_were_trained_are_not_left_out(
+    fit: Fit, tmp_path: Path
+) -> None:
+    module, _ = fit([], backbone=borrowed())
+    with pytest.raises(ConfigurationError, match="but they were trained"):
+        export_module(module, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -189,7 +189,7 @@ def test_weights_come_from_a_file(tmp_path: Any) -> None:
     assert torch.equal(front.network[0].weight, other[0].weight)  # type: ignore[index]
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(
-        DataError, match="hold the weights of the front's network, but got another's"
+        DataError, match="hold the weights of the front's network, but got weights of another"
     ):
         FrozenNetwork(network(), str(tmp_path / "weights.pt"))
     with pytest.raises(
