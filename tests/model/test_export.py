@@ -21,9 +21,12 @@ from bpn_lightning.nn import MLP, Pretrained
 from bpn_lightning.nn.structure import SCHEMA
 from bpn_lightning.strategies import (
     EWC,
+    IA3,
     BeneficialPerturbation,
+    BitFit,
     IncrementalMomentMatching,
     IndependentNetworks,
+    LoRA,
     ParameterSuperposition,
 )
 
@@ -44,11 +47,12 @@ def answers(module: ContinualModule) -> list[Tensor]:
         ([BeneficialPerturbation(rank=4), EWC()], "all"),
         ([BeneficialPerturbation(rank=4), ParameterSuperposition()], "seen"),
         ([ParameterSuperposition(keys="complex")], "all"),
+        ([BitFit(), IA3(), LoRA(2, alpha=3.0)], "all"),
         ([IndependentNetworks()], "all"),
         ([IncrementalMomentMatching()], "task"),
         ([], "task"),
     ],
-    ids=["bd+ewc", "bd+psp", "complex psp", "stl", "imm", "finetune"],
+    ids=["bd+ewc", "bd+psp", "complex psp", "bitfit+ia3+lora", "stl", "imm", "finetune"],
 )
 def test_it_answers_bit_for_bit_in_every_mode(
     strategies: list[Any], mask: str, fit: Fit, tmp_path: Path
