@@ -96,9 +96,12 @@ def held(value: Any) -> Any:
 
 
 def differ(used: ContinualStrategy, new: ContinualStrategy) -> list[str]:
-    """In what they hold; Lightning's own hooks, which the module hides where they are empty, aside."""
+    """In what they hold; Lightning's own hooks, which the module hides where they are empty, aside.
+
+    And aside from which module it served last, which is no state: that is looked at when a module goes on.
+    """
     mine, theirs = (
-        {name: held(value) for name, value in vars(one).items() if not name.startswith("on_")}
+        {n: held(v) for n, v in vars(one).items() if not n.startswith("on_") and n != "_host_id"}
         for one in (used, new)
     )
     return differences(flatten(mine), flatten(theirs))
