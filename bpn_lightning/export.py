@@ -164,7 +164,7 @@ def restore_exported(module: ContinualModule, folder: str | os.PathLike[str]) ->
         )
     with _reading(folder) as record:
         opened, closed = _progress(record, structure)
-        tensors = load_file(check_untrusted(Path(folder) / _TENSORS))
+        tensors = load_file(Path(folder) / _TENSORS)
         state = _put_back(record["state"], tensors)
         state |= _from_backbone(record.get("pretrained", []), network)
         rebuild(network, structure, state)
@@ -200,6 +200,7 @@ def _reading(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}")
         check_schema(record, "an exported module")
+        check_untrusted(Path(folder) / _TENSORS)
         yield record
     # A damaged or malicious file may raise any exception here.
     except Exception as error:

@@ -208,6 +208,16 @@ def test_set_max_epochs(train: Any) -> None:
     assert (trainer.current_epoch, trainer.max_epochs) == (2, 2)
 
 
+def test_set_epochs_done(train: Any) -> None:
+    def skip(trainer: Trainer) -> None:
+        door.set_epochs_done(trainer, 2)
+
+    note = At(lambda trainer: trainer.current_epoch, "on_train_epoch_start")
+    trainer = train(max_epochs=5, callbacks=[At(skip, "setup"), note])
+    trainer.fit(Module(), Data())
+    assert (note.seen, trainer.current_epoch) == ([2, 3, 4], 5)
+
+
 def test_reload_train_loader_every_epoch(train: Any) -> None:
     asked = []
     for hooks in ((), ("setup",)):
