@@ -1,6 +1,7 @@
 """From the folders of a grid's runs to what is kept of them."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,12 @@ def _check_one_setting(cells: Sequence[Cell], root: Path) -> None:
     for cell in cells:
         folder = cell.folder(root)
         try:
-            config = defining(read_yaml(folder / "config.yaml"))
+            keys = defining(read_yaml(folder / "config.yaml"))
         except ConfigurationError:
             continue  # only the results were kept
-        config.pop("data.init_args.seed", None)
+        # A key that a run does not have is one that has no value: it may be newer than the run.
+        seeds = _seeds(keys)
+        config = {k: v for k, v in keys.items() if v is not None and k not in seeds}
         of_stream = {key: value for key, value in config.items() if key.startswith("data.")}
         place = (cell.experiment, cell.label, cell.variant)
         own = (cell.method, cell.gate, cell.front)
@@ -75,6 +78,11 @@ def _check_one_setting(cells: Sequence[Cell], root: Path) -> None:
                     f"{'; '.join(different)}. Remove the folder that the grid does not mean, so that it "
                     "runs again."
                 )
+
+
+def _seeds(keys: Iterable[str]) -> set[str]:
+    """What a run's seed may be given to: its stream, and its front."""
+    return {key for key in keys if re.fullmatch(r"data\.init_args\.seed|fronts\.\w+\.seed", key)}
 
 
 def check_kept(name: str, records: Sequence[RunRecord] | None, folder: Path) -> None:

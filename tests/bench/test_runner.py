@@ -194,6 +194,8 @@ def test_results_of_other_flags_are_not_taken_for_this_calls(
             "strategies.ewc.strength is 7 here and 5 there",
         ),
         (1, {"data": {"init_args": {"seed": 3, "root": "there"}}}, None),
+        (1, {"fronts": {"random": {"seed": 3, "features": 5, "newer": None}}}, None),
+        (1, {"fronts": {"random": {"features": 3}}}, "fronts.random.features is 3 here"),
         (2, {"data": {"init_args": {"num_tasks": 2}}}, "data.init_args.num_tasks is 2 here"),
     ],
 )
@@ -207,7 +209,11 @@ def test_a_table_is_of_one_setting(
 ) -> None:
     grid = read_grid(write_grid())
     Runner(tmp_path / "runs", command=stand_in).run(grid.cells)
-    base = {"strategies": {"ewc": {"strength": 5}}, "data": {"init_args": {"num_tasks": 5}}}
+    base = {
+        "strategies": {"ewc": {"strength": 5}},
+        "fronts": {"random": {"seed": 0, "features": 5}},
+        "data": {"init_args": {"num_tasks": 5}},
+    }
     for cell in grid.cells:
         mine = config if cell == grid.cells[index] else {}
         whole = {key: {**value, **mine.get(key, {})} for key, value in base.items()}

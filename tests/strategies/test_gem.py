@@ -471,6 +471,7 @@ MODES = {
 NETWORKS = {"plain": lambda: MLP([16, 12]), "norm": WithNorm, "strange": Strange}
 
 
+@pytest.mark.filterwarnings("ignore:The layers backbone .Strange. have weights, but no bias units")
 @pytest.mark.parametrize("mask", ["all", "seen", "task", "shared"])
 @pytest.mark.parametrize("modes", MODES)
 @pytest.mark.parametrize("network", NETWORKS)

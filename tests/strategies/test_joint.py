@@ -128,7 +128,8 @@ def train(module: Any, stream: Any, make_optimizer: Any, mask: str) -> nn.Module
     for task in stream.tasks:
         optimizer = make_optimizer(network.parameters())
         frozen = deepcopy(network["head"])
-        rest = list(range(2 * task.id + 2, stream.num_classes)) if mask == "task" else []
+        closed = range(2 * task.id + 2, stream.num_classes)  # weight decay leaves them alone
+        rest = list(closed) if mask in ("task", "seen") else []
         for epoch in range(task.epochs):
             for batch in stream.train_loader(task.id, epoch, range(task.id + 1)):
                 logits = network["head"](network["backbone"](stream.prepare(batch).inputs))
