@@ -137,10 +137,9 @@ def load_exported(
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, or does not match the backbone.
     """
-    with _reading(folder) as record:
-        mask = Structure.read(record["structure"]).mask
-    module = ContinualModule(backbone, front=front, **{"mask": mask, **arguments})
-    restore_exported(module, folder)
+    record, structure = _read(folder)
+    module = ContinualModule(backbone, front=front, **{"mask": structure.mask, **arguments})
+    _restore(module, folder, record, structure)
     return module.eval()
 
 
@@ -154,26 +153,7 @@ def restore_exported(module: ContinualModule, folder: str | os.PathLike[str]) ->
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, or does not match the module.
     """
-    network = module.network
-    with _reading(folder) as record:
-        structure = Structure.read(record["structure"])
-    if structure.mask != network.mask:
-        raise CheckpointError(
-            f"Expected mask to be that of the exported module in {folder}, {structure.mask!r}, but got "
-            f"{network.mask!r}. Set it to {structure.mask!r}."
-        )
-    with _reading(folder) as record:
-        opened, closed = _progress(record, structure)
-        tensors = load_file(Path(folder) / _TENSORS)
-        state = _put_back(record["state"], tensors)
-        state |= _from_backbone(record.get("pretrained", []), network)
-        rebuild(network, structure, state)
-        network.opened, network.closed = opened, closed
-        network.load_state_dict(state)
-        gates = _put_back(record.get("gates", {"items": []}), tensors)
-        module.host.gates = rebuild_gates(gates.values())
-        module.host.learned_by = _learned_by(record)
-        network.switch(network.resting_task)
+    _restore(module, folder, *_read(folder))
 
 
 def past_of_export(folder: str | os.PathLike[str]) -> Past:
@@ -185,23 +165,56 @@ def past_of_export(folder: str | os.PathLike[str]) -> Past:
     Raises:
         CheckpointError: its record is missing, damaged or of another kind, or says nothing of the run.
     """
-    with _reading(folder) as record:
-        run, structure = _learned_by(record), Structure.read(record["structure"])
+    record, structure = _read(folder)
+    with _explained(folder):
+        run = _learned_by(record)
         if run is None:
             raise CheckpointError("none with the seed and the strategies of its run")
         return run.past(structure, _progress(record, structure)[1])
 
 
-@contextmanager
-def _reading(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The record of an export; says in one way what is wrong with it and with the tensors."""
-    try:
+def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Structure]:
+    """The record of an export, and the structure in it."""
+    with _explained(folder):
         record = read_json(Path(folder) / _RECORD)
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}")
         check_schema(record, "an exported module")
         check_untrusted(Path(folder) / _TENSORS)
-        yield record
+        return record, Structure.read(record["structure"])
+
+
+def _restore(
+    module: ContinualModule,
+    folder: str | os.PathLike[str],
+    record: Mapping[str, Any],
+    structure: Structure,
+) -> None:
+    network = module.network
+    if structure.mask != network.mask:
+        raise CheckpointError(
+            f"Expected mask to be that of the exported module in {folder}, {structure.mask!r}, but got "
+            f"{network.mask!r}. Set it to {structure.mask!r}."
+        )
+    with _explained(folder):
+        opened, closed = _progress(record, structure)
+        tensors = load_file(check_untrusted(Path(folder) / _TENSORS))
+        state = _put_back(record["state"], tensors)
+        state |= _from_backbone(record.get("pretrained", []), network)
+        rebuild(network, structure, state)
+        network.opened, network.closed = opened, closed
+        network.load_state_dict(state)
+        gates = _put_back(record.get("gates", {"items": []}), tensors)
+        module.host.gates = rebuild_gates(gates.values())
+        module.host.learned_by = _learned_by(record)
+        network.switch(network.resting_task)
+
+
+@contextmanager
+def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in one way what is wrong with an export."""
+    try:
+        yield
     # A damaged or malicious file may raise any exception here.
     except Exception as error:
         said = " ".join(str(error).split())[:300].rstrip(".")

@@ -57,7 +57,7 @@ class ContinualStrategy(Callback):
     #: goes on with new classes, their rows start as those of the network; any other entry's start as 0.
     weights_in_state: ClassVar[Collection[str]] = ()
 
-    _host_id: int | None = None  # of the module that it learned with last
+    _token: object | None = None  # of the module that it learned with last
 
     @property
     def corrects_weights(self) -> bool:

@@ -47,6 +47,7 @@ class Host:
         merged: keeps the weights of training while merged ones are in their place.
         in_step_forward: whether the forward that runs is the training step's own.
         param_groups: of the current optimizer, by the ``id`` of each of its parameters.
+        token: what strategies that learn with it keep, in copies as well.
 
     Raises:
         ConfigurationError: the loss is none, or front_cache_gb is below 0.
@@ -78,6 +79,7 @@ class Host:
         self.merged = MergedWeights()
         self.in_step_forward = False
         self.param_groups: dict[int, dict[str, Any]] = {}
+        self.token = object()
         self._stream: ContinualStream | None = None
 
     def note_run(self) -> None:
@@ -359,7 +361,7 @@ def check_own_strategies(strategies: Sequence[ContinualStrategy], host: Host) ->
         ConfigurationError: names the first.
     """
     for strategy in strategies:
-        if strategy._host_id not in (None, id(host)):
+        if strategy._token not in (None, host.token):
             raise ConfigurationError(
                 f"Expected strategies as the module's last fit left them, but {strategy.state_key} has learned "
                 "with another module since. Load a checkpoint of this module, and make strategies for each."

@@ -97,7 +97,7 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     stream.follow(host.training_epoch)
     if stage == "fit":
         for strategy in host.strategies:
-            strategy._host_id = id(host)
+            strategy._token = host.token
             if host.network.opened < 0:
                 strategy.reset()
     frozen = host.core.freezes(host.cursor.task)

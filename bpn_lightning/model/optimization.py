@@ -117,20 +117,7 @@ class Optimization:
             ConfigurationError: the optimizer does not take its arguments, or a learning rate is for modes
                 that the network has not.
         """
-        groups = self._groups()
-        if "modes" in self.lr_of and not groups["modes"]:
-            raise ConfigurationError(
-                "Expected lr_of to name parameters that there are, but got 'modes', and the network has no "
-                "modes that the optimizer trains. Leave it out, or add a strategy such as bitfit or lora."
-            )
-        parameters: Any = self.parameters()
-        if self.lr_of:
-            parameters = [
-                {"name": name, "params": own}
-                | ({"lr": self.lr_of[name]} if name in self.lr_of else {})
-                for name, own in groups.items()
-                if own
-            ]
+        parameters = self._with_rates() if self.lr_of else self.parameters()
         try:
             return self.optimizer(parameters)
         except (TypeError, ValueError) as error:
@@ -144,6 +131,20 @@ class Optimization:
         if self.lr_of:
             return [p for own in self._groups().values() for p in own]
         return [p for _, p in self._trained()]
+
+    def _with_rates(self) -> Any:
+        """The same in groups, with their learning rates."""
+        groups = self._groups()
+        if "modes" in self.lr_of and not groups["modes"]:
+            raise ConfigurationError(
+                "Expected lr_of to name parameters that there are, but got 'modes', and the network has no "
+                "modes that the optimizer trains. Leave it out, or add a strategy such as bitfit or lora."
+            )
+        return [
+            {"name": name, "params": own} | ({"lr": self.lr_of[name]} if name in self.lr_of else {})
+            for name, own in groups.items()
+            if own
+        ]
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         network = self.host.network

@@ -3,12 +3,12 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpn_lightning.checks import check_above_zero, check_choice, check_positive_int
@@ -274,52 +274,20 @@ class FrozenNetwork(Front):
     """The features of a network that was trained elsewhere, and never is here.
 
     Args:
-        network: maps ``(n, channels, height, width)`` to ``(n, features)``.
+        network: maps ``(n, channels, height, width)`` to ``(n, features)``; a
+            :class:`~bpn_lightning.nn.Pretrained` resizes and normalizes images as its weights need it.
         weights_file: a file with its ``state_dict``; nothing but tensors is loaded from it.
-        size: images are resized to ``size`` x ``size`` (bilinear, antialiased); None leaves them.
-        mean: of each channel, taken off the inputs, in their units; None takes off nothing.
-        std: of each channel, which divides them then; None divides by 1.
 
     State:
         the network's, next to mean and deviation of its features.
 
     Raises:
-        ConfigurationError: an argument breaks a rule.
         DataError: the file is missing, damaged, or of another network.
     """
 
-    shift: Tensor
-    divisor: Tensor
-
-    def __init__(
-        self,
-        network: nn.Module,
-        weights_file: str | None = None,
-        *,
-        size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        if size is not None:
-            check_positive_int("size of a front", size, "Null leaves the images as they are.")
-        if std is not None and not all(value > 0 for value in std):
-            raise ConfigurationError(
-                f"Expected std of a front to be above 0 for each channel, but got {list(std)}. Leave it "
-                "out to divide by 1."
-            )
-        numbers = {
-            "mean": None if mean is None else [float(value) for value in mean],
-            "std": None if std is None else [float(value) for value in std],
-        }
-        super().__init__(size=size, **numbers)
-        self.size = size
+    def __init__(self, network: nn.Module, weights_file: str | None = None) -> None:
+        super().__init__()
         self.network = network.requires_grad_(False).eval()
-        channels = [
-            torch.tensor(value or [default])
-            for value, default in zip(numbers.values(), (0.0, 1.0), strict=True)
-        ]
-        self.register_buffer("shift", channels[0].view(-1, 1, 1), persistent=False)
-        self.register_buffer("divisor", channels[1].view(-1, 1, 1), persistent=False)
         self._given = weights_file is not None
         if weights_file is not None:
             self._load(Path(weights_file).expanduser())
@@ -340,11 +308,12 @@ class FrozenNetwork(Front):
         Raises:
             ConfigurationError: the network takes no such inputs, or gives no vectors.
         """
-        remedy = "Pass a network that gives vectors, or set size."
+        remedy = "Pass a network that gives vectors; Pretrained resizes images for one."
         rule = f"Expected the front's network to map (n, {', '.join(map(str, input_shape))}) to (n, features), but"
+        held = next(chain(self.network.parameters(), self.network.buffers()), torch.empty(0))
         try:
             with torch.no_grad():
-                features = self.extract(torch.zeros(1, *input_shape, device=self.shift.device))
+                features = self.extract(torch.zeros(1, *input_shape, device=held.device))
         except (RuntimeError, ValueError, TypeError) as error:
             raise ConfigurationError(
                 f"{rule} its forward raised {type(error).__name__}: {error}. {remedy}"
@@ -355,9 +324,6 @@ class FrozenNetwork(Front):
         return features.shape[1]
 
     def extract(self, inputs: Tensor) -> Tensor:
-        """Resize, normalize, forward."""
-        if self.size is not None:
-            size = (self.size, self.size)
-            inputs = F.interpolate(inputs, size, mode="bilinear", antialias=True)
-        features: Tensor = self.network((inputs - self.shift) / self.divisor)
+        """Forward."""
+        features: Tensor = self.network(inputs)
         return features

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from copies import work_in_a_copy
 
 from bpn_lightning.cli.export import main as export
 from bpn_lightning.cli.main import main
@@ -51,10 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _a_copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    work_in_a_copy(made, tmp_path, monkeypatch)
 
 
 def state(experiment: str) -> dict[str, Any]:

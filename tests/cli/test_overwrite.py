@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from copies import work_in_a_copy
 
 from bpn_lightning.cli import train
 from bpn_lightning.cli.main import main
@@ -58,10 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _a_folder_with_runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    work_in_a_copy(made, tmp_path, monkeypatch)
     Path("crashing_code.py").write_text(CRASH)
     monkeypatch.syspath_prepend(os.getcwd())
 

@@ -1,6 +1,7 @@
 """A forgotten task: what was stored of it is in no file, and what the others answer stays bit for bit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,15 @@ def test_a_forgotten_task_is_asked_for_in_vain(fit: Fit, tmp_path: Path) -> None
         trainer.test(
             module, stream, ckpt_path=tmp_path / "old.ckpt", weights_only=True, verbose=False
         )
+
+
+def test_a_copy_forgets_by_itself(fit: Fit) -> None:
+    module, _ = learn(fit, "bd+gem", stream=digits(2), tasks=2)
+    copied = deepcopy(module)
+    copied.forget(GONE)
+    assert copied.network.structure.forgotten == [GONE]
+    assert module.network.structure.forgotten == []
+    module.forget(GONE)
 
 
 def test_bad_tasks_are_refused(fit: Fit) -> None:

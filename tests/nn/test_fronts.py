@@ -9,7 +9,6 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import resize
 
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.nn.fronts import Front, FrozenNetwork, RandomFeatures
@@ -33,7 +32,7 @@ FRONTS: dict[str, Callable[..., Front]] = {
     "patches": lambda **_: Patches(5, 3, samples=200, iterations=3),
     "cosine": lambda **_: RandomFeatures(30),
     "relu": lambda **_: RandomFeatures(30, "relu"),
-    "frozen": lambda **_: FrozenNetwork(network(), mean=[0.1, 0.2, 0.3], std=[1, 2, 3]),
+    "frozen": lambda **_: FrozenNetwork(network()),
 }
 every_front = pytest.mark.parametrize("name", FRONTS)
 
@@ -172,15 +171,6 @@ def test_products_of_rectified_features_are_the_arc_cosine_kernel() -> None:
 # --- frozen networks -----------------------------------------------------------------------------
 
 
-def test_a_frozen_network_sees_resized_and_normalized_images() -> None:
-    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0])
-    front = FrozenNetwork(network(), size=6, mean=mean.tolist(), std=std.tolist())
-    front.fit(lambda: [images()])
-    small = resize(images(), [6, 6], antialias=True)
-    expected = network().eval()((small - mean.view(3, 1, 1)) / std.view(3, 1, 1))
-    torch.testing.assert_close(front.extract(images()), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_weights_come_from_a_file(tmp_path: Any) -> None:
     other = network()
     nn.init.normal_(other[0].weight)
@@ -210,7 +200,6 @@ def test_weights_come_from_a_file(tmp_path: Any) -> None:
         (lambda: RandomFeatures(-3), "Expected features of a front to be a whole number"),
         (lambda: RandomFeatures(3, "cosin"), "Expected kind of a front to be one of cosine, relu, but got 'cosin'. Did you mean 'cosine'?"),  # type: ignore[arg-type]
         (lambda: RandomFeatures(3, length=0), "Expected length of a front to be a positive number"),
-        (lambda: FrozenNetwork(network(), std=[0, 1, 1]), "Expected std of a front to be above 0 for each channel"),
         (lambda: Patches(5, 10).width(SHAPE), "Expected inputs of the front Patches to be images of at least 10 x 10 pixels, (channels, height, width), but got (3, 9, 8)."),
         (lambda: Patches(5).width((64,)), "Expected inputs of the front Patches to be images of at least 6 x 6"),
         (lambda: Patches(5)(images()), "Expected the front Patches to be fitted before it is used."),

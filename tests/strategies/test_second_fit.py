@@ -101,7 +101,7 @@ def differ(used: ContinualStrategy, new: ContinualStrategy) -> list[str]:
     And aside from which module it served last, which is no state: that is looked at when a module goes on.
     """
     mine, theirs = (
-        {n: held(v) for n, v in vars(one).items() if not n.startswith("on_") and n != "_host_id"}
+        {n: held(v) for n, v in vars(one).items() if not n.startswith("on_") and n != "_token"}
         for one in (used, new)
     )
     return differences(flatten(mine), flatten(theirs))
