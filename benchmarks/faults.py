@@ -74,7 +74,7 @@ STREAM = [
     *("--checkpoint_every_n_steps", "3"),
 ]
 
-#: Of a run that goes on from one with the flags above.
+#: Of a run that continues from one with the flags above.
 NEW_TASKS = [
     *("--experiment", "continued"),
     *("--data.init_args.num_tasks", "2"),
@@ -622,7 +622,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--clock", type=int, default=1, help="faults by the clock in each run")
     parser.add_argument("--most", type=int, help="faults in each run, if not one at each place")
-    parser.add_argument("--continued", action="store_true", help="runs that go on from another")
+    parser.add_argument("--continued", action="store_true", help="runs that continue from another")
     parser.add_argument("--keep", type=Path, help="a folder in which to keep the runs")
     given = parser.parse_args()
     torch.set_num_threads(1)  # forked children cannot use the parent's threads

@@ -8,7 +8,7 @@ Each method is a separate `bpn-fit`, including all the files that it writes: an 
 on a sequence of permutations of the pixels, with five updates each, of scikit-learn's digits instead of
 MNIST. Prints CPU time per task and resident memory at tenths of the stream. One thread.
 
-With `--continuations`, a run is followed by so many that go on from the one before with as many new tasks,
+With `--continuations`, a run is followed by so many that continue from the one before with as many new tasks,
 without past data. Each is forked from this process, which has imported torch. Prints CPU time until the first
 task, per task and after the last one, also compared with the first continuation; and the sizes of
 checkpoints. The exit status is 1 if one differs from its formula.

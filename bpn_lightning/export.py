@@ -7,7 +7,7 @@
     └── model.json           schema, gates, structure (tasks, mask, head, inputs, attachments), seed and
                          strategies of the run, and the position of each tensor
 
-A checkpoint resumes a run; an export is for distribution. New tasks go on from either, but an export has no
+A checkpoint resumes a run; an export is for distribution. New tasks continue from either, but an export has no
 training state: of the optimizer, of the strategies, of random numbers. The backbone is the reader's own code:
 the files contain the names of its tensors, not its computation.
 """

@@ -75,7 +75,7 @@ class ContinualDataModule(ContinuedStream, ABC):
         eval_batch_size: samples of an evaluation batch, over all processes.
         validation_fraction: fraction of each class's training samples held out for validation, in
             [0, 1). The test set is never used. Which ones depends on the seed, on the class's label in
-            the data set, and on the order of its samples: a stream that goes on with the same data set holds
+            the data set, and on the order of its samples: a stream that continues with the same data set holds
             out what one stream of all tasks does; with other arrays, in which a class has another label, it
             holds out others.
         augment: randomly crop (and, where it makes sense, flip) training images on the device.

@@ -31,7 +31,7 @@ class ContinuedStream(L.LightningDataModule):
     def continue_from(self, past: Past, past_data: "ContinuedStream | None" = None) -> None:
         """Let the tasks follow those of a stream that was learned.
 
-        Numbers of tasks and columns, and all that is drawn by them, go on from the past's; so does its seed,
+        Numbers of tasks and columns, and all that is drawn by them, continue from the past's; so does its seed,
         unless another is given, and its normalization.
 
         Args:
@@ -41,7 +41,7 @@ class ContinuedStream(L.LightningDataModule):
         """
         if past.learned < len(past.tasks):
             raise ConfigurationError(
-                f"Expected a run that has learned its {len(past.tasks)} tasks before it goes on with new "
+                f"Expected a run that has learned its {len(past.tasks)} tasks before it continues with new "
                 f"ones, but got one that stopped after {past.learned}. Resume it with its own stream first."
             )
         before: ContinuedStream | None = past_data

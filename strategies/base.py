@@ -54,7 +54,7 @@ class ContinualStrategy(Callback):
     #: Works on what tasks share, so it is refused where that is frozen (``train="modes"``).
     needs_trainable_core: ClassVar[bool] = False
     #: Entries of its ``state_dict`` that hold weights by parameter name, such as averages: when a stream
-    #: goes on with new classes, their rows start as those of the network; any other entry's start as 0.
+    #: continues with new classes, their rows start as those of the network; any other entry's start as 0.
     weights_in_state: ClassVar[Collection[str]] = ()
 
     _token: object | None = None  # of the module that it learned with last
@@ -116,7 +116,7 @@ class ContinualStrategy(Callback):
         """What of its state only training needs, in words; empty if there is none.
 
         Exports, and copies of a module, hold the network and what gates answer by, and no training state:
-        a strategy goes on from them if it has none.
+        a strategy continues from them if it has none.
         """
         return "state" if self.state_dict() else ""
 

@@ -47,7 +47,7 @@ Run a grid of experiments, methods and seeds, and make its tables and pictures.
 FAILED = 1
 
 
-@entry_point("bpn-bench", interrupted="The same command goes on from there.")
+@entry_point("bpn-bench", interrupted="The same command continues from there.")
 def main(argv: Sequence[str]) -> int:
     """Run the command.
 

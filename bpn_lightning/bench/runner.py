@@ -2,7 +2,7 @@
 
 A cell's folder says how far it is: ``results.json`` of all tasks, and it is finished and not run
 again; ``failed.json``, and it is reported and run again only on request; a checkpoint, and the next
-call goes on from it. ``log.txt`` beside them has what the process said. Several calls may share a grid:
+call continues from it. ``log.txt`` beside them has what the process said. Several calls may share a grid:
 a cell that another one runs is left to it.
 
 Where the processes run is an :class:`Executor`'s business: :func:`on_this_machine`, or

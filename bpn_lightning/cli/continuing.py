@@ -1,4 +1,4 @@
-"""Going on from a past run: the streams that were learned, and what is recorded of it."""
+"""Continuing from a past run: the streams that were learned, and what is recorded of it."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256

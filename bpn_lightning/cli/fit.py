@@ -23,7 +23,7 @@ from bpn_lightning.cli.continuing import continue_stream
 from bpn_lightning.cli.earlier_runs import refuse_earlier, refuse_other_name
 from bpn_lightning.cli.options import FitParser, add_options, parse_options
 from bpn_lightning.cli.output import notify
-from bpn_lightning.cli.past import PastRun, find_past, first_experiment, goes_on_from
+from bpn_lightning.cli.past import PastRun, continues_run, find_past, first_experiment
 from bpn_lightning.cli.resume import find_checkpoint, last_checkpoint
 from bpn_lightning.cli.trust import restrict_imports
 from bpn_lightning.datamodules import DATAMODULES
@@ -198,8 +198,8 @@ class ContinualCLI(LightningCLI):
                     )
 
     def _refuse_replaced_past(self, past: PastRun) -> None:
-        """Refuse to replace one of the runs that this one goes on from."""
-        if goes_on_from(past, self.folder):
+        """Refuse to replace one of the runs that this one continues from."""
+        if continues_run(past, self.folder):
             raise ConfigurationError(
                 f"Expected --overwrite to replace another run than those that are continued, but got "
                 f"{self.folder}. Give this run an --experiment of its own."
@@ -207,7 +207,7 @@ class ContinualCLI(LightningCLI):
 
     @property
     def checkpoint(self) -> Path | None:
-        """The file to resume: the run's own, else that of the run that it goes on from."""
+        """The file to resume: the run's own, else that of the run that it continues from."""
         if self.resumed:
             return self.resumed.path
         return self.past.checkpoint if self.past else None

@@ -31,7 +31,7 @@ Train a method over a stream of tasks, in one Lightning fit.
   --front NAME        a fixed feature extractor before network and gates, such as patches
   --seed_everything N the run's seed; part of the path of its results
   --ckpt_path PATH    resume a checkpoint; `last` is the run's own, if there is one
-  --continue_from RUN go on from a finished run with new tasks, those of the stream given here
+  --continue_from RUN continue from a finished run with new tasks, those of the stream given here
   --past_data         with it: also measure accuracies on the learned tasks, whose data are read again
   --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
   --trust             let configs name any class or function, and run its code (docs/safety.md)

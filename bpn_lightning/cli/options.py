@@ -109,7 +109,7 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
         "--continue_from",
         type=str | None,
         default=None,
-        help="Go on from a finished run, by its folder, its checkpoint or an export, with the tasks of this stream.",
+        help="Continue from a finished run, by its folder, its checkpoint or an export, with the tasks of this stream.",
     )
     parser.add_argument(
         "--past_data",

@@ -1,4 +1,4 @@
-"""The run that a command line goes on from with new tasks, and those before it; nothing here imports torch."""
+"""The run that a command line continues from with new tasks, and those before it; nothing here imports torch."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,9 +10,16 @@ from bpn_lightning.cli.config_files import PLACES, ConfigLayer, read_layer
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.files import EXPORT_FILES
 
-__all__ = ["PastRun", "find_past", "first_experiment", "goes_on_from", "past_layers", "runs_before"]
+__all__ = [
+    "PastRun",
+    "continues_run",
+    "find_past",
+    "first_experiment",
+    "past_layers",
+    "runs_before",
+]
 
-#: Keys of a run's config.yaml that are not those of a run that goes on from it.
+#: Keys of a run's config.yaml that are not those of a run that continues from it.
 _OWN = ("data", "experiment", "continue_from", "past_data", *PLACES)
 
 
@@ -72,7 +79,7 @@ def past_layers(wanted: str, with_data: bool) -> list[ConfigLayer]:
             tasks: ``past_data`` lists them, the oldest first.
 
     Raises:
-        ConfigurationError: a run is not there, has no config.yaml, or goes on from itself.
+        ConfigurationError: a run is not there, has no config.yaml, or continues from itself.
     """
     run = find_past(wanted)
     layer = run.layer
@@ -85,7 +92,7 @@ def past_layers(wanted: str, with_data: bool) -> list[ConfigLayer]:
 
 
 def runs_before(run: PastRun) -> list[PastRun]:
-    """A run and those that it goes on from, the oldest first.
+    """A run and those that it continues from, the oldest first.
 
     Raises:
         ConfigurationError: one is not there, or they have no beginning.
@@ -93,19 +100,19 @@ def runs_before(run: PastRun) -> list[PastRun]:
     return [*_newest_first(run)][::-1]
 
 
-def goes_on_from(run: PastRun, folder: Path) -> bool:
+def continues_run(run: PastRun, folder: Path) -> bool:
     """Whether a folder is that of a run, or of one before it, as far as these are there."""
-    return any(one.folder.resolve() == folder.resolve() for one in _that_are_there(run))
+    return any(one.folder.resolve() == folder.resolve() for one in _existing_runs(run))
 
 
 def first_experiment(run: PastRun) -> str:
     """The experiment in which a stream began, or that of the oldest of its runs that is still there."""
-    first = _that_are_there(run)[-1]
+    first = _existing_runs(run)[-1]
     named = None if first.layer is None else first.layer.content.get("experiment")
     return first.folder.parent.parent.name if named is None else str(named)
 
 
-def _that_are_there(run: PastRun) -> list[PastRun]:
+def _existing_runs(run: PastRun) -> list[PastRun]:
     """The newest first."""
     found: list[PastRun] = []
     with suppress(ConfigurationError):  # one is needed for its data only
@@ -114,7 +121,7 @@ def _that_are_there(run: PastRun) -> list[PastRun]:
 
 
 def _newest_first(run: PastRun) -> Iterator[PastRun]:
-    """A run, the one that it goes on from, and so on.
+    """A run, the one that it continues from, and so on.
 
     Raises:
         ConfigurationError: one is not there, or they have no beginning.

@@ -229,7 +229,7 @@ def test_state_loads_without_trust(scenario: Scenario) -> None:
 
 @promise()
 def test_resuming_is_bit_identical(scenario: Scenario) -> None:
-    """A run that goes on from a checkpoint, inside any phase or at a task's end, ends the same."""
+    """A run that continues from a checkpoint, inside any phase or at a task's end, ends the same."""
     found: list[str] = []
     moments = list(scenario.checkpoints.items())
     used = scenario.case.make()
@@ -248,7 +248,7 @@ def test_resuming_is_bit_identical(scenario: Scenario) -> None:
 
 @promise()
 def test_going_on_equals_knowing_all_tasks(scenario: Scenario) -> None:
-    """A stream of two tasks that goes on with a third learns what a stream of three does, bit for bit."""
+    """A stream of two tasks that continues with a third learns what a stream of three does, bit for bit."""
     expect_nothing(
         differences(*scenario.going_on),
         "After two tasks and a third it differs from three at once",

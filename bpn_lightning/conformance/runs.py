@@ -204,7 +204,7 @@ def fit(
         watch: called with the run before it begins.
         at_batch: called after every batch with the run, the position, the number of the batch and
             whether it is the last of its epoch.
-        checkpoint: a path to go on from.
+        checkpoint: a path to continue from.
     """
     _seed_globally(seed)
     stream = Digits(

@@ -95,7 +95,7 @@ def load_state(loop: TaskLoop, checkpoint: dict[str, Any]) -> None:
 
     Args:
         loop: of a network with the backbone of the checkpoint's.
-        checkpoint: Lightning's, with the entry of :func:`save_state`. One of a run that goes on with new
+        checkpoint: Lightning's, with the entry of :func:`save_state`. One of a run that continues with new
             tasks gets the shapes of the longer stream.
 
     Raises:

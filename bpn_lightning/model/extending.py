@@ -63,7 +63,7 @@ class _Fit(NamedTuple):
 
 
 class Extension:
-    """What a module goes on from: the trainer of its last fit, the checkpoint that it was loaded from, or itself.
+    """What a module continues from: the trainer of its last fit, the checkpoint that it was loaded from, or itself.
 
     Args:
         host: of the module.
@@ -127,7 +127,7 @@ class Extension:
             self._alone.check(found, stream)
 
     def remember(self) -> None:
-        """A fit is over: what it had is what the module goes on from."""
+        """A fit is over: what it had is what the module continues from."""
         host = self.host
         self._fit = _Fit(host.trainer, host.stream, host.strategies, host.gates)
 
@@ -168,7 +168,7 @@ class Extension:
         if gone != entry_of(checkpoint)["structure"].get("forgotten", []):
             raise CheckpointError(
                 f"Expected {self.path} to be written after tasks were forgotten, but it still holds what was "
-                f"stored of task {gone[-1]}. Resume it in a trainer, forget the task there, and go on from "
+                f"stored of task {gone[-1]}. Resume it in a trainer, forget the task there, and continue from "
                 "what trainer.save_checkpoint writes."
             )
         own, saved = self.host.module.state_dict(), checkpoint["state_dict"]

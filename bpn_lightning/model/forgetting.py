@@ -117,4 +117,4 @@ def _clear_optimizer(host: Host, rows: slice) -> Iterator[str]:
             for parameter in part.parameters():
                 optimizer.state.pop(parameter, None)
     if goes_on:
-        yield "the optimizer's state, which goes on from task to task"
+        yield "the optimizer's state, which continues from task to task"

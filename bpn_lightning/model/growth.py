@@ -97,7 +97,7 @@ def _check_learned(cursor: Mapping[str, Any], structure: Structure) -> None:
     learned, tasks = cursor["closed"] + 1, len(structure.tasks)
     if learned < tasks:
         raise CheckpointError(
-            f"Expected a run that has learned its {tasks} tasks before it goes on with new ones, but got one "
+            f"Expected a run that has learned its {tasks} tasks before it continues with new ones, but got one "
             f"that stopped after {learned}. Resume it with its own stream first."
         )
 
@@ -179,7 +179,7 @@ def _grown_tree(tree: Any, fresh: Mapping[str, Tensor], fill: bool = True) -> An
 def _grown_states(
     strategies: Sequence[ContinualStrategy], states: Mapping[str, Any], fresh: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """The states of the strategies: weights go on with those of new rows, anything else with 0."""
+    """The states of the strategies: weights continue with those of new rows, anything else with 0."""
     found = {}
     for strategy in strategies:
         key = strategy.state_key

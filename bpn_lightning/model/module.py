@@ -63,7 +63,7 @@ class ContinualModule(HookNameAsPlainAttribute):
             process, so that each image goes through the front once; 0 for none. Augmented images, and
             tasks whose features do not fit, go through it each time.
         optimizer: called with the parameters at the start of every task (LightningCLI's convention).
-        lr_of: learning rates of their own for parameters of ``modes`` (bias units, scales, low-rank
+        group_lr: learning rates of their own for parameters of ``modes`` (bias units, scales, low-rank
             products), of the ``head`` and of the ``core`` (all others), by these names: groups of the
             optimizer, which is then called with them.
         scheduler: called with the optimizer at the same moments. Its ``num_steps``, ``total_steps``,
@@ -118,7 +118,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         front: Front | None = None,
         front_cache_gb: float = 2.0,
         optimizer: OptimizerCallable = sgd,
-        lr_of: dict[str, float] | None = None,
+        group_lr: dict[str, float] | None = None,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
         scheduler_monitor: Literal["val/loss", "train/loss"] | None = None,
@@ -140,7 +140,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         self.host = Host(self, self.network, loss, core, front_cache_gb)
         self.history = History(evaluate_every)
         self.optimization = Optimization(
-            self.host, optimizer, scheduler, scheduler_interval, scheduler_monitor, lr_of
+            self.host, optimizer, scheduler, scheduler_interval, scheduler_monitor, group_lr
         )
         self.step = Step(self.host, self.optimization, self.history.settling)
         self.task_loop = TaskLoop(
@@ -162,7 +162,7 @@ class ContinualModule(HookNameAsPlainAttribute):
         return {**super().__getstate__(), "_extension": self._extension.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy goes on from a checkpoint file, not from the trainer of the original."""
+        """A copy continues from a checkpoint file, not from the trainer of the original."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._extension = Extension(self.host, state["_extension"])
 
@@ -257,12 +257,12 @@ class ContinualModule(HookNameAsPlainAttribute):
     def extend(
         self, stream: ContinualDataModule, past_data: ContinualDataModule | None = None
     ) -> None:
-        """Go on with new tasks: the next ``trainer.fit(module, stream)`` learns them after those learned.
+        """Continue with new tasks: the next ``trainer.fit(module, stream)`` learns them after those learned.
 
         With the same strategies it is bit for bit what one fit of all tasks would have learned. Numbers and
         columns of the tasks follow the past's, and so do random states, epochs and whatever strategies
         remember; in ``fit`` the network grows. A module that was loaded from an export, or copied, has no
-        training state: it goes on with strategies and gates that need none, such as BD, and others are
+        training state: it continues with strategies and gates that need none, such as BD, and others are
         refused in ``fit``.
 
         Args:

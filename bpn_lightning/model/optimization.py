@@ -48,7 +48,7 @@ class Optimization:
         scheduler: called with the optimizer; see :func:`~bpn_lightning.trainer.schedulers.build_scheduler`.
         interval: whether the scheduler steps after every update or every epoch.
         monitor: the loss that a ``ReduceLROnPlateau`` takes after every epoch.
-        lr_of: learning rates by the names of :data:`GROUPS`.
+        group_lr: learning rates by the names of :data:`GROUPS`.
 
     Attributes:
         plateau: the loss that decides over the learning rate, if one does.
@@ -66,7 +66,7 @@ class Optimization:
         scheduler: LRSchedulerCallable | None,
         interval: Literal["step", "epoch"],
         monitor: Literal["val/loss", "train/loss"] | None,
-        lr_of: Mapping[str, float] | None = None,
+        group_lr: Mapping[str, float] | None = None,
     ) -> None:
         if interval not in ("step", "epoch"):
             raise ConfigurationError(
@@ -77,12 +77,14 @@ class Optimization:
                 f"Expected scheduler_monitor to be one of {', '.join(MONITORS)}, but got "
                 f"{monitor!r}. null takes the validation loss where a part is held out."
             )
-        for name, rate in (lr_of or {}).items():
-            check_choice("a name in lr_of", name, GROUPS)
-            check_number(f"lr_of[{name!r}]", rate, "It is the learning rate of these parameters.")
+        for name, rate in (group_lr or {}).items():
+            check_choice("a name in group_lr", name, GROUPS)
+            check_number(
+                f"group_lr[{name!r}]", rate, "It is the learning rate of these parameters."
+            )
         self.host = host
         self.optimizer = optimizer
-        self.lr_of = dict(lr_of or {})
+        self.group_lr = dict(group_lr or {})
         self.scheduler = scheduler
         self.interval = interval
         self.monitor = monitor
@@ -117,7 +119,7 @@ class Optimization:
             ConfigurationError: the optimizer does not take its arguments, or a learning rate is for modes
                 that the network has not.
         """
-        parameters = self._with_rates() if self.lr_of else self.parameters()
+        parameters = self._with_rates() if self.group_lr else self.parameters()
         try:
             return self.optimizer(parameters)
         except (TypeError, ValueError) as error:
@@ -128,20 +130,21 @@ class Optimization:
 
     def parameters(self) -> list[nn.Parameter]:
         """What the network's optimizer is over, in its order."""
-        if self.lr_of:
+        if self.group_lr:
             return [p for own in self._groups().values() for p in own]
         return [p for _, p in self._trained()]
 
     def _with_rates(self) -> Any:
         """The same in groups, with their learning rates."""
         groups = self._groups()
-        if "modes" in self.lr_of and not groups["modes"]:
+        if "modes" in self.group_lr and not groups["modes"]:
             raise ConfigurationError(
-                "Expected lr_of to name parameters that there are, but got 'modes', and the network has no "
+                "Expected group_lr to name parameters that there are, but got 'modes', and the network has no "
                 "modes that the optimizer trains. Leave it out, or add a strategy such as bitfit or lora."
             )
         return [
-            {"name": name, "params": own} | ({"lr": self.lr_of[name]} if name in self.lr_of else {})
+            {"name": name, "params": own}
+            | ({"lr": self.group_lr[name]} if name in self.group_lr else {})
             for name, own in groups.items()
             if own
         ]
@@ -269,6 +272,6 @@ class Optimization:
         return {"loss_sum": total, "samples": samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over :meth:`state_dict`: the first process goes on with what all had."""
+        """Take over :meth:`state_dict`: the first process continues with what all had."""
         sums = [state["loss_sum"], state["samples"]] if self.host.global_rank == 0 else [0.0, 0.0]
         self._epoch_loss = torch.tensor(sums, dtype=torch.float64)

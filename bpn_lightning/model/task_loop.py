@@ -94,7 +94,7 @@ class TaskLoop:
         if not opened <= task <= opened + 1:
             raise ConfigurationError(
                 f"Expected a module that is about to learn task {task}, but it has opened task "
-                f"{opened}. Make a new module, go on with ckpt_path, or call module.extend for new tasks."
+                f"{opened}. Make a new module, continue with ckpt_path, or call module.extend for new tasks."
             )
         self.network.check_task_ids(task)
         set_max_epochs(self.host.trainer, self.host.cursor.schedule.total)
@@ -136,7 +136,7 @@ class TaskLoop:
             warnings.warn(
                 f"The stream stopped before its end: tasks {', '.join(missing)} of "
                 f"{len(tasks)} are not learned and their rows of the accuracy matrix are empty. "
-                "Go on with ckpt_path.",
+                "Continue with ckpt_path.",
                 stacklevel=3,
             )
 
@@ -216,7 +216,7 @@ class TaskLoop:
     def close(self, task_id: int) -> None:
         """Consolidate a task in every strategy and fill its row of the matrix, each exactly once.
 
-        What is finished is noted as it happens, so a run that stops in between goes on from there.
+        What is finished is noted as it happens, so a run that stops in between continues from there.
         """
         host, network, cursor = self.host, self.network, self.host.cursor
         if task_id <= network.closed:

@@ -59,7 +59,7 @@ class WeightsAlone:
                 f"Expected the strategies that learned the module's tasks, but they differ: {different[0]}. "
                 "Pass the same ones, or start a new run."
             )
-        remedy = "go on from the run's folder or one of its checkpoints."
+        remedy = "continue from the run's folder or one of its checkpoints."
         for strategy in strategies:
             lacking = strategy.training_state()
             if not lacking and strategy.state_dict() and strategy.state_key not in self._gates:
@@ -67,7 +67,7 @@ class WeightsAlone:
             if lacking:
                 raise CheckpointError(
                     f"Expected the training state of the run, but an export holds no {lacking}: "
-                    f"{type(strategy).__name__} cannot go on from it. Leave the export, and {remedy}"
+                    f"{type(strategy).__name__} cannot continue from it. Leave the export, and {remedy}"
                 )
         if stream.reset_optimizer == "never":
             raise ConfigurationError(

@@ -379,7 +379,7 @@ class Structure:
             raise ConfigurationError(
                 "Expected the stream that this module was built for, with (tasks, classes, input "
                 f"shape, input dtype) of {built}, but got {wanted}. Make a new module for another "
-                "stream; module.extend goes on with new tasks after those learned."
+                "stream; module.extend continues with new tasks after those learned."
             )
 
     def set_preparations(self, found: Sequence[Preparation]) -> None:

@@ -57,7 +57,7 @@ class Probe(Callback, ABC):
         return {"seen": json.dumps(self.seen)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         self.seen = json.loads(state_dict["seen"])
 
     def _look(self, module: Any) -> None:
@@ -146,7 +146,7 @@ class Drift(Probe):
         return {**super().state_dict(), "reference": dict(self._reference)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         super().load_state_dict(state_dict)
         self._reference = dict(state_dict["reference"])
 

@@ -259,7 +259,7 @@ def _not_finished(folder: Path, root: Path) -> Problem:
         where,
         "not finished",
         "It has no results.json: it is running, or was stopped."
-        + (" It has a checkpoint to go on from." if kept else ""),
+        + (" It has a checkpoint to continue from." if kept else ""),
     )
 
 

@@ -48,7 +48,7 @@ class RunName:
         seed: the run's seed.
         runs: the folder of all runs.
         folder: the run's own.
-        began_in: the experiment of the first run of the stream, in a run that goes on from another.
+        began_in: the experiment of the first run of the stream, in a run that continues from another.
     """
 
     experiment: str

@@ -24,7 +24,7 @@ def collect_provenance(
 
     Args:
         seconds: wall time of the run.
-        continues: the run that it went on from.
+        continues: the run that it continued from.
         pretrained: where the weights of its networks come from.
     """
     import torch

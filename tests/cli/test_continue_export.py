@@ -35,7 +35,7 @@ def folder(experiment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two tasks, its export, and a run that goes on from its folder."""
+    """A run of two tasks, its export, and a run that continues from its folder."""
     place = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.chdir(place)
@@ -115,7 +115,7 @@ def test_a_missing_state_is_refused_by_name(capsys: pytest.CaptureFixture[str]) 
     assert main(line) == 0
     assert export(["runs/ewc/ewc/seed_0", "ewc"]) == 0
     said = refusal([*MODEL, *NEW[:-1], "ewc", "--method", "ewc", "--experiment", "bad"], capsys)
-    assert "but an export holds no importances: EWC cannot go on from it." in said
+    assert "but an export holds no importances: EWC cannot continue from it." in said
 
 
 def refusal(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:

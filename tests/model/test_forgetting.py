@@ -292,7 +292,7 @@ def test_what_stays_is_listed(fit: Fit) -> None:
     module, _ = learn(fit, "finetune", "shared", tasks=2, stream=stream)
     said = module.forget(1)
     assert "the head, whose rows other tasks share" in said
-    assert "the optimizer's state, which goes on from task to task" in said
+    assert "the optimizer's state, which continues from task to task" in said
     module.eval()
     assert module(INPUTS, task=0).isfinite().all()
 

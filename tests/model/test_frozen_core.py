@@ -303,7 +303,7 @@ def end(fit: Fit, **options: Any) -> dict[str, Tensor]:
 
 
 def test_groups_of_one_rate_are_no_groups(fit: Fit) -> None:
-    alike = end(fit, lr_of={"core": 0.1, "modes": 0.1, "head": 0.1})
+    alike = end(fit, group_lr={"core": 0.1, "modes": 0.1, "head": 0.1})
     plain = end(fit)
     assert plain.pop("rates").tolist() == pytest.approx([0.1])
     assert alike.pop("rates").tolist() == pytest.approx([0.1, 0.1, 0.1])
@@ -311,11 +311,11 @@ def test_groups_of_one_rate_are_no_groups(fit: Fit) -> None:
 
 
 def test_a_group_moves_by_its_rate(fit: Fit) -> None:
-    start = end(fit, lr_of={"core": 0.0, "modes": 0.0, "head": 0.0})
-    still = end(fit, lr_of={"core": 0.0, "modes": 0.0})
+    start = end(fit, group_lr={"core": 0.0, "modes": 0.0, "head": 0.0})
+    still = end(fit, group_lr={"core": 0.0, "modes": 0.0})
     moved = [n for n, value in start.items() if n != "rates" and not torch.equal(value, still[n])]
     assert moved == ["head.weight", "head.bias"]
-    only = end(fit, lr_of={"modes": 0.5, "head": 0.0}, train="modes")
+    only = end(fit, group_lr={"modes": 0.5, "head": 0.0}, train="modes")
     moved = [n for n, value in start.items() if n != "rates" and not torch.equal(value, only[n])]
     assert moved == ["backbone.1.bias_units.W", "head.bias_units.W"]
     assert only["rates"].tolist() == [0.5, 0.0]
@@ -338,7 +338,7 @@ def test_lightning_logs_rates_by_the_names_of_groups(reset_optimizer: str, fit: 
         backbone=MLP([16]),
         train="modes",
         train_first="all",
-        lr_of={"modes": 0.5},
+        group_lr={"modes": 0.5},
         trainer={"logger": Log("."), "log_every_n_steps": 1},
     )
     assert {name: set(values) for name, values in rates.items()} == {
@@ -351,12 +351,16 @@ def test_lightning_logs_rates_by_the_names_of_groups(reset_optimizer: str, fit: 
 
 
 def test_rates_of_nothing_are_refused(fit: Fit) -> None:
-    with pytest.raises(ConfigurationError, match="a name in lr_of to be one of core, modes, head"):
-        ContinualModule(network(), lr_of={"mode": 0.1})
-    with pytest.raises(ConfigurationError, match=r"Expected lr_of\['head'\] to be 0 or a positive"):
-        ContinualModule(network(), lr_of={"head": -1.0})
+    with pytest.raises(
+        ConfigurationError, match="a name in group_lr to be one of core, modes, head"
+    ):
+        ContinualModule(network(), group_lr={"mode": 0.1})
+    with pytest.raises(
+        ConfigurationError, match=r"Expected group_lr\['head'\] to be 0 or a positive"
+    ):
+        ContinualModule(network(), group_lr={"head": -1.0})
     with pytest.raises(ConfigurationError, match="but got 'modes', and the network has no modes"):
-        fit([FineTuning()], lr_of={"modes": 0.1})
+        fit([FineTuning()], group_lr={"modes": 0.1})
 
 
 # --- resuming, and several processes --------------------------------------------------------------
@@ -430,7 +434,7 @@ def test_a_run_goes_on_wherever_it_stopped(
 
 
 def test_what_a_task_was_begun_with_holds_to_its_end(fit: Fit, tmp_path: Path) -> None:
-    """Between tasks a run may go on with another choice; inside one it may not."""
+    """Between tasks a run may continue with another choice; inside one it may not."""
     saves = SaveEverywhere(tmp_path)
 
     def stream() -> SplitDigits:

@@ -1,4 +1,4 @@
-"""A checkpoint of this schema that lies in the repository: it is loaded, and a run goes on from it.
+"""A checkpoint of this schema that lies in the repository: it is loaded, and a run continues from it.
 
 ``python tests/model/test_golden.py`` writes it, when the schema has changed.
 """

@@ -186,7 +186,7 @@ class Setting:
         return module, fit(module, stream, METHODS[method](), ckpt_path, **self.trainer)
 
     def longer(self, method: str, mask: str, folder: Path) -> dict[str, Any]:
-        """Learn the past, then go on from its checkpoint with a stream that begins with it."""
+        """Learn the past, then continue from its checkpoint with a stream that begins with it."""
         self.fit(method, mask, 0, PAST)[1].save_checkpoint(folder / "past.ckpt")
         return learned(*self.fit(method, mask, 0, ALL, folder / "past.ckpt"))
 
@@ -229,7 +229,7 @@ SETTINGS = {
         module={"optimizer": partial(AdamW, lr=0.01)}, stream={"reset_optimizer": "never"}
     ),
     "rates kept": Setting(
-        module={"optimizer": partial(AdamW, lr=0.01), "lr_of": {"head": 0.02, "modes": 0.005}},
+        module={"optimizer": partial(AdamW, lr=0.01), "group_lr": {"head": 0.02, "modes": 0.005}},
         stream={"reset_optimizer": "never"},
     ),
     "momentum kept": Setting(
@@ -327,7 +327,7 @@ def test_a_module_is_extended_after_other_trainers_have_tested_it() -> None:
     found = learned(module, Setting().go_on(module, trainer.callbacks, "bd+ewc", "seen"))
     assert differing(learned(*Setting().fit("bd+ewc", "seen", 0, ALL)), found) == []
     copied.extend(new := stream_of(PAST, ALL, "seen"))
-    with pytest.raises(CheckpointError, match="holds no importances: EWC cannot go on from it"):
+    with pytest.raises(CheckpointError, match="holds no importances: EWC cannot continue from it"):
         fit(copied, new, METHODS["bd+ewc"]())
 
 
@@ -487,7 +487,7 @@ def test_another_past_is_refused(changes: dict[str, Any], says: str, tmp_path: P
 def test_a_past_that_stopped_inside_a_task_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "middle.ckpt"
     fit(module_of("seen"), stream_of(0, PAST, "seen"), [*METHODS["ewc"](), Save(8, path)])
-    says = "Expected a run that has learned its 3 tasks before it goes on with new ones, but got one that stopped after 1."
+    says = "Expected a run that has learned its 3 tasks before it continues with new ones, but got one that stopped after 1."
     with pytest.raises(CheckpointError, match=re.escape(says)):
         fit(module_of("seen"), stream_of(0, ALL, "seen"), METHODS["ewc"](), path)
     loaded = ContinualModule.load_from_checkpoint(path, backbone=MLP([16, 12]), mask="seen")
@@ -616,5 +616,5 @@ def test_weights_of_tasks_are_refused(tmp_path: Path) -> None:
 
 def test_a_fit_without_a_past_is_refused() -> None:
     module, trainer = past()
-    with pytest.raises(ConfigurationError, match="go on with ckpt_path, or call"):
+    with pytest.raises(ConfigurationError, match="continue with ckpt_path, or call"):
         fit(module, stream_of(0, ALL, "seen"), trainer.callbacks)

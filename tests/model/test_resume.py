@@ -201,7 +201,7 @@ def test_a_resumed_run_saves_what_a_run_that_was_never_stopped_saves(fit, tmp_pa
     for name, start in reference.items():
         again = run(tmp_path / name, seed=9, ckpt_path=tmp_path / "reference" / name)
         for later, saved in again.items():
-            # A run that goes on from a step has not its epoch's end again.
+            # A run that continues from a step has not its epoch's end again.
             assert saved["global_step"] >= start["global_step"]
             assert same(counters(saved), counters(reference[later])), (name, later)
 

@@ -255,7 +255,7 @@ def test_checkpoints_and_exports_hold_the_biases(fit: Any, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_biases_of_all_kinds_of_layers_grow_with_the_stream(fit: Any, tmp_path: Path) -> None:
-    """A longer stream that goes on from a checkpoint learns what it learns at once, bit for bit."""
+    """A longer stream that continues from a checkpoint learns what it learns at once, bit for bit."""
 
     def learn(tasks: int, ckpt_path: Path | None = None) -> Any:
         stream = SplitDigits(

@@ -98,7 +98,7 @@ def test_a_stream_that_ended_early(make_run: Make) -> None:
     ("files", "state", "why"),
     [
         ({"config.yaml": ""}, "not finished", "It is running, or was stopped."),
-        ({"checkpoints/last.ckpt": ""}, "not finished", "It has a checkpoint to go on from."),
+        ({"checkpoints/last.ckpt": ""}, "not finished", "It has a checkpoint to continue from."),
         ({"failed.json": "{}", "log.txt": "x"}, "failed", "Its log.txt says why."),
         ({"results.json": "{"}, "unreadable", "to be the results.json of a finished run"),
         ({"results.json": '{"schema_version": 1}'}, "unreadable", "to be 3, but got 1"),

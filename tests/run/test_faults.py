@@ -1,4 +1,4 @@
-"""Whatever ends a run, what goes on from its checkpoints is the run that nothing ended."""
+"""Whatever ends a run, what continues from its checkpoints is the run that nothing ended."""
 
 import os
 import random

@@ -156,7 +156,7 @@ def test_generators_follow_from_seed_and_task(prepare: Any) -> None:
         torch.rand(draws), np.random.rand(draws), [random.random() for _ in range(draws)]
         run.fit()
         states.append([str(state) for state in strategy.generators])
-    assert states[0][0] != states[1][0]  # the first task goes on with the global ones
+    assert states[0][0] != states[1][0]  # the first task continues with the global ones
     assert states[0][1:] == states[1][1:]
     assert len({*states[0], *states[2][1:]}) == 5
     for kind in ("torch", "numpy", "python"):
