@@ -21,7 +21,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -30,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from commands import run_script
 from markdown_it import MarkdownIt
 
 import bpn_lightning.report.cli as html_report
@@ -159,7 +159,7 @@ def run_process(block: Block) -> None:
     script = Path(sys.executable).with_name(block.words[0])
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
     line = [str(script), *block.words[1:], *flags_of(block)]
-    done = subprocess.run(line, env=inherited, check=False, capture_output=True, text=True)
+    done = run_script(line, env=inherited)
     assert done.returncode == 0, f"{block.page}:{block.line}: {done.stdout}{done.stderr}"
 
 

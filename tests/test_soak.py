@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_script
 from fits import trainer_of
 from lightning.pytorch import Callback, Trainer
 
@@ -28,15 +28,9 @@ UNITS, INPUTS = 32 + 10, 784 + 32
 
 def test_sizes_of_checkpoints_are_those_of_the_formulas() -> None:
     """The benchmark compares them too, and its status says so."""
-    line = [sys.executable, str(SCRIPT), "--methods", "bd+psp", "--tasks", "3"]
+    line = [str(SCRIPT), "--methods", "bd+psp", "--tasks", "3"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*line, "--continuations", "2"],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = run_script([*line, "--continuations", "2"], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     times, sizes = done.stdout.strip().split("\n\n")
     rows = [row.strip("| ").split(" | ") for row in sizes.replace(",", "").splitlines()[2:]]

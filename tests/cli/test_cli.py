@@ -238,6 +238,17 @@ def test_a_finished_run_is_not_replaced_by_accident(capsys: pytest.CaptureFixtur
     assert run("--method", "finetune", "--overwrite") == 0
 
 
+OFTEN = ["--checkpoint_every_n_steps", "5", "--trainer.log_every_n_steps", "5"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped."""
+    runs = tmp_path_factory.mktemp("whole")
+    assert run(*OFTEN, "--runs", str(runs)) == 0
+    return Path(runs, *RUN.parts[1:])
+
+
 @pytest.mark.parametrize(
     ("hook", "step"),
     [
@@ -248,30 +259,33 @@ def test_a_finished_run_is_not_replaced_by_accident(capsys: pytest.CaptureFixtur
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_files(
-    hook: str, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: Path,
+    hook: str,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write("killer.py", KILL)
     monkeypatch.syspath_prepend(os.getcwd())
-    often = ["--checkpoint_every_n_steps", "5", "--trainer.log_every_n_steps", "5"]
-    assert run(*often, "--runs", "whole") == 0
     stop = ["--trainer.callbacks", "killer.Kill", f"--trainer.callbacks.hook={hook}"]
     with pytest.raises(ZeroDivisionError):
-        run(*often, *stop, f"--trainer.callbacks.step={step}")
+        run(*OFTEN, *stop, f"--trainer.callbacks.step={step}")
 
     capsys.readouterr()
-    assert run(*often) == 2
+    assert run(*OFTEN) == 2
     assert "to hold no unfinished run" in capsys.readouterr().err
-    assert run(*often, "--ckpt_path", "last") == 0
-    assert_equal_runs(Path("whole", *RUN.parts[1:]), RUN)
+    assert run(*OFTEN, "--ckpt_path", "last") == 0
+    assert_equal_runs(whole, RUN)
 
 
-def test_a_stream_that_max_steps_ended_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--runs", "whole") == 0
+def test_a_stream_that_max_steps_ended_goes_on(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.warns(UserWarning, match="not learned"):
-        assert run("--trainer.max_steps", "40") == 0
+        assert run(*OFTEN, "--trainer.max_steps", "40") == 0
     assert results(RUN)["tasks_not_learned"] != []
-    assert run("--ckpt_path", "last") == 0
-    assert_equal_runs(Path("whole", *RUN.parts[1:]), RUN)
+    assert run(*OFTEN, "--ckpt_path", "last") == 0
+    assert_equal_runs(whole, RUN)
 
 
 def test_last_starts_afresh_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:

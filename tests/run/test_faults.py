@@ -4,7 +4,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 from contextlib import redirect_stderr
 from io import StringIO
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_script
 from lightning.pytorch import Trainer
 
 from bpn_lightning.cli.main import main
@@ -137,8 +137,7 @@ def assert_same(whole: Path) -> None:
 def test_faults_at_drawn_moments_leave_no_difference(method: str, flags: list[str]) -> None:
     """All processes are the harness's own; its table with every strategy is in docs/resume.md."""
     script = str(ROOT / "benchmarks" / "faults.py")
-    line = [sys.executable, script, "--methods", method, "--clock", "0", *flags]
-    done = subprocess.run(line, check=False, capture_output=True, text=True)
+    done = run_script([script, "--methods", method, "--clock", "0", *flags])
     assert done.returncode == 0, done.stderr + done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith(f"| {method} "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -284,29 +283,38 @@ def test_a_kill_between_two_renames(whole: Path, capsys: pytest.CaptureFixture[s
     )
 
 
+FRONT = ["--front", "patches", "--gate", "slda"]
+for name, number in {"num_patches": 8, "size": 3, "samples": 2000, "iterations": 3}.items():
+    FRONT += [f"--fronts.patches.{name}", str(number)]
+
+
+@pytest.fixture(scope="module")
+def whole_with_front(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("front")
+    assert run(*FRONT, "--runs", str(runs)) == 0
+    (folder,) = runs.glob("*/*/seed_0")
+    return folder
+
+
 @pytest.mark.parametrize(
     "fault",
     [
-        ["KillInFront", "--trainer.callbacks.moment=_draw"],
+        pytest.param(["KillInFront", "--trainer.callbacks.moment=_draw"], marks=pytest.mark.matrix),
         ["KillInFront", "--trainer.callbacks.moment=_standardize"],
         ["KillInFront", "--trainer.callbacks.moment=forward"],
         ["Send", "--trainer.callbacks.number=9", "--trainer.callbacks.step=30"],
     ],
 )
-def test_a_kill_while_a_front_is_fitted_or_used(tmp_path: Path, fault: list[str]) -> None:
+def test_a_kill_while_a_front_is_fitted_or_used(whole_with_front: Path, fault: list[str]) -> None:
     """Its features are computed again, and are the same bits."""
-    sizes = {"num_patches": 8, "size": 3, "samples": 2000, "iterations": 3}
-    flags = ["--front", "patches", "--gate", "slda"]
-    flags += [text for name, n in sizes.items() for text in (f"--fronts.patches.{name}", str(n))]
-    assert run(*flags, "--runs", "whole") == 0
-    (whole,) = Path("whole").glob("*/*/seed_0")
-    line = [sys.executable, "-m", "bpn_lightning.cli.main", *LINE, *flags]
+    whole = whole_with_front
+    line = ["-m", "bpn_lightning.cli.main", *LINE, *FRONT]
     line += ["--trainer.callbacks", f"user_code.{fault[0]}", *fault[1:]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run(line, check=False, env=environment).returncode == -signal.SIGKILL
-    there = Path("runs", *whole.parts[1:])
+    assert run_script(line, env=environment).returncode == -signal.SIGKILL
+    there = Path("runs", *whole.parts[-3:])
     assert (there / "checkpoints" / "last.ckpt").exists() == (fault[0] == "Send")
-    assert run(*flags, "--ckpt_path", "last") == 0
+    assert run(*FRONT, "--ckpt_path", "last") == 0
     assert figures(whole) == figures(there)
     assert torch.equal(weights(whole), weights(there))
     assert (whole / "gates.csv").read_text() == (there / "gates.csv").read_text()

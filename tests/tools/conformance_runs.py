@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
-from waiting import PATIENCE
+from commands import run_script
 
 __all__ = ["Outcome", "run_suite", "selected", "stand_for_others"]
 
@@ -87,18 +85,14 @@ def run_suite(
     chosen = {name: None if which is None else sorted(which) for name, which in wanted.items()}
     (folder / "wanted.json").write_text(json.dumps(chosen))
     flags = ["-p", "only", *flags]
-    command = [sys.executable, "-m", "pytest", "--pyargs", "bpn_lightning.conformance", *flags]
-    done = subprocess.run(
+    command = ["-m", "pytest", "--pyargs", "bpn_lightning.conformance", *flags]
+    done = run_script(
         [*command, "-q", "--tb=short", "--junitxml=report.xml", "-p", "no:cacheprovider"],
         cwd=folder,
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
         },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
     )
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
     failed: dict[str, dict[str, str]] = defaultdict(dict)

@@ -210,6 +210,7 @@ def machines() -> Iterator[list[tuple[str, str]]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
+@pytest.mark.matrix  # of torchrun too, above
 def test_two_machines_learn_what_one_process_learns(
     tmp_path: Path, machines: list[tuple[str, str]], alone: dict[str, Any]
 ) -> None:
