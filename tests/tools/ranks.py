@@ -8,7 +8,7 @@ A test hands over a function of its own file, which every rank runs::
         first, second = ranks(learn, "ewc")
         assert_close(first, learn("ewc"))
 
-Each process imports torch and Lightning once, and runs one function after another. Lightning finds a
+Each process is forked from one that has imported torch and Lightning, and runs one function after another. Lightning finds a
 process group that is initialized already, and starts no process and makes no group of its own.
 """
 
@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from commands import IMPORTED
 from waiting import PATIENCE
 
 __all__ = ["Ranks"]
@@ -39,7 +40,8 @@ class Ranks:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._calls = 0
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(IMPORTED)
         self._processes: list[Any] = []
         self._ends: list[Connection] = []
 
