@@ -66,6 +66,7 @@ ARTIFACTS = (
     "parameters",
     "paired_tests",
     "gates",
+    "dips",
 )
 """What ``report:`` may name, in the order of :mod:`bpn_lightning.bench.report`."""
 

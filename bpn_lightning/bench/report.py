@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bpn_lightning.analysis.artifact import Artifact
 from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
+from bpn_lightning.bench.dips import dips
 from bpn_lightning.bench.gates import gates
 from bpn_lightning.bench.sweeps import gains, sweeps
 from bpn_lightning.bench.tables import accuracy, paired_tests
@@ -32,6 +33,7 @@ MAKERS: dict[str, Callable[[Collection], list[Artifact]]] = {
     "gains": gains,
     "paired_tests": paired_tests,
     "gates": gates,
+    "dips": dips,
 }
 """How each name of ``report:`` is made."""
 
