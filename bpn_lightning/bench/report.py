@@ -14,7 +14,7 @@ from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.paper.curves import figure_6
 from bpn_lightning.paper.many_tasks import figure_7
-from bpn_lightning.paper.mechanism import drift, figure_5
+from bpn_lightning.paper.mechanism import drift, figure_5, moves
 from bpn_lightning.paper.tables import parameters, table_1, table_2
 from bpn_lightning.terminal import printable
 
@@ -34,6 +34,7 @@ MAKERS: dict[str, Callable[[Collection], list[Artifact]]] = {
     "paired_tests": paired_tests,
     "gates": gates,
     "dips": dips,
+    "moves": moves,
 }
 """How each name of ``report:`` is made."""
 
