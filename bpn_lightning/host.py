@@ -46,6 +46,14 @@ class ContinualHost(Protocol):
         """The phase that runs."""
 
     @property
+    def task_progress(self) -> float:
+        """The fraction of the open task's updates that have happened, 0 at its first one.
+
+        Of those that are planned in its phases that train the whole network. A task that early stopping
+        ends does not come near 1.
+        """
+
+    @property
     def trains_own_rows_only(self) -> bool:
         """Whether of the head only the rows of the open task's own classes move."""
 

@@ -202,6 +202,11 @@ class Schedule:
         """The global epoch after which the task is learned."""
         return self._ends[self._firsts[task + 1]] - 1
 
+    def lengths_of(self, task: int) -> dict[str, int]:
+        """Epochs of each phase of a task by its name, as many as are planned by now."""
+        own = self.lengths[self._firsts[task] : self._firsts[task + 1]]
+        return dict(zip((phase.name for phase in self.phases[task]), own, strict=True))
+
     def phase_epochs(self, epoch: int) -> range:
         """The global epochs of the phase that ``epoch`` lies in."""
         index = self._index(epoch)

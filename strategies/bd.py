@@ -1,6 +1,7 @@
 """Beneficial perturbations: the bias units of the Beneficial Perturbation Network."""
 
 from collections.abc import Mapping, Sequence
+from math import cos, pi
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -15,10 +16,13 @@ from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import ContinualStream, Task
 
-__all__ = ["BeneficialPerturbation", "Direction", "perturbation"]
+__all__ = ["BeneficialPerturbation", "Direction", "StepSchedule", "perturbation"]
 
 Direction = Literal["sign", "gradient", "normalized", "frozen"]
 DIRECTIONS = ("sign", "gradient", "normalized", "frozen")
+
+StepSchedule = Literal["constant", "linear", "cosine"]
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def perturbation(gradients: list[Tensor], direction: Direction, epsilon: float) -> Sequence[Tensor]:
@@ -47,6 +51,26 @@ def perturbation(gradients: list[Tensor], direction: Direction, epsilon: float) 
     return [torch.zeros_like(g) for g in gradients]
 
 
+def scheduled(epsilon: float, schedule: StepSchedule, progress: float) -> float:
+    r"""The step of M at a point of its task, :math:`\epsilon` at its start.
+
+    ``linear`` is :math:`\epsilon\,(1 - p)`, ``cosine`` :math:`\epsilon\,(1 + \cos \pi p) / 2`: both end at 0.
+
+    Args:
+        epsilon: the first step.
+        schedule: how it falls.
+        progress: p, the fraction of the task's updates that came before, 0 to 1.
+
+    >>> [scheduled(0.1, "linear", n / 4) for n in range(4)]
+    [0.1, 0.075, 0.05, 0.025]
+    """
+    if schedule == "linear":
+        return epsilon * (1 - progress)
+    if schedule == "cosine":
+        return epsilon * (1 + cos(pi * progress)) / 2
+    return epsilon
+
+
 class BeneficialPerturbation(ContinualStrategy):
     r"""Bias units that switch one network between tasks: :math:`\mathrm{BIAS}_t = M_t W_t`.
 
@@ -66,6 +90,11 @@ class BeneficialPerturbation(ContinualStrategy):
     Args:
         rank: H, width of the factorization; the paper uses 1 to 2500.
         epsilon: the step of M per update; the tuned values of the configs are between 0.03 and 0.1.
+        schedule: how the step changes over the updates of each task: ``constant``, the paper's; ``linear``
+            or ``cosine``, from epsilon at the first update to 0 after the last one, so that the signs of a
+            gradient that is about 0 do not move M at the end. It counts the updates that happened, of all
+            phases in which M moves, and resumes with the run. The last one is that of the planned epochs:
+            a task that early stopping ends before, ends at a step above 0.
         direction: how M is updated. ``sign`` is the paper's BD, ``gradient`` its GD, ``normalized`` the
             gradient scaled to the norm of the sign's step; ``frozen`` is a control, in which neither M
             nor W is trained and M is sampled from N(0, 1).
@@ -96,6 +125,7 @@ class BeneficialPerturbation(ContinualStrategy):
         rank: int = 100,
         epsilon: float = 0.05,
         *,
+        schedule: StepSchedule = "constant",
         direction: Direction = "sign",
         layers: Sequence[str] | None = None,
         m_start: Literal["zero", "normal"] | None = None,
@@ -105,6 +135,7 @@ class BeneficialPerturbation(ContinualStrategy):
         check_number(
             "epsilon", epsilon, "It is the step of M per update: 0.03 to 0.1 with direction 'sign'."
         )
+        check_choice("schedule", schedule, SCHEDULES)
         check_choice("direction", direction, DIRECTIONS)
         if m_start is not None:
             check_choice("m_start", m_start, ("zero", "normal"))
@@ -116,6 +147,7 @@ class BeneficialPerturbation(ContinualStrategy):
         check_above_zero("w_scale", w_scale, "M and W both at 0 never move.")
         self.rank = rank
         self.epsilon = epsilon
+        self.schedule: StepSchedule = schedule
         self.direction: Direction = direction
         if layers is not None and not layers:
             raise ConfigurationError(
@@ -175,9 +207,14 @@ class BeneficialPerturbation(ContinualStrategy):
             ]
         self._moving, self._steps = moving, []
         if moving:
-            self._steps = perturbation(gradients, self.direction, self.epsilon)
+            self._steps = perturbation(gradients, self.direction, self._step_size(host))
         for m in moving:
             m.grad = None
+
+    def _step_size(self, host: ContinualHost) -> float:
+        if self.schedule == "constant":
+            return self.epsilon
+        return scheduled(self.epsilon, self.schedule, host.task_progress)
 
     def correct_step(self, host: ContinualHost, parameters: Mapping[str, nn.Parameter]) -> None:
         """Apply the steps to M, only now because the gradient scaler may skip an update."""

@@ -18,7 +18,8 @@
       - config: cifar10_inc.yaml
         methods: all
         not_run: CIFAR-10's images were not at hand.          a row, and no run
-    compare: [[bd+ewc, ewc]]              pairs of methods for the paired tests
+    compare: [[bd+ewc, ewc]]              pairs for the paired tests, as tables name them: of what
+                                          is varied, ["bd+ewc, rank 1", "bd+ewc, rank 10"]
     report: [accuracy, paired_tests]      what is made of the results
 
 No torch here: a grid is refused in a second, not after an import.
@@ -66,6 +67,8 @@ ARTIFACTS = (
     "parameters",
     "paired_tests",
     "gates",
+    "dips",
+    "moves",
 )
 """What ``report:`` may name, in the order of :mod:`bpn_lightning.bench.report`."""
 
@@ -86,7 +89,7 @@ _ENTRY_KEYS = (
     *("config", "methods", "gate", "front", "seeds", "set", "vary", "label", "probes", "not_run"),
 )
 
-PROBES = {"regions": "Regions", "drift": "Drift"}
+PROBES = {"regions": "Regions", "drift": "Drift", "moves": "Moves"}
 """What ``probes:`` may name, and the classes of :mod:`bpn_lightning.paper.probes`."""
 
 UNTRUSTED = "--trust=false"
@@ -135,6 +138,11 @@ class Cell:
         parts = (f"{short(key)} {value}" for key, value in self.variant)
         label = [self.label] if self.label else []
         return ", ".join([self.experiment, *label, self.setup, f"seed {self.seed}", *parts])
+
+    @property
+    def row(self) -> str:
+        """``bd+ewc, rank 10``, as tables name it with what is varied."""
+        return ", ".join([self.setup, *(f"{short(key)} {value}" for key, value in self.variant)])
 
     def runs(self, root: Path) -> Path:
         """What ``bpn-fit --runs`` gets: variants lie beside each other, each with runs of its own."""
@@ -247,7 +255,7 @@ def read_grid(name: str, passed_on: Sequence[str] = ()) -> Grid:
         else:
             cells += found
     _check_twice(cells, where)
-    known = {name for cell in cells for name in (cell.method, cell.setup)}
+    known = {name for cell in cells for name in (cell.method, cell.setup, cell.row)}
     known |= {method for one in not_run for method in one.methods}
     return Grid(
         name=path.stem,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bpn_lightning.analysis.artifact import Artifact
 from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
+from bpn_lightning.bench.dips import dips
 from bpn_lightning.bench.gates import gates
 from bpn_lightning.bench.sweeps import gains, sweeps
 from bpn_lightning.bench.tables import accuracy, paired_tests
@@ -13,7 +14,7 @@ from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.paper.curves import figure_6
 from bpn_lightning.paper.many_tasks import figure_7
-from bpn_lightning.paper.mechanism import drift, figure_5
+from bpn_lightning.paper.mechanism import drift, figure_5, moves
 from bpn_lightning.paper.tables import parameters, table_1, table_2
 from bpn_lightning.terminal import printable
 
@@ -32,6 +33,8 @@ MAKERS: dict[str, Callable[[Collection], list[Artifact]]] = {
     "gains": gains,
     "paired_tests": paired_tests,
     "gates": gates,
+    "dips": dips,
+    "moves": moves,
 }
 """How each name of ``report:`` is made."""
 

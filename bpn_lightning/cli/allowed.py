@@ -88,6 +88,7 @@ SINGLE = (
     "bpn_lightning.nn.torchvision_backbone",
     "bpn_lightning.nn.transformers_backbone",
     "bpn_lightning.paper.probes.Drift",
+    "bpn_lightning.paper.probes.Moves",
     "bpn_lightning.paper.probes.Regions",
     "bpn_lightning.run.checkpoints.AtomicCheckpointIO",
     "bpn_lightning.run.console.StreamProgress",

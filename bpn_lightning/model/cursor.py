@@ -20,6 +20,8 @@ class Cursor:
         phase: the phase of the open task that runs.
         consolidated: keys of the strategies that have consolidated the open task.
         checked_epochs: epochs whose end has been handled: early stopping, schedulers, curve.
+        updates: updates of the open task that trained the whole network; none that a scaler skipped.
+        updates_per_epoch: of each task, as the fit that runs has counted; not state.
 
     State: of the above and of the network's two, plain values.
     """
@@ -28,6 +30,8 @@ class Cursor:
         self.network = network
         self.consolidated: list[str] = []
         self.checked_epochs = 0
+        self.updates = 0
+        self.updates_per_epoch: list[int] = []
         self.plan(Schedule([[Phase("train", 1)]]))
 
     def plan(self, schedule: Schedule) -> None:
@@ -43,7 +47,7 @@ class Cursor:
     def begin_task(self, task: int) -> None:
         """Open a task, with its first phase."""
         self.network.opened, self.phase = task, self.schedule.phases[task][0]
-        self.consolidated = []
+        self.consolidated, self.updates = [], 0
 
     def begin_phase(self, phase: str) -> bool:
         """Begin a phase of the open task; whether it is another one than before."""
@@ -63,6 +67,18 @@ class Cursor:
         """The phase that an epoch of the stream belongs to."""
         task, name, _ = self.schedule.locate(epoch)
         return self.schedule.phase(task, name)
+
+    def count_update(self) -> None:
+        """Note an update that happened."""
+        self.updates += self.phase.trains == "network"
+
+    @property
+    def task_progress(self) -> float:
+        """The fraction of the open task's planned updates of the whole network that happened, 0 to 1."""
+        task = self.network.opened
+        lengths = self.schedule.lengths_of(task)
+        epochs = sum(lengths[p.name] for p in self.schedule.phases[task] if p.trains == "network")
+        return min(self.updates / (epochs * self.updates_per_epoch[task]), 1.0)
 
     def may_end_training(self, epoch: int, early: bool) -> bool:
         """Whether it may be one of the last two epochs in which its task trains the whole network.
@@ -85,6 +101,7 @@ class Cursor:
             "phase_lengths": list(self.schedule.lengths),
             "consolidated": list(self.consolidated),
             "checked_epochs": self.checked_epochs,
+            "updates": self.updates,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], tasks: int | None = None) -> None:
@@ -106,4 +123,4 @@ class Cursor:
         """Take over what holds without the run that the state is of: all but the schedule."""
         self.network.opened, self.network.closed = state["opened"], state["closed"]
         self.consolidated = list(state["consolidated"])
-        self.checked_epochs = state["checked_epochs"]
+        self.checked_epochs, self.updates = state["checked_epochs"], state["updates"]

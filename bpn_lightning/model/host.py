@@ -262,6 +262,11 @@ class Host:
         return self.cursor.phase
 
     @property
+    def task_progress(self) -> float:
+        """The fraction of the open task's planned updates of the whole network that happened, 0 to 1."""
+        return self.cursor.task_progress
+
+    @property
     def phase_owner(self) -> ContinualStrategy:
         """The strategy that declared the phase that runs."""
         return self.phase_owners[self.cursor.task, self.phase.name]

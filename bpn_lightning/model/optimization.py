@@ -89,7 +89,6 @@ class Optimization:
         self.interval = interval
         self.monitor = monitor
         self.plateau: str | None = None
-        self._updates_per_epoch: list[int] = []  # of each task
         self._epoch_loss = torch.zeros(2, dtype=torch.float64)  # its sum, and of how many samples
 
     def configure(self) -> OptimizerLRScheduler:
@@ -170,7 +169,7 @@ class Optimization:
         cursor, by_epoch = self.host.cursor, self.interval == "epoch"
 
         def steps(task: int, phase: Phase) -> int:
-            return phase.epochs * (1 if by_epoch else self._updates_per_epoch[task])
+            return phase.epochs * (1 if by_epoch else cursor.updates_per_epoch[task])
 
         lengths = [
             steps(task, phase)
@@ -192,10 +191,10 @@ class Optimization:
         tasks = range(len(host.network.tasks))
         batches = {task: self._loader(task)[1] for task in tasks[first:]}
         several = host.trainer.accumulate_grad_batches
-        self._updates_per_epoch = [ceil(batches.get(task, 0) / several) for task in tasks]
+        host.cursor.updates_per_epoch = [ceil(batches.get(task, 0) / several) for task in tasks]
         phases = host.cursor.schedule.phases
         epochs = (sum(phase.epochs for phase in of_task) for of_task in phases)
-        return batches, sum(map(mul, self._updates_per_epoch, epochs))
+        return batches, sum(map(mul, host.cursor.updates_per_epoch, epochs))
 
     def smallest_batch(self, task: int) -> int:
         """Samples of a task's smallest batch, of all processes."""

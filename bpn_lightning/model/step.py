@@ -292,6 +292,7 @@ class Step:
         host = self.host
         if host.phase.trains == "strategy" or self._steps_under_way:
             return
+        host.cursor.count_update()
         for hook in self._hooks["correct_step"]:
             hook(host, self._parameters)
         for parameter, rows, values in self._frozen_rows:

@@ -1,6 +1,7 @@
 """Fig. 5, regions of the toy, and the drift behind Figs. 1 and 3: made of what probes saw."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,13 @@ from matplotlib.figure import Figure
 
 from bpn_lightning.analysis.artifact import Artifact, slug
 from bpn_lightning.analysis.collection import Collection
+from bpn_lightning.analysis.comparison import MethodRow, method_rows
 from bpn_lightning.analysis.pictures import Line, line_chart
 from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.analysis.statistics import Interval, interval
 from bpn_lightning.analysis.table import Cell, Table
 
-__all__ = ["drift", "figure_5"]
+__all__ = ["drift", "figure_5", "moves"]
 
 _NAMES = {"finetune": "plain GD", "gd+ewc": "GD + EWC", "bd+ewc": "BD + EWC"}
 
@@ -162,6 +164,58 @@ def _drift(place: str, method: str, records: Sequence[RunRecord]) -> Artifact:
     )
     name = f"drift_{slug(place)}_{slug(method)}"
     return Artifact(name, f"Drift, {method}, {place}", caption, Table(columns, body), figure)
+
+
+def moves(collection: Collection) -> list[Artifact]:
+    """How large M is and how often its signs flip over the updates of a task, by methods."""
+    found = []
+    for place in collection.places():
+        rows = method_rows([r for r in collection.of(place) if "moves" in r.probes], place)
+        if rows:
+            found.append(_moves(place, rows))
+    return found
+
+
+def _moves(place: str, rows: Sequence[MethodRow]) -> Artifact:
+    panels: list[tuple[str, list[Line]]] = []
+    ends: list[list[Cell]] = [[row.name] for row in rows]
+    for key, title in (("size", "root mean square of M"), ("flips", "signs that flip")):
+        lines = []
+        for row, cells in zip(rows, ends, strict=True):
+            y = _over_task(row.records, key)
+            lines.append(Line(row.name, [100 * (n + 1) / len(y) for n in range(len(y))], y))
+            tenth = max(1, len(y) // 10)
+            cells += [_mean(y[:tenth]), _mean(y[-tenth:])]
+        panels.append((title, lines))
+    figure = line_chart(
+        panels,
+        title=f"{place}: M over the updates of a task",
+        xlabel="% of the task's updates",
+        ylabel="",
+        limits=None,
+    )
+    columns = ("method", *("M, first tenth", "M, last tenth"), *("flips, first", "flips, last"))
+    caption = (
+        f"{place}: the root mean square of M over all layers, and the fraction of its entries that move "
+        "against their last move, over the updates of a task; means over tasks and seeds. Table: the first and "
+        "the last tenth of the updates."
+    )
+    name = f"moves_{slug(place)}"
+    return Artifact(name, f"M over a task, {place}", caption, Table(columns, ends), figure)
+
+
+def _over_task(records: Sequence[RunRecord], key: str) -> list[Interval | None]:
+    """Means over seeds of what each has as a mean over tasks."""
+    seeds = []
+    for record in records:
+        tasks = [task[key] for task in record.probes["moves"]]
+        seeds.append([fmean(values) for values in zip(*tasks, strict=False)])
+    return [interval(values) for values in zip(*seeds, strict=False)]
+
+
+def _mean(values: Sequence[Interval | None]) -> float | None:
+    known = [value.mean for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def _at(records: Sequence[RunRecord], moment: int, layer: str, key: str) -> Interval | None:

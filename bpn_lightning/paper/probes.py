@@ -19,7 +19,7 @@ from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.nn.layers import BiasUnits, evaluation_mode
 
-__all__ = ["Drift", "Probe", "Regions"]
+__all__ = ["Drift", "Moves", "Probe", "Regions"]
 
 
 class Probe(Callback, ABC):
@@ -178,6 +178,79 @@ class Drift(Probe):
         if not own.all():
             parts["other outputs"] = logits[:, ~own]
         return parts
+
+
+class Moves(Probe):
+    """How M moves over the updates of a task: its size, and how often its signs flip.
+
+    After each update: the root mean square of M over all layers, and the fraction of its entries that moved
+    against their last move. Of each task, means over so many stretches of equal length.
+
+    Args:
+        stretches: at most, of a task.
+    """
+
+    file = "moves.json"
+
+    def __init__(self, stretches: int = 100) -> None:
+        super().__init__()
+        self.stretches = stretches
+        self._size: list[float] = []
+        self._flips: list[float] = []
+        self._last: dict[str, Tensor] = {}  # M, and the signs of its last move
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Note where M starts a task."""
+        self._last = self._last or {"m": _all_m(pl_module)}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Compare M with what it was before, if the batch ended an update."""
+        m = _all_m(pl_module)
+        signs = (m - self._last["m"]).sign()
+        if not signs.any():
+            return
+        before = self._last.get("signs", signs)
+        self._size.append(float(m.square().mean().sqrt()))
+        self._flips.append(float((signs * before < 0).float().mean()))
+        self._last = {"m": m, "signs": signs}
+
+    def look(self, module: Any, moment: int) -> Any:
+        """Both over the task."""
+        found = {
+            "size": _means(self._size, self.stretches),
+            "flips": _means(self._flips, self.stretches),
+        }
+        self._size, self._flips, self._last = [], [], {}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found so far, also of the task that is learned."""
+        of_task = {"size": list(self._size), "flips": list(self._flips), "last": dict(self._last)}
+        return {**super().state_dict(), **of_task}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from there."""
+        super().load_state_dict(state_dict)
+        self._size, self._flips = list(state_dict["size"]), list(state_dict["flips"])
+        self._last = dict(state_dict["last"])
+
+
+def _all_m(module: torch.nn.Module) -> Tensor:
+    """M of all layers in one row, copied."""
+    found = [part.M.detach().flatten() for part in module.modules() if isinstance(part, BiasUnits)]
+    if not found:
+        raise ConfigurationError(
+            "Expected a method with bias units where probes is [moves], but got one without. Leave the probe "
+            "out, or add the strategy bd."
+        )
+    return torch.cat(found).cpu()
+
+
+def _means(values: list[float], stretches: int) -> list[float]:
+    """Means over at most so many stretches of equal length, but for a last that is shorter."""
+    length = max(1, -(-len(values) // stretches))
+    parts = [values[start : start + length] for start in range(0, len(values), length)]
+    return [round(sum(part) / len(part), 5) for part in parts]
 
 
 @contextmanager

@@ -44,9 +44,12 @@ def test_settings_are_flags_and_variants_have_folders_of_their_own(write_grid: W
         set: {model.backbone.init_args.hidden: [8], trainer.logger: null}
         vary: {strategies.bd.rank: [1, 10], strategies.bd.direction: [sign, gradient]}
         probes: [drift]
+    compare: [["bd+ewc, rank 1, direction sign", "bd+ewc, rank 1, direction gradient"]]
     """
-    cells = read_grid(write_grid(text)).cells
+    grid = read_grid(write_grid(text))
+    cells = grid.cells
     assert len(cells) == 4
+    assert grid.compare == ((cells[0].row, cells[1].row),)
     folder = "r/short/rank=1,direction=gradient/digits_inc/bd+ewc/seed_0"
     assert cells[1].folder(Path("r")) == Path(folder)
     assert cells[1].flags[7:] == [

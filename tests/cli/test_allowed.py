@@ -17,6 +17,7 @@ import yaml
 from torch import nn
 
 from bpn_lightning import registry
+from bpn_lightning.bench.grid import PROBES
 from bpn_lightning.cli.allowed import (
     FAMILIES,
     SINGLE,
@@ -429,3 +430,8 @@ def test_what_a_class_raises_is_said_with_its_key(
         Path("config.yaml").write_text(yaml.safe_dump(config))
         assert export([".", "out"]) == 2
         assert part in capsys.readouterr().err
+
+
+def test_a_grids_probes_need_no_trust() -> None:
+    wanted = {f"bpn_lightning.paper.probes.{name}" for name in PROBES.values()}
+    assert wanted <= set(SINGLE)

@@ -43,6 +43,27 @@ def test_epochs_that_may_end_a_tasks_training() -> None:
     assert early == [True, True, True, False, True, True]
 
 
+def test_progress_counts_updates_of_the_whole_network() -> None:
+    """Tasks of 3 epochs, and of 1 of the head and 2, of 4 updates each."""
+    cursor = planned()
+    cursor.updates_per_epoch = [4, 4]
+    cursor.begin_task(0)
+    seen = []
+    for _ in range(13):
+        seen.append(cursor.task_progress)
+        cursor.count_update()
+    assert seen == [*(n / 12 for n in range(13))]
+    assert cursor.task_progress == 1  # an update too many
+    cursor.begin_task(1)
+    cursor.count_update()
+    assert cursor.task_progress == 0
+    cursor.begin_phase("train")
+    cursor.count_update()
+    assert cursor.task_progress == 1 / 8
+    cursor.schedule.end_phase(4)
+    assert cursor.task_progress == 1 / 4
+
+
 def test_a_cursor_is_saved_and_loaded() -> None:
     cursor = planned()
     cursor.begin_task(0)
@@ -51,6 +72,7 @@ def test_a_cursor_is_saved_and_loaded() -> None:
     cursor.begin_task(1)
     cursor.begin_phase("train")
     cursor.consolidated.append("ewc")
+    cursor.updates = 7
     again = planned()
     again.load_state_dict(cursor.state_dict())
     assert again.state_dict() == cursor.state_dict()

@@ -1,6 +1,7 @@
 """Probes look and change nothing; what they see is what it says to be."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import Gaussians, SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn import MLP
-from bpn_lightning.paper.probes import Drift, Probe, Regions
+from bpn_lightning.paper.probes import Drift, Moves, Probe, Regions
 from bpn_lightning.strategies import EWC, BeneficialPerturbation
 
 
-def fit(folder: Path, stream: Any, probes: list[Probe], **trainer: Any) -> ContinualModule:
+def fit(
+    folder: Path,
+    stream: Any,
+    probes: Sequence[L.Callback],
+    *,
+    callbacks: Sequence[L.Callback] = (),
+    **trainer: Any,
+) -> ContinualModule:
     L.seed_everything(0)
     mask = "shared" if isinstance(stream, Gaussians) else "all"
     model = ContinualModule(
@@ -30,7 +38,7 @@ def fit(folder: Path, stream: Any, probes: list[Probe], **trainer: Any) -> Conti
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[BeneficialPerturbation(8, 0.05), EWC(100.0), *probes],
+        callbacks=[BeneficialPerturbation(8, 0.05), EWC(100.0), *callbacks, *probes],
     ).fit(model, stream, **trainer)
     return model
 
@@ -97,3 +105,50 @@ def test_a_probe_goes_on_where_a_checkpoint_left_it() -> None:
     other.load_state_dict(probe.state_dict())
     assert other.seen == probe.seen
     assert torch.equal(other._reference["a"], torch.ones(2))
+
+
+def test_moves_are_those_of_m_update_by_update(tmp_path: Path) -> None:
+    """Three tasks of 2 epochs; sizes and flips from M as another callback has noted it."""
+    noted: list[list[torch.Tensor]] = []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            task = pl_module.network.opened
+            if task == len(noted):
+                noted.append([])
+            layers = pl_module.network.linear_layers().values()
+            noted[task].append(torch.cat([one.bias_units.M[0].detach().clone() for one in layers]))
+
+    fit(tmp_path, digits(), [Moves()], callbacks=[Note()])
+    seen = json.loads((tmp_path / "moves.json").read_text())
+    assert len(seen) == len(noted) == 3
+    for task, path in zip(seen, noted, strict=True):
+        steps = torch.stack(path).diff(dim=0, prepend=torch.zeros(1, 24)).sign()
+        flips = (steps[1:] == -steps[:-1]) & (steps[1:] != 0)
+        assert task["flips"] == pytest.approx([0.0, *flips.float().mean(1).tolist()], abs=1e-5)
+        size = [float(m.norm()) / 24**0.5 for m in path]
+        assert task["size"] == pytest.approx(size, abs=1e-5)
+        assert max(task["flips"]) > 0
+
+
+def test_moves_over_stretches_go_on_after_resuming(tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    for name in ("whole", "rest", "part"):
+        (tmp_path / name).mkdir()
+    fit(tmp_path / "whole", digits(), [Moves(stretches=4)])
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 13:
+                trainer.save_checkpoint(part / "13.ckpt")
+
+    fit(part, digits(), [Moves(stretches=4), Save()])
+    fit(tmp_path / "rest", digits(), [Moves(stretches=4)], ckpt_path=part / "13.ckpt")
+    whole, rest = (tmp_path / name / "moves.json" for name in ("whole", "rest"))
+    assert rest.read_text() == whole.read_text()
+    assert all(len(task["size"]) <= 4 for task in json.loads(whole.read_text()))
+
+
+def test_moves_of_a_method_without_bias_units_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="a method with bias units"):
+        Moves().on_train_batch_start(None, ContinualModule(MLP([4])))  # type: ignore[arg-type]
