@@ -33,6 +33,7 @@ from bpn_lightning.strategies import (
     MemoryAwareSynapses,
     NearestClassMean,
     ParameterSuperposition,
+    PromptTuning,
     SynapticIntelligence,
 )
 
@@ -77,6 +78,7 @@ METHODS: dict[str, Callable[[], list[ContinualStrategy]]] = {
     "gd": lambda: [BeneficialPerturbation(4, direction="gradient")],
     "ia3": lambda: [IA3()],
     "lora": lambda: [LoRA(2)],
+    "prompt": lambda: [PromptTuning(3)],
     "finetune": lambda: [FineTuning()],
     "psp": lambda: [ParameterSuperposition()],
     "ewc": lambda: [EWC(update="clamped")],
@@ -140,8 +142,11 @@ def learn(method: str, backbone: str, flags: str, devices: int) -> dict[str, Ten
 
 CELLS = [("bitfit", "linear", "")]
 OTHERS = [
-    *((name, "linear", "") for name in METHODS if name != "bitfit"),
-    *((name, "transformer", "") for name in ("bitfit", "bd", "ia3", "lora", "psp", "finetune")),
+    *((name, "linear", "") for name in METHODS if name not in ("bitfit", "prompt")),
+    *(
+        (name, "transformer", "")
+        for name in ("bitfit", "bd", "ia3", "lora", "prompt", "psp", "finetune")
+    ),
     *((name, "residual", "") for name in ("bitfit", "lora", "psp")),
     *(("bd", "linear", flags) for flags in FLAGS if flags),
 ]
