@@ -38,6 +38,7 @@ from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.pretrained import Origin, Pretrained, with_origin
+from bpn_lightning.nn.sharding import check_whole
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.nn.weights import hash_of
 from bpn_lightning.tasks import Past
@@ -69,7 +70,7 @@ def export_module(
         The folder.
 
     Raises:
-        ConfigurationError: the folder exists, the module has no head yet, or pretrained weights that would
+        ConfigurationError: the folder exists, the module has no head yet or is sharded, or pretrained weights that would
             be left out were trained.
         ResultsError: it cannot be written.
     """
@@ -82,6 +83,7 @@ def export_module(
             "Expected a module that has learned tasks, but it has no head yet. Export it after "
             "trainer.fit, or after load_from_checkpoint."
         )
+    check_whole(network.backbone)
     left_out = [] if include_pretrained else _left_out(network)
     names = {name for part, one, _ in left_out for name in _names(part, one)}
     state = {name: value for name, value in network.state_dict().items() if name not in names}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bpn_lightning.strategies.lora import LoRA
     from bpn_lightning.strategies.lwf import LearningWithoutForgetting
     from bpn_lightning.strategies.mas import MemoryAwareSynapses
+    from bpn_lightning.strategies.prompt import PromptTuning
     from bpn_lightning.strategies.psp import ParameterSuperposition
     from bpn_lightning.strategies.si import SynapticIntelligence
     from bpn_lightning.strategies.slnid import SLNID
@@ -53,6 +54,7 @@ __all__ = [
     "NearestClassMean",
     "ParameterSuperposition",
     "ProbabilisticPCA",
+    "PromptTuning",
     "RanPAC",
     "SynapticIntelligence",
     "TaskGate",
@@ -69,6 +71,7 @@ _HOMES = {
         if name in ("fecam", "ncm", "ppca", "ranpac", "slda")
     },
     "ContinualStrategy": "bpn_lightning.strategies.base",
+    "PromptTuning": "bpn_lightning.strategies.prompt",
     "TaskGate": "bpn_lightning.strategies.gates.base",
 }
 

@@ -94,6 +94,7 @@ SINGLE = (
     "bpn_lightning.run.console.StreamProgress",
     "bpn_lightning.run.dashboards.Dashboard",
     "bpn_lightning.model.optimization.sgd",
+    "bpn_lightning.trainer.sharding.ShardedCoreStrategy",
 )
 
 #: Keyword arguments of torchvision's builders that download weights, under an older name.

@@ -33,6 +33,7 @@ from bpn_lightning.model.host import Host
 from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.model.task_loop import TaskLoop
+from bpn_lightning.nn.sharding import is_sharded
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.random_state import random_state
 from bpn_lightning.run.checkpoints import read_checkpoint
@@ -223,6 +224,11 @@ def _set_frozen(host: Host, frozen: bool) -> None:
             f"Expected train and train_first to be what task {network.opened} was begun with, where its "
             f"shared weights were {'frozen' if frozen else 'trained'}, but got {host.core.train!r} and "
             f"{host.core.train_first!r}. They may change between two tasks."
+        )
+    if not frozen and is_sharded(network.backbone):
+        raise CheckpointError(
+            "Expected a checkpoint of a run whose shared weights were frozen with ShardedCoreStrategy, but got "
+            "one whose optimizer trained them. Export it, and continue from the export."
         )
     host.core.set_frozen(frozen)
     host.core.frozen_in_open_task = frozen

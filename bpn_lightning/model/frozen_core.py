@@ -84,6 +84,11 @@ class FrozenCore:
         self.frozen = frozen
         return True
 
+    def keep_frozen(self) -> None:
+        """Freeze what tasks share for good: its weights are sharded next, and other objects take their place."""
+        self.set_frozen(True)
+        self._parameters = []
+
     def set_flags(self, training: bool) -> None:
         """Set the training flags of frozen parts that have buffers, such as running statistics."""
         for part in self._parts_with_buffers() if self.frozen else ():

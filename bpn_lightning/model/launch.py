@@ -11,6 +11,7 @@ from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.execution import check_layers_are_called
 from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.nn.sharding import check_whole, is_sharded
 from bpn_lightning.nn.switching import switch_replaced
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.strategies.gates.base import TaskGate, check_gate_names
@@ -27,6 +28,7 @@ from bpn_lightning.trainer.lightning import (
     set_max_epochs,
 )
 from bpn_lightning.trainer.optimizers import check_optimizer
+from bpn_lightning.trainer.sharding import ShardedCoreStrategy
 
 __all__ = [
     "check_fit",
@@ -34,6 +36,7 @@ __all__ = [
     "configure",
     "find_stream",
     "plan_schedule",
+    "shard_core",
 ]
 
 
@@ -108,7 +111,38 @@ def configure(host: Host, stream: ContinualDataModule, stage: str) -> None:
     host.network.switch(host.cursor.task)
     if stage == "fit":  # before processes share gradients, and optimizers are made
         host.core.begin_task(host.cursor.task)
-    check_layers_are_called(host.network, dry_inputs(host.network.structure, 2, host.device))
+    if not is_sharded(host.network.backbone):  # checked when it was not
+        check_layers_are_called(host.network, dry_inputs(host.network.structure, 2, host.device))
+
+
+def shard_core(host: Host) -> None:
+    """Spread a frozen core over processes, where the trainer's strategy does so.
+
+    Args:
+        host: of a network that is built, before optimizers are made.
+
+    Raises:
+        ConfigurationError: tasks train the core, or it is sharded already and the strategy is another one.
+    """
+    if not host.has_trainer:  # of a module that is loaded
+        return
+    network, strategy = host.network, host.trainer.strategy
+    if not isinstance(strategy, ShardedCoreStrategy):
+        check_whole(network.backbone)
+        return
+    if is_sharded(network.backbone):
+        return
+    first = getattr(host.stream, "first_task", 0) if host.has_stream else 0
+    trained = [task.id for task in network.tasks[first:] if not host.core.freezes(task.id)]
+    if trained:
+        choice = "train_first" if host.core.train != "all" else "train"
+        raise ConfigurationError(
+            f"Expected {choice} to be 'modes' or 'head' with ShardedCoreStrategy, which shards weights that "
+            f"do not train, but got 'all', so task {trained[0]} trains them. Set {choice} to 'modes', or use the "
+            "strategy 'ddp'."
+        )
+    host.core.keep_frozen()
+    strategy.shard(network, network.backbone)
 
 
 def _learns_alone(strategy: ContinualStrategy) -> bool:

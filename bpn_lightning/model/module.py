@@ -26,7 +26,13 @@ from bpn_lightning.model.frozen_core import FrozenCore, Trains
 from bpn_lightning.model.gating import evaluate_own_class
 from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host
-from bpn_lightning.model.launch import check_fit, check_strategies, configure, find_stream
+from bpn_lightning.model.launch import (
+    check_fit,
+    check_strategies,
+    configure,
+    find_stream,
+    shard_core,
+)
 from bpn_lightning.model.optimization import Optimization, sgd
 from bpn_lightning.model.prediction import check_predictable, predict, predict_tasks, raw_inputs
 from bpn_lightning.model.rules import check_overrides, refused_export
@@ -331,6 +337,10 @@ class ContinualModule(HookNameAsPlainAttribute):
             check_fit(self.host, self.task_loop, stream)
             self._extension.resume(self.trainer, self.history)
 
+    def configure_model(self) -> None:
+        """Shard a frozen core where the trainer's strategy does so."""
+        shard_core(self.host)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer and its scheduler; in a phase that trains a strategy, that strategy's own."""
         return self.optimization.configure()
@@ -468,6 +478,10 @@ class ContinualModule(HookNameAsPlainAttribute):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the structure, with or without a trainer; see :mod:`bpn_lightning.model.checkpoint`."""
+        if (
+            self.host.has_trainer
+        ):  # later, Lightning would convert what was rounded when it was loaded
+            self.trainer.precision_plugin.convert_module(self)
         load_state(self.task_loop, checkpoint)
 
     @classmethod

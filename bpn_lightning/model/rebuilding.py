@@ -18,6 +18,7 @@ from bpn_lightning.model.front import rebuild_front
 from bpn_lightning.nn.attaching import numbers_per_task
 from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.network import ContinualNetwork
+from bpn_lightning.nn.prompts import block_width, is_block
 from bpn_lightning.nn.structure import Attachment, Structure
 
 __all__ = ["MAX_INPUT", "rebuild"]
@@ -90,6 +91,9 @@ def _attached_bytes(network: ContinualNetwork, attachment: Attachment) -> int:
         width = 1 if arguments["kind"] == "binary" else 4
         size: int = layer.weight[0].numel() * getattr(layer, "groups", 1)
         return width * tasks * size
+    if attachment.part == "prompts":
+        own = is_block(layer) and arguments["place"] in ("each", "first")
+        return 4 * (tasks + 1) * int(arguments["tokens"]) * (block_width(layer) if own else 0)
     rank = int(arguments.get("rank", 0))
     row = numbers_per_task(attachment.part, layer, rank)
     live = rank + rank * row if attachment.part == "bias_units" and rank else row

@@ -16,6 +16,7 @@ from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.nn.execution import differentiable
 from bpn_lightning.nn.inference import closed_columns_added
 from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.nn.sharding import is_sharded
 from bpn_lightning.strategies.base import ContinualStrategy
 from bpn_lightning.tasks import Batch
 from bpn_lightning.trainer.optimizers import check_repeated_evaluation
@@ -244,17 +245,29 @@ class Step:
         self._evaluated = False
 
     def reduce_gradients(self) -> None:
-        """The mean over processes of a strategy's own parameters, which DDP does not take.
+        """The mean over processes of what DDP does not take: a strategy's own parameters, and where the core is sharded all.
 
         Before a scaler looks whether to skip the update on this process.
         """
         host = self.host
-        if host.phase.trains != "strategy" or self._world_size == 1:
+        if self._world_size == 1:
             return
-        for group in host.trainer.optimizers[0].param_groups:
-            for p in group["params"]:
-                gradient = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = host.all_reduce(gradient) / self._world_size
+        if host.phase.trains == "strategy":
+            groups = host.trainer.optimizers[0].param_groups
+            parameters = [p for group in groups for p in group["params"]]
+        elif is_sharded(self.network.backbone):
+            parameters = [p for p in self.network.parameters() if p.grad is not None]
+        else:
+            return
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for same in _by_kind(gradients):  # one operation for many small tensors
+            flat = torch.cat([gradient.flatten() for gradient in same])
+            mean_of_all = host.all_reduce(flat) / self._world_size
+            means = torch.split(mean_of_all, [one.numel() for one in same])
+            for gradient, mean in zip(same, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
 
     def edit_gradients(self, optimizer: Optimizer) -> None:
         """Capture, penalize, project, consume: after unscaling and reducing, before clipping.
@@ -306,3 +319,11 @@ def _overridden(strategies: Sequence[ContinualStrategy], hook: str) -> list[Call
     """A hook's methods, of the strategies that override it: the others cost nothing."""
     base = getattr(ContinualStrategy, hook)
     return [getattr(s, hook) for s in strategies if getattr(type(s), hook) is not base]
+
+
+def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors that can be concatenated."""
+    found: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(found.values())

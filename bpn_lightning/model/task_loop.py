@@ -18,6 +18,7 @@ from bpn_lightning.model.history import History, log_metrics, per_task, stream_m
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
 from bpn_lightning.model.step import Step
+from bpn_lightning.nn.sharding import replicated
 from bpn_lightning.random_state import restore_random_state
 from bpn_lightning.trainer.lightning import set_max_epochs, wrap_again
 from bpn_lightning.trainer.processes import check_processes
@@ -268,7 +269,7 @@ class TaskLoop:
         optimizer = host.trainer.optimizers[0]
         own = {strategy.state_key: strategy.state_dict() for strategy in host.strategies}
         return {
-            "the network": self.network.state_dict(),
+            "the network": replicated(self.network.state_dict()),
             type(optimizer).__name__: optimizer.state_dict(),
             "the weights of training": host.training_weights,
             **own,

@@ -19,6 +19,13 @@ from bpn_lightning.nn.layers import (
     TaskModule,
     is_linear,
 )
+from bpn_lightning.nn.prompts import (
+    Prompts,
+    add_prompts,
+    is_block,
+    make_prompts,
+    order_of_calls,
+)
 from bpn_lightning.nn.structure import Attachment, Structure
 from bpn_lightning.nn.switching import (
     SwitchableAttention,
@@ -38,6 +45,7 @@ PARTS: Mapping[str, str] = {
     "bias_units": "bias units",
     "scales": "scales",
     "low_rank": "low-rank products",
+    "prompts": "prompts",
 }
 
 
@@ -162,16 +170,28 @@ class NetworkOfLayers(nn.Module):
             if name in linear or getattr(kind_of(part), "mixin", None) is SwitchableConv
         }
 
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every block of a transformer that can have prompts, by name: see :mod:`.prompts`."""
+        parts = self.backbone.named_modules(prefix="backbone")
+        return {name: part for name, part in parts if is_block(part)}
+
+    def order_of_blocks(self) -> list[str]:
+        """The names of these blocks in the order in which a forward pass calls them, each as often as it does."""
+        return order_of_calls(self.backbone, self.blocks(), self._dry_inputs(1))
+
     def layers_for(self, part: str, wanted: Sequence[str] | None) -> list[str]:
         """The names of the layers that names, wildcards and kinds stand for.
 
         Args:
-            part: what they are to have: ``bias_units``, ``scales`` or ``low_rank``.
+            part: what they are to have: key of :data:`PARTS`. Prompts are of a transformer's blocks.
             wanted: None: the default.
 
         Raises:
             ConfigurationError: one of them stands for no layer that can have it.
         """
+        if part == "prompts":
+            every = self.blocks()
+            return [*every] if wanted is None else chosen_layers(wanted, every, PARTS[part], {})
         known = able_to_have(part, self.switchable_layers())
         undone: dict[str, str] = {}
         if part != "low_rank":  # what is added there differs between inputs
@@ -235,6 +255,32 @@ class NetworkOfLayers(nn.Module):
         low_rank = cast(LowRank, self._adapters("low_rank", layer)["low_rank"])
         _check_rank(layer, low_rank.rank, rank)
         return low_rank
+
+    def attach_prompts(self, layer: str, tokens: int, place: str = "each") -> Prompts:
+        """Give a transformer's block prompts for each task, or return those that it has.
+
+        Args:
+            layer: the block's name.
+            tokens: how many.
+            place: see :class:`~bpn_lightning.nn.prompts.Prompts`.
+
+        Raises:
+            ConfigurationError: there is no such block, or it has others.
+        """
+        block = named_layer(layer, self.blocks(), PARTS["prompts"])
+        adapters = getattr(block, "adapters", None)
+        if adapters is None:
+            prompts = make_prompts(block, len(self.tasks), tokens, place)
+            add_prompts(block, prompts.to(self.built_head.weight.device))
+            self._note("prompts", layer=layer, tokens=tokens, place=place)
+            return prompts
+        found = cast(Prompts, adapters["prompts"])
+        if (found.tokens, found.place) != (tokens, place):
+            raise ConfigurationError(
+                f"Expected the prompts of {layer} to be those that it has ({found.tokens}, {found.place!r}), but "
+                f"got {tokens}, {place!r}. Leave one of the two strategies out."
+            )
+        return found
 
     def _adapters(self, kind: str, layer: str) -> dict[str, nn.Module]:
         part = named_layer(layer, able_to_have(kind, self.switchable_layers()), PARTS[kind])

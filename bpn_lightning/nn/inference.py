@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.layers import TaskModule
+from bpn_lightning.nn.sharding import check_whole
 
 __all__ = ["FixedModeNetwork", "PerSampleNetwork", "closed_columns_added"]
 
@@ -31,7 +32,7 @@ class _CopiedNetwork(nn.Module):
         forgotten: columns that take part in no mode.
 
     Raises:
-        ConfigurationError: the backbone cannot be copied.
+        ConfigurationError: the backbone cannot be copied, or is sharded.
     """
 
     outside: Tensor
@@ -45,6 +46,7 @@ class _CopiedNetwork(nn.Module):
         forgotten: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        check_whole(backbone)
         try:
             self.backbone, self.head, self.front = deepcopy((backbone, head, front))
         except (RuntimeError, TypeError) as error:

@@ -14,6 +14,7 @@ from bpn_lightning.nn.feature_width import feature_width
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.head import draw_rows, empty_head, grow_head
 from bpn_lightning.nn.inference import FixedModeNetwork, PerSampleNetwork, closed_columns_added
+from bpn_lightning.nn.sharding import is_sharded
 from bpn_lightning.nn.structure import Structure, check_mask, check_reserved
 from bpn_lightning.tasks import ContinualStream, Mask, Task
 
@@ -247,9 +248,14 @@ class ContinualNetwork(NetworkOfLayers):
         return whole or self._mixing
 
     def _answer_groups(self, inputs: Tensor, task: Tensor) -> Tensor:
-        """Logits where a batch can only have one task: one forward for each that occurs."""
+        """Logits where a batch can only have one task: one forward for each that occurs.
+
+        Where the backbone is sharded, one for each task: all processes have to run it equally often.
+        """
         order = task.argsort(stable=True)
         ids = sorted(set(task.tolist()))
+        if is_sharded(self.backbone):
+            ids = self.structure.known(range(len(self.tasks)))
         answers = [self(inputs[task == one], task=one) for one in ids]
         return torch.cat(answers)[order.argsort()] if ids else self(inputs, task=0)
 

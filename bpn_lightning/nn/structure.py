@@ -42,6 +42,7 @@ ATTACHMENTS: Mapping[str, Mapping[str, type]] = {
     "bias_units": {"layer": str, "rank": int},
     "scales": {"layer": str},
     "low_rank": {"layer": str, "rank": int},
+    "prompts": {"layer": str, "tokens": int, "place": str},
     "keys": {"layer": str, "kind": str},
     "weight_bank": {},
 }
@@ -119,7 +120,7 @@ class Attachment:
     """What a strategy has given to a network.
 
     Args:
-        part: ``bias_units``, ``scales``, ``low_rank``, ``keys`` or ``weight_bank``.
+        part: ``bias_units``, ``scales``, ``low_rank``, ``prompts``, ``keys`` or ``weight_bank``.
         arguments: of the network's method ``attach_<part>``, by name.
     """
 

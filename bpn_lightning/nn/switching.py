@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
@@ -20,6 +21,7 @@ __all__ = [
     "SwitchableConv",
     "SwitchableRecurrent",
     "add_parts",
+    "become_switchable",
     "is_switchable",
     "kind_of",
     "number_of_biases",
@@ -365,7 +367,10 @@ def plain_class(part: nn.Module) -> type[nn.Module]:
     """The class of a module before it was parametrized or made switchable."""
     if is_linear(part):
         return nn.Linear
-    kind = _unswitched(type(part))
+    kind = type(part)
+    if issubclass(kind, FSDPModule):
+        kind = kind.__mro__[2]  # its class before it was sharded
+    kind = _unswitched(kind)
     if is_parametrized(part):
         kind = _unswitched(kind.__bases__[0])
     return kind
@@ -394,6 +399,13 @@ def is_switchable(part: nn.Module) -> bool:
     return any(own is not None for own in (part.bias_units, part.keys, part.adapters))
 
 
+def become_switchable(layer: nn.Module, mixin: type[Switchable]) -> None:
+    """Give a module a class of a mixin and of its own, with room for parts."""
+    layer.__class__ = _derived(mixin, type(layer))
+    for part in ("bias_units", "keys", "adapters"):
+        layer.register_module(part, None)
+
+
 def add_parts(
     layer: nn.Module,
     bias_units: BiasUnits | None = None,
@@ -414,9 +426,7 @@ def add_parts(
         kind = kind_of(layer)
         assert kind is not None
         assert kind.mixin is not None
-        layer.__class__ = _derived(kind.mixin, type(layer))
-        for part in ("bias_units", "keys", "adapters"):
-            layer.register_module(part, None)
+        become_switchable(layer, kind.mixin)
     assert isinstance(layer, SwitchableLinear | Switchable)
     if adapters:
         before = {} if layer.adapters is None else dict(layer.adapters.items())

@@ -27,6 +27,7 @@ from bpn_lightning.trainer.lightning import (
     model_averaging_period,
     start_method,
 )
+from bpn_lightning.trainer.sharding import ShardedCoreStrategy
 
 __all__ = ["Rule", "check_batches", "check_launch", "refuse"]
 
@@ -80,7 +81,10 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "strategy",
         type(strategy).__name__,
         "'auto' or 'ddp'",
-        "Strategies need access to complete, unsharded parameters.",
+        (
+            "Methods need whole parameters. Where tasks leave the core as it is (train 'modes' or 'head'), "
+            "bpn_lightning.ShardedCoreStrategy shards it by FSDP2."
+        ),
     )
     method = start_method(trainer)
     yield (
@@ -127,6 +131,13 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "DDPStrategy(static_graph=True)",
         "without a static graph when gradients accumulate",
         "torch fails with an internal assertion. Leave static_graph or accumulate_grad_batches out.",
+    )
+    yield (
+        isinstance(strategy, ShardedCoreStrategy) and layer_sync(trainer) is not None,
+        "sync_batchnorm",
+        True,
+        "off with ShardedCoreStrategy",
+        "A frozen core is in evaluation mode, and needs no statistics of batches. Leave it out.",
     )
     yield (
         isinstance(layer_sync(trainer), TorchSyncBatchNorm)

@@ -19,10 +19,12 @@ from lightning.pytorch.plugins import LayerSync, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
+from torch.nn import Module
 from torch.optim import Optimizer
 
 __all__ = [
     "HookNameAsPlainAttribute",
+    "UnwrappedDDPStrategy",
     "batches_processed",
     "callbacks_of",
     "cluster_environment",
@@ -339,6 +341,24 @@ def wrap_again(trainer: Trainer) -> None:
     if isinstance(strategy, DDPStrategy):
         strategy.model = strategy.lightning_module  # its hooks on gradients go with the wrapper
         strategy.configure_ddp()
+
+
+class UnwrappedDDPStrategy(DDPStrategy):
+    """What a DDPStrategy does for processes, with the module left as it is: nothing reduces its gradients.
+
+    Seen in 2.6.6: ``setup`` wraps the module for a fit, and else sends the first process's weights to all,
+    neither of which can be where weights are sharded. The setup of all other strategies does the rest.
+    """
+
+    def setup(self, trainer: Trainer) -> None:
+        """Move the module to the device, and make optimizers."""
+        ParallelStrategy.setup(self, trainer)
+
+    def _setup_model(self, model: Module) -> Module:  # type: ignore[override]
+        return model
+
+    def configure_ddp(self) -> None:
+        """Do nothing."""
 
 
 def layer_sync(trainer: Trainer) -> LayerSync | None:

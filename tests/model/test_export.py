@@ -130,7 +130,7 @@ def test_what_is_in_the_files_is_never_run(exported: Path, tmp_path: Path) -> No
 
 
 UNKNOWN_PART = (
-    "Expected an attachment to be one of bias_units, scales, low_rank, keys, weight_bank with its arguments, but got {}. "
+    "Expected an attachment to be one of bias_units, scales, low_rank, prompts, keys, weight_bank with its arguments, but got {}. "
     "The file is damaged or made up."
 )
 

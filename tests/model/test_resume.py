@@ -87,6 +87,15 @@ def test_resuming_from_every_checkpoint_changes_nothing(fit, tmp_path, early_sto
     assert not different
 
 
+def test_double_precision_is_not_rounded_where_a_run_resumes(fit, tmp_path):
+    """Lightning converts a module after it has loaded the checkpoint."""
+    flags = {"trainer": {"precision": "64-true"}}
+    saves = SaveEverywhere(tmp_path)
+    reference = state(*fit([EWC(100.0), saves], **flags))
+    inside = saves.paths[len(saves.paths) // 2]
+    assert same(reference, state(*fit([EWC(100.0)], ckpt_path=inside, **flags)))
+
+
 def test_only_checkpoints_between_updates_are_resumed(fit, tmp_path):
     """Gradients that wait for the rest of their update are in no checkpoint; the scaler's state is."""
 

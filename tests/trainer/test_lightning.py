@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from bpn_lightning.trainer import lightning as door
 
@@ -459,6 +460,37 @@ def test_wrap_again(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         door.wrap_again(trainer)
         assert found == wrapped
+
+
+class WithTest(Module):
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        assert self.trainer.strategy.model is self or self.trainer.state.fn == "fit"
+
+
+def models_of(strategy: str) -> tuple[str, float]:
+    """What a fit trains, and the rank's own weight after a test."""
+    at, module = At(lambda trainer: trainer.strategy.model, "on_train_start"), WithTest()
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        devices=2,
+        strategy=door.UnwrappedDDPStrategy() if strategy == "unwrapped" else strategy,
+        callbacks=[at],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    data = DataLoader(torch.ones(2, 1))
+    trainer.fit(module, data)
+    torch.nn.init.constant_(module.layer.weight, trainer.global_rank)
+    trainer.test(module, data, verbose=False)
+    return type(at.seen[0]).__name__, module.layer.weight.item()
+
+
+def test_unwrapped_ddpstrategy(ranks: Any) -> None:
+    """Nothing wraps the module in a fit, and nothing sends weights in a test."""
+    assert ranks(models_of, "ddp") == [("DistributedDataParallel", 0.0)] * 2
+    assert ranks(models_of, "unwrapped") == [("WithTest", 0.0), ("WithTest", 1.0)]
 
 
 # --- precision -----------------------------------------------------------------------------------

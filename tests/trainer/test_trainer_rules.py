@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
@@ -20,6 +20,7 @@ from bpn_lightning.datamodules import SplitDigits, StreamOf
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.strategies import EncoderBasedLifelongLearning, JointTraining
 from bpn_lightning.trainer.launch import check_batches, check_launch
+from bpn_lightning.trainer.sharding import ShardedCoreStrategy
 
 LOST = "Memories, importances and accuracies would be lost when the processes end, since Lightning returns only the weights from them. Run a script with 'ddp'; in a notebook use devices=1."
 
@@ -92,6 +93,7 @@ def test_ways_to_launch_that_are_refused(flags, message):
         {"strategy": DDPStrategy(static_graph=True)},
         {"strategy": DDPStrategy(gradient_as_bucket_view=True), "accumulate_grad_batches": 2},
         {"devices": 1, "strategy": "auto", "sync_batchnorm": True},
+        {"strategy": ShardedCoreStrategy()},
     ],
 )
 def test_ways_to_launch_that_are_taken(flags):
@@ -104,13 +106,14 @@ def test_ways_to_launch_that_are_taken(flags):
         # Neither can be made here: one wants GPUs, the other a package.
         (SimpleNamespace(), "SimpleNamespace"),
         (DeepSpeedStrategy.__new__(DeepSpeedStrategy), "DeepSpeedStrategy"),
+        (ModelParallelStrategy(), "ModelParallelStrategy"),
     ],
 )
 def test_what_shards_parameters_is_refused(strategy, name):
     with pytest.raises(ConfigurationError) as error:
         check_launch(SimpleNamespace(strategy=strategy))
     assert str(error.value) == (
-        f"Expected trainer.strategy to be 'auto' or 'ddp', but got {name}. Strategies need access to complete, unsharded parameters."
+        f"Expected trainer.strategy to be 'auto' or 'ddp', but got {name}. Methods need whole parameters. Where tasks leave the core as it is (train 'modes' or 'head'), bpn_lightning.ShardedCoreStrategy shards it by FSDP2."
     )
 
 
