@@ -3,9 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
-from itertools import chain
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,10 +11,10 @@ from torch import Tensor, nn
 
 from bpn_lightning.checks import check_above_zero, check_choice, check_positive_int
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.nn.weights import digest_tensors, load_weights, read_state_dict
+from bpn_lightning.nn.weights import digest_tensors
 from bpn_lightning.random_state import seeded_generator
 
-__all__ = ["Front", "FrozenNetwork", "Images", "RandomFeatures"]
+__all__ = ["Front", "Images", "RandomFeatures"]
 
 #: Each call yields all batches of images again, ``(n, *input_shape)`` floats.
 Images = Callable[[], Iterable[Tensor]]
@@ -268,62 +266,3 @@ class RandomFeatures(Front):
             return products.relu()
         waves: Tensor = (products + self.phase).cos()
         return waves.mul((2 / self.features) ** 0.5)
-
-
-class FrozenNetwork(Front):
-    """The features of a network that was trained elsewhere, and never is here.
-
-    Args:
-        network: maps ``(n, channels, height, width)`` to ``(n, features)``; a
-            :class:`~bpn_lightning.nn.Pretrained` resizes and normalizes images as its weights need it.
-        weights_file: a file with its ``state_dict``; nothing but tensors is loaded from it.
-
-    State:
-        the network's, next to mean and deviation of its features.
-
-    Raises:
-        DataError: the file is missing, damaged, or of another network.
-    """
-
-    def __init__(self, network: nn.Module, weights_file: str | None = None) -> None:
-        super().__init__()
-        self.network = network.requires_grad_(False).eval()
-        self._given = weights_file is not None
-        if weights_file is not None:
-            self._load(Path(weights_file).expanduser())
-
-    def _load(self, path: Path) -> None:
-        advice = "Name a file that torch.save(network.state_dict(), ...) wrote."
-        what = f"{path} to hold the weights of the front's network"
-        load_weights(self.network, read_state_dict(path, advice), what, advice)
-
-    def given_state(self) -> Mapping[str, Tensor]:
-        """The network's, where it was loaded from a file."""
-        state = self.network.state_dict(prefix="network.") if self._given else {}
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-    def width(self, input_shape: Sequence[int]) -> int:
-        """Found by a forward of zeros.
-
-        Raises:
-            ConfigurationError: the network takes no such inputs, or gives no vectors.
-        """
-        remedy = "Pass a network that gives vectors; Pretrained resizes images for one."
-        rule = f"Expected the front's network to map (n, {', '.join(map(str, input_shape))}) to (n, features), but"
-        held = next(chain(self.network.parameters(), self.network.buffers()), torch.empty(0))
-        try:
-            with torch.no_grad():
-                features = self.extract(torch.zeros(1, *input_shape, device=held.device))
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ConfigurationError(
-                f"{rule} its forward raised {type(error).__name__}: {error}. {remedy}"
-            ) from error
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ConfigurationError(f"{rule} got {got} for one input. {remedy}")
-        return features.shape[1]
-
-    def extract(self, inputs: Tensor) -> Tensor:
-        """Forward."""
-        features: Tensor = self.network(inputs)
-        return features

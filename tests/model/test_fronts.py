@@ -15,7 +15,8 @@ from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.nn import MLP
-from bpn_lightning.nn.fronts import Front, FrozenNetwork, RandomFeatures
+from bpn_lightning.nn.fronts import Front, RandomFeatures
+from bpn_lightning.nn.frozen_network import FrozenNetwork
 from bpn_lightning.nn.patches import Patches
 from bpn_lightning.strategies import BeneficialPerturbation, GradientEpisodicMemory
 
