@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from math import prod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ class Front(nn.Module):
     """Maps inputs to features that are the same for all tasks.
 
     A front is in evaluation mode whatever is asked, takes no part in gradients, and works in full
-    precision. Its features have mean 0 and deviation 1 over the images that it was fitted on. What was
-    fitted depends neither on their order nor on how they are divided among processes, but for
-    rounding.
+    precision. Its features have mean 0 and deviation 1 over the images that it was fitted on, each or, with
+    ``one_deviation``, on average. What was fitted depends neither on their order nor on how they are divided
+    among processes, but for rounding.
 
     Write one by overriding :meth:`width`, :meth:`extract` and, for what is measured on images,
     :meth:`allocate` and :meth:`fit_extractor`.
@@ -37,6 +37,9 @@ class Front(nn.Module):
     State:
         ``mean`` and ``deviation`` of the features, ``(width,)`` float32.
     """
+
+    one_deviation: ClassVar[bool] = False
+    """Whether all features are divided by one number, the root of their mean variance."""
 
     mean: Tensor
     deviation: Tensor
@@ -110,7 +113,8 @@ class Front(nn.Module):
                 f"got {what}. Look at the images of the first task."
             )
         self.mean.copy_(mean)
-        self.deviation.copy_(torch.where(varies, variance, 1.0).sqrt())
+        variance = variance.mean() if self.one_deviation else torch.where(varies, variance, 1.0)
+        self.deviation.copy_(variance.sqrt())
 
     # --- inference -------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ MAX_BYTES = 4 * 10**9
 class FrozenNetwork(Front):
     """The features of a network that was trained elsewhere, and never is here.
 
+    One deviation divides all features, as a unit that is almost silent on the images of the first task may be
+    loud on those of later ones.
+
     Args:
         network: maps ``(n, channels, height, width)`` to ``(n, features)``; a
             :class:`~bpn_lightning.nn.Pretrained` resizes and normalizes images as its weights need it.
@@ -44,6 +47,8 @@ class FrozenNetwork(Front):
         ConfigurationError: the network has no such layer.
         DataError: the file is missing, damaged, or of another network.
     """
+
+    one_deviation: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -54,8 +54,19 @@ def test_features_are_standardized_over_the_images_of_the_fit(name: str) -> None
     front = fitted(name)
     features = front(images())
     assert features.shape == (24, front.width(SHAPE))
-    expected = StandardScaler().fit_transform(front.extract(images()).double().numpy())
+    raw = front.extract(images()).double().numpy()
+    expected = StandardScaler().fit_transform(raw)
+    if front.one_deviation:
+        expected = (raw - raw.mean(0)) / np.sqrt(raw.var(0).mean())
     np.testing.assert_allclose(features, expected, atol=1e-3)
+
+
+def test_a_unit_that_is_almost_silent_on_the_first_task_is_not_amplified() -> None:
+    front = FrozenNetwork(nn.Flatten())
+    first = torch.cat([torch.randn(1000, 1, 1, 1), torch.zeros(1000, 1, 1, 1)], 3)
+    first[0, 0, 0, 1] = 1e-3
+    front.fit(lambda: [first])
+    assert front(torch.ones(1, 1, 1, 2)).abs().max() < 3
 
 
 @every_front
