@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bpn_lightning.checks import check_above_zero, check_choice, check_positive_int
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.nn.weights import digest_tensors
-from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.random_state import run_seed, seeded_generator
 
 __all__ = ["Front", "Images", "RandomFeatures"]
 
@@ -72,8 +72,10 @@ class Front(nn.Module):
         return {}
 
     def allocate(self, input_shape: Sequence[int]) -> None:
-        """Make room for what is fitted, before it is fitted or loaded."""
+        """Make room for what is fitted, before it is fitted or loaded; an argument ``seed`` that is None is the run's."""
         self.input_shape = tuple(input_shape)
+        if self.arguments.get("seed", 0) is None:
+            self.arguments["seed"] = run_seed()
         width = self.width(input_shape)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))
@@ -211,7 +213,7 @@ class RandomFeatures(Front):
         features: M, how many.
         kind: ``cosine``, or ``relu`` for those of the first formula.
         length: l over the root of the inputs' summed variances, which is measured.
-        seed: of R and b, which are never stored.
+        seed: of R and b, which are never stored; None: that of seed_everything, then 0.
 
     State:
         ``scale``, one float32, next to mean and deviation: 8 M + 4 bytes.
@@ -230,13 +232,13 @@ class RandomFeatures(Front):
         kind: Literal["cosine", "relu"] = "cosine",
         *,
         length: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         check_positive_int("features of a front", features, DEFAULT)
         check_choice("kind of a front", kind, ("cosine", "relu"))
         check_above_zero("length of a front", length, "1 is the size of the inputs' deviation.")
         super().__init__(features=features, kind=kind, length=length, seed=seed)
-        self.features, self.kind, self.length, self.seed = features, kind, length, seed
+        self.features, self.kind, self.length = features, kind, length
 
     def width(self, input_shape: Sequence[int]) -> int:
         """As many as was asked for."""
@@ -245,7 +247,7 @@ class RandomFeatures(Front):
     def allocate(self, input_shape: Sequence[int]) -> None:
         """Draw R and b."""
         super().allocate(input_shape)
-        generator = seeded_generator("random front", self.seed)
+        generator = seeded_generator("random front", self.arguments["seed"])
         size = prod(input_shape)
         matrix = torch.randn(size, self.features, generator=generator, device="cpu")
         phase = torch.rand(self.features, generator=generator, device="cpu") * 2 * torch.pi
