@@ -1,5 +1,6 @@
 """Random numbers: separately seeded generators, and the global states as plain data."""
 
+import os
 import random
 from hashlib import blake2b
 from typing import Any
@@ -7,7 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["random_state", "restore_random_state", "seeded_generator"]
+__all__ = ["random_state", "restore_random_state", "run_seed", "seeded_generator"]
+
+
+def run_seed() -> int:
+    """The seed of Lightning's ``seed_everything`` (the variable PL_GLOBAL_SEED), or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def seeded_generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:

@@ -58,7 +58,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 #: Fixed feature extractors before a network, and where the class is.
 FRONTS: dict[str, str] = {
-    "frozen": "bpn_lightning.nn.fronts:FrozenNetwork",
+    "frozen": "bpn_lightning.nn.frozen_network:FrozenNetwork",
     "patches": "bpn_lightning.nn.patches:Patches",
     "random": "bpn_lightning.nn.fronts:RandomFeatures",
 }

@@ -1,6 +1,5 @@
 """The base class of streams: arguments, in-memory samples, and loaders that index them."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from bpn_lightning.preparation import (
     normalize,
     scale_and_shift,
 )
-from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.random_state import run_seed, seeded_generator
 from bpn_lightning.tasks import Batch, Phase, Schedule, Split, Task, TrainingEpoch
 from bpn_lightning.terminal import is_utf8
 from bpn_lightning.trainer.lightning import batches_processed
@@ -214,9 +213,7 @@ class ContinualDataModule(ContinuedStream, ABC):
         if self._parts:
             return
         if self.seed is None:
-            self.seed = (
-                self._past.seed if self._past else int(os.environ.get("PL_GLOBAL_SEED", "0"))
-            )
+            self.seed = self._past.seed if self._past else run_seed()
         self._set_up_past_data()
         data = self._in_channels(self.read())
         for name in data.class_names:

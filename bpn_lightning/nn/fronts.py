@@ -3,20 +3,18 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
-from itertools import chain
 from math import prod
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bpn_lightning.checks import check_above_zero, check_choice, check_positive_int
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.nn.weights import digest_tensors, load_weights, read_state_dict
-from bpn_lightning.random_state import seeded_generator
+from bpn_lightning.nn.weights import digest_tensors
+from bpn_lightning.random_state import run_seed, seeded_generator
 
-__all__ = ["Front", "FrozenNetwork", "Images", "RandomFeatures"]
+__all__ = ["Front", "Images", "RandomFeatures"]
 
 #: Each call yields all batches of images again, ``(n, *input_shape)`` floats.
 Images = Callable[[], Iterable[Tensor]]
@@ -29,9 +27,9 @@ class Front(nn.Module):
     """Maps inputs to features that are the same for all tasks.
 
     A front is in evaluation mode whatever is asked, takes no part in gradients, and works in full
-    precision. Its features have mean 0 and deviation 1 over the images that it was fitted on. What was
-    fitted depends neither on their order nor on how they are divided among processes, but for
-    rounding.
+    precision. Its features have mean 0 and deviation 1 over the images that it was fitted on, each or, with
+    ``one_deviation``, on average. What was fitted depends neither on their order nor on how they are divided
+    among processes, but for rounding.
 
     Write one by overriding :meth:`width`, :meth:`extract` and, for what is measured on images,
     :meth:`allocate` and :meth:`fit_extractor`.
@@ -39,6 +37,9 @@ class Front(nn.Module):
     State:
         ``mean`` and ``deviation`` of the features, ``(width,)`` float32.
     """
+
+    one_deviation: ClassVar[bool] = False
+    """Whether all features are divided by one number, the root of their mean variance."""
 
     mean: Tensor
     deviation: Tensor
@@ -71,8 +72,10 @@ class Front(nn.Module):
         return {}
 
     def allocate(self, input_shape: Sequence[int]) -> None:
-        """Make room for what is fitted, before it is fitted or loaded."""
+        """Make room for what is fitted, before it is fitted or loaded; an argument ``seed`` that is None is the run's."""
         self.input_shape = tuple(input_shape)
+        if self.arguments.get("seed", 0) is None:
+            self.arguments["seed"] = run_seed()
         width = self.width(input_shape)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))
@@ -112,7 +115,8 @@ class Front(nn.Module):
                 f"got {what}. Look at the images of the first task."
             )
         self.mean.copy_(mean)
-        self.deviation.copy_(torch.where(varies, variance, 1.0).sqrt())
+        variance = variance.mean() if self.one_deviation else torch.where(varies, variance, 1.0)
+        self.deviation.copy_(variance.sqrt())
 
     # --- inference -------------------------------------------------------------------------------
 
@@ -209,7 +213,7 @@ class RandomFeatures(Front):
         features: M, how many.
         kind: ``cosine``, or ``relu`` for those of the first formula.
         length: l over the root of the inputs' summed variances, which is measured.
-        seed: of R and b, which are never stored.
+        seed: of R and b, which are never stored; None: that of seed_everything, then 0.
 
     State:
         ``scale``, one float32, next to mean and deviation: 8 M + 4 bytes.
@@ -228,13 +232,13 @@ class RandomFeatures(Front):
         kind: Literal["cosine", "relu"] = "cosine",
         *,
         length: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         check_positive_int("features of a front", features, DEFAULT)
         check_choice("kind of a front", kind, ("cosine", "relu"))
         check_above_zero("length of a front", length, "1 is the size of the inputs' deviation.")
         super().__init__(features=features, kind=kind, length=length, seed=seed)
-        self.features, self.kind, self.length, self.seed = features, kind, length, seed
+        self.features, self.kind, self.length = features, kind, length
 
     def width(self, input_shape: Sequence[int]) -> int:
         """As many as was asked for."""
@@ -243,7 +247,7 @@ class RandomFeatures(Front):
     def allocate(self, input_shape: Sequence[int]) -> None:
         """Draw R and b."""
         super().allocate(input_shape)
-        generator = seeded_generator("random front", self.seed)
+        generator = seeded_generator("random front", self.arguments["seed"])
         size = prod(input_shape)
         matrix = torch.randn(size, self.features, generator=generator, device="cpu")
         phase = torch.rand(self.features, generator=generator, device="cpu") * 2 * torch.pi
@@ -268,62 +272,3 @@ class RandomFeatures(Front):
             return products.relu()
         waves: Tensor = (products + self.phase).cos()
         return waves.mul((2 / self.features) ** 0.5)
-
-
-class FrozenNetwork(Front):
-    """The features of a network that was trained elsewhere, and never is here.
-
-    Args:
-        network: maps ``(n, channels, height, width)`` to ``(n, features)``; a
-            :class:`~bpn_lightning.nn.Pretrained` resizes and normalizes images as its weights need it.
-        weights_file: a file with its ``state_dict``; nothing but tensors is loaded from it.
-
-    State:
-        the network's, next to mean and deviation of its features.
-
-    Raises:
-        DataError: the file is missing, damaged, or of another network.
-    """
-
-    def __init__(self, network: nn.Module, weights_file: str | None = None) -> None:
-        super().__init__()
-        self.network = network.requires_grad_(False).eval()
-        self._given = weights_file is not None
-        if weights_file is not None:
-            self._load(Path(weights_file).expanduser())
-
-    def _load(self, path: Path) -> None:
-        advice = "Name a file that torch.save(network.state_dict(), ...) wrote."
-        what = f"{path} to hold the weights of the front's network"
-        load_weights(self.network, read_state_dict(path, advice), what, advice)
-
-    def given_state(self) -> Mapping[str, Tensor]:
-        """The network's, where it was loaded from a file."""
-        state = self.network.state_dict(prefix="network.") if self._given else {}
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-    def width(self, input_shape: Sequence[int]) -> int:
-        """Found by a forward of zeros.
-
-        Raises:
-            ConfigurationError: the network takes no such inputs, or gives no vectors.
-        """
-        remedy = "Pass a network that gives vectors; Pretrained resizes images for one."
-        rule = f"Expected the front's network to map (n, {', '.join(map(str, input_shape))}) to (n, features), but"
-        held = next(chain(self.network.parameters(), self.network.buffers()), torch.empty(0))
-        try:
-            with torch.no_grad():
-                features = self.extract(torch.zeros(1, *input_shape, device=held.device))
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ConfigurationError(
-                f"{rule} its forward raised {type(error).__name__}: {error}. {remedy}"
-            ) from error
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ConfigurationError(f"{rule} got {got} for one input. {remedy}")
-        return features.shape[1]
-
-    def extract(self, inputs: Tensor) -> Tensor:
-        """Forward."""
-        features: Tensor = self.network(inputs)
-        return features

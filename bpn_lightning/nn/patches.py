@@ -157,7 +157,7 @@ class Patches(Front):
         iterations: of k-means.
         contrast: what a patch's variance is raised by, as a fraction of the mean variance.
         regularization: what the variances of normalized patches are raised by when they are whitened.
-        seed: of the places and of the start.
+        seed: of the places and of the start; None: that of seed_everything, then 0.
 
     State:
         ``filters`` (d, c, s, s) with d = c s^2, ``offset`` (d,), ``centers`` (K, d) and ``floor``,
@@ -185,7 +185,7 @@ class Patches(Front):
         iterations: int = 20,
         contrast: float = 0.005,
         regularization: float = 0.1,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         numbers = {
             "num_patches": num_patches,
@@ -209,7 +209,7 @@ class Patches(Front):
         )
         self.mirror, self.square_root = mirror, square_root
         self.num_patches, self.size, self.stride, self.pool = num_patches, size, stride, pool
-        self.samples, self.iterations, self.seed = samples, iterations, seed
+        self.samples, self.iterations = samples, iterations
         self.contrast, self.regularization = contrast, regularization
 
     def width(self, input_shape: Sequence[int]) -> int:
@@ -261,7 +261,7 @@ class Patches(Front):
         self.offset.copy_(whiten @ mean)
         points = (points - mean) @ whiten.T
         start = torch.randn(
-            self.centers.shape, generator=seeded_generator("centers", self.seed)
+            self.centers.shape, generator=seeded_generator("centers", self.arguments["seed"])
         ).to(points)
         self.centers.copy_(kmeans(points, start / 10, self.iterations, all_reduce))
 
@@ -273,7 +273,9 @@ class Patches(Front):
             height, width = batch.shape[2:]
         every = list(product(range(height - self.size + 1), range(width - self.size + 1)))
         of_each = min(ceil(self.samples / max(float(all_reduce(number)), 1)), len(every))
-        drawn = torch.randperm(len(every), generator=seeded_generator("places", self.seed))
+        drawn = torch.randperm(
+            len(every), generator=seeded_generator("places", self.arguments["seed"])
+        )
         places = [every[index] for index in drawn[:of_each].tolist()]
         return torch.cat([patches_at(batch.float(), places, self.size) for batch in images()])
 

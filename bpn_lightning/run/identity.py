@@ -36,7 +36,7 @@ DEFINING = (
     ),
 )
 
-#: Arguments of streams for the location of their data.
+#: Arguments of streams and fronts for the location of their data.
 DATA_PLACES = ("root", "path", "cache_dir", "download")
 
 #: Keys that change when and where results are shown, but not the results.
@@ -60,7 +60,7 @@ def defining(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def decides(key: str) -> bool:
     """Whether a key of a configuration affects the results."""
-    if key.startswith("data.") and key.rpartition(".")[2] in DATA_PLACES:
+    if key.startswith(("data.", "fronts.")) and key.rpartition(".")[2] in DATA_PLACES:
         return False
     return any(key == part or key.startswith(f"{part}.") for part in DEFINING)
 

@@ -15,7 +15,8 @@ from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.nn import MLP
-from bpn_lightning.nn.fronts import Front, FrozenNetwork, RandomFeatures
+from bpn_lightning.nn.fronts import Front, RandomFeatures
+from bpn_lightning.nn.frozen_network import FrozenNetwork
 from bpn_lightning.nn.patches import Patches
 from bpn_lightning.strategies import BeneficialPerturbation, GradientEpisodicMemory
 
@@ -160,3 +161,26 @@ def test_two_processes_fit_and_learn_as_one(ranks: Any) -> None:
             continue
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", [RandomFeatures, lambda **more: Patches(5, 3, samples=200, **more)]
+)
+def test_a_front_is_drawn_from_the_seed_of_the_run_and_loaded_with_it(
+    fit: Fit, kind: Callable[..., Front], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fitted(run: int = 0, **more: Any) -> Any:
+        module, trainer = fit(stream=small(), front=kind(**more), seed=run)
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        return module.network
+
+    given, other = (fitted(seed=seed).front.fingerprint() for seed in (5, 6))
+    network = fitted(run=5)
+    assert network.front.fingerprint() == given != other
+    assert network.structure.front.arguments["seed"] == 5
+    monkeypatch.setenv("PL_GLOBAL_SEED", "6")
+    load = ContinualModule.load_from_checkpoint
+    loaded = load(tmp_path / "run.ckpt", backbone=MLP([16, 16]), front=kind())
+    assert loaded.network.front.fingerprint() == given
+    with pytest.raises(CheckpointError, match=r"Expected the front .* as in the file"):
+        load(tmp_path / "run.ckpt", backbone=MLP([16, 16]), front=kind(seed=6))

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.nn.fronts import Front, FrozenNetwork, RandomFeatures
+from bpn_lightning.nn import frozen_network
+from bpn_lightning.nn.fronts import Front, RandomFeatures
+from bpn_lightning.nn.frozen_network import FrozenNetwork
 from bpn_lightning.nn.patches import Patches
 
 SHAPE = (3, 9, 8)
@@ -51,8 +54,19 @@ def test_features_are_standardized_over_the_images_of_the_fit(name: str) -> None
     front = fitted(name)
     features = front(images())
     assert features.shape == (24, front.width(SHAPE))
-    expected = StandardScaler().fit_transform(front.extract(images()).double().numpy())
+    raw = front.extract(images()).double().numpy()
+    expected = StandardScaler().fit_transform(raw)
+    if front.one_deviation:
+        expected = (raw - raw.mean(0)) / np.sqrt(raw.var(0).mean())
     np.testing.assert_allclose(features, expected, atol=1e-3)
+
+
+def test_a_unit_that_is_almost_silent_on_the_first_task_is_not_amplified() -> None:
+    front = FrozenNetwork(nn.Flatten())
+    first = torch.cat([torch.randn(1000, 1, 1, 1), torch.zeros(1000, 1, 1, 1)], 3)
+    first[0, 0, 0, 1] = 1e-3
+    front.fit(lambda: [first])
+    assert front(torch.ones(1, 1, 1, 2)).abs().max() < 3
 
 
 @every_front
@@ -188,6 +202,77 @@ def test_weights_come_from_a_file(tmp_path: Any) -> None:
         FrozenNetwork(network(), str(tmp_path / "none.pt"))
 
 
+def test_layers_give_the_means_of_their_maps_before_the_networks_own() -> None:
+    front = FrozenNetwork(network(), layers=["0", "4"])
+    x = images()
+    maps = front.network[0](x)  # type: ignore[index]
+    own = front.network(x)
+    assert front.width(SHAPE) == 5 + 20 + 20
+    expected = torch.cat([maps.mean((2, 3)), own, own], 1)
+    torch.testing.assert_close(front.extract(x), expected)
+    assert front.record()["layers"] == ["0", "4"]
+
+
+class Counted(nn.Module):
+    """Means over places, of what it counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.samples = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.samples += len(inputs)
+        return inputs.mean((2, 3)) * self.scale
+
+
+def test_a_batch_that_a_file_has_is_not_computed_again(tmp_path: Path) -> None:
+    first = FrozenNetwork(Counted(), cache_dir=str(tmp_path / "features"))
+    first.fit(lambda: images().split(8))
+    plain = FrozenNetwork(Counted())
+    plain.fit(lambda: images().split(8))
+    assert torch.equal(first(images()[:8]), plain(images()[:8]))
+    assert first.fingerprint() == plain.fingerprint()
+    again = FrozenNetwork(Counted(), cache_dir=str(tmp_path / "features"))
+    again.fit(lambda: images().split(8))
+    assert again.fingerprint() == plain.fingerprint()
+    assert again.network.samples == 2  # zeros for the width, noise for the hash
+    assert torch.equal(again(images()[:8]), plain(images()[:8]))
+    assert torch.equal(again(images()[:7]), plain(images()[:7]))  # another batch
+    assert again.network.samples == 2 + 7
+
+
+def test_files_are_of_one_network_and_its_weights(tmp_path: Path) -> None:
+    front = FrozenNetwork(Counted(), cache_dir=str(tmp_path))
+    before = front.extract(images())
+    assert torch.equal(front.extract(images()), before)
+    other = FrozenNetwork(nn.Sequential(Counted(), nn.ReLU6()), cache_dir=str(tmp_path))
+    torch.testing.assert_close(other.extract(images() * 9), (9 * before).clamp(max=6))
+    front.load_state_dict({"network.scale": torch.full((3,), 2.0)})
+    torch.testing.assert_close(front.extract(images()), 2 * before)
+
+
+def test_a_damaged_file_is_written_again_and_a_full_folder_gets_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = FrozenNetwork(Counted(), cache_dir=str(tmp_path))
+    expected = front.extract(images())
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert torch.equal(front.extract(images()), expected)
+    assert file.stat().st_size == expected.nbytes
+    monkeypatch.setattr(frozen_network, "MAX_BYTES", 2 * expected.nbytes - 1)
+    assert torch.equal(front.extract(images() * 2), expected * 2)
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    front = FrozenNetwork(Counted(), cache_dir=str(tmp_path / "file" / "features"))
+    with pytest.raises(DataError, match="Expected cache_dir to be a folder that can be written"):
+        front.extract(images())
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -205,6 +290,7 @@ def test_weights_come_from_a_file(tmp_path: Any) -> None:
         (lambda: Patches(5)(images()), "Expected the front Patches to be fitted before it is used."),
         (lambda: fitted("relu")(images()[:, :, 1:]), "Expected inputs of shape (n, 3, 9, 8) for the front RandomFeatures, but got (24, 3, 8, 8)."),
         (lambda: FrozenNetwork(nn.Conv2d(3, 1, 1)).width(SHAPE), "Expected the front's network to map (n, 3, 9, 8) to (n, features), but got (1, 1, 9, 8) for one input."),
+        (lambda: FrozenNetwork(network(), layers=["00"]), "Expected layers of the front to name modules of its network, but got '00'. Did you mean '0'?"),
         (lambda: FrozenNetwork(nn.Linear(3, 1)).width(SHAPE), "Expected the front's network to map (n, 3, 9, 8) to (n, features), but its forward raised RuntimeError"),
     ],
 )  # fmt: skip
