@@ -35,7 +35,7 @@ from bpn_lightning.files import EXPORT_FILES, write_atomically
 from bpn_lightning.model.gates import describe_gates, rebuild_gates
 from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.module import ContinualModule
-from bpn_lightning.model.rebuilding import rebuild
+from bpn_lightning.modes.rebuilding import rebuild
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.pretrained import Origin, Pretrained, with_origin
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields

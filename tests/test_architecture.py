@@ -24,6 +24,7 @@ LAYERS = [
     {"functional", "memory", "teacher"},
     set(ROOMS),
     {"registry", "trainer"},
+    {"modes"},
     {"run"},
     {"model"},
     {"export"},
