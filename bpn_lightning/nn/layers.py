@@ -57,6 +57,11 @@ class TaskModule(nn.Module):
             if buffer.dim() and len(buffer) == self.num_tasks:
                 buffer[task_id] = 0
 
+    def task_state(self, task_id: int) -> dict[str, Tensor]:
+        """What is stored of a task, by the names of buffers: by default its row of each."""
+        rows = self.named_buffers(recurse=False)
+        return {name: b[task_id] for name, b in rows if b.dim() and len(b) == self.num_tasks}
+
     def grow(self, num_tasks: int) -> None:
         """Make room for more tasks; what the module has of the others stays.
 
@@ -116,6 +121,14 @@ class BiasUnits(TaskModule):
             with torch.no_grad():
                 self.bank[self.live, : self.num_open] = self.product()[0]
             self.live = None
+
+    def task_state(self, task_id: int) -> dict[str, Tensor]:
+        """A task's bias ``(K,)``, also of the one in training."""
+        if task_id != self.live:
+            return super().task_state(task_id)
+        row = self.bank.new_zeros(self.bank.shape[1])
+        row[: self.num_open] = self.product()[0].detach()
+        return {"bank": row}
 
     def forget(self, task_id: int) -> None:
         """Overwrite a task's bias; M and W are still those of the task that was trained last."""
