@@ -57,6 +57,7 @@ __all__ = [
     "read_task",
     "structure_of",
     "task_records",
+    "with_task",
     "write_bundle",
     "write_task",
 ]
@@ -359,6 +360,39 @@ def _grouped(entries: list[TaskFiles]) -> list[Preparation]:
         else:
             found.append(own)
     return found
+
+
+def with_task(bundle: Bundle, one: TaskFiles) -> Bundle:
+    """A bundle with one more task.
+
+    Raises:
+        CheckpointError: the task belongs to other shared weights.
+        ConfigurationError: its name, its ID or its columns are taken, or gates would have to be fitted again.
+    """
+    _check_base(one, bundle.base, bundle.record)
+    for name, other in bundle.tasks.items():
+        a, b = one.task.columns, other.task.columns
+        shared = bundle.record["structure"]["mask"] == "shared"
+        taken = None
+        if name == one.name:
+            taken = f"the name {name!r}"
+        elif other.task.id == one.task.id:
+            taken = f"the ID {one.task.id}"
+        elif not shared and a[0] < b[1] and b[0] < a[1]:
+            taken = f"columns {a[0]} to {a[1] - 1} of the head"
+        if taken:
+            raise ConfigurationError(
+                f"Expected task {one.name!r} to have a name, an ID and columns of its own, but {name!r} has "
+                f"{taken}. Remove that one first, or learn the new task after it."
+            )
+    together = [gate["arguments"]["name"] for gate in bundle.record["gates"] if gate["together"]]
+    if together:
+        raise ConfigurationError(
+            f"Expected a bundle whose gates have rows for each task alone, but those of {together[0]} are solved "
+            "for all tasks together. Export the run again with the new task."
+        )
+    tasks = sorted([*bundle.tasks.values(), one], key=lambda each: each.task.id)
+    return replace(bundle, tasks={each.name: each for each in tasks})
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ tags:
 _USE = """## Use
 
 ```python
-from bpn_lightning import modes
+from bpn_lightning.modes import load
 
-net = modes.load("{folder}")
+net = load("{folder}")
 logits = net(images, task="{task}")  # task: a name, an ID, or a tensor with an ID for each image
 answers = net.predict(images)  # the task ID is not given
 ```
