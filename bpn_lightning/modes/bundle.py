@@ -321,6 +321,8 @@ def structure_of(bundle: Bundle, compact: bool = False) -> Structure:
             TaskFiles.of_record("", one, common, base="forgotten")
             for one in bundle.record.get("forgotten", [])
         ]
+        there = {one.task.id for one in entries}  # one of them may have been put back
+        gone = [one for one in gone if one.task.id not in there]
         entries = sorted([*entries, *gone], key=lambda one: one.task.id)
         forgotten = [one.task.id for one in entries if one.base == "forgotten"]
         ids = [one.task.id for one in entries]
@@ -369,6 +371,7 @@ def with_task(bundle: Bundle, one: TaskFiles) -> Bundle:
         CheckpointError: the task belongs to other shared weights.
         ConfigurationError: its name, its ID or its columns are taken, or gates would have to be fitted again.
     """
+    check_task_name(one.name)
     _check_base(one, bundle.base, bundle.record)
     for name, other in bundle.tasks.items():
         a, b = one.task.columns, other.task.columns

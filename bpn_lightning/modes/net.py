@@ -20,6 +20,7 @@ from bpn_lightning.modes.asking import (
 )
 from bpn_lightning.modes.bundle import Bundle, explained, read_bundle, read_task, with_task
 from bpn_lightning.modes.snapshot import Snapshot
+from bpn_lightning.preparation import find_preparation
 
 __all__ = ["Modes", "Prediction", "load"]
 
@@ -91,6 +92,12 @@ class Modes:
     def classes(self) -> list[str]:
         """The name of the class of each column of the logits; empty where no task has it."""
         return [*self._now.classes]
+
+    def raw_shape(self, task: str | int) -> tuple[int, ...]:
+        """The shape of one raw input of a task; 0 for the sides of square images of any size."""
+        now = self._now
+        own, _ = find_preparation(now.structure.preparations, now.place(task))
+        return own.shape
 
     @property
     def nbytes(self) -> int:
