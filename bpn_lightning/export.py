@@ -1,53 +1,51 @@
-"""Export of a trained network to files without code.
+"""Export of a trained network to a bundle: a folder of files without code, one small folder for each task.
 
-::
-
-    <folder>/
-    ├── model.safetensors    every tensor: weights, bias bank, keys, the accuracy matrix
-    └── model.json           schema, gates, structure (tasks, mask, head, inputs, attachments), seed and
-                         strategies of the run, and the position of each tensor
-
-A checkpoint resumes a run; an export is for distribution. New tasks continue from either, but an export has no
-training state: of the optimizer, of the strategies, of random numbers. The backbone is the reader's own code:
-the files contain the names of its tensors, not its computation.
+:mod:`bpn_lightning.modes.bundle` draws the folder. A checkpoint resumes a run; a bundle is for distribution.
+New tasks continue from either, but a bundle has no training state: of the optimizer, of the strategies, of
+random numbers. It names its network where that is one of torch's layers or of this package; otherwise the
+network is the reader's own code.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bpn_lightning.errors import (
-    BPNLightningError,
-    CheckpointError,
-    ConfigurationError,
-    ResultsError,
-)
-from bpn_lightning.files import EXPORT_FILES, write_atomically
+from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
+from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.model.gates import describe_gates, rebuild_gates
 from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.module import ContinualModule
-from bpn_lightning.model.rebuilding import rebuild
+from bpn_lightning.modes import bundle as files
+from bpn_lightning.modes.bundle import (
+    Bundle,
+    TaskFiles,
+    check_task_name,
+    explained,
+    progress_of,
+    read_bundle,
+    structure_of,
+    task_records,
+    write_bundle,
+)
+from bpn_lightning.modes.card import model_card
+from bpn_lightning.modes.gates import split_gate
+from bpn_lightning.modes.joining import from_backbone, gate_records, parts_of
+from bpn_lightning.modes.networks import describe_network
+from bpn_lightning.modes.splitting import ACCURACY, fill, split
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.pretrained import Origin, Pretrained, with_origin
 from bpn_lightning.nn.sharding import check_whole
-from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
+from bpn_lightning.nn.structure import Structure
 from bpn_lightning.nn.weights import hash_of
 from bpn_lightning.tasks import Past
-from bpn_lightning.untrusted import check_untrusted, read_json
 
 __all__ = ["export_module", "load_exported", "past_of_export", "restore_exported"]
-
-FORMAT = "bpn_lightning model"
-_TENSORS, _RECORD = EXPORT_FILES
 
 
 def export_module(
@@ -55,8 +53,10 @@ def export_module(
     folder: str | os.PathLike[str],
     *,
     include_pretrained: bool = False,
+    names: Sequence[str] | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a module that has learned tasks; the folder appears only when it is complete.
+    """Write a module that has learned tasks as a bundle; the folder appears only when it is complete.
 
     If merged weights, such as IMM's, are swapped in, they are written.
 
@@ -65,46 +65,34 @@ def export_module(
         folder: a new folder.
         include_pretrained: whether to write pretrained weights whose license is not known, too. If not, they
             are named by their package and hash, and ``load_exported`` takes them from its backbone.
+        names: of the tasks that are not forgotten, in order, which become names of folders; by default
+            ``task_1`` and so on.
+        network: how to make the backbone, ``{"class_path": ..., "init_args": {...}}``, for readers that
+            are not given one. By default networks of torch's layers one after another are described.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigurationError: the folder exists, the module has no head yet or is sharded, or pretrained weights that would
-            be left out were trained.
+        ConfigurationError: the folder exists, the module has no head yet or is sharded, names are too few or
+            no names of folders, or pretrained weights that would be left out were trained.
         ResultsError: it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise _taken(folder)
-    network = module.network
-    if network.head is None:
+    if module.network.head is None:
         raise ConfigurationError(
             "Expected a module that has learned tasks, but it has no head yet. Export it after "
             "trainer.fit, or after load_from_checkpoint."
         )
-    check_whole(network.backbone)
-    left_out = [] if include_pretrained else _left_out(network)
-    names = {name for part, one, _ in left_out for name in _names(part, one)}
-    state = {name: value for name, value in network.state_dict().items() if name not in names}
-    tensors: dict[str, Tensor] = {}
-    gates = {gate["arguments"]["name"]: gate for gate in describe_gates(module.gates.values())}
-    record = {
-        "format": FORMAT,
-        **schema_fields(),
-        "structure": network.structure.record(),
-        "opened": network.opened,
-        "closed": network.closed,
-        **(module.host.learned_by.record() if module.host.learned_by else {}),
-        "pretrained": [{"part": part, **asdict(origin)} for part, _, origin in left_out],
-        "state": _set_aside(state, "", tensors),
-        "gates": _set_aside(gates, "gates", tensors),
-    }
+    check_whole(module.network.backbone)
+    bundle = _bundle_of(module, include_pretrained, names)
+    bundle.record["network"] = describe_network(module.backbone) if network is None else network
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.export")
     try:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / _TENSORS)
-        write_atomically(temporary / _RECORD, json.dumps(record, indent=1).encode())
+        write_bundle(bundle, temporary, model_card(bundle))
         temporary.rename(folder)
     except BaseException as error:  # also Ctrl-C; safetensors has its own error for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -116,6 +104,93 @@ def export_module(
             f"Expected to write {folder}, but got: {error}. Free some space or grant write access."
         ) from error
     return folder
+
+
+def _bundle_of(
+    module: ContinualModule, include_pretrained: bool, names: Sequence[str] | None
+) -> Bundle:
+    """What is written of a module, but for the network's description."""
+    network = module.network
+    structure = network.structure
+    left_out = [] if include_pretrained else _left_out(network)
+    parts = split(network)
+    for part, pretrained, _ in left_out:
+        for name in _names(part, pretrained):
+            parts.shared.pop(name, None)
+    known = [one for one in task_records(structure) if one.task.id in parts.tasks]
+    gone = [one for one in task_records(structure) if one.task.id not in parts.tasks]
+    common = {**structure.preparations[0].record(), "tasks": 1}
+    described = structure.record()
+    for name in ("tasks", "preparations", "forgotten"):
+        del described[name]
+    gates, of_tasks, gate_tensors = _gates(module)
+    plain = _set_aside(parts.plain, "plain", parts.shared)
+    bundle = Bundle(
+        {
+            "network": None,
+            "structure": {**described, "preparation": common},
+            "spare": parts.spare
+            if any("head.weight" in one for one in parts.tasks.values())
+            else None,
+            "forgotten": [one.record(common) for one in gone],
+            **(module.host.learned_by.record() if module.host.learned_by else {}),
+            "pretrained": [{"part": part, **asdict(origin)} for part, _, origin in left_out],
+            "plain": plain,
+            "gates": gates,
+        }
+    )
+    front = {name: value for name, value in parts.shared.items() if name.startswith("front.")}
+    model = {name: value for name, value in parts.shared.items() if name not in front}
+    written = {files.MODEL: model, files.FRONT: front, files.GATE: gate_tensors}
+    written[files.ACCURACY] = parts.accuracy
+    bundle.files = {name: part for name, part in written.items() if part or name == files.MODEL}
+    for one, name in zip(known, _task_names(known, names), strict=True):
+        task = one.task.id
+        tensors: dict[str, Tensor] = {}
+        own = {
+            gate: _set_aside(part, gate, tensors) for gate, part in of_tasks.get(task, {}).items()
+        }
+        progress = progress_of(task, network.opened, network.closed)
+        bundle.tasks[name] = replace(
+            one,
+            name=name,
+            progress=progress,
+            tensors=parts.tasks[task],
+            gates=own,
+            gate_tensors=tensors,
+        )
+    return bundle
+
+
+def _task_names(tasks: Sequence[TaskFiles], names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        return [f"task_{one.task.id + 1}" for one in tasks]
+    if len(names) != len(tasks) or len({name.casefold() for name in names}) < len(names):
+        raise ConfigurationError(
+            f"Expected names to be {len(tasks)} different ones, one for each task, but got "
+            f"{', '.join(names)}. Leave them out for task_1 and so on."
+        )
+    for name in names:
+        check_task_name(name)
+    return [*names]
+
+
+def _gates(
+    module: ContinualModule,
+) -> tuple[list[Any], dict[int, dict[str, Any]], dict[str, Tensor]]:
+    """What gates share, what each has of each task, and the tensors of what is shared."""
+    tensors: dict[str, Tensor] = {}
+    records: list[Any] = []
+    of_tasks: dict[int, dict[str, Any]] = {}
+    gates = [*module.gates.values()]
+    for gate, record in zip(gates, describe_gates(gates), strict=True):
+        shared, parts = split_gate(record["state"], getattr(gate, "shared_rows", ()))
+        together = getattr(gate, "second_moments", "none") == "shared"
+        state = _set_aside(shared, gate.name, tensors)
+        records.append({**record, "together": together, "state": state})
+        for task, part in parts.items():
+            of_tasks.setdefault(task, {})[gate.name] = part
+    return records, of_tasks, tensors
 
 
 def load_exported(
@@ -139,9 +214,11 @@ def load_exported(
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, or does not match the backbone.
     """
-    record, structure = _read(folder)
+    with explained(folder):
+        bundle = read_bundle(folder)
+        structure = structure_of(bundle)
     module = ContinualModule(backbone, front=front, **{"mask": structure.mask, **arguments})
-    _restore(module, folder, record, structure)
+    _restore(module, folder, bundle, structure)
     return module.eval()
 
 
@@ -155,7 +232,10 @@ def restore_exported(module: ContinualModule, folder: str | os.PathLike[str]) ->
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, or does not match the module.
     """
-    _restore(module, folder, *_read(folder))
+    with explained(folder):
+        bundle = read_bundle(folder)
+        structure = structure_of(bundle)
+    _restore(module, folder, bundle, structure)
 
 
 def past_of_export(folder: str | os.PathLike[str]) -> Past:
@@ -165,31 +245,20 @@ def past_of_export(folder: str | os.PathLike[str]) -> Past:
         folder: written by :func:`export_module`.
 
     Raises:
-        CheckpointError: its record is missing, damaged or of another kind, or says nothing of the run.
+        CheckpointError: a file is missing, damaged or of another kind, or says nothing of the run.
     """
-    record, structure = _read(folder)
-    with _explained(folder):
-        run = _learned_by(record)
+    with explained(folder):
+        bundle = read_bundle(folder)
+        run = _learned_by(bundle.record)
         if run is None:
             raise CheckpointError("none with the seed and the strategies of its run")
-        return run.past(structure, _progress(record, structure)[1])
-
-
-def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Structure]:
-    """The record of an export, and the structure in it."""
-    with _explained(folder):
-        record = read_json(Path(folder) / _RECORD)
-        if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']!r}")
-        check_schema(record, "an exported module")
-        check_untrusted(Path(folder) / _TENSORS)
-        return record, Structure.read(record["structure"])
+        return run.past(structure_of(bundle), bundle.progress[1])
 
 
 def _restore(
     module: ContinualModule,
     folder: str | os.PathLike[str],
-    record: Mapping[str, Any],
+    bundle: Bundle,
     structure: Structure,
 ) -> None:
     network = module.network
@@ -198,42 +267,28 @@ def _restore(
             f"Expected mask to be that of the exported module in {folder}, {structure.mask!r}, but got "
             f"{network.mask!r}. Set it to {structure.mask!r}."
         )
-    with _explained(folder):
-        opened, closed = _progress(record, structure)
-        tensors = load_file(check_untrusted(Path(folder) / _TENSORS))
-        state = _put_back(record["state"], tensors)
-        state |= _from_backbone(record.get("pretrained", []), network)
-        rebuild(network, structure, state)
-        network.opened, network.closed = opened, closed
-        network.load_state_dict(state)
-        gates = _put_back(record.get("gates", {"items": []}), tensors)
-        module.host.gates = rebuild_gates(gates.values())
-        module.host.learned_by = _learned_by(record)
+    with explained(folder):
+        parts = parts_of(bundle, structure)
+        parts.accuracy = _accuracy(bundle, structure)
+        parts.shared |= from_backbone(bundle.record.get("pretrained", []), network)
+        fill(network, structure, parts)
+        network.opened, network.closed = bundle.progress
+        module.host.gates = rebuild_gates(gate_records(bundle))
+        module.host.learned_by = _learned_by(bundle.record)
         network.switch(network.resting_task)
 
 
-@contextmanager
-def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Say in one way what is wrong with an export."""
-    try:
-        yield
-    # A damaged or malicious file may raise any exception here.
-    except Exception as error:
-        said = " ".join(str(error).split())[:300].rstrip(".")
-        kind = "" if isinstance(error, BPNLightningError) else f"{type(error).__name__}: "
-        raise CheckpointError(
-            f"Expected {folder} to hold {_TENSORS} and {_RECORD} of a module with this backbone, but "
-            f"got {kind}{said}. Export the module again, or pass its original backbone."
-        ) from error
-
-
-def _progress(record: Mapping[str, Any], structure: Structure) -> tuple[int, int]:
-    """The tasks that were opened and closed last."""
-    opened, closed = record["opened"], record["closed"]
-    numbers = type(opened) is int and type(closed) is int
-    if not numbers or not -1 <= closed <= opened < len(structure.tasks):
-        raise ValueError(f"opened {opened!r} and closed {closed!r}")
-    return opened, closed
+def _accuracy(bundle: Bundle, structure: Structure) -> dict[str, Tensor]:
+    """The accuracy matrix, NaN for tasks that came after it was written."""
+    number = len(structure.tasks)
+    matrix: dict[str, Tensor] = dict(AccuracyMatrix(number).state_dict(prefix=ACCURACY))
+    for name, saved in bundle.files.get(files.ACCURACY, {}).items():
+        whole = matrix.get(name, torch.empty(()))
+        small = saved.dim() == whole.dim() > 0
+        if not small or any(a > b for a, b in zip(saved.shape, whole.shape, strict=True)):
+            raise ValueError(f"{name} of shape {tuple(saved.shape)} for {number} tasks")
+        whole[tuple(map(slice, saved.shape))] = saved
+    return matrix
 
 
 def _learned_by(record: Mapping[str, Any]) -> LearnedBy | None:
@@ -264,23 +319,6 @@ def _names(name: str, part: Pretrained) -> list[str]:
     return [f"{name}.{key}" for key in part.original_state()]
 
 
-def _from_backbone(records: Sequence[Mapping[str, Any]], network: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a file names instead of holding them, from the network that is to be filled."""
-    parts = {name: (part, origin) for name, part, origin in with_origin(network)}
-    state: dict[str, Tensor] = {}
-    for record in records:
-        name, wanted = record["part"], record["sha256"]
-        part, origin = parts.get(name, (None, None))
-        if part is None or hash_of(part.original_state()) != wanted:
-            got = "none" if origin is None else f"{origin.weights} with {origin.sha256}"
-            raise CheckpointError(
-                f"Expected {name} to be the network {record['name']} of {record['library']} with the weights "
-                f"{record['weights']} and the hash {wanted}, but got {got}. Pass that backbone"
-            )
-        state |= {f"{name}.{key}": value for key, value in part.original_state().items()}
-    return state
-
-
 def _taken(folder: Path) -> ConfigurationError:
     return ConfigurationError(
         f"Expected {folder} to be a new folder, but it exists. Name another one, or remove it."
@@ -296,12 +334,3 @@ def _set_aside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         parts = [(key, f"{name}/{key}" if name else str(key), part) for key, part in value.items()]
         return {"items": [[key, _set_aside(part, place, tensors)] for key, place, part in parts]}
     return value
-
-
-def _put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Rebuild the state; each tensor is used once, so that the state is no larger than its file."""
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors.pop(value["tensor"])
-    return {key: _put_back(part, tensors) for key, part in value["items"]}

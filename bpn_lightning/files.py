@@ -22,8 +22,8 @@ __all__ = [
     "write_atomically",
 ]
 
-EXPORT_FILES = ("model.safetensors", "model.json")
-"""The files of an exported module: its tensors, and the record of what they are."""
+EXPORT_FILES = ("model.safetensors", "config.json")
+"""Files by which a folder is known as a bundle: shared tensors, and the record of what they are."""
 
 _LONGEST = 255  # bytes of a file name, the usual limit of file systems
 

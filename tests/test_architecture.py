@@ -24,6 +24,7 @@ LAYERS = [
     {"functional", "memory", "teacher"},
     set(ROOMS),
     {"registry", "trainer"},
+    {"modes"},
     {"run"},
     {"model"},
     {"export"},
@@ -89,6 +90,22 @@ def test_imports_run_downhill(module: str) -> None:
         below = RANK[there] < RANK[here]
         beside = RANK[there] == RANK[here] and (here == there or not {here, there} & set(ROOMS))
         assert below or beside, f"{module} imports {name}, which does not lie below it"
+
+
+RUN_TIME = [name for name in FILES if place(name) == "modes"]
+
+
+@pytest.mark.parametrize("module", RUN_TIME)
+def test_the_run_time_side_needs_nothing_of_training(module: str) -> None:
+    needed = {place(name) for name in imported_from_here(module)}
+    assert not needed & {"trainer", "trainer.lightning", "strategies", "datamodules", "metrics"}
+    assert "lightning" not in {name.split(".")[0] for name in imported(FILES[module])}
+
+
+def test_the_run_time_side_brings_no_trainer_in() -> None:
+    code = f"import sys; import {', '.join(RUN_TIME)}; print('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 def test_no_two_files_lean_on_each_other() -> None:

@@ -10,20 +10,21 @@ commands. A comment above a block says what is done instead, and why::
 Runs of the digits learn one epoch of each task in place of 30.
 
 A command that names DIR, somebody's folder of data sets, is only parsed: all of its arguments are
-checked, and nothing is trained. So are bpn-report, bpn-export of runs that the page has not made, and every
+checked, and nothing is trained. So are bpn-report, bpn-predict and bpn-bundle, bpn-export of runs that the page has not made, and every
 grid.
 
 A command that names a class of one's own is a process of its own, as it is for its reader: in here, the
 tests' own ``sys.path`` would find what a console script does not.
 """
 
+import configparser
 import os
 import re
 import shlex
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,7 +46,13 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 )
-COMMANDS = {entry.name: entry for entry in entry_points(group="console_scripts")}
+SETUP = configparser.RawConfigParser()
+SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
+SCRIPTS = SETUP["options.entry_points"]["console_scripts"].strip().split("\n")
+COMMANDS = {
+    name: EntryPoint(name, value, "console_scripts")
+    for name, value in (line.split(" = ") for line in SCRIPTS)
+}
 MARKER = re.compile(
     r"<!--\s*test:\s*(?P<what>with|parsed)(?P<flags>[^;]*);\s*(?P<why>.+?)\s*-->", re.DOTALL
 )
@@ -129,6 +136,8 @@ def run_command(block: Block) -> None:
         assert (ROOT / arguments[1]).is_dir(), where
     elif command == "bpn-report":  # of runs that are not there
         html_report._parse(arguments)
+    elif command in ("bpn-predict", "bpn-bundle"):  # of files that are not there
+        sys.modules[main.__module__]._parser().parse_args(arguments)
     elif command == "bpn-export":
         export_command._parser().parse_args(arguments)
         assert not Path(arguments[0]).is_dir() or main(arguments) == 0, where

@@ -379,7 +379,7 @@ def test_checkpoints_of_any_values(way: list[int], new: Any, learned: bytes) -> 
     feed("checkpoints", load)
 
 
-@fuzz(40, name=st.sampled_from(["model.json", "model.safetensors"]), edits=EDITS)
+@fuzz(40, name=st.sampled_from(["config.json", "model.safetensors"]), edits=EDITS)
 def test_exported_files_of_any_bytes(name: str, edits: list[Any], learned: bytes) -> None:
     shutil.copytree("exported", "other", dirs_exist_ok=True)
     Path("other", name).write_bytes(edited(Path("exported", name).read_bytes(), edits))
@@ -389,8 +389,8 @@ def test_exported_files_of_any_bytes(name: str, edits: list[Any], learned: bytes
 @fuzz(60, way=WAY, new=values(["tensor", "items", "id"]))
 def test_exported_records(way: list[int], new: Any, learned: bytes) -> None:
     shutil.copytree("exported", "other", dirs_exist_ok=True)
-    record = json.loads(Path("exported/model.json").read_text())
-    Path("other/model.json").write_text(json.dumps(replaced(record, way, new)))
+    record = json.loads(Path("exported/config.json").read_text())
+    Path("other/config.json").write_text(json.dumps(replaced(record, way, new)))
     feed("exported", lambda: load_exported("other", MLP([4])))
 
 

@@ -37,7 +37,7 @@ def _export(arguments: argparse.Namespace) -> Path:
         raise ConfigurationError(
             f"Expected RUN to be the folder of a run of bpn-fit, but there is none at {run}. Name another."
         )
-    backbone, mask = _configured(run / "config.yaml", arguments.trust)
+    described, backbone, mask = _configured(run / "config.yaml", arguments.trust)
     from bpn_lightning.export import export_module  # slow: imports torch and lightning
     from bpn_lightning.model.module import ContinualModule
 
@@ -55,12 +55,17 @@ def _export(arguments: argparse.Namespace) -> Path:
         for line in module.forget(number - 1):
             note = printable(f"task {number} is forgotten, but for {line}")
             print(f"bpn-export: {note}", file=sys.stderr)
-    out = Path(arguments.out)
-    return export_module(module, out, include_pretrained=arguments.include_pretrained)
+    return export_module(
+        module,
+        Path(arguments.to),
+        include_pretrained=arguments.include_pretrained,
+        names=arguments.names,
+        network=described,
+    )
 
 
-def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
-    """The backbone and the mask from a run's config.yaml."""
+def _configured(path: Path, trust: bool) -> tuple[Any, Any, Any]:
+    """The backbone's description, the backbone and the mask from a run's config.yaml."""
     model = read_yaml(path).get("model")
     if not isinstance(model, dict) or not {"backbone", "mask"} <= model.keys():
         raise ConfigurationError(
@@ -88,8 +93,9 @@ def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
         raise
     except (ArgumentError, ValueError) as error:
         raise ConfigurationError(explain(str(error), parser)) from error
+    described = parsed.backbone.as_dict() if hasattr(parsed.backbone, "as_dict") else None
     try:
-        return parser.instantiate(parsed).backbone, model["mask"]
+        return described, parser.instantiate(parsed).backbone, model["mask"]
     except Exception as error:  # a class may raise any exception here
         raise building_error(error, parsed, "model.") from error
 
@@ -97,11 +103,22 @@ def _configured(path: Path, trust: bool) -> tuple[Any, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bpn-export",
-        description="Export the trained network of a run to a new folder, as model.safetensors and "
-        "model.json; bpn_lightning.load_exported reads it.",
+        description="Export the trained network of a run to a new folder without code, with one small folder "
+        "for each task; bpn_lightning.modes.load and bpn_lightning.load_exported read it.",
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run of bpn-fit")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist yet")
+    parser.add_argument(
+        "--to",
+        metavar="DIR",
+        required=True,
+        help="the folder to write; it must not exist yet",
+    )
+    parser.add_argument(
+        "--names",
+        metavar="NAME",
+        nargs="+",
+        help="names of the tasks that are exported, in order; by default task_1 and so on",
+    )
     parser.add_argument(
         "--forget",
         metavar="TASK",

@@ -31,8 +31,8 @@ from bpn_lightning.model.gates import describe_gates, rebuild_gates
 from bpn_lightning.model.growth import grow_checkpoint, is_continued
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.learned_by import LearnedBy
-from bpn_lightning.model.rebuilding import rebuild
 from bpn_lightning.model.task_loop import TaskLoop
+from bpn_lightning.modes.rebuilding import rebuild
 from bpn_lightning.nn.sharding import is_sharded
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.random_state import random_state

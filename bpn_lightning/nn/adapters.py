@@ -49,6 +49,12 @@ class Adapter(TaskModule):
                 self.get_buffer(f"{name}_bank")[self.live] = self.get_parameter(name).detach()
             self.live = None
 
+    def task_state(self, task_id: int) -> dict[str, Tensor]:
+        """A task's row of each bank, also of the one in training."""
+        if task_id != self.live:
+            return super().task_state(task_id)
+        return {f"{name}_bank": self.get_parameter(name).detach() for name in self.names}
+
     def forget(self, task_id: int) -> None:
         """Overwrite what a task has; the parameters are still those of the task trained last."""
         super().forget(task_id)

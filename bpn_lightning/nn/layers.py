@@ -57,6 +57,11 @@ class TaskModule(nn.Module):
             if buffer.dim() and len(buffer) == self.num_tasks:
                 buffer[task_id] = 0
 
+    def task_state(self, task_id: int) -> dict[str, Tensor]:
+        """What is stored of a task, by the names of buffers: by default its row of each."""
+        rows = self.named_buffers(recurse=False)
+        return {name: b[task_id] for name, b in rows if b.dim() and len(b) == self.num_tasks}
+
     def grow(self, num_tasks: int) -> None:
         """Make room for more tasks; what the module has of the others stays.
 
@@ -92,6 +97,7 @@ class BiasUnits(TaskModule):
         self.register_buffer("bank", torch.zeros(num_tasks, out_features))
         self.live: int | None = None
         self.num_open: int | None = None  # outputs that are computed, of a head; None: all
+        self.rows: Tensor | None = None  # of a batch, gathered with those of other layers
 
     def widen(self, out_features: int) -> None:
         """Make room for more outputs, whose biases are 0."""
@@ -117,6 +123,14 @@ class BiasUnits(TaskModule):
                 self.bank[self.live, : self.num_open] = self.product()[0]
             self.live = None
 
+    def task_state(self, task_id: int) -> dict[str, Tensor]:
+        """A task's bias ``(K,)``, also of the one in training."""
+        if task_id != self.live:
+            return super().task_state(task_id)
+        row = self.bank.new_zeros(self.bank.shape[1])
+        row[: self.num_open] = self.product()[0].detach()
+        return {"bank": row}
+
     def forget(self, task_id: int) -> None:
         """Overwrite a task's bias; M and W are still those of the task that was trained last."""
         super().forget(task_id)
@@ -135,6 +149,8 @@ class BiasUnits(TaskModule):
 
     def forward(self) -> Tensor:
         """The bias of the active task: ``(1, K)``, or ``(batch, K)`` with one task ID per sample."""
+        if self.rows is not None:
+            return self.rows[:, : self.num_open]
         if isinstance(self.active, Tensor):
             biases = self.bank[self.active, : self.num_open]
             if self.live is None:
@@ -300,6 +316,8 @@ class SwitchableLinear(nn.Linear):
             # Keep shape (1, K): indexing the row would add another backward operation.
             bias = shift if own is None else own + shift
             return F.linear(effective, weight, bias)
+        if units.rows is not None and own is None and effective.dim() == 2:
+            return torch.addmm(shift, effective, weight.t())
         return F.linear(effective, weight, own) + _aligned(shift, effective)
 
 

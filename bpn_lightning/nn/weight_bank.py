@@ -71,6 +71,12 @@ class WeightBank(TaskModule):
             del self.learned[task]
         self.inside = task
 
+    def task_state(self, task_id: int) -> dict[str, Tensor]:
+        """A task's weights; none of a task that was never started."""
+        if task_id == self.live == self.inside:
+            return self._copy()
+        return self.learned.get(task_id, {})
+
     def forget(self, task_id: int) -> None:
         """Delete a task's weights; where they are loaded, the next :meth:`switch` loads others."""
         self.learned.pop(task_id, None)

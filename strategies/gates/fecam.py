@@ -10,13 +10,13 @@ from torch import Tensor
 from bpn_lightning.checks import check_above_zero, check_number
 from bpn_lightning.errors import DataError
 from bpn_lightning.functional.gaussians import (
-    LOG_2PI,
     Whitening,
     correlation,
     shrink_apart,
     whitening,
 )
 from bpn_lightning.functional.moments import GroupSums, SecondMoments
+from bpn_lightning.functional.row_scores import own_gaussian_scores
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["FeCAM"]
@@ -104,16 +104,7 @@ class FeCAM(FeatureGate):
 
     def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Minus half the squared distances; log-likelihoods where covariances are not normalized."""
-        distances = torch.stack(
-            [
-                ((features - mean) @ matrix.T).square().sum(1)
-                for mean, matrix in zip(rows["means"], rows["whitening"], strict=True)
-            ],
-            1,
-        )
-        if self.normalize:
-            return -0.5 * distances
-        return -0.5 * (distances + rows["log_determinant"] + features.shape[1] * LOG_2PI)
+        return own_gaussian_scores(features, rows, distances_alone=self.normalize)
 
     def row_bytes(self, width: int) -> int:
         """A mean, a matrix and a determinant."""

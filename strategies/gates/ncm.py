@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from bpn_lightning.functional.gaussians import squared_distances
 from bpn_lightning.functional.moments import GroupSums
+from bpn_lightning.functional.row_scores import nearest_mean_scores
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["NearestClassMean"]
@@ -33,7 +33,7 @@ class NearestClassMean(FeatureGate):
 
     def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Minus half the squared distances."""
-        return -squared_distances(features, rows["means"]) / 2
+        return nearest_mean_scores(features, rows)
 
     def row_bytes(self, width: int) -> int:
         """One mean."""

@@ -9,11 +9,10 @@ from torch import Tensor
 from bpn_lightning.checks import check_positive_int
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.functional.gaussians import (
-    PrincipalSubspaces,
     principal_subspaces,
-    subspace_log_likelihoods,
 )
 from bpn_lightning.functional.moments import GroupSums, SecondMoments
+from bpn_lightning.functional.row_scores import subspace_scores
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["ProbabilisticPCA"]
@@ -70,7 +69,7 @@ class ProbabilisticPCA(FeatureGate):
 
     def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Log-likelihoods."""
-        return subspace_log_likelihoods(features, PrincipalSubspaces(**rows))
+        return subspace_scores(features, rows)
 
     def row_bytes(self, width: int) -> int:
         """A mean, directions, their variances and the noise."""

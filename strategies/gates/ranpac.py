@@ -9,6 +9,7 @@ from torch import Tensor
 from bpn_lightning.checks import check_number, check_positive_int
 from bpn_lightning.functional.moments import GroupSums, SecondMoments
 from bpn_lightning.functional.ridge import held_out_errors, ridge_weights
+from bpn_lightning.functional.row_scores import linear_scores
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["RIDGES", "RanPAC"]
@@ -90,7 +91,7 @@ class RanPAC(FeatureGate):
 
     def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """The regression's outputs."""
-        return features @ rows["weights"].T
+        return linear_scores(features, rows)
 
     def row_bytes(self, width: int) -> int:
         """One row of weights."""

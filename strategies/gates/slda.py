@@ -8,13 +8,12 @@ from torch import Tensor
 
 from bpn_lightning.checks import check_number
 from bpn_lightning.functional.gaussians import (
-    LOG_2PI,
     shrink,
     shrinkage_log_likelihoods,
-    squared_distances,
     whitening,
 )
 from bpn_lightning.functional.moments import GroupSums, SecondMoments
+from bpn_lightning.functional.row_scores import shared_gaussian_scores
 from bpn_lightning.strategies.gates.features import FLOAT32, FeatureGate
 
 __all__ = ["SHRINKAGES", "SLDA"]
@@ -90,10 +89,7 @@ class SLDA(FeatureGate):
 
     def scores(self, features: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Log-likelihoods."""
-        matrix, middle = rows["whitening"], rows["means"].mean(0)
-        centered, means = features - middle, rows["means"] - middle
-        distances = squared_distances(centered @ matrix.T, means @ matrix.T)
-        return -0.5 * (distances + rows["log_determinant"] + len(matrix) * LOG_2PI)
+        return shared_gaussian_scores(features, rows)
 
     def row_bytes(self, width: int) -> int:
         """One mean."""

@@ -337,7 +337,7 @@ def test_a_strangers_run_is_not_exported(kind: str, here: Path, capsys: Said) ->
     config = yaml.safe_load(EVIL[kind])
     config["model"]["mask"] = "all"
     Path("config.yaml").write_text(yaml.safe_dump(config))
-    assert export([".", "out"]) == 2
+    assert export([".", "--to", "out"]) == 2
     assert capsys.readouterr().err.startswith("bpn-export: error: Expected ")
     assert os.listdir() == ["config.yaml"]
 
@@ -428,7 +428,7 @@ def test_what_a_class_raises_is_said_with_its_key(
         config = yaml.safe_load(text)
         config["model"]["mask"] = "all"
         Path("config.yaml").write_text(yaml.safe_dump(config))
-        assert export([".", "out"]) == 2
+        assert export([".", "--to", "out"]) == 2
         assert part in capsys.readouterr().err
 
 

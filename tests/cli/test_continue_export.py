@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PL_SEED_WORKERS", "0")
         warnings.simplefilter("ignore")
         assert main([*MODEL, "--data.init_args.num_tasks", "2"]) == 0
-        assert export([str(folder("digits_inc")), "out"]) == 0
+        assert export([str(folder("digits_inc")), "--to", "out"]) == 0
         line = [*MODEL, *NEW[:-1], str(folder("digits_inc")), "--experiment", "of_folder"]
         assert main(line) == 0
     return place
@@ -100,7 +100,10 @@ def test_an_export_lists_its_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--method", "bd+ewc"], "they differ: strategies is ['bd', 'ewc'] here and ['bd'] there"),
         (["--model.mask", "task"], "'seen', but got 'task'. Set it to 'seen'."),
-        (["--model.backbone.init_args.hidden", "[32]"], "of a module with this backbone, but got"),
+        (
+            ["--model.backbone.init_args.hidden", "[32]"],
+            "bundle of bpn-export for this network, but got",
+        ),
         (["--data.init_args.class_order", "[1, 2]"], "Expected new classes after those"),
         (["--data.init_args.reset_optimizer", "never"], "Expected reset_optimizer to be 'always'"),
         (["--past_data"], "Expected past_data to find each past stream in its run's config.yaml"),
@@ -113,7 +116,7 @@ def test_what_cannot_go_on(flags: list[str], said: str, capsys: pytest.CaptureFi
 def test_a_missing_state_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     line = [*MODEL, "--method", "ewc", "--data.init_args.num_tasks", "2", "--experiment", "ewc"]
     assert main(line) == 0
-    assert export(["runs/ewc/ewc/seed_0", "ewc"]) == 0
+    assert export(["runs/ewc/ewc/seed_0", "--to", "ewc"]) == 0
     said = refusal([*MODEL, *NEW[:-1], "ewc", "--method", "ewc", "--experiment", "bad"], capsys)
     assert "but an export holds no importances: EWC cannot continue from it." in said
 
@@ -134,7 +137,7 @@ class Payload:
         return Path.touch, (Path("owned"),)
 
 
-TENSORS, RECORD = Path("out", "model.safetensors"), Path("out", "model.json")
+TENSORS, RECORD = Path("out", "model.safetensors"), Path("out", "config.json")
 
 
 def record(**fields: Any) -> Callable[[], Any]:
@@ -152,11 +155,11 @@ def record(**fields: Any) -> Callable[[], Any]:
         record(schema=99),
         record(format="other"),
         record(structure=[1]),
-        record(opened="1"),
-        record(closed=-2),
+        record(forgotten=[{}]),
+        record(files=3),
         record(seed="0"),
         record(strategies=3),
-        record(state={"tensor": "nowhere"}),
+        record(plain={"tensor": "nowhere"}),
         record(gates=3),
     ],
 )
@@ -165,5 +168,5 @@ def test_an_export_that_is_damaged_or_made_up(
 ) -> None:
     harm()
     said = refusal([*MODEL, *NEW, "--experiment", "bad"], capsys)
-    assert "Expected out to hold model.safetensors and model.json of a module" in said
+    assert "Expected out to be a bundle of bpn-export for this network" in said
     assert not Path("owned").exists()

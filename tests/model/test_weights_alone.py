@@ -228,10 +228,10 @@ def test_what_was_refused_goes_on_when_it_is_right(tmp_path: Path) -> None:
 
 
 def change(folder: Path, **fields: Any) -> None:
-    record = json.loads((folder / "model.json").read_text())
+    record = json.loads((folder / "config.json").read_text())
     for key, value in fields.items():
         record.pop(key) if value is None else record.update({key: value})
-    (folder / "model.json").write_text(json.dumps(record))
+    (folder / "config.json").write_text(json.dumps(record))
 
 
 def test_an_export_that_does_not_name_its_run(tmp_path: Path) -> None:

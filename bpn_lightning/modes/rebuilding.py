@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bpn_lightning.errors import CheckpointError
-from bpn_lightning.model.front import rebuild_front
+from bpn_lightning.modes.fronts import rebuild_front
+from bpn_lightning.nn.answering import AnsweringNetwork
 from bpn_lightning.nn.attaching import numbers_per_task
 from bpn_lightning.nn.feature_width import feature_width
-from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.nn.prompts import block_width, is_block
 from bpn_lightning.nn.structure import Attachment, Structure
 
@@ -27,13 +27,17 @@ MAX_INPUT = 2**24
 """Numbers of one input, such as 3 x 2048 x 2048 pixels; how large it is, no tensor says."""
 
 
-def rebuild(network: ContinualNetwork, structure: Structure, state: Mapping[str, Any]) -> None:
+def rebuild(
+    network: AnsweringNetwork, structure: Structure, state: Mapping[str, Any], spare: int = 0
+) -> None:
     """Make head, accuracy matrix and what was attached; ``state`` is loaded afterwards.
 
     Args:
         network: with the backbone that the file's weights are for; nothing is done twice.
         structure: as the file describes it.
         state: tensors by their names in ``network.state_dict()``, and other values.
+        spare: bytes that what is attached may take beyond those of ``state``, which may lack what only
+            training needs.
 
     Raises:
         CheckpointError: a size is none, or something is larger than all tensors of ``state`` together.
@@ -52,7 +56,7 @@ def rebuild(network: ContinualNetwork, structure: Structure, state: Mapping[str,
             f"Expected a number of classes and an input of at most {MAX_INPUT:,} numbers, but got "
             f"{num_classes!r:.80} and {input_shape!r:.80}. The file is damaged or made up."
         )
-    _refuse_more("an accuracy matrix", 8 * tasks * (tasks + 1), held)
+    _refuse_more("an accuracy matrix", network.bytes_built(tasks), held)
     if network.head is None:
         features = _features(network.backbone, input_shape, structure.input_dtype, state)
         _refuse_more("a head", 4 * features * num_classes, held)
@@ -61,7 +65,7 @@ def rebuild(network: ContinualNetwork, structure: Structure, state: Mapping[str,
     attached_bytes = 0
     for one in structure.attached:
         attached_bytes += _attached_bytes(network, one)
-        _refuse_more(f"{one.part} of {list(one.arguments.values())}", attached_bytes, held)
+        _refuse_more(f"{one.part} of {list(one.arguments.values())}", attached_bytes, held + spare)
         getattr(network, f"attach_{one.part}")(**one.arguments)
     network.structure.set_preparations(structure.preparations)
 
@@ -80,7 +84,7 @@ def _features(
     return feature_width(probe, input_shape, dtype)
 
 
-def _attached_bytes(network: ContinualNetwork, attachment: Attachment) -> int:
+def _attached_bytes(network: AnsweringNetwork, attachment: Attachment) -> int:
     """Of what attaching makes; a weight bank is filled with what the file holds."""
     if attachment.part == "weight_bank":
         return 0

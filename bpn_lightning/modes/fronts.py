@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bpn_lightning.errors import CheckpointError
+from bpn_lightning.nn.answering import AnsweringNetwork
 from bpn_lightning.nn.fronts import Front
-from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.nn.structure import FrontRecord
 from bpn_lightning.registry import fronts, name_of
 
@@ -27,7 +27,7 @@ def describe(front: Front) -> FrontRecord:
 
 
 def rebuild_front(
-    network: ContinualNetwork, record: FrontRecord | None, state: Mapping[str, Any]
+    network: AnsweringNetwork, record: FrontRecord | None, state: Mapping[str, Any]
 ) -> None:
     """Make a network's front, or fill the one that it has, with what a file holds.
 

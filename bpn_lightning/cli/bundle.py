@@ -1,0 +1,171 @@
+"""The command ``bpn-bundle``: add and remove tasks of a bundle, check it, and write its model card anew."""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bpn_lightning.cli.entry_point import entry_point
+from bpn_lightning.errors import ConfigurationError, ResultsError, did_you_mean
+from bpn_lightning.files import write_atomically
+from bpn_lightning.terminal import printable
+
+if TYPE_CHECKING:
+    from bpn_lightning.modes.bundle import Bundle
+
+__all__ = ["main"]
+
+
+@entry_point("bpn-bundle", interrupted="The bundle is as it was, or as it was to become.")
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0, 2 on a usage error, 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    folder = Path(arguments.bundle)
+    bundle = _read(folder)  # slow: imports torch
+    for line in _DO[arguments.verb](folder, bundle, arguments):
+        print(printable(line))
+    return 0
+
+
+def _read(folder: Path) -> "Bundle":
+    from bpn_lightning.modes.bundle import explained, read_bundle, structure_of
+
+    with explained(folder):
+        bundle = read_bundle(folder)
+        structure_of(bundle, compact=True)
+    return bundle
+
+
+def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
+    from bpn_lightning.modes.bundle import TASKS, explained, read_task, with_task, write_task
+
+    source, common = Path(arguments.task), bundle.record["structure"]["preparation"]
+    with explained(source):
+        one = read_task(source, common)
+    one = replace(one, name=arguments.name or source.resolve().name)
+    changed = with_task(bundle, one)
+    with _writable(folder):
+        (folder / TASKS).mkdir(exist_ok=True)
+        write_task(one, folder / TASKS / one.name, common)
+    _write_card(folder, changed)
+    return [str(folder / TASKS / one.name)]
+
+
+def _remove(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
+    from bpn_lightning.modes.bundle import CONFIG, TASKS
+    from bpn_lightning.untrusted import read_json
+
+    name, common = arguments.task, bundle.record["structure"]["preparation"]
+    one = bundle.tasks.get(name)
+    if one is None or len(bundle.tasks) == 1:
+        known = ", ".join(bundle.tasks)
+        rule = "not to be the only one" if one else f"to be one of {known}"
+        remedy = "Delete the bundle instead." if one else did_you_mean(name, [*bundle.tasks])
+        raise ConfigurationError(f"Expected task {rule}, but got {name!r}. {remedy}".rstrip())
+    record = read_json(folder / CONFIG, within=folder)
+    forgotten = [*record.get("forgotten", []), {**one.record(common), "progress": "learned"}]
+    hidden = folder / TASKS / f".{name[:100]}.removed"
+    left = {key: each for key, each in bundle.tasks.items() if key != name}
+    with _writable(folder):
+        # Readers see the task or do not; the record of its number follows.
+        (folder / TASKS / name).rename(hidden)
+        content = json.dumps({**record, "forgotten": forgotten}, indent=1).encode()
+        write_atomically(folder / CONFIG, content)
+        shutil.rmtree(hidden)
+    _write_card(folder, replace(bundle, tasks=left))
+    return [
+        f"{name} is removed; the shared weights, where they were trained on it, are as they were"
+    ]
+
+
+def _check(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
+    from bpn_lightning.modes import load
+
+    lines = [
+        f"{name}: task {one.task.id}, {one.task.num_classes} classes, {_size(one):,} bytes, {one.progress}"
+        for name, one in bundle.tasks.items()
+    ]
+    shared = sum(value.nbytes for part in bundle.files.values() for value in part.values())
+    lines.append(f"shared by all tasks: {shared:,} bytes, {bundle.base}")
+    if bundle.record["network"] is None:
+        return [
+            *lines,
+            "every file is the one that was written; it names no network to put them into",
+        ]
+    load(folder, trust=arguments.trust)
+    return [*lines, "every file is the one that was written, and fits the network"]
+
+
+def _size(one: Any) -> int:
+    return sum(v.nbytes for v in (*one.tensors.values(), *one.gate_tensors.values()))
+
+
+def _card(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
+    _write_card(folder, bundle)
+    return [str(folder / "README.md")]
+
+
+def _write_card(folder: Path, bundle: "Bundle") -> None:
+    from bpn_lightning.modes.card import model_card
+
+    with _writable(folder):
+        write_atomically(folder / "README.md", model_card(bundle).encode())
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Say in one way that a bundle cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ResultsError(
+            f"Expected to write {folder}, but got: {error}. Free some space or grant write access."
+        ) from error
+
+
+_DO = {"add": _add, "remove": _remove, "check": _check, "card": _card}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bpn-bundle",
+        description="Add and remove tasks of a bundle of bpn-export, check it, and write its model card anew.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, help: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=help, description=help)
+        made.add_argument("bundle", metavar="BUNDLE", help="the folder that bpn-export wrote")
+        return made
+
+    add = verb("add", "copy a task's folder into a bundle of the same shared weights")
+    add.add_argument("task", metavar="FOLDER", help="tasks/NAME of another bundle, or a copy of it")
+    add.add_argument("--name", help="of the task in this bundle; by default the folder's")
+    remove = verb("remove", "take a task out, with its biases and rows of the head")
+    remove.add_argument("task", metavar="NAME", help="of the task")
+    check = verb("check", "read every file, compare hashes, and put the weights into the network")
+    check.add_argument(
+        "--trust",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="import paths that the network may name",
+    )
+    verb("card", "write README.md anew")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

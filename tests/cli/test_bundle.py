@@ -1,0 +1,109 @@
+"""`bpn-bundle` adds, removes and checks tasks; what is left answers as before."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bpn_lightning.cli.bundle import main
+from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.errors import CheckpointError
+from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.modes import load
+from bpn_lightning.nn import MLP
+from bpn_lightning.strategies import SLDA, BeneficialPerturbation
+
+Said = pytest.CaptureFixture[str]
+IMAGES = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+
+
+@pytest.fixture
+def made(fit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stream = SplitDigits(num_tasks=3, epochs_per_task=1, batch_size=64, seed=0)
+    module, _ = fit([BeneficialPerturbation(4)], stream=stream, mask="seen")
+    export_module(module.eval(), "out", names=["a", "b", "c"])
+    shutil.copytree("out", "copy")
+
+
+def test_a_task_is_removed_and_added_again(made: None, capsys: Said) -> None:
+    before = load("out")(IMAGES, task="a")
+    assert main(["remove", "out", "b"]) == 0
+    assert load("out").tasks == ["a", "c"]
+    assert "| b |" not in Path("out/README.md").read_text()
+    module = load_exported("out", MLP([16, 16]))
+    assert module.network.structure.forgotten == [1]
+    assert module.network.head is not None
+    assert module.network.head.weight[2:4].eq(0).all()
+    torch.testing.assert_close(module.predict(IMAGES, task=0), load("out")(IMAGES, task="a"))
+    assert main(["add", "out", "copy/tasks/b", "--name", "again"]) == 0
+    assert "| again | 1 | 2, 3 |" in Path("out/README.md").read_text()
+    torch.testing.assert_close(load("out")(IMAGES, task="a"), before)
+    assert load_exported("out", MLP([16, 16])).network.structure.forgotten == []
+    capsys.readouterr()
+    assert main(["check", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("again: task 1, 2 classes, ")
+    assert lines[-1] == "every file is the one that was written, and fits the network"
+
+
+def test_the_card_is_written_anew(made: None) -> None:
+    Path("out/README.md").write_text("mine")
+    assert main(["card", "out"]) == 0
+    assert Path("out/README.md").read_bytes() == Path("copy/README.md").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["remove", "out", "d"], "Expected task to be one of a, b, c, but got 'd'."),
+        (["add", "out", "copy/tasks/b"], "but 'b' has the name 'b'"),
+        (["add", "out", "copy/tasks/b", "--name", "d"], "but 'b' has the ID 1"),
+        (["add", "out", "copy/tasks/d"], "FileNotFoundError"),
+        (["add", "out", "damaged"], "truncated or changed"),
+        (["check", "nowhere"], "Expected nowhere to be a bundle of bpn-export"),
+    ],
+)
+def test_what_is_refused(line: list[str], said: str, made: None, capsys: Said) -> None:
+    shutil.copytree("out/tasks/b", "damaged")
+    path = Path("damaged/adapter_model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(line) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert {p.name for p in Path("out/tasks").iterdir()} == {"a", "b", "c"}
+
+
+def test_a_name_that_leads_out_of_the_folder(made: None, capsys: Said) -> None:
+    assert main(["remove", "out", "b"]) == 0
+    capsys.readouterr()
+    for name in ("../b", ".b", "b/c", ".."):
+        assert main(["add", "out", "copy/tasks/b", "--name", name]) == 2
+        assert "Expected the name of a task" in capsys.readouterr().err
+    assert main(["remove", "out", "../../copy"]) == 2
+    assert Path("copy/config.json").is_file()
+
+
+def test_one_task_stays_and_gates_that_are_solved_together_too(
+    fit: Callable[..., Any], tmp_path: Path, capsys: Said
+) -> None:
+    module, _ = fit([SLDA()])
+    folder = export_module(module.eval(), tmp_path / "out")
+    shutil.copytree(folder / "tasks" / "task_2", tmp_path / "task_2")
+    assert main(["remove", str(folder), "task_2"]) == 0
+    assert main(["add", str(folder), str(tmp_path / "task_2")]) == 2
+    assert "are solved for all tasks together" in capsys.readouterr().err
+    assert main(["remove", str(folder), "task_1"]) == 2
+    assert "Expected task not to be the only one" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_deleted_by_hand_leaves_a_hole_for_training_only(made: None) -> None:
+    shutil.rmtree("out/tasks/b")
+    assert load("out").tasks == ["a", "c"]
+    with pytest.raises(CheckpointError, match="there is none of number 1"):
+        load_exported("out", MLP([16, 16]))

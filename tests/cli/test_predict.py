@@ -1,0 +1,137 @@
+"""`bpn-predict` answers as the module whose bundle it reads, and says what it cannot read."""
+
+import csv
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bpn_lightning import ContinualModule
+from bpn_lightning.cli.predict import main
+from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.export import export_module
+from bpn_lightning.strategies import BeneficialPerturbation
+
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def module(
+    fit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ContinualModule:
+    """With its bundle, and three folders of images of digits."""
+    monkeypatch.chdir(tmp_path)
+    stream = SplitDigits(num_tasks=2, epochs_per_task=2, batch_size=64, seed=0)
+    made, _ = fit([BeneficialPerturbation(4)], stream=stream)
+    export_module(made.eval(), "out", names=["low", "high"])
+    for label in ("0", "1", "2"):
+        Path("set", label).mkdir(parents=True)
+        for number, image in enumerate(images(int(label))):
+            Image.fromarray(image).save(Path("set", label, f"{number}.png"))
+    done: ContinualModule = made
+    return done
+
+
+def images(seed: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+
+
+def expected(module: ContinualModule, task: int | None) -> list[str]:
+    raw = torch.from_numpy(np.concatenate([images(seed) for seed in range(3)]))[:, None]
+    columns = module.predict(raw, task=task).argmax(1).tolist()
+    return [str(column) for column in columns]  # digits in order
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(StringIO(text)))
+
+
+def test_a_folder_of_images(module: ContinualModule, capsys: Said) -> None:
+    assert main(["out", "set", "--confusion", "table.csv", "--batch_size", "4"]) == 0
+    said = capsys.readouterr()
+    found = rows(said.out)
+    assert [row["class"] for row in found] == expected(module, None)
+    assert [row["input"] for row in found[:4]] == [
+        "set/0/0.png",
+        "set/0/1.png",
+        "set/0/2.png",
+        "set/1/0.png",
+    ]
+    assert {row["task"] for row in found} <= {"low", "high"}
+    table = rows(Path("table.csv").read_text())
+    assert [row["label"] for row in table] == ["0", "1", "2"]
+    assert all(sum(int(v) for k, v in row.items() if k != "label") == 3 for row in table)
+    right = sum(int(row.get(row["label"], 0)) for row in table)
+    assert said.err == f"bpn-predict: {right} of 9 answers are the label\n"
+
+
+def test_arrays_and_a_task(module: ContinualModule, capsys: Said) -> None:
+    whole = np.concatenate([images(seed) for seed in range(3)])
+    np.savez("a.npz", images=whole, labels=np.repeat([0, 1, 2], 3))
+    line = [
+        "out",
+        "a.npz",
+        "--task",
+        "high",
+        "--format",
+        "jsonl",
+        "--to",
+        "lines",
+        "--reject_below",
+        "1",
+    ]
+    assert main([*line, "--confusion", "table.csv"]) == 0
+    found = [json.loads(text) for text in Path("lines").read_text().splitlines()]
+    assert [row["class"] for row in found] == expected(module, 1)
+    assert {row["task"] for row in found} == {"high"}
+    assert all(row["rejected"] is True and 0 < row["confidence"] <= 1 for row in found)
+    assert found[4]["input"] == "a.npz[4]"
+    capsys.readouterr()
+    assert main(line) == 2
+    assert "Expected lines to be a new file, but it exists." in capsys.readouterr().err
+
+
+def test_bad_files_are_skipped_by_request_only(module: ContinualModule, capsys: Said) -> None:
+    Path("set", "1", "1.png").write_bytes(b"nothing")
+    Path("set", "2", "0.png").unlink()
+    Path("set", "2", "0.png").symlink_to("/etc/hostname")
+    assert main(["out", "set"]) == 2
+    assert "Expected set/1/1.png to be an input of the bundle, but got" in capsys.readouterr().err
+    assert main(["out", "set", "--skip_bad"]) == 1
+    said = capsys.readouterr()
+    assert [row["input"] for row in rows(said.out)].count("set/1/1.png") == 0
+    assert len(rows(said.out)) == 7
+    lines = said.err.splitlines()
+    assert [line.split(":")[1] for line in lines] == [
+        " skipped set/1/1.png",
+        " skipped set/2/0.png",
+    ]
+    assert "leads out of set" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["nowhere", "set"], "Expected nowhere to be a bundle"),
+        (["out", "nowhere.png"], "Expected nowhere.png to be an input of the bundle"),
+        (["out", "set", "--task", "middle"], "one of low (0), high (1), but got 'middle'."),
+        (["out", "set", "--task", "7"], "one of low (0), high (1), but got 7."),
+        (["out", "set", "--reject_below", "2"], "Expected reject_below to be a number from 0 to 1"),
+        (["out", "set", "--batch_size", "0"], "Expected batch_size to be a whole number"),
+        (["out", "out"], "Expected out to hold 1 to 10,000,000 images, but got 0."),
+        (["out", "b.npz"], "Expected b.npz to hold one of images, features, tokens"),
+    ],
+)
+def test_what_is_refused(line: list[str], said: str, module: ContinualModule, capsys: Said) -> None:
+    np.savez("b.npz", pictures=images(0))
+    capsys.readouterr()
+    assert main(line) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
