@@ -43,6 +43,7 @@ from bpn_lightning.run.schema import (
 from bpn_lightning.untrusted import read_text
 
 if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it below
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from bpn_lightning.costs import Bytes
@@ -59,7 +60,8 @@ _TASK_METRICS = "task_metrics.csv"
 _OVER_STREAM = "figures/accuracy_over_stream"
 _HEATMAP = "figures/accuracy_matrix"
 _GATES = "gates.csv"
-_GATE_FIGURES = ("figures/gates_over_stream", "figures/gate_calibration")
+_GATES_OVER_STREAM = "figures/gates_over_stream"
+_CALIBRATION = "figures/gate_calibration"
 
 
 def write_results(
@@ -109,12 +111,6 @@ def write_results(
         ResultsError: a file cannot be written.
     """
     from bpn_lightning.run.drawing import save_figure
-    from bpn_lightning.run.figures import (
-        accuracy_curves,
-        accuracy_heatmap,
-        gate_calibration,
-        gates_over_stream,
-    )
 
     if len(tasks) != matrix.num_tasks:
         raise ConfigurationError(
@@ -123,7 +119,6 @@ def write_results(
         )
     summary = matrix.summary()
     learned = matrix.tasks_learned
-    gates = gate_results(gate_scores)
     results: Results = {
         "schema_version": SCHEMA_VERSION,
         "experiment": experiment,
@@ -145,7 +140,7 @@ def write_results(
         },
         "accuracy_task_agnostic": summary["task_agnostic"],
         "front": front,
-        "gates": gates,
+        "gates": gate_results(gate_scores),
         "accuracy_after_learning": summary["after_learning"],
         "unsettled_tasks": [
             {"id": one.task, "split": one.split, "before": one.before, "after": one.after}
@@ -163,36 +158,58 @@ def write_results(
         "extra": dict(extra or {}),
         "provenance": provenance,
     }
-    setup = setup_name(method, gates, front and front["name"])
-    title = f"{experiment} · {setup} · seed {seed}"
-    epochs = [task.epochs for task in tasks]
-    if any(epochs):
-        over_stream = accuracy_curves(
-            matrix.accuracy, curve=curve, epochs_per_task=epochs, title=title
-        )
-    else:  # gates that learned alone
-        over_stream = accuracy_curves(matrix.accuracy, title=title)
+    texts = {
+        "config.yaml": config,
+        _MATRIX: _matrix_csv(matrix.accuracy),
+        _TASK_METRICS: _metrics_csv(metrics) if metrics else None,
+        _GATES: gates_csv(results["gates"]) if gate_scores else None,
+        _RESULTS: _json(results),  # last: see above
+    }
+    pictures = _pictures(results, matrix.accuracy, curve)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        if config is not None:
-            write_atomically(folder / "config.yaml", config.encode())
-        write_atomically(folder / _MATRIX, _matrix_csv(matrix.accuracy).encode())
-        if metrics:
-            write_atomically(folder / _TASK_METRICS, _metrics_csv(metrics).encode())
-        if gates:
-            write_atomically(folder / _GATES, gates_csv(gates).encode())
-            over, calibration = _GATE_FIGURES
-            save_figure(gates_over_stream(gates, title=title), folder / over)
-            save_figure(gate_calibration(gates, title=title), folder / calibration)
-        save_figure(over_stream, folder / _OVER_STREAM)
-        save_figure(accuracy_heatmap(matrix.accuracy, title=title), folder / _HEATMAP)
-        write_atomically(folder / _RESULTS, _json(results).encode())
+        for name, figure in pictures.items():
+            save_figure(figure, folder / name)
+        for name, text in texts.items():
+            if text is not None:
+                write_atomically(folder / name, text.encode())
     except OSError as error:
         raise ResultsError(
             f"Expected to write the run's results into {folder}, but got: {error}. Make room or "
             "give write access, then resume the run from its last checkpoint."
         ) from error
     return folder / _RESULTS
+
+
+def _pictures(
+    results: Results, accuracy: "Tensor", curve: Sequence[Mapping[str, Any]]
+) -> dict[str, "Figure"]:
+    """By their paths without a suffix."""
+    from bpn_lightning.run.figures import (
+        accuracy_curves,
+        accuracy_heatmap,
+        gate_calibration,
+        gates_over_stream,
+    )
+
+    gates, front = results["gates"], results["front"]
+    setup = setup_name(results["method"], gates, front and front["name"])
+    title = f"{results['experiment']} · {setup} · seed {results['seed']}"
+    epochs = [task["epochs"] for task in results["tasks"]]
+    trained = any(epochs)  # and not gates alone
+    pictures = {
+        _OVER_STREAM: accuracy_curves(
+            accuracy,
+            curve=curve if trained else None,
+            epochs_per_task=epochs if trained else None,
+            title=title,
+        ),
+        _HEATMAP: accuracy_heatmap(accuracy, title=title),
+    }
+    if gates:
+        pictures[_GATES_OVER_STREAM] = gates_over_stream(gates, title=title)
+        pictures[_CALIBRATION] = gate_calibration(gates, title=title)
+    return pictures
 
 
 def read_results(path: Path) -> Results:
