@@ -129,7 +129,7 @@ def _section(collection: Collection, artifacts: Sequence[Artifact], folder: str)
         more = "; ..." if len(collection.missing) > 6 else ""
         parts.append(f"{len(collection.missing)} of {total} runs are missing: {names}{more}.")
     parts += [f"Left out: {why}" for why in collection.left_out]
-    for one in collection.not_run:
-        parts.append(f"Not run: {one.experiment}. {one.reason}")
+    not_run = (f"Not run: {one.experiment}. {one.reason}" for one in collection.not_run)
+    parts += dict.fromkeys(not_run)
     parts += [artifact.markdown(f"{folder}{artifact.name}.png") for artifact in artifacts]
     return "\n\n".join(part for part in parts if part)

@@ -63,12 +63,14 @@ def paired_tests(collection: Collection) -> list[Artifact]:
         for test, difference in named
     ]
     columns = ("experiment", "difference", "of", "mean", "seeds", "p", "p, corrected")
+    names = [f"{test.place} · {name}, {SCORES[test.score].title}" for test, name in named]
     picture = dot_chart(
-        [f"{test.place} · {name}, {SCORES[test.score].title}" for test, name in named],
+        names,
         [Dots("difference over seeds", [test.difference.interval for test in tests])],
         title="Differences between methods",
         xlabel="difference in accuracy",
         limits=None,
+        width=max(7.5, 2.5 + 0.08 * max(map(len, names), default=0)),  # room beside long names
     )
     caption = (
         "Differences seed by seed, with the 95 % interval of their mean and p of the two-sided "

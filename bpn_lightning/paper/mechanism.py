@@ -178,15 +178,18 @@ def moves(collection: Collection) -> list[Artifact]:
 
 def _moves(place: str, rows: Sequence[MethodRow]) -> Artifact:
     panels: list[tuple[str, list[Line]]] = []
-    ends: list[list[Cell]] = [[row.name] for row in rows]
-    for key, title in (("size", "root mean square of M"), ("flips", "signs that flip")):
-        lines = []
-        for row, cells in zip(rows, ends, strict=True):
+    ends: list[list[Cell]] = []
+    for row in rows:
+        lines: list[Line] = []
+        cells: list[Cell] = [row.name]
+        for key, title in (("size", "root mean square of M"), ("flips", "fraction that flips")):
             y = _over_task(row.records, key)
-            lines.append(Line(row.name, [100 * (n + 1) / len(y) for n in range(len(y))], y))
+            means = [Interval(value, None, len(row.records)) for value in y]
+            lines.append(Line(title, [100 * (n + 1) / len(y) for n in range(len(y))], means))
             tenth = max(1, len(y) // 10)
-            cells += [_mean(y[:tenth]), _mean(y[-tenth:])]
-        panels.append((title, lines))
+            cells += [fmean(y[:tenth]), fmean(y[-tenth:])]
+        panels.append((row.name, lines))
+        ends.append(cells)
     figure = line_chart(
         panels,
         title=f"{place}: M over the updates of a task",
@@ -204,18 +207,10 @@ def _moves(place: str, rows: Sequence[MethodRow]) -> Artifact:
     return Artifact(name, f"M over a task, {place}", caption, Table(columns, ends), figure)
 
 
-def _over_task(records: Sequence[RunRecord], key: str) -> list[Interval | None]:
-    """Means over seeds of what each has as a mean over tasks."""
-    seeds = []
-    for record in records:
-        tasks = [task[key] for task in record.probes["moves"]]
-        seeds.append([fmean(values) for values in zip(*tasks, strict=False)])
-    return [interval(values) for values in zip(*seeds, strict=False)]
-
-
-def _mean(values: Sequence[Interval | None]) -> float | None:
-    known = [value.mean for value in values if value is not None]
-    return fmean(known) if known else None
+def _over_task(records: Sequence[RunRecord], key: str) -> list[float]:
+    """Means over tasks and seeds, as far as all have a value."""
+    tasks = [task[key] for record in records for task in record.probes["moves"]]
+    return [fmean(values) for values in zip(*tasks, strict=False)]
 
 
 def _at(records: Sequence[RunRecord], moment: int, layer: str, key: str) -> Interval | None:
