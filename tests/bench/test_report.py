@@ -30,7 +30,7 @@ from bpn_lightning.bench.collect import collect
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.report import write_report
 from bpn_lightning.bench.runner import Runner
-from bpn_lightning.bench.tables import accuracy, paired_tests
+from bpn_lightning.bench.tables import accuracy, bytes_per_task, paired_tests
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.paper import curves, many_tasks, mechanism, tables
 
@@ -49,6 +49,38 @@ def two(record: Make) -> list[RunRecord]:
         for method, first in (("ewc", 0.0), ("bd+ewc", 0.8))
         for seed in (0, 1)
     ]
+
+
+def stored(run: RunRecord, measured: int) -> RunRecord:
+    return replace(
+        run, results={**run.results, "bytes_per_task": {"measured": measured, "paper": 0}}
+    )
+
+
+def test_accuracies_over_bytes_are_in_the_order_of_bytes_and_name_who_is_unbeaten(
+    record: Make,
+) -> None:
+    runs = {"large": (800, 0.7), "none": (0, 0.5), "worse": (900, 0.6), "medium": (40, 0.6)}
+    records = [
+        stored(record(method, seed, [[0.9], [accuracy + 0.1 * seed, accuracy]]), size)
+        for method, (size, accuracy) in runs.items()
+        for seed in (0, 1)
+    ]
+    (artifact,) = bytes_per_task(collection(records))
+    assert [row[:2] for row in artifact.table.rows] == [
+        ["none", 0],
+        ["medium", 40],
+        ["large", 800],
+        ["worse", 900],
+    ]
+    means = [row[2].mean for row in artifact.table.rows]  # type: ignore[union-attr]
+    assert means == pytest.approx([0.525, 0.625, 0.725, 0.625])
+    assert artifact.figure is not None
+    (axes,) = artifact.figure.axes
+    assert [text.get_text() for text in axes.texts] == ["none", "medium", "large"]
+    low, high = axes.get_ylim()
+    assert low < 0.525
+    assert high > 0.725
 
 
 def legend(figure: Figure | None) -> list[str]:

@@ -213,6 +213,16 @@ def test_layers_give_the_means_of_their_maps_before_the_networks_own() -> None:
     assert front.record()["layers"] == ["0", "4"]
 
 
+def test_a_large_batch_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = FrozenNetwork(network(), layers=["0"])
+    whole = front.extract(images())
+    sizes: list[int] = []
+    front.network.register_forward_hook(lambda net, given, output: sizes.append(len(output)))
+    monkeypatch.setattr(frozen_network, "CHUNK", 10)
+    torch.testing.assert_close(front.extract(images()), whole)
+    assert sizes == [10, 10, 4]
+
+
 class Counted(nn.Module):
     """Means over places, of what it counts."""
 

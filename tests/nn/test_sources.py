@@ -274,6 +274,8 @@ def test_efficientnet_lite_gives_what_its_classifier_sees(
         features = network(images)
         torch.testing.assert_close(whole._fc(features), whole(images), atol=1e-5, rtol=1e-5)
     assert features.shape == (2, 1280)
+    convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    assert {type(part) for part in convolutions} == {nn.Conv2d}  # which modes reach
 
 
 @pytest.mark.slow
