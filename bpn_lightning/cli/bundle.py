@@ -60,6 +60,7 @@ def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[
         (folder / TASKS).mkdir(exist_ok=True)
         write_task(one, folder / TASKS / one.name, common)
     _write_card(folder, changed)
+    _write_formats(folder, arguments)
     return [str(folder / TASKS / one.name)]
 
 
@@ -85,6 +86,7 @@ def _remove(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> li
         write_atomically(folder / CONFIG, content)
         shutil.rmtree(hidden)
     _write_card(folder, replace(bundle, tasks=left))
+    _write_formats(folder, arguments)
     return [
         f"{name} is removed; the shared weights, where they were trained on it, are as they were"
     ]
@@ -124,6 +126,19 @@ def _write_card(folder: Path, bundle: "Bundle") -> None:
         write_atomically(folder / "README.md", model_card(bundle).encode())
 
 
+def _write_formats(folder: Path, arguments: argparse.Namespace) -> None:
+    """Make anew what holds the head of all tasks."""
+    there = [name for name in ("onnx", "peft") if (folder / name).is_dir()]
+    if not there:
+        return
+    from bpn_lightning.modes import load
+    from bpn_lightning.modes.exporters import WRITERS
+
+    net = load(folder, trust=arguments.trust)
+    for name in there:
+        WRITERS[name](net, folder / name)
+
+
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
     """Say in one way that a bundle cannot be written."""
@@ -156,13 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     remove = verb("remove", "take a task out, with its biases and rows of the head")
     remove.add_argument("task", metavar="NAME", help="of the task")
     check = verb("check", "read every file, compare hashes, and put the weights into the network")
-    check.add_argument(
-        "--trust",
-        metavar="NAME",
-        nargs="+",
-        default=[],
-        help="import paths that the network may name",
-    )
+    for one in (add, remove, check):
+        one.add_argument(
+            "--trust",
+            metavar="NAME",
+            nargs="+",
+            default=[],
+            help="import paths that the network may name",
+        )
     verb("card", "write README.md anew")
     return parser
 

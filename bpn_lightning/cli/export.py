@@ -55,13 +55,23 @@ def _export(arguments: argparse.Namespace) -> Path:
         for line in module.forget(number - 1):
             note = printable(f"task {number} is forgotten, but for {line}")
             print(f"bpn-export: {note}", file=sys.stderr)
-    return export_module(
+    folder = export_module(
         module,
         Path(arguments.to),
         include_pretrained=arguments.include_pretrained,
         names=arguments.names,
         network=described,
     )
+    formats = [name for name in ("onnx", "peft") if getattr(arguments, name)]
+    if formats:
+        from bpn_lightning.modes import load
+        from bpn_lightning.modes.exporters import WRITERS
+
+        # What the run's config names was trusted above.
+        net = load(folder, trust=["weights", "weights_file", *words(described)])
+        for name in formats:
+            WRITERS[name](net, folder / name)
+    return folder
 
 
 def _configured(path: Path, trust: bool) -> tuple[Any, Any, Any]:
@@ -133,6 +143,17 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write pretrained weights whose license is not known, too, instead of naming their package and "
         "hash",
+    )
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="also write onnx/mixed.onnx, with a task for each sample, and, where tasks have biases alone, "
+        "onnx/base.onnx with an adapter of ONNX Runtime for each task",
+    )
+    parser.add_argument(
+        "--peft",
+        action="store_true",
+        help="also write peft/, a BEFT adapter for each task, where tasks have biases of linear layers alone",
     )
     parser.add_argument(
         "--trust",

@@ -10,7 +10,7 @@ from bpn_lightning.nn.adapters import Adapter, LowRank, Scales
 from bpn_lightning.nn.layers import ComplexLinear, SwitchableLinear, TaskModule
 from bpn_lightning.nn.switching import Switchable, SwitchableAttention, SwitchableConv, plain_class
 
-__all__ = ["fold_layers"]
+__all__ = ["fold_layers", "make_plain"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
 
@@ -33,7 +33,7 @@ def fold_layers(network: nn.Module, task: int) -> None:
             with torch.no_grad():
                 folded = _folded(part)
             if folded:
-                _make_plain(part)
+                make_plain(part)
     for part in network.modules():
         if isinstance(part, TaskModule):
             _keep_one(part, task)
@@ -107,7 +107,8 @@ def _adapted(adapter: Adapter, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     return weight + adapter.scaling * product.view_as(weight), bias
 
 
-def _make_plain(layer: Any) -> None:
+def make_plain(layer: Any) -> None:
+    """Turn a switchable layer into what it was, without what tasks have in it; of a head the open outputs."""
     for part in ("bias_units", "keys", "adapters"):
         delattr(layer, part)
     number = layer.__dict__.pop("num_open", None)

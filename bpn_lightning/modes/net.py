@@ -57,6 +57,9 @@ class Modes:
         trust: import paths that its network may name, besides torch's layers and networks of this package.
         device: where it answers.
 
+    Attributes:
+        now: what it answers from, until that is replaced.
+
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, or its network needs trust.
     """
@@ -72,7 +75,7 @@ class Modes:
         self._backbone, self._trust, self._device = backbone, tuple(trust), device
         self._changing = threading.Lock()  # of those that change it
         with explained(self.folder):
-            self._now = self._made(read_bundle(self.folder))
+            self.now = self._made(read_bundle(self.folder))
 
     def _made(self, bundle: Bundle) -> Snapshot:
         return Snapshot(bundle, self._backbone, self._trust, self._device)
@@ -80,29 +83,29 @@ class Modes:
     @property
     def tasks(self) -> list[str]:
         """The names of its tasks, in the order of their IDs."""
-        return [*self._now.names]
+        return [*self.now.names]
 
     @property
     def task_ids(self) -> dict[str, int]:
         """The ID of each task."""
-        now = self._now
+        now = self.now
         return dict(zip(now.names, now.ids, strict=True))
 
     @property
     def classes(self) -> list[str]:
         """The name of the class of each column of the logits; empty where no task has it."""
-        return [*self._now.classes]
+        return [*self.now.classes]
 
     def raw_shape(self, task: str | int) -> tuple[int, ...]:
         """The shape of one raw input of a task; 0 for the sides of square images of any size."""
-        now = self._now
+        now = self.now
         own, _ = find_preparation(now.structure.preparations, now.place(task))
         return own.shape
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights in memory."""
-        return self._now.nbytes
+        return self.now.nbytes
 
     # --- answers ---------------------------------------------------------------------------------
 
@@ -122,7 +125,7 @@ class Modes:
         Raises:
             ConfigurationError: there is no such task, or the inputs are of another shape, type or range.
         """
-        return self._logits(self._now, images, task)
+        return self._logits(self.now, images, task)
 
     @staticmethod
     def _logits(now: Snapshot, images: Any, task: Any) -> Tensor:
@@ -145,7 +148,7 @@ class Modes:
             inputs: ``(batch, *input_shape)`` floats, or tokens.
             task: as of a call.
         """
-        now = self._now
+        now = self.now
         inputs = inputs.to(now.device)
         if isinstance(task, str | int):
             return now.logits(inputs, now.place(task))
@@ -165,7 +168,7 @@ class Modes:
             ConfigurationError: as of a call, or the task has to be given.
         """
         check_number("reject_below", reject_below, "0 rejects nothing.", at_most=1)
-        now = self._now
+        now = self.now
         if task is None:
             batch, _ = now.batch(images, 0)
             gated = bool(now.bundle.record["gates"])
@@ -195,7 +198,7 @@ class Modes:
         Linear layers, convolutions, attention and norms with biases are torch's own there. It shares no tensors
         with this network.
         """
-        now = self._now
+        now = self.now
         return now.folded(now.place(task))
 
     # --- change ----------------------------------------------------------------------------------
@@ -207,7 +210,7 @@ class Modes:
             CheckpointError: as when it was loaded; what was before goes on answering.
         """
         with self._changing, explained(self.folder):
-            self._now = self._made(read_bundle(self.folder))
+            self.now = self._made(read_bundle(self.folder))
 
     def add_task(self, folder: str | os.PathLike[str], name: str | None = None) -> str:
         """Answer in the mode of one more task; the bundle's folder is not changed.
@@ -224,26 +227,26 @@ class Modes:
             ConfigurationError: the name, the ID or the columns are taken.
         """
         with self._changing:
-            bundle = self._now.bundle
+            bundle = self.now.bundle
             with explained(folder):
                 one = read_task(folder, bundle.record["structure"]["preparation"])
             one = replace(one, name=name or one.name)
             changed = with_task(bundle, one)
             with explained(folder):
-                self._now = self._made(changed)
+                self.now = self._made(changed)
             return one.name
 
     def remove_task(self, task: str | int) -> None:
         """Answer in the mode of a task no more; the bundle's folder is not changed."""
         with self._changing:
-            now = self._now
+            now = self.now
             name = now.names[now.place(task)]
             left = {key: one for key, one in now.bundle.tasks.items() if key != name}
             if not left:
                 raise ConfigurationError(
                     f"Expected a task to be left, but {name!r} is the only one. Delete the bundle instead."
                 )
-            self._now = self._made(replace(now.bundle, tasks=left))
+            self.now = self._made(replace(now.bundle, tasks=left))
 
 
 def _has_length(task: Any) -> bool:

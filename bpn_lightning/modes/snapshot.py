@@ -16,7 +16,7 @@ from bpn_lightning.modes.folding import fold_layers
 from bpn_lightning.modes.gathering import GatheredBanks
 from bpn_lightning.modes.joining import from_backbone, parts_of
 from bpn_lightning.modes.networks import build_network
-from bpn_lightning.modes.splitting import fill
+from bpn_lightning.modes.splitting import assembled, fill
 from bpn_lightning.nn.answering import AnsweringNetwork
 from bpn_lightning.nn.common_normalization import CommonNormalization
 from bpn_lightning.nn.inference import FixedModeNetwork
@@ -38,6 +38,8 @@ class Snapshot:
         names: of its tasks, in the order of their IDs.
         ids: of its tasks.
         learned: places in the table of the tasks that are learned.
+        places_by_id: places in the table by task ID, -1 where there is no such task.
+        outside: which columns take no part in each task's mode, ``(tasks, num_classes)``; None: all do.
         classes: the name of each of the head's columns.
 
     Raises:
@@ -75,8 +77,8 @@ class Snapshot:
         self.banks = GatheredBanks.of(network)
         self._network = network
         self._of_thread = threading.local()
-        self._outside = _outside(network, parts.spare)
-        self._places = self._lookup()
+        self.outside = _outside(network, parts.spare)
+        self.places_by_id = self._lookup()
         common = Preparation.of_record(bundle.record["structure"]["preparation"])
         own = self.structure.preparations
         # The first task's normalization, also where that task was removed.
@@ -132,8 +134,8 @@ class Snapshot:
                 f"{tuple(ids.shape)}."
             )
         ids = ids.to(self.device, torch.int64)
-        inside = (ids >= 0) & (ids < len(self._places))
-        found = self._places[ids.clamp(0, len(self._places) - 1)]
+        inside = (ids >= 0) & (ids < len(self.places_by_id))
+        found = self.places_by_id[ids.clamp(0, len(self.places_by_id) - 1)]
         wrong = ~inside | (found < 0)
         if bool(wrong.any()):
             self.place(int(ids[wrong][0]))
@@ -226,9 +228,9 @@ class Snapshot:
         else:
             with self.banks.looked_up(network, places):
                 logits = network.all_logits(inputs)
-        if self._outside is None:
+        if self.outside is None:
             return logits
-        return logits.masked_fill(self._outside[places], float("-inf"))
+        return logits.masked_fill(self.outside[places], float("-inf"))
 
     def _of_one(self, inputs: Tensor, place: int) -> Tensor:
         network = self.network
@@ -238,16 +240,16 @@ class Snapshot:
             logits: Tensor = functional_call(_Whole(network), own, (inputs,))
         else:
             logits = network.all_logits(inputs)
-        if self._outside is None:
+        if self.outside is None:
             return logits
-        return logits.masked_fill(self._outside[place], float("-inf"))
+        return logits.masked_fill(self.outside[place], float("-inf"))
 
     def folded(self, place: int) -> nn.Module:
         """One task's network without modes, of inputs that are prepared."""
         source = self.network
         source.switch(place)
         columns = torch.arange(self.structure.num_classes)
-        outside = self._outside
+        outside = self.outside
         gone = [] if outside is None else columns[outside[place].cpu()].tolist()
         fixed = FixedModeNetwork(
             source.backbone,
@@ -260,6 +262,15 @@ class Snapshot:
             fixed.load_state_dict(self._weights[place], strict=False)
         fold_layers(fixed, place)
         return fixed
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether each task has a whole set of weights."""
+        return bool(self._weights)
+
+    def shared_state(self) -> Mapping[str, Tensor]:
+        """Weights that all tasks share, with the rows of all tasks in the head."""
+        return assembled(self.structure, parts_of(self.bundle, self.structure))
 
     @property
     def nbytes(self) -> int:

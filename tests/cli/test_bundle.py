@@ -13,6 +13,7 @@ from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.modes import load
+from bpn_lightning.modes.exporters import write_onnx, write_peft
 from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import SLDA, BeneficialPerturbation
 
@@ -107,3 +108,25 @@ def test_a_folder_that_is_deleted_by_hand_leaves_a_hole_for_training_only(made: 
     assert load("out").tasks == ["a", "c"]
     with pytest.raises(CheckpointError, match="there is none of number 1"):
         load_exported("out", MLP([16, 16]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+def test_other_formats_are_made_anew(made: None) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    net = load("out")
+    write_onnx(net, Path("out/onnx"))
+    write_peft(net, Path("out/peft"))
+    assert main(["remove", "out", "b"]) == 0
+    assert {path.name for path in Path("out/peft").iterdir() if path.is_dir()} == {"a", "c"}
+    session = ort.InferenceSession("out/onnx/mixed.onnx")
+    inputs = torch.rand(3, 1, 8, 8)
+    (found,) = session.run(
+        None, {"inputs": inputs.numpy(), "tasks": torch.tensor([2, 1, 0]).numpy()}
+    )
+    assert torch.from_numpy(found[1]).isnan().all()
+    wanted = load("out").answer(inputs[[0, 2]], torch.tensor([2, 0]))
+    torch.testing.assert_close(torch.from_numpy(found[[0, 2]]), wanted, rtol=0, atol=2e-6)
