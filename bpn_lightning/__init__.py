@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from bpn_lightning.model.module import ContinualModule
     from bpn_lightning.nn.network import ContinualNetwork
     from bpn_lightning.tasks import Batch, ContinualStream, Phase, Schedule, Task
-    from bpn_lightning.trainer.sharding import ShardedCoreStrategy
 
     __version__: str
 
@@ -46,7 +45,6 @@ __all__ = [
     "ProcessesError",
     "ResultsError",
     "Schedule",
-    "ShardedCoreStrategy",
     "Task",
     "__version__",
     "evaluate",
@@ -71,7 +69,6 @@ _FILES = {
     "ProcessesError": "errors",
     "ResultsError": "errors",
     "Schedule": "tasks",
-    "ShardedCoreStrategy": "trainer.sharding",
     "Task": "tasks",
     "evaluate": "model.evaluation",
     "export_module": "export",

@@ -71,7 +71,6 @@ _HOMES = {
         if name in ("fecam", "ncm", "ppca", "ranpac", "slda")
     },
     "ContinualStrategy": "bpn_lightning.strategies.base",
-    "PromptTuning": "bpn_lightning.strategies.prompt",
     "TaskGate": "bpn_lightning.strategies.gates.base",
 }
 

@@ -53,6 +53,8 @@ class ContinualStrategy(Callback):
     plain_first_task: ClassVar[bool] = True
     #: Works on what tasks share, so it is refused where that is frozen (``train="modes"``).
     needs_trainable_core: ClassVar[bool] = False
+    #: Whether it needs a transformer's blocks; the conformance suite has some for it.
+    needs_tokens: ClassVar[bool] = False
     #: Entries of its ``state_dict`` that hold weights by parameter name, such as averages: when a stream
     #: continues with new classes, their rows start as those of the network; any other entry's start as 0.
     weights_in_state: ClassVar[Collection[str]] = ()

@@ -45,6 +45,7 @@ class PromptTuning(TrainedMode):
     """
 
     part = "prompts"
+    needs_tokens = True
 
     def __init__(
         self,

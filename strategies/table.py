@@ -17,6 +17,7 @@ STRATEGIES: dict[str, str] = {
     "lora": "bpn_lightning.strategies.lora:LoRA",
     "lwf": "bpn_lightning.strategies.lwf:LearningWithoutForgetting",
     "mas": "bpn_lightning.strategies.mas:MemoryAwareSynapses",
+    "prompt": "bpn_lightning.strategies.prompt:PromptTuning",
     "psp": "bpn_lightning.strategies.psp:ParameterSuperposition",
     "si": "bpn_lightning.strategies.si:SynapticIntelligence",
     "slnid": "bpn_lightning.strategies.slnid:SLNID",

@@ -37,6 +37,7 @@ __all__ = [
     "fit",
     "flatten",
     "plain",
+    "with_tokens",
     "without_gates",
 ]
 
@@ -57,6 +58,19 @@ def batch_norm_dropout() -> nn.Module:
         nn.Linear(16, 12),
         nn.ReLU(),
     )
+
+
+class _Rows(nn.Module):
+    """Images ``(batch, 1, 8, 8)`` as eight tokens."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, 0]
+
+
+def with_tokens(backbone: nn.Module) -> nn.Module:
+    """A backbone behind a transformer's block."""
+    block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    return nn.Sequential(_Rows(), block, backbone)
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,10 @@ def fit(
         **{"num_tasks": 3, "epochs_per_task": 1, "batch_size": 64, "seed": 0, **setting.stream}
     )
     stream.setup()
-    module = Observed(setting.backbone(), optimizer=setting.optimizer, **setting.module)
+    backbone = setting.backbone()
+    if any(strategy.needs_tokens for strategy in strategies):
+        backbone = with_tokens(backbone)
+    module = Observed(backbone, optimizer=setting.optimizer, **setting.module)
     module.attach(stream)
     observers = [] if at_batch is None else [_EveryBatch(at_batch)]
     with _quiet_and_alone():

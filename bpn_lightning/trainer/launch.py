@@ -83,7 +83,7 @@ def _launch_rules(trainer: Trainer) -> Iterator[Rule]:
         "'auto' or 'ddp'",
         (
             "Methods need whole parameters. Where tasks leave the core as it is (train 'modes' or 'head'), "
-            "bpn_lightning.ShardedCoreStrategy shards it by FSDP2."
+            "bpn_lightning.trainer.sharding.ShardedCoreStrategy shards it by FSDP2."
         ),
     )
     method = start_method(trainer)

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from bpn_lightning import ContinualModule
+from bpn_lightning.conformance.runs import with_tokens
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.export import export_module, load_exported
@@ -40,6 +41,7 @@ from bpn_lightning.strategies import (
     NearestClassMean,
     ParameterSuperposition,
     ProbabilisticPCA,
+    PromptTuning,
     RanPAC,
     SynapticIntelligence,
 )
@@ -64,6 +66,7 @@ METHODS: dict[str, Callable[[], Sequence[Callback]]] = {
     "bitfit": lambda: [BitFit()],
     "ia3": lambda: [IA3()],
     "lora": lambda: [LoRA(2)],
+    "prompt": lambda: [PromptTuning(2)],
     "agem": lambda: [AveragedGEM(8)],
     "psp": lambda: [ParameterSuperposition()],
     "stl": lambda: [IndependentNetworks()],
@@ -117,6 +120,8 @@ def learn(
 ) -> tuple[Any, Any]:
     """Three tasks of four, by plain SGD with momentum."""
     options.setdefault("stream", digits())
+    if method == "prompt":
+        options.setdefault("backbone", with_tokens(MLP([16, 16])))
     options.setdefault("optimizer", partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     return fit([*METHODS[method](), StopAfter(tasks)], mask=mask, **options)
 
@@ -162,9 +167,9 @@ def secrets(module: Any, trainer: Any, gone: int = GONE) -> dict[str, Tensor]:
     """What is stored of the task and of no other, by where it is."""
     network, found = module.network, {}
     for name, part in network.named_modules():
-        bank = getattr(part, "bank", None)
-        if isinstance(bank, Tensor) and bank.is_floating_point():
-            found[name] = bank[gone].clone()
+        for own, bank in part.named_buffers(recurse=False):
+            if own.endswith("bank") and bank.is_floating_point():
+                found[f"{name}.{own}"] = bank[gone].flatten().clone()
         if gone == module.closed and isinstance(part, BiasUnits):  # what its bias is the product of
             found |= {f"{name}.W {h}": row.detach().clone() for h, row in enumerate(part.W)}
             found[f"{name}.M"] = part.M[0].detach().clone()

@@ -19,7 +19,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gem": {"memory_size": 4},
     "agem": {"memory_size": 4},
 }
-REFUSED = {("slnid", name): "but no ReLU is" for name in NETWORKS}
+REFUSED = {("slnid", name): "but no ReLU is" for name in NETWORKS} | {
+    ("prompt", name): "none that can have prompts" for name in NETWORKS if name != "vit"
+}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bpn_lightning import ContinualModule, ShardedCoreStrategy, export_module
+from bpn_lightning import ContinualModule, export_module
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ProcessesError
 from bpn_lightning.model.step import Step
@@ -36,6 +36,7 @@ from bpn_lightning.strategies import (
     PromptTuning,
     SynapticIntelligence,
 )
+from bpn_lightning.trainer.sharding import ShardedCoreStrategy
 
 FROZEN = {"train": "modes", "mask": "seen"}
 

@@ -113,7 +113,7 @@ def test_what_shards_parameters_is_refused(strategy, name):
     with pytest.raises(ConfigurationError) as error:
         check_launch(SimpleNamespace(strategy=strategy))
     assert str(error.value) == (
-        f"Expected trainer.strategy to be 'auto' or 'ddp', but got {name}. Methods need whole parameters. Where tasks leave the core as it is (train 'modes' or 'head'), bpn_lightning.ShardedCoreStrategy shards it by FSDP2."
+        f"Expected trainer.strategy to be 'auto' or 'ddp', but got {name}. Methods need whole parameters. Where tasks leave the core as it is (train 'modes' or 'head'), bpn_lightning.trainer.sharding.ShardedCoreStrategy shards it by FSDP2."
     )
 
 
