@@ -23,9 +23,12 @@ from bpn_lightning.untrusted import MOST_TIMES, is_bomb, is_inside, open_untrust
 __all__ = [
     "Fault",
     "Quota",
+    "TooManyPixelsError",
     "check_paths_inside",
+    "decode_image",
     "matlab_sizes",
     "open_image",
+    "raw_pixels",
     "refuse_bomb",
     "refuse_damaged",
     "to_uint8",
@@ -81,6 +84,10 @@ class Quota:
 _decoded = Quota(MAX_DECODED_BYTES)
 
 
+class TooManyPixelsError(ValueError):
+    """An image is larger than allowed."""
+
+
 @cache
 def _formats() -> list[str]:
     """The formats that Pillow decodes without external programs."""
@@ -134,18 +141,58 @@ def open_image(path: Path, within: Path | None = None) -> Iterator[Image.Image]:
         ValueError: pixels have more than 16 bits, or there are more than PIL.Image.MAX_IMAGE_PIXELS.
         Exception: Pillow may raise any exception on a damaged file.
     """
-    with open_untrusted(path, max_bytes=MAX_IMAGE_BYTES, within=within) as file:
-        try:
-            with _one_at_a_time, warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=_formats())
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ValueError(str(error).rstrip(".")) from error
-        except UnidentifiedImageError as error:  # its own message would show the file object
-            raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}") from error
-        with image, _decoded.take(_BYTES_PER_PIXEL * image.width * image.height):
-            deep = image.mode == "F" or image.mode.startswith("I")
-            yield _of_sixteen_bits(image) if deep else image
+    with (
+        open_untrusted(path, max_bytes=MAX_IMAGE_BYTES, within=within) as file,
+        decode_image(file, repr(str(path))) as image,
+    ):
+        yield image
+
+
+@contextmanager
+def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """As :func:`open_image`, of a file that is open.
+
+    Args:
+        file: of an image.
+        name: in messages.
+        max_pixels: height x width; None: PIL.Image.MAX_IMAGE_PIXELS.
+    """
+    try:
+        with _one_at_a_time, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=_formats())
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise TooManyPixelsError(str(error).rstrip(".")) from error
+    except UnidentifiedImageError as error:  # its own message would show the file object
+        raise UnidentifiedImageError(f"cannot identify image file {name}") from error
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
+    with image, _decoded.take(_BYTES_PER_PIXEL * image.width * image.height):
+        deep = image.mode == "F" or image.mode.startswith("I")
+        yield _of_sixteen_bits(image) if deep else image
+
+
+def raw_pixels(image: Image.Image, shape: tuple[int, ...]) -> Any:
+    """An image as a network takes it.
+
+    Args:
+        image: of any size.
+        shape: ``(channels, height, width)``, with 1 or 3 channels; 0 for the sides of square images of any size.
+
+    Returns:
+        ``(channels, height, width)`` uint8, resized where the size is given.
+
+    Raises:
+        ValueError: the image is not square where it has to be.
+    """
+    channels, height, width = shape
+    image = image.convert("L" if channels == 1 else "RGB")
+    if not height and image.width != image.height:
+        raise ValueError(f"{image.width} x {image.height} pixels where images have to be square")
+    if height and image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
 
 
 def _of_sixteen_bits(image: Image.Image) -> Image.Image:

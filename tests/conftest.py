@@ -2,10 +2,12 @@
 
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matrices import representatives
@@ -17,6 +19,8 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("BPN_DATA", None)  # a test makes its data, or finds none
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -105,6 +109,20 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool = Ranks(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, without a window and without any way out."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here: `make browser` installs Debian's")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield running
+        running.close()
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ LAYERS = [
     {"paper"},
     {"bench"},
     {"report"},
+    {"serve"},
     {""},  # the root: `import bpn_lightning` is for users, not for files in here
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -127,7 +128,11 @@ def test_imports_are_absolute_and_under_the_roof(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [PACKAGE, f"{PACKAGE}.cli.main", f"{PACKAGE}.bench.cli", f"{PACKAGE}.report.cli"]
+    "module",
+    [
+        PACKAGE,
+        *(f"{PACKAGE}.{name}" for name in ("cli.main", "bench.cli", "report.cli", "serve.cli")),
+    ],
 )
 def test_import_leaves_the_heavy_ones_alone(module: str, tmp_path: Path) -> None:
     heavy = "{'torch', 'lightning', 'numpy', 'matplotlib', 'sklearn'}"

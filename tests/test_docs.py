@@ -10,7 +10,7 @@ commands. A comment above a block says what is done instead, and why::
 Runs of the digits learn one epoch of each task in place of 30.
 
 A command that names DIR, somebody's folder of data sets, is only parsed: all of its arguments are
-checked, and nothing is trained. So are bpn-report, bpn-predict and bpn-bundle, bpn-export of runs that the page has not made, and every
+checked, and nothing is trained. So are bpn-report, bpn-predict, bpn-bundle and bpn-serve, bpn-export of runs that the page has not made, and every
 grid.
 
 A command that names a class of one's own is a process of its own, as it is for its reader: in here, the
@@ -136,7 +136,7 @@ def run_command(block: Block) -> None:
         assert (ROOT / arguments[1]).is_dir(), where
     elif command == "bpn-report":  # of runs that are not there
         html_report._parse(arguments)
-    elif command in ("bpn-predict", "bpn-bundle"):  # of files that are not there
+    elif command in ("bpn-predict", "bpn-bundle", "bpn-serve"):  # of files that are not there
         sys.modules[main.__module__]._parser().parse_args(arguments)
     elif command == "bpn-export":
         export_command._parser().parse_args(arguments)

@@ -182,7 +182,16 @@ def test_a_value_that_is_no_utf8_is_refused(flags: list[str], content: str, tmp_
 )
 @pytest.mark.parametrize(
     "name",
-    ["cli.main", "cli.export", "cli.predict", "cli.bundle", "cli.data", "bench.cli", "report.cli"],
+    [
+        "cli.main",
+        "cli.export",
+        "cli.predict",
+        "cli.bundle",
+        "cli.data",
+        "bench.cli",
+        "report.cli",
+        "serve.cli",
+    ],
 )
 def test_output_that_nothing_takes_ends_every_command(
     name: str,

@@ -201,25 +201,12 @@ def _image(
 
 
 def _pixels(path: Path, folder: Path | None, shape: tuple[int, ...]) -> Any:
-    """``(channels, height, width)`` uint8; resized where the bundle's images are of one size."""
-    import numpy as np
-    from PIL import Image
-
-    from bpn_lightning.datamodules.limits import open_image
+    from bpn_lightning.datamodules.limits import open_image, raw_pixels
 
     if folder is not None and not is_inside(folder, path):
         raise OSError(f"it leads out of {folder}")
-    channels, height, width = shape
-    with open_image(path, within=folder) as file:
-        image: Image.Image = file.convert("L" if channels == 1 else "RGB")
-        if not height and image.width != image.height:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels where images have to be square"
-            )
-        if height and image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = np.asarray(image, dtype=np.uint8)
-    return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
+    with open_image(path, within=folder) as image:
+        return raw_pixels(image, shape)
 
 
 def _arrays(path: Path, bad: _Bad) -> Iterator[Item]:

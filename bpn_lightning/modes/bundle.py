@@ -48,6 +48,7 @@ __all__ = [
     "GATE",
     "MODEL",
     "TASKS",
+    "TASK_CONFIG",
     "Bundle",
     "TaskFiles",
     "check_task_name",

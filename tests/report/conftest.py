@@ -1,9 +1,8 @@
-"""Folders of runs as `bpn-fit` leaves them, made of nothing but numbers; and a browser to look at pages."""
+"""Folders of runs as `bpn-fit` leaves them, made of nothing but numbers."""
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 import yaml
 
 Matrix = list[list[float | None]]
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 # Two tasks; the second was learned well, and the first forgotten.
 MATRIX: Matrix = [[0.1, 0.2], [0.9, 0.3], [0.4, 0.8]]
@@ -126,17 +123,3 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Chromium, without a window and without any way out."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here: `make browser` installs Debian's")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield running
-        running.close()
