@@ -104,14 +104,14 @@ class Modes:
 
     def raw_dtype(self, task: str | int) -> str:
         """The type of a task's raw inputs: ``uint8`` (images), ``float32``, ``float64`` or ``int64`` (tokens)."""
-        now = self._now
+        now = self.now
         own, _ = find_preparation(now.structure.preparations, now.place(task))
         return own.dtype
 
     @property
     def gates(self) -> list[str]:
         """The names of the bundle's gates, of which the first names the task where it is not given."""
-        return [gate["arguments"]["name"] for gate in self._now.bundle.record["gates"]]
+        return [gate["arguments"]["name"] for gate in self.now.bundle.record["gates"]]
 
     @property
     def nbytes(self) -> int:
