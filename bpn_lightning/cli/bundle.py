@@ -51,14 +51,14 @@ def _read(folder: Path) -> "Bundle":
 def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
     from bpn_lightning.modes.bundle import TASKS, explained, read_task, with_task, write_task
 
-    source, common = Path(arguments.task), bundle.record["structure"]["preparation"]
+    source = Path(arguments.task)
     with explained(source):
-        one = read_task(source, common)
+        one = read_task(source, bundle.record)
     one = replace(one, name=arguments.name or source.resolve().name)
     changed = with_task(bundle, one)
     with _writable(folder):
         (folder / TASKS).mkdir(exist_ok=True)
-        write_task(one, folder / TASKS / one.name, common)
+        write_task(one, folder / TASKS / one.name, bundle.record)
     _write_card(folder, changed)
     _write_formats(folder, arguments)
     return [str(folder / TASKS / one.name)]

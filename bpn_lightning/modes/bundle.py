@@ -11,7 +11,7 @@
     ├── accuracy.safetensors the accuracy matrix, as far as it is known
     └── tasks/<name>/
         ├── adapter_config.json       the task, its preparation, hashes, the base that it belongs to
-        ├── adapter_model.safetensors biases, keys, adapters, rows of the head
+        ├── adapter_model.safetensors biases, keys, adapters (in the layout of config.json), rows of the head
         └── gate.safetensors          rows of gates, if there are any
 
 A task is one folder, and the folders are the table of tasks: one that is added or removed needs no change
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.files import check_name, write_atomically
+from bpn_lightning.modes.layout import layout_of, packed, unpacked
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.nn.weights import digest_tensors
 from bpn_lightning.preparation import Preparation
@@ -160,7 +161,7 @@ class Bundle:
     def base(self) -> str:
         """A hash of what all tasks share: a task of another one answers something else."""
         digest = blake2b(digest_size=16)
-        described = {name: self.record.get(name) for name in ("plain", "pretrained")}
+        described = {name: self.record.get(name) for name in ("plain", "pretrained", "layout")}
         structure = {k: v for k, v in self.record["structure"].items() if k != "num_classes"}
         described["structure"] = structure
         digest.update(json.dumps(described, sort_keys=True).encode())
@@ -212,7 +213,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     base = bundle.base
     found = []
     for place in _task_folders(root):
-        one = read_task(place, record["structure"]["preparation"], root)
+        one = read_task(place, record, root)
         _check_base(one, base, record)
         found.append(one)
     found.sort(key=lambda one: one.task.id)
@@ -251,12 +252,15 @@ def _task_folders(root: Path) -> list[Path]:
     return sorted(places)
 
 
-def read_task(folder: str | os.PathLike[str], common: Any, within: Path | None = None) -> TaskFiles:
+def read_task(
+    folder: str | os.PathLike[str], bundle: Mapping[str, Any], within: Path | None = None
+) -> TaskFiles:
     """Read the folder of one task.
 
     Args:
         folder: with its files.
-        common: record of the preparation of tasks that name none.
+        bundle: record of the bundle that it is for: the layout of its rows, and the preparation of tasks that
+            name none.
         within: a folder that has to contain them after links are resolved; None: the folder itself.
 
     Raises:
@@ -279,8 +283,8 @@ def read_task(folder: str | os.PathLike[str], common: Any, within: Path | None =
     return TaskFiles.of_record(
         place.name,
         record,
-        common,
-        tensors=tensors[TASK_MODEL],
+        bundle["structure"]["preparation"],
+        tensors=unpacked(tensors[TASK_MODEL], bundle["layout"]),
         gates=record.get("gates", {}),
         gate_tensors=tensors.get(GATE, {}),
         base=str(record["base"]),
@@ -427,21 +431,22 @@ def write_bundle(bundle: Bundle, folder: Path, card: str) -> None:
     bundle.record = {"format": FORMAT, **schema_fields(), **bundle.record}
     sums = {name: _write_tensors(folder / name, part) for name, part in bundle.files.items()}
     bundle.record["files"] = sums
-    base, common = bundle.base, bundle.record["structure"]["preparation"]
+    bundle.record["layout"] = layout_of([one.tensors for one in bundle.tasks.values()])
+    base = bundle.base
     (folder / TASKS).mkdir()
     for name, one in bundle.tasks.items():
-        write_task(replace(one, base=base), folder / TASKS / name, common)
+        write_task(replace(one, base=base), folder / TASKS / name, bundle.record)
     write_atomically(folder / CARD, card.encode())
     write_atomically(folder / CONFIG, json.dumps(bundle.record, indent=1).encode())
 
 
-def write_task(one: TaskFiles, folder: Path, common: Any) -> None:
+def write_task(one: TaskFiles, folder: Path, bundle: Mapping[str, Any]) -> None:
     """Write the folder of a task; it appears only when it is complete.
 
     Args:
         one: with its base.
         folder: a new one; its name is the task's.
-        common: record of the preparation that is not repeated.
+        bundle: record of the bundle, whose layout and preparation are not repeated.
 
     Raises:
         ConfigurationError: the name is none of a folder, or is taken.
@@ -450,14 +455,15 @@ def write_task(one: TaskFiles, folder: Path, common: Any) -> None:
     temporary = folder.with_name(f".{folder.name[:100]}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
-        files = {TASK_MODEL: _write_tensors(temporary / TASK_MODEL, one.tensors)}
+        tensors = packed(one.tensors, bundle["layout"])
+        files = {TASK_MODEL: _write_tensors(temporary / TASK_MODEL, tensors)}
         if one.gate_tensors:
             files[GATE] = _write_tensors(temporary / GATE, one.gate_tensors)
         record = {
             "format": TASK_FORMAT,
             **schema_fields(),
             "base": one.base,
-            **one.record(common),
+            **one.record(bundle["structure"]["preparation"]),
             **({"gates": one.gates} if one.gates else {}),
             "files": files,
         }

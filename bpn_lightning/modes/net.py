@@ -229,7 +229,7 @@ class Modes:
         with self._changing:
             bundle = self.now.bundle
             with explained(folder):
-                one = read_task(folder, bundle.record["structure"]["preparation"])
+                one = read_task(folder, bundle.record)
             one = replace(one, name=name or one.name)
             changed = with_task(bundle, one)
             with explained(folder):
