@@ -51,6 +51,6 @@ def unpacked(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]
     rows = tensors[ROWS].flatten()
     if sum(sizes) != len(rows) or any(size < 0 for shape in shapes.values() for size in shape):
         raise ValueError(f"{len(rows):,} numbers of a task where the layout has {sum(sizes):,}")
-    parts = zip(shapes.items(), rows.split(sizes), strict=True)
+    parts = zip(shapes.items(), torch.split(rows, sizes), strict=True)
     found = {name: part.view(shape) for (name, shape), part in parts}
     return {**found, **{name: value for name, value in tensors.items() if name != ROWS}}
