@@ -23,6 +23,7 @@ from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsErr
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.modes import bundle as files
 from bpn_lightning.modes.bundle import Bundle
+from bpn_lightning.modes.exporters import WRITERS
 from bpn_lightning.nn import MLP, Pretrained
 from bpn_lightning.nn.structure import SCHEMA
 from bpn_lightning.strategies import (
@@ -235,6 +236,14 @@ def test_a_file_that_is_gone_or_leads_elsewhere(name: str, exported: Path, tmp_p
     assert refused(exported).startswith("FileNotFoundError: ")
     path.symlink_to(tmp_path / "elsewhere")
     assert "leads out of" in refused(exported)
+
+
+def test_a_size_that_no_file_has(exported: Path) -> None:
+    path = exported / "config.json"
+    record = json.loads(path.read_text())
+    record["files"]["model.safetensors"]["bytes"] = 2**60
+    path.write_text(json.dumps(record))
+    assert "not the file of 1152921504606846976 bytes that was written" in refused(exported)
 
 
 def test_a_task_of_another_base(exported: Path, fit: Fit, tmp_path: Path) -> None:
@@ -457,6 +466,20 @@ def test_a_run_is_exported(run: Path, capsys: Said) -> None:
     assert capsys.readouterr().err == (
         "bpn-export: error: Expected out to be a new folder, but it exists. Name another one, or remove it.\n"
     )
+
+
+@pytest.mark.slow
+def test_formats_that_cannot_be_written_leave_nothing(
+    run: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> list[Path]:
+        raise ConfigurationError("Expected biases alone.")
+
+    monkeypatch.setitem(WRITERS, "peft", refuse)
+    capsys.readouterr()
+    assert export_command.main([str(run), "--to", "out", "--peft"]) == 2
+    assert capsys.readouterr().err == "bpn-export: error: Expected biases alone.\n"
+    assert not Path("out").exists()
 
 
 @pytest.mark.slow
