@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,15 +51,19 @@ def _read(folder: Path) -> "Bundle":
 
 def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
     from bpn_lightning.modes.bundle import TASKS, explained, read_task, with_task, write_task
+    from bpn_lightning.modes.snapshot import Snapshot
 
-    source, common = Path(arguments.task), bundle.record["structure"]["preparation"]
+    source = Path(arguments.task)
     with explained(source):
-        one = read_task(source, common)
+        one = read_task(source, bundle.record)
     one = replace(one, name=arguments.name or source.resolve().name)
     changed = with_task(bundle, one)
+    if bundle.record["network"] is not None:
+        with explained(source):  # a task that does not fit would take the bundle's others with it
+            Snapshot(changed, trust=arguments.trust)
     with _writable(folder):
         (folder / TASKS).mkdir(exist_ok=True)
-        write_task(one, folder / TASKS / one.name, common)
+        write_task(one, folder / TASKS / one.name, bundle.record)
     _write_card(folder, changed)
     _write_formats(folder, arguments)
     return [str(folder / TASKS / one.name)]
@@ -76,14 +81,16 @@ def _remove(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> li
         remedy = "Delete the bundle instead." if one else did_you_mean(name, [*bundle.tasks])
         raise ConfigurationError(f"Expected task {rule}, but got {name!r}. {remedy}".rstrip())
     record = read_json(folder / CONFIG, within=folder)
-    forgotten = [*record.get("forgotten", []), {**one.record(common), "progress": "learned"}]
-    hidden = folder / TASKS / f".{name[:100]}.removed"
+    gone = {**one.record(common), "progress": "learned"}
+    others = [each for each in record["forgotten"] if each["task"]["id"] != one.task.id]
+    hidden = folder / TASKS / f".{os.getpid()}.removed"
     left = {key: each for key, each in bundle.tasks.items() if key != name}
     with _writable(folder):
-        # Readers see the task or do not; the record of its number follows.
-        (folder / TASKS / name).rename(hidden)
-        content = json.dumps({**record, "forgotten": forgotten}, indent=1).encode()
+        # A number that is forgotten and has a folder is known: an interruption leaves the task.
+        content = json.dumps({**record, "forgotten": [*others, gone]}, indent=1).encode()
         write_atomically(folder / CONFIG, content)
+        shutil.rmtree(hidden, ignore_errors=True)
+        (folder / TASKS / name).rename(hidden)
         shutil.rmtree(hidden)
     _write_card(folder, replace(bundle, tasks=left))
     _write_formats(folder, arguments)
@@ -99,8 +106,7 @@ def _check(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> lis
         f"{name}: task {one.task.id}, {one.task.num_classes} classes, {_size(one):,} bytes, {one.progress}"
         for name, one in bundle.tasks.items()
     ]
-    shared = sum(value.nbytes for part in bundle.files.values() for value in part.values())
-    lines.append(f"shared by all tasks: {shared:,} bytes, {bundle.base}")
+    lines.append(f"shared by all tasks: {bundle.shared_bytes:,} bytes, {bundle.base}")
     if bundle.record["network"] is None:
         return [
             *lines,

@@ -1,6 +1,7 @@
 """The command ``bpn-export``: export the trained network of a run to files without code."""
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +69,13 @@ def _export(arguments: argparse.Namespace) -> Path:
         from bpn_lightning.modes.exporters import WRITERS
 
         # What the run's config names was trusted above.
-        net = load(folder, trust=["weights", "weights_file", *words(described)])
-        for name in formats:
-            WRITERS[name](net, folder / name)
+        try:
+            net = load(folder, trust=["weights", "weights_file", *words(described)])
+            for name in formats:
+                WRITERS[name](net, folder / name)
+        except BaseException:  # all that was asked for, or nothing
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     return folder
 
 

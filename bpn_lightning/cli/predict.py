@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,7 +63,9 @@ def main(argv: Sequence[str]) -> int:
     from bpn_lightning.modes import load  # slow: imports torch
 
     net = load(arguments.bundle, trust=arguments.trust, device=arguments.device)
-    task = int(arguments.task) if arguments.task and arguments.task.isdecimal() else arguments.task
+    task = arguments.task
+    if task is not None and task not in net.tasks and task.isdecimal():
+        task = int(task)
     bad = _Bad(arguments.skip_bad)
     items = _items(arguments.inputs, _shape_of(net, task), bad, arguments.confusion is not None)
     with _output(arguments.to) as file:
@@ -106,7 +109,9 @@ def _predict(
     done = 0
     for batch in _batches(items, arguments.batch_size):
         found = _answers(net, np.stack([one.array for one in batch]), task, arguments, batch, bad)
-        for one, answer in zip(batch, found, strict=False):
+        for one, answer in zip(batch, found, strict=True):
+            if answer is None:
+                continue
             write([one.name, answer.class_name, answer.task, answer.confidence, answer.rejected])
             if one.label is not None:
                 counts[one.label, answer.class_name] += 1
@@ -130,10 +135,15 @@ def _answers(
     try:
         return net.predict(array, task=task, reject_below=arguments.reject_below)
     except BPNLightningError as error:
-        if len(batch) > 1 or not bad.skip or (task is None and "to be given where" in str(error)):
+        if not bad.skip or (task is None and "to be given where" in str(error)):
             raise
-        bad.report(batch[0].name, str(error))
-        return []
+        if len(batch) == 1:
+            bad.report(batch[0].name, str(error))
+            return [None]
+        alone = zip(array, batch, strict=True)
+        return [
+            a for row, one in alone for a in _answers(net, row[None], task, arguments, [one], bad)
+        ]
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -161,7 +171,7 @@ def _items(
 ) -> Iterator[Item]:
     for named in inputs:
         path = Path(named)
-        if path.is_dir():
+        if os.path.isdir(path):
             for file in _images_in(path):
                 label = file.parent.name if labeled else None
                 yield from _image(file, path, shape, bad, label)
@@ -197,7 +207,12 @@ def _image(
     except Exception as error:  # noqa: BLE001
         bad.report(str(path), f"{type(error).__name__}: {error}")
         return
-    yield Item(str(path), array, label)
+    yield Item(_text(path), array, None if label is None else _text(label))
+
+
+def _text(path: str | Path) -> str:
+    """A file's name, of which bytes that are no text are written as escapes."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def _pixels(path: Path, folder: Path | None, shape: tuple[int, ...]) -> Any:
@@ -226,10 +241,17 @@ def _arrays(path: Path, bad: _Bad) -> Iterator[Item]:
     array = held[kinds[0]]
     prefix = "test_" if kinds[0].startswith("test_") else ""
     labels = held.get(f"{prefix}labels")
-    if labels is not None and len(labels) != len(array):
+    fits = array.ndim in (3, 4) if kinds[0].endswith("images") else array.ndim > 1
+    if not fits or array.dtype.kind not in "buif":
+        bad.report(
+            str(path),
+            f"{kinds[0]} of {array.dtype} of the shape {array.shape}, not numbers of a batch",
+        )
+        return
+    if labels is not None and labels.shape != (len(array),):
         raise DataError(
             f"Expected labels in {path} to have one entry for each of the {len(array)} inputs, but got "
-            f"{len(labels)}. Write both completely to the archive."
+            f"the shape {labels.shape}. Write both completely to the archive."
         )
     if kinds[0].endswith("images"):
         array = array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2)
@@ -291,7 +313,12 @@ def _write_confusion(path: Path, counts: Counter[tuple[str, str]]) -> None:
     rows += [[label, *(str(counts[label, answer]) for answer in answers)] for label in labels]
     right = sum(number for (label, answer), number in counts.items() if label == answer)
     print(f"bpn-predict: {right:,} of {counts.total():,} answers are the label", file=sys.stderr)
-    write_atomically(path, csv_text(rows).encode())
+    try:
+        write_atomically(path, csv_text(rows).encode())
+    except OSError as error:
+        raise ResultsError(
+            f"Expected to write {path}, but got: {error.strerror}. Free some space or grant write access."
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@
     ├── accuracy.safetensors the accuracy matrix, as far as it is known
     └── tasks/<name>/
         ├── adapter_config.json       the task, its preparation, hashes, the base that it belongs to
-        ├── adapter_model.safetensors biases, keys, adapters, rows of the head
+        ├── adapter_model.safetensors biases, keys, adapters (in the layout of config.json), rows of the head
         └── gate.safetensors          rows of gates, if there are any
 
 A task is one folder, and the folders are the table of tasks: one that is added or removed needs no change
@@ -24,22 +24,22 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.files import check_name, write_atomically
+from bpn_lightning.modes.hashed import read_tensors, write_tensors
+from bpn_lightning.modes.layout import layout_of, packed, unpacked
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.nn.weights import digest_tensors
 from bpn_lightning.preparation import Preparation
 from bpn_lightning.tasks import Task
-from bpn_lightning.untrusted import is_inside, open_untrusted, read_json
+from bpn_lightning.untrusted import is_inside, read_json
 
 __all__ = [
     "ACCURACY",
@@ -158,10 +158,15 @@ class Bundle:
         return max([*opened, *gone], default=-1), max([*learned, *gone], default=-1)
 
     @property
+    def shared_bytes(self) -> int:
+        """Bytes of the tensors that all tasks share."""
+        return sum(value.nbytes for part in self.files.values() for value in part.values())
+
+    @property
     def base(self) -> str:
         """A hash of what all tasks share: a task of another one answers something else."""
         digest = blake2b(digest_size=16)
-        described = {name: self.record.get(name) for name in ("plain", "pretrained")}
+        described = {name: self.record.get(name) for name in ("plain", "pretrained", "layout")}
         structure = {k: v for k, v in self.record["structure"].items() if k != "num_classes"}
         described["structure"] = structure
         digest.update(json.dumps(described, sort_keys=True).encode())
@@ -207,13 +212,18 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     for name, sums in record["files"].items():
         if name not in (MODEL, FRONT, GATE, ACCURACY):
             raise ValueError(f"a file {name!r:.40}, which no bundle has")
-        bundle.files[name] = _read_tensors(root / name, sums, root)
+        bundle.files[name] = read_tensors(root / name, sums, root)
     if MODEL not in bundle.files:
         raise ValueError(f"no {MODEL}")
     base = bundle.base
     found = []
     for place in _task_folders(root):
-        one = read_task(place, record["structure"]["preparation"], root)
+        try:
+            one = read_task(place, record, root)
+        except FileNotFoundError:
+            if place.exists():
+                raise
+            continue  # removed in the meantime
         _check_base(one, base, record)
         found.append(one)
     found.sort(key=lambda one: one.task.id)
@@ -244,6 +254,7 @@ def _task_folders(root: Path) -> list[Path]:
         with os.scandir(root / TASKS) as entries:
             for entry in entries:
                 if not entry.name.startswith(".") and entry.is_dir():
+                    check_task_name(entry.name)
                     places.append(Path(entry.path))
                 if len(places) > MAX_TASKS:
                     raise ValueError(f"more than {MAX_TASKS:,} folders in {TASKS}")
@@ -252,12 +263,15 @@ def _task_folders(root: Path) -> list[Path]:
     return sorted(places)
 
 
-def read_task(folder: str | os.PathLike[str], common: Any, within: Path | None = None) -> TaskFiles:
+def read_task(
+    folder: str | os.PathLike[str], bundle: Mapping[str, Any], within: Path | None = None
+) -> TaskFiles:
     """Read the folder of one task.
 
     Args:
         folder: with its files.
-        common: record of the preparation of tasks that name none.
+        bundle: record of the bundle that it is for: the layout of its rows, and the preparation of tasks that
+            name none.
         within: a folder that has to contain them after links are resolved; None: the folder itself.
 
     Raises:
@@ -273,33 +287,19 @@ def read_task(folder: str | os.PathLike[str], common: Any, within: Path | None =
         raise ValueError(f"{TASK_CONFIG} of {place.name!r:.80} of format {_format(record)!r:.40}")
     check_schema(record, f"task {place.name!r:.80}")
     tensors = {
-        name: _read_tensors(place / name, sums, root)
+        name: read_tensors(place / name, sums, root)
         for name, sums in record["files"].items()
         if name in (TASK_MODEL, GATE)
     }
     return TaskFiles.of_record(
         place.name,
         record,
-        common,
-        tensors=tensors[TASK_MODEL],
+        bundle["structure"]["preparation"],
+        tensors=unpacked(tensors[TASK_MODEL], bundle["layout"]),
         gates=record.get("gates", {}),
         gate_tensors=tensors.get(GATE, {}),
         base=str(record["base"]),
     )
-
-
-def _read_tensors(path: Path, sums: Mapping[str, Any], root: Path) -> dict[str, Tensor]:
-    """Tensors of a file that has to be the one that was written."""
-    size, wanted = sums["bytes"], sums["sha256"]
-    with open_untrusted(path, max_bytes=None, within=root) as file:
-        content = file.read(size + 1 if type(size) is int and size >= 0 else 0)
-    if len(content) != size or sha256(content).hexdigest() != wanted:
-        raise ValueError(
-            f"{path.name} of {path.parent.name} that is not the file of {size!r:.20} bytes that was written: it "
-            "was truncated or changed, perhaps while it was read"
-        )
-    found: dict[str, Tensor] = parse_tensors(content)
-    return found
 
 
 def structure_of(bundle: Bundle, compact: bool = False) -> Structure:
@@ -426,39 +426,41 @@ def write_bundle(bundle: Bundle, folder: Path, card: str) -> None:
         card: the text of README.md.
     """
     bundle.record = {"format": FORMAT, **schema_fields(), **bundle.record}
-    sums = {name: _write_tensors(folder / name, part) for name, part in bundle.files.items()}
+    sums = {name: write_tensors(folder / name, part) for name, part in bundle.files.items()}
     bundle.record["files"] = sums
-    base, common = bundle.base, bundle.record["structure"]["preparation"]
+    bundle.record["layout"] = layout_of([one.tensors for one in bundle.tasks.values()])
+    base = bundle.base
     (folder / TASKS).mkdir()
     for name, one in bundle.tasks.items():
-        write_task(replace(one, base=base), folder / TASKS / name, common)
+        write_task(replace(one, base=base), folder / TASKS / name, bundle.record)
     write_atomically(folder / CARD, card.encode())
     write_atomically(folder / CONFIG, json.dumps(bundle.record, indent=1).encode())
 
 
-def write_task(one: TaskFiles, folder: Path, common: Any) -> None:
+def write_task(one: TaskFiles, folder: Path, bundle: Mapping[str, Any]) -> None:
     """Write the folder of a task; it appears only when it is complete.
 
     Args:
         one: with its base.
         folder: a new one; its name is the task's.
-        common: record of the preparation that is not repeated.
+        bundle: record of the bundle, whose layout and preparation are not repeated.
 
     Raises:
         ConfigurationError: the name is none of a folder, or is taken.
     """
     check_task_name(folder.name)
-    temporary = folder.with_name(f".{folder.name[:100]}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{os.getpid()}.tmp")
     try:
         temporary.mkdir()
-        files = {TASK_MODEL: _write_tensors(temporary / TASK_MODEL, one.tensors)}
+        tensors = packed(one.tensors, bundle["layout"])
+        files = {TASK_MODEL: write_tensors(temporary / TASK_MODEL, tensors)}
         if one.gate_tensors:
-            files[GATE] = _write_tensors(temporary / GATE, one.gate_tensors)
+            files[GATE] = write_tensors(temporary / GATE, one.gate_tensors)
         record = {
             "format": TASK_FORMAT,
             **schema_fields(),
             "base": one.base,
-            **one.record(common),
+            **one.record(bundle["structure"]["preparation"]),
             **({"gates": one.gates} if one.gates else {}),
             "files": files,
         }
@@ -482,10 +484,3 @@ def check_task_name(name: str) -> None:
         raise ConfigurationError(
             f"Expected the name of a task not to begin with a dot, but got {name!r}. Choose another one."
         )
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    content = tensor_bytes(plain)
-    write_atomically(path, content)
-    return {"bytes": len(content), "sha256": sha256(content).hexdigest()}

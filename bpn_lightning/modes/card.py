@@ -1,5 +1,6 @@
 """The model card of a bundle: README.md, with the fields that Hugging Face's hub reads in front."""
 
+import json
 import math
 from typing import Any
 
@@ -24,7 +25,7 @@ _USE = """## Use
 from bpn_lightning.modes import load
 
 net = load("{folder}")
-logits = net(images, task="{task}")  # task: a name, an ID, or a tensor with an ID for each image
+logits = net(images, task={task})  # task: a name, an ID, or a tensor with an ID for each image
 answers = net.predict(images)  # the task ID is not given
 ```
 """
@@ -40,7 +41,6 @@ def model_card(bundle: Bundle) -> str:
     """
     structure = bundle.record["structure"]
     strategies = "+".join(bundle.record.get("strategies", ())) or "continual learning"
-    shared = sum(value.nbytes for part in bundle.files.values() for value in part.values())
     shape = " x ".join(map(str, structure["input_shape"]))
     first = next(iter(bundle.tasks), "task_1")
     lines = [
@@ -52,11 +52,11 @@ def model_card(bundle: Bundle) -> str:
         *_table(bundle),
         "",
         *_averages(bundle),
-        f"- Shared by all tasks: {shared:,} bytes.",
+        f"- Shared by all tasks: {bundle.shared_bytes:,} bytes.",
         f"- Inputs after preparation: {shape} {structure['input_dtype'].removeprefix('torch.')}.",
         f"- Classes that take part in a task's mode (mask): {structure['mask']}.",
         "",
-        _USE.format(folder="path/to/this/folder", task=first),
+        _USE.format(folder="path/to/this/folder", task=json.dumps(first, ensure_ascii=False)),
     ]
     return "\n".join(lines)
 

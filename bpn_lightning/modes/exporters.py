@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,9 +156,10 @@ def _to_onnx(
     dynamic: Any = tuple(shapes)
     if batched == 1:
         dynamic = (batch, {}, tuple({} for _ in given[2:]))
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes .* were assigned during export")
         torch.onnx.export(
-            network, given, path, dynamo=True, dynamic_shapes=dynamic, input_names=names,
+            network.eval(), given, path, dynamo=True, dynamic_shapes=dynamic, input_names=names,
             output_names=["logits"], verbose=False, external_data=False,
         )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """A trained network at run time: loaded from a bundle, switched between its tasks by an argument."""
 
+import operator
 import os
 import threading
 from collections.abc import Collection
@@ -140,6 +141,7 @@ class Modes:
 
     @staticmethod
     def _logits(now: Snapshot, images: Any, task: Any) -> Tensor:
+        task = _number(task)
         place = now.place(task) if isinstance(task, str | int) else 0
         batch, single = now.batch(images, place)
         places: int | Tensor = place
@@ -199,6 +201,7 @@ class Modes:
 
     @staticmethod
     def _task_places(now: Snapshot, task: Any, samples: int) -> Tensor:
+        task = _number(task)
         if isinstance(task, str | int):
             return torch.full((samples,), now.place(task))
         return now.places(task if _has_length(task) else [task], samples)
@@ -240,7 +243,7 @@ class Modes:
         with self._changing:
             bundle = self.now.bundle
             with explained(folder):
-                one = read_task(folder, bundle.record["structure"]["preparation"])
+                one = read_task(folder, bundle.record)
             one = replace(one, name=name or one.name)
             changed = with_task(bundle, one)
             with explained(folder):
@@ -262,6 +265,16 @@ class Modes:
 
 def _has_length(task: Any) -> bool:
     return isinstance(task, list | tuple) or bool(getattr(task, "shape", ()))
+
+
+def _number(task: Any) -> Any:
+    """An integer of a tensor or an array without dimensions as a plain one."""
+    if getattr(task, "shape", None) != () or str(task.dtype).endswith("bool"):
+        return task
+    try:
+        return operator.index(task)
+    except TypeError:
+        return task
 
 
 def load(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -82,13 +83,16 @@ def describe_network(network: nn.Module) -> dict[str, Any] | None:
     return {"class_path": f"torch.nn.{kind.__name__}", "init_args": arguments}
 
 
-def build_network(description: Any, trust: Collection[str] = ()) -> nn.Module:
+def build_network(
+    description: Any, trust: Collection[str] = (), held: int | None = None
+) -> nn.Module:
     """Build the network that a file names.
 
     Args:
         description: of :func:`describe_network`, or of a run's config.
         trust: import paths of classes and functions that may be imported and called too. ``weights`` among
             them lets a file name weights that are downloaded or opened.
+        held: bytes of the file's tensors, which torch's layers are to be filled with; None: any size.
 
     Raises:
         CheckpointError: names a class that needs trust, or what its constructor raised.
@@ -98,10 +102,25 @@ def build_network(description: Any, trust: Collection[str] = ()) -> nn.Module:
             "Expected a bundle that names its network, but it names none: it was exported from a module whose "
             "network is code of your own. Pass the network: load(folder, backbone=...)"
         )
+    if held is not None and _is_of_layers(description):
+        with torch.device("meta"):
+            sized = _made(description, frozenset(trust), 0)
+        needed = sum(value.nbytes for value in (*sized.parameters(), *sized.buffers()))
+        if needed > held:
+            raise CheckpointError(
+                f"Expected a network within the {held:,} bytes of all tensors in the file, but got {needed:,} "
+                "bytes. The file is damaged or made up"
+            )
     made = _made(description, frozenset(trust), 0)
     if not isinstance(made, nn.Module):
         raise CheckpointError(f"Expected a bundle to name a network, but got {description!r:.120}")
     return made
+
+
+def _is_of_layers(description: Any) -> bool:
+    return isinstance(description, dict) and str(description.get("class_path")).startswith(
+        "torch.nn."
+    )
 
 
 def _made(value: Any, trust: frozenset[str], depth: int) -> Any:

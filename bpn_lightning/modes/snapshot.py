@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -54,7 +55,10 @@ class Snapshot:
         device: str | torch.device = "cpu",
     ) -> None:
         structure = structure_of(bundle, compact=True)
-        made = build_network(bundle.record["network"], trust) if backbone is None else backbone
+        held = None if bundle.record.get("pretrained") else bundle.shared_bytes
+        made = backbone
+        if made is None:
+            made = build_network(bundle.record["network"], trust, held)
         network = AnsweringNetwork(copy.deepcopy(made), structure.mask)
         parts = parts_of(bundle, structure)
         parts.shared |= from_backbone(bundle.record.get("pretrained", []), network)
@@ -118,11 +122,15 @@ class Snapshot:
         if isinstance(tasks, list | tuple) and any(isinstance(one, str) for one in tasks):
             tasks = [self.ids[self.place(one)] for one in tasks]
         try:
+            if isinstance(tasks, list | tuple) and any(isinstance(one, bool) for one in tasks):
+                raise TypeError("a truth value is no ID")
             ids = torch.as_tensor(tasks)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(
                 f"Expected task to be a name, an ID, or an ID for each input, but got {tasks!r:.80}."
             ) from error
+        if ids.shape == (0,) == (samples,):
+            ids = ids.long()
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ConfigurationError(
                 f"Expected task to hold IDs, which are integers, but got {ids.dtype}. Convert them: "
@@ -323,11 +331,19 @@ def _outside(network: AnsweringNetwork, spare: Sequence[Sequence[int]]) -> Tenso
     return table.to(network.built_head.weight.device) if bool(table.any()) else None
 
 
+def _of_arrays(images: Any) -> bool:
+    return isinstance(images, list | tuple) and all(isinstance(one, np.ndarray) for one in images)
+
+
 def _as_tensor(images: Any, own: Preparation) -> Any:
     """Arrays as tensors; images whose channels come last are turned."""
     if isinstance(images, Tensor):
         return images
     try:
+        if hasattr(images, "__array__") or _of_arrays(images):
+            images = np.array(
+                images
+            )  # a copy: torch takes no negative strides, and warns of read-only ones
         found = torch.as_tensor(images)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(

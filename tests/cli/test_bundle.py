@@ -1,12 +1,16 @@
 """`bpn-bundle` adds, removes and checks tasks; what is left answers as before."""
 
+import json
+import os
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bpn_lightning.cli.bundle import main
 from bpn_lightning.datamodules import SplitDigits
@@ -49,6 +53,38 @@ def test_a_task_is_removed_and_added_again(made: None, capsys: Said) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("again: task 1, 2 classes, ")
     assert lines[-1] == "every file is the one that was written, and fits the network"
+
+
+def test_a_task_is_removed_twice(made: None) -> None:
+    Path("out/tasks/.1.removed/rest").mkdir(parents=True)  # of a process that was killed
+    assert main(["remove", "out", "b"]) == 0
+    assert main(["add", "out", "copy/tasks/b"]) == 0
+    assert main(["remove", "out", "b"]) == 0
+    assert load_exported("out", MLP([16, 16])).network.structure.forgotten == [1]
+
+
+def test_a_task_that_does_not_fit_is_not_added(made: None, capsys: Said) -> None:
+    path = Path("copy/tasks/b/adapter_model.safetensors")
+    save_file({**load_file(path), "head.weight": torch.zeros(2, 5)}, path)
+    record = json.loads(path.with_name("adapter_config.json").read_text())
+    content = path.read_bytes()
+    record["files"][path.name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    path.with_name("adapter_config.json").write_text(json.dumps(record))
+    assert main(["remove", "out", "b"]) == 0
+    capsys.readouterr()
+    assert main(["add", "out", "copy/tasks/b"]) == 2
+    assert "Expected copy/tasks/b to be a bundle" in capsys.readouterr().err
+    assert load("out").tasks == ["a", "c"]
+
+
+def test_names_that_are_no_text_or_no_code(made: None, capsys: Said) -> None:
+    Path("out/tasks/a").rename('out/tasks/a"); quit("')
+    assert main(["card", "out"]) == 0
+    assert 'task="a\\"); quit(\\"")' in Path("out/README.md").read_text()
+    Path("out/tasks/b").rename(os.fsdecode(b"out/tasks/b\xff"))
+    capsys.readouterr()
+    assert main(["check", "out"]) == 2
+    assert "Expected the name of a task to be the name of a folder" in capsys.readouterr().err
 
 
 def test_the_card_is_written_anew(made: None) -> None:

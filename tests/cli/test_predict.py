@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -135,3 +136,47 @@ def test_what_is_refused(line: list[str], said: str, module: ContinualModule, ca
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert said in lines[0]
+
+
+def test_arrays_that_are_none(module: ContinualModule, capsys: Said) -> None:
+    whole = images(0)
+    for array in (whole[0], whole[None, None], np.array(["a"]), np.uint8(3), whole * 1j):
+        np.savez("c.npz", images=array)
+        assert main(["out", "c.npz"]) == 2
+        assert "Expected c.npz to be an input of the bundle, but got" in capsys.readouterr().err
+    for labels in (np.uint8(3), np.zeros((3, 2)), np.zeros(2)):
+        np.savez("c.npz", images=whole, labels=labels)
+        assert main(["out", "c.npz"]) == 2
+        assert "Expected labels in c.npz to have one entry" in capsys.readouterr().err
+
+
+def test_one_bad_array_of_a_batch_is_skipped(module: ContinualModule, capsys: Said) -> None:
+    whole = images(0) / 255
+    whole[1] = np.nan
+    np.savez("c.npz", images=whole)
+    assert main(["out", "c.npz", "--skip_bad"]) == 1
+    said = capsys.readouterr()
+    assert [row["input"] for row in rows(said.out)] == ["c.npz[0]", "c.npz[2]"]
+    assert said.err.startswith("bpn-predict: skipped c.npz[1]: ")
+
+
+def test_a_name_that_is_a_number_and_one_that_is_no_text(
+    module: ContinualModule, capsys: Said
+) -> None:
+    Path("out/tasks/high").rename("out/tasks/0")
+    Path("set/0/0.png").rename(os.fsdecode(b"set/0/\xff.png"))
+    assert main(["out", "set", "--task", "0", "--to", "lines"]) == 0
+    found = rows(Path("lines").read_text())
+    assert [row["class"] for row in found] == [
+        *expected(module, 1)[1:3],
+        *expected(module, 1)[:1],
+        *expected(module, 1)[3:],
+    ]
+    assert found[2]["input"] == "set/0/\\udcff.png"
+
+
+@pytest.mark.parametrize("path", ["n" * 5000, "out/config.json/x"])
+def test_paths_that_cannot_be(path: str, module: ContinualModule, capsys: Said) -> None:
+    assert main(["out", path]) == 2
+    assert main(["out", "set", "--confusion", path]) == 2
+    assert f"Expected to write {path}, but got" in capsys.readouterr().err

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from bpn_lightning import ContinualModule
 from bpn_lightning.cli import export as export_command
 from bpn_lightning.cli import main as cli
+from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
 from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.modes import bundle as files
 from bpn_lightning.modes.bundle import Bundle
+from bpn_lightning.modes.exporters import WRITERS
 from bpn_lightning.nn import MLP, Pretrained
 from bpn_lightning.nn.structure import SCHEMA
 from bpn_lightning.strategies import (
@@ -105,13 +107,17 @@ def test_the_files_say_what_is_in_them(exported: Path) -> None:
         "class_path": "bpn_lightning.nn.MLP",
         "init_args": {"hidden": [16, 16]},
     }
+    assert record["layout"] == [
+        ["backbone.1.bias_units.bank", [16]],
+        ["backbone.3.bias_units.bank", [16]],
+    ]
     attached = record["structure"]["attached"]
     assert attached[0] == {"part": "bias_units", "layer": "backbone.1", "rank": 4}
     folder = exported / "tasks" / "task_2"
     task = json.loads((folder / "adapter_config.json").read_text())["task"]
     assert task == {"id": 1, "columns": [2, 4], "class_names": ["2", "3"], "epochs": 2}
     with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
-        assert tensors.get_tensor("backbone.1.bias_units.bank").shape == (16,)
+        assert tensors.get_tensor("rows").shape == (32,)
         assert tensors.get_tensor("head.weight").shape == (2, 16)
     with safe_open(exported / "model.safetensors", "pt") as tensors:
         assert sorted(tensors.keys()) == [
@@ -120,6 +126,18 @@ def test_the_files_say_what_is_in_them(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: bpn_lightning\n")
     assert "| task_2 | 1 | 2, 3 | " in card
+
+
+def test_a_task_takes_little_more_than_its_numbers(fit: Fit, tmp_path: Path) -> None:
+    """With five hidden layers, and a head that tasks share: 10 % at most."""
+    stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=256, domain_incremental=True)
+    network = MLP([300] * 5)
+    module, _ = fit(
+        [BeneficialPerturbation(rank=1)], stream=stream, mask="shared", backbone=network
+    )
+    folder = export_module(module, tmp_path / "out") / "tasks" / "task_2"
+    payload = 4 * (5 * 300 + module.network.structure.num_classes)
+    assert payload <= sum(path.stat().st_size for path in folder.iterdir()) <= 1.1 * payload
 
 
 def test_a_head_that_grew_keeps_what_a_task_had(fit: Fit, tmp_path: Path) -> None:
@@ -218,6 +236,14 @@ def test_a_file_that_is_gone_or_leads_elsewhere(name: str, exported: Path, tmp_p
     assert refused(exported).startswith("FileNotFoundError: ")
     path.symlink_to(tmp_path / "elsewhere")
     assert "leads out of" in refused(exported)
+
+
+def test_a_size_that_no_file_has(exported: Path) -> None:
+    path = exported / "config.json"
+    record = json.loads(path.read_text())
+    record["files"]["model.safetensors"]["bytes"] = 2**60
+    path.write_text(json.dumps(record))
+    assert "not the file of 1152921504606846976 bytes that was written" in refused(exported)
 
 
 def test_a_task_of_another_base(exported: Path, fit: Fit, tmp_path: Path) -> None:
@@ -346,10 +372,23 @@ def test_rows_of_other_shapes_are_no_larger_than_their_files(exported: Path) -> 
         save_file({**tensors, "backbone.1.bias_units.bank": value}, path)
         rehash(path)
         assert said in refused(exported)
-    del tensors["backbone.1.bias_units.bank"]
+    for rows in (tensors["rows"][:-1], tensors["rows"].repeat(2)):
+        save_file({**tensors, "rows": rows}, path)
+        rehash(path)
+        assert f"{len(rows)} numbers of a task where the layout has 32" in refused(exported)
+    del tensors["rows"]
     save_file(tensors, path)
     rehash(path)
-    assert "no backbone.1.bias_units.bank in task 0, which other tasks have" in refused(exported)
+    assert "'rows'" in refused(exported)
+
+
+@pytest.mark.parametrize("shape", [[-16], [2**40], [2**40, 0], ["16"], None])
+def test_a_layout_that_is_none(shape: Any, exported: Path) -> None:
+    path = exported / "config.json"
+    record = json.loads(path.read_text())
+    record["layout"][0][1] = shape
+    path.write_text(json.dumps(record))
+    refused(exported)
 
 
 def test_a_checkpoint_makes_nothing_larger_than_its_tensors(fit: Fit, tmp_path: Path) -> None:
@@ -427,6 +466,20 @@ def test_a_run_is_exported(run: Path, capsys: Said) -> None:
     assert capsys.readouterr().err == (
         "bpn-export: error: Expected out to be a new folder, but it exists. Name another one, or remove it.\n"
     )
+
+
+@pytest.mark.slow
+def test_formats_that_cannot_be_written_leave_nothing(
+    run: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> list[Path]:
+        raise ConfigurationError("Expected biases alone.")
+
+    monkeypatch.setitem(WRITERS, "peft", refuse)
+    capsys.readouterr()
+    assert export_command.main([str(run), "--to", "out", "--peft"]) == 2
+    assert capsys.readouterr().err == "bpn-export: error: Expected biases alone.\n"
+    assert not Path("out").exists()
 
 
 @pytest.mark.slow

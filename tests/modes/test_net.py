@@ -19,6 +19,7 @@ from bpn_lightning import ContinualModule, modes
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.export import export_module
+from bpn_lightning.modes import bundle as files
 from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import (
     IA3,
@@ -212,6 +213,13 @@ def test_arrays_and_single_inputs(folder: Path) -> None:
     assert torch.equal(net(array, task=np.ones(7, dtype=np.int16)), wanted)
     close(net(images()[0], task="bees"), wanted[0])
     close(net(images()[0], task=torch.tensor(1)), wanted[0])
+    for one in (torch.tensor(1), np.int64(1), np.array(1)):
+        assert torch.equal(net(array, task=one), wanted)
+    assert net(images(0), task=[]).shape == (0, 6)
+    assert torch.equal(net(array[::-1], task="bees"), wanted.flip(0))
+    assert torch.equal(net(list(array), task="bees"), wanted)
+    array.setflags(write=False)
+    assert torch.equal(net(array, task="bees"), wanted)
     (one,) = net.predict(images()[0], task="bees", reject_below=1.0)
     assert (one.task, one.task_id, one.rejected) == ("bees", 1, True)
     assert one.class_name == str(int(wanted[0].argmax()))
@@ -227,6 +235,8 @@ def test_arrays_and_single_inputs(folder: Path) -> None:
         (torch.tensor([0, 1, 3, 0, 0, 0, 0]), "but got 3."),
         (torch.tensor([0, -1, 2, 0, 0, 0, 0]), "but got -1."),
         (torch.tensor([0, 1]), "one for each of the 7 inputs, but got the shape (2,)"),
+        ([True, 0, 0, 0, 0, 0, 0], "but got [True, 0"),
+        (torch.tensor(True), "to hold IDs, which are integers, but got torch.bool"),
         (torch.zeros(7), "to hold IDs, which are integers, but got torch.float32"),
         (["ants", "dogs"], "but got 'dogs'."),
         ([object()], "but got [<object"),
@@ -285,6 +295,17 @@ def test_a_bundle_that_is_changed_badly_leaves_the_one_before(folder: Path) -> N
     assert torch.equal(net(images(), task=1), before)
 
 
+def test_a_task_that_goes_while_the_folder_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = files._task_folders
+    monkeypatch.setattr(files, "_task_folders", lambda root: [*listed(root), root / "gone"])
+    assert modes.load(folder).tasks == ["ants", "bees", "cats"]
+    (folder / "tasks" / "bees" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="FileNotFoundError"):
+        modes.load(folder)
+
+
 def test_threads_answer_while_tasks_come_and_go(folder: Path, tmp_path: Path) -> None:
     net = modes.load(folder)
     wanted = {task: net(images(), task=task) for task in ("ants", "cats")}
@@ -321,6 +342,21 @@ def test_a_network_that_needs_trust(path: Any, folder: Path) -> None:
     with pytest.raises(CheckpointError, match="a network that needs no trust, but got"):
         modes.load(folder)
     modes.load(folder, backbone=MLP([16, 12]))
+
+
+def test_a_network_is_no_larger_than_its_weights(folder: Path) -> None:
+    """It is refused before it is made."""
+    record = json.loads((folder / "config.json").read_text())
+    layer = {
+        "class_path": "torch.nn.Linear",
+        "init_args": {"in_features": 64, "out_features": 10**5},
+    }
+    record["network"] = {"class_path": "torch.nn.Sequential", "layers": {"0": layer}}
+    (folder / "config.json").write_text(json.dumps(record))
+    with pytest.raises(
+        CheckpointError, match=r"bytes of all tensors in the file, but got 26,000,000"
+    ):
+        modes.load(folder)
 
 
 def test_weights_are_fetched_with_trust_only(folder: Path) -> None:

@@ -1,0 +1,39 @@
+"""Files of tensors with their sizes and hashes: what is read is what was written."""
+
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
+
+from bpn_lightning.files import write_atomically
+from bpn_lightning.untrusted import open_untrusted
+
+__all__ = ["read_tensors", "write_tensors"]
+
+
+def read_tensors(path: Path, sums: Mapping[str, Any], root: Path) -> dict[str, Tensor]:
+    """Tensors of a file that has to be the one that was written."""
+    size, wanted = sums["bytes"], sums["sha256"]
+    with open_untrusted(path, max_bytes=None, within=root) as file:
+        there = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if type(size) is int and size == there else b""
+    if len(content) != size or sha256(content).hexdigest() != wanted:
+        raise ValueError(
+            f"{path.name} of {path.parent.name} that is not the file of {size!r:.20} bytes that was written: it "
+            "was truncated or changed, perhaps while it was read"
+        )
+    found: dict[str, Tensor] = parse_tensors(content)
+    return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors; returns size and hash of the file."""
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    content = tensor_bytes(plain)
+    write_atomically(path, content)
+    return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
