@@ -61,8 +61,8 @@ def scheduled(epsilon: float, schedule: StepSchedule, progress: float) -> float:
         schedule: how it falls.
         progress: p, the fraction of the task's updates that came before, 0 to 1.
 
-    >>> [scheduled(0.1, "linear", n / 4) for n in range(4)]
-    [0.1, 0.075, 0.05, 0.025]
+    >>> [scheduled(0.5, "linear", n / 4) for n in range(4)]
+    [0.5, 0.375, 0.25, 0.125]
     """
     if schedule == "linear":
         return epsilon * (1 - progress)

@@ -356,6 +356,11 @@ EXEMPT = {
     ("bpn_lightning/bench/ray_executor.py", "read_text"): "a file that it has just written",
     ("bpn_lightning/bench/ray_executor.py", "file.read_text"): "a file that it has just written",
     ("bpn_lightning/report/page.py", "read_text"): "a file of the package",
+    ("bpn_lightning/serve/app.py", "read_text"): "a file of the package",
+    (
+        "bpn_lightning/serve/answering.py",
+        "decode_image",
+    ): "bytes of a request, bounded where they are read",
     ("bpn_lightning/run/provenance.py", "read_text"): "/proc/cpuinfo, of the system",
     ("bpn_lightning/run/dashboards.py", "Image.open"): "a picture drawn in memory",
     (

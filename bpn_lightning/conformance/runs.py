@@ -226,7 +226,7 @@ def fit(
     )
     stream.setup()
     backbone = setting.backbone()
-    if any(strategy.needs_tokens for strategy in strategies):
+    if any(getattr(callback, "needs_tokens", False) for callback in strategies):
         backbone = with_tokens(backbone)
     module = Observed(backbone, optimizer=setting.optimizer, **setting.module)
     module.attach(stream)

@@ -326,8 +326,11 @@ class ContinualModule(HookNameAsPlainAttribute):
     def setup(self, stage: str) -> None:
         """Build the structure, and check that the trainer, the stream and the strategies fit."""
         stream = find_stream(self.host, stage)
-        if stream is None:
-            return  # of raw inputs, whose preparation the module knows
+        if stream is not None:  # else raw inputs, whose preparation the module knows
+            self._set_up(stage, stream)
+        shard_core(self.host)
+
+    def _set_up(self, stage: str, stream: ContinualDataModule) -> None:
         if stage == "fit":
             self._extension.check(self.trainer, stream)
         configure(self.host, stream, stage)
@@ -336,10 +339,6 @@ class ContinualModule(HookNameAsPlainAttribute):
             self._extension.lengthen(self.trainer)
             check_fit(self.host, self.task_loop, stream)
             self._extension.resume(self.trainer, self.history)
-
-    def configure_model(self) -> None:
-        """Shard a frozen core where the trainer's strategy does so."""
-        shard_core(self.host)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer and its scheduler; in a phase that trains a strategy, that strategy's own."""

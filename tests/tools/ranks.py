@@ -113,6 +113,9 @@ def _serve(rank: int, end: Any) -> None:
     """Run one function after another, until nobody asks any more."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
+
+    rank_zero_only.rank = rank  # Lightning looks at the environment when it is imported
 
     while True:
         try:
