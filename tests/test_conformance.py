@@ -528,7 +528,7 @@ def test_other_runs_of_pytest_do_not_meet_the_options(argument, asked):
             "Expected --strategy to name strategies or gates, but got 'ewx'. Did you mean 'ewc'?",
         ),
         (
-            ["my_lab.Missing"],
+            ["nobodys_lab.Missing"],
             {},
             "in --strategy to be importable, but importing it raised ModuleNotFoundError",
         ),
