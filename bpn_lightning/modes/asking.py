@@ -1,6 +1,7 @@
 """Answers where the task is not given: by the bundle's first gate, or by the mode that is surest."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from bpn_lightning.functional.task_scores import (
     of_task,
     one_step_gradient,
 )
-from bpn_lightning.modes.joining import gate_records
 from bpn_lightning.modes.snapshot import Snapshot
 from bpn_lightning.random_state import seeded_generator
 
@@ -111,7 +111,7 @@ def task_and_logits(now: Snapshot, images: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigurationError: the gate is none of this package, or tasks make their images differently.
     """
-    gate = gate_records(now.bundle)[0]
+    gate = now.gates[0]
     kind, given, state = gate["kind"], gate["arguments"], gate["state"]
     learned = _places_of_learned(now)
     if len(now.common.preparations) > 1 or now.common.preparations[0].differs_by_task:
@@ -140,12 +140,12 @@ def task_and_logits(now: Snapshot, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def learned_by_gates(now: Snapshot) -> bool:
     """Whether gates are all that learned: their own classes are the answer, and the network has none."""
-    return bool(now.bundle.record["gates"]) and not any(task.epochs for task in now.structure.tasks)
+    return bool(now.gates) and not any(task.epochs for task in now.structure.tasks)
 
 
 def gate_logits(now: Snapshot, images: Tensor, places: "int | Tensor") -> Tensor:
     """The first gate's log-scores of the classes of given tasks, ``(batch, num_classes)``; else -inf."""
-    gate = gate_records(now.bundle)[0]
+    gate = now.gates[0]
     kind, given, state = gate["kind"], gate["arguments"], gate["state"]
     if kind not in _OF_FEATURES:
         raise ConfigurationError(
@@ -202,25 +202,19 @@ def _row_scores(
         features = features ** given["tukey"]
     if given["project"] is not None:
         size = given["project"]
-        features = _times_random("projection", (size, size), given, state, features)
+        drawn = _random("projection", features.shape[1], size, size, state["seed"], given["name"])
+        features = features @ drawn.to(features.device)
     if kind == "ranpac":
         width, size = given["width"], features.shape[1]
-        features = _times_random("random features", (width, size), given, state, features).relu()
+        drawn = _random("random features", size, width, size, state["seed"], given["name"])
+        features = (features @ drawn.to(features.device)).relu()
     rows = {name: value.to(features.device) for name, value in state["rows"].items()}
     with torch.autocast(features.device.type, enabled=False):
         return _OF_FEATURES[kind](features, rows, given)
 
 
-def _times_random(
-    what: str,
-    columns_and_divisor: tuple[int, int],
-    given: Mapping[str, Any],
-    state: Mapping[str, Any],
-    features: Tensor,
-) -> Tensor:
-    """Features by normal numbers of variance 1 / divisor, of the gate's seed and name."""
-    columns, divisor = columns_and_divisor
-    generator = seeded_generator(what, state["seed"], given["name"])
-    drawn = torch.randn(features.shape[1], columns, generator=generator)
-    product: Tensor = features @ (drawn / divisor**0.5).to(features.device)
-    return product
+@lru_cache(maxsize=2)  # a gate's projection and its random features: each batch needs the same
+def _random(what: str, rows: int, columns: int, divisor: int, seed: int, name: str) -> Tensor:
+    """Normal numbers of variance 1 / divisor, ``(rows, columns)``, of the gate's seed and name."""
+    generator = seeded_generator(what, seed, name)
+    return torch.randn(rows, columns, generator=generator).div(divisor**0.5)

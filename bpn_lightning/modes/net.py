@@ -112,7 +112,7 @@ class Modes:
     @property
     def gates(self) -> list[str]:
         """The names of the bundle's gates, of which the first names the task where it is not given."""
-        return [gate["arguments"]["name"] for gate in self.now.bundle.record["gates"]]
+        return [gate["arguments"]["name"] for gate in self.now.gates]
 
     @property
     def nbytes(self) -> int:
@@ -184,7 +184,7 @@ class Modes:
         now = self.now
         if task is None:
             batch, _ = now.batch(images, 0)
-            gated = bool(now.bundle.record["gates"])
+            gated = bool(now.gates)
             places, logits = (task_and_logits if gated else most_confident_mode)(now, batch)
             known = logits if gated else logits.log_softmax(1)
         else:

@@ -15,7 +15,7 @@ from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.modes.bundle import Bundle, structure_of
 from bpn_lightning.modes.folding import fold_layers
 from bpn_lightning.modes.gathering import GatheredBanks
-from bpn_lightning.modes.joining import from_backbone, parts_of
+from bpn_lightning.modes.joining import from_backbone, gate_records, parts_of
 from bpn_lightning.modes.networks import build_network
 from bpn_lightning.modes.splitting import assembled, fill
 from bpn_lightning.nn.answering import AnsweringNetwork
@@ -39,6 +39,7 @@ class Snapshot:
         names: of its tasks, in the order of their IDs.
         ids: of its tasks.
         learned: places in the table of the tasks that are learned.
+        gates: kind, arguments and state of each gate.
         places_by_id: places in the table by task ID, -1 where there is no such task.
         outside: which columns take no part in each task's mode, ``(tasks, num_classes)``; None: all do.
         classes: the name of each of the head's columns.
@@ -68,6 +69,7 @@ class Snapshot:
         network.opened = max((p for p in places if entries[p].progress != "planned"), default=-1)
         network.closed = max((p for p in places if entries[p].progress == "learned"), default=-1)
         self.bundle = bundle
+        self.gates = gate_records(bundle)
         self.structure = network.structure
         self.names = [*bundle.tasks]
         self.ids = [one.task.id for one in entries]

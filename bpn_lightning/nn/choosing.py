@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.nn.layers import TaskModule, evaluation_mode
+from bpn_lightning.nn.loaded import eagerly
 from bpn_lightning.nn.switching import KINDS, kind_of
 from bpn_lightning.random_state import seeded_generator
 
@@ -209,8 +210,7 @@ def undone_shifts(
         if id(part) in subtracting or _kind_name(part) in DEFAULT_KINDS
     ]
     try:
-        eagerly = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), evaluation_mode(backbone), eagerly:
+        with torch.no_grad(), evaluation_mode(backbone), eagerly():
             backbone(inputs)
     finally:
         for handle in handles:

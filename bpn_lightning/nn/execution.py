@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.autograd.graph import Node
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import TaskModule
+from bpn_lightning.nn.loaded import eagerly, loaded_class
 from bpn_lightning.nn.switching import SwitchableAttention, SwitchableRecurrent, is_switchable
 
 __all__ = [
@@ -43,11 +43,11 @@ def compiled_in_place(network: nn.Module) -> nn.Module:
     Returns:
         The network without wrappers.
     """
-    if isinstance(network, OptimizedModule):
+    if _is_wrapper(network):
         network = _unwrapped(network)
     for part in list(network.modules()):
         for name, child in list(part.named_children()):
-            if isinstance(child, OptimizedModule):
+            if _is_wrapper(child):
                 setattr(part, name, _unwrapped(child))
     for part in network.modules():
         compiled: Any = part._compiled_call_impl
@@ -58,7 +58,12 @@ def compiled_in_place(network: nn.Module) -> nn.Module:
     return network
 
 
-def _unwrapped(wrapper: OptimizedModule) -> nn.Module:
+def _is_wrapper(part: nn.Module) -> bool:
+    """Whether it is what torch.compile returns for a module."""
+    return isinstance(part, loaded_class("torch._dynamo", "OptimizedModule"))
+
+
+def _unwrapped(wrapper: Any) -> nn.Module:
     """The module inside a wrapper, compiled like the wrapper."""
     original: nn.Module = wrapper._orig_mod
     original._compiled_call_impl = wrapper.dynamo_ctx(original._call_impl)
@@ -79,7 +84,7 @@ class _EagerWhereHooked:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(part._forward_hooks or part._forward_pre_hooks for part in self.module.modules()):
-            with torch.compiler.set_stance("force_eager"):
+            with eagerly():
                 return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self.compiled(*args, **kwargs)
 
@@ -95,7 +100,7 @@ def differentiable(network: nn.Module) -> Iterator[None]:
         network: the network to differentiate.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eagerly())
         if any(isinstance(part, nn.RNNBase) and _on_cuda(part) for part in network.modules()):
             stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
             torch.backends.cudnn.enabled = False
@@ -238,7 +243,7 @@ def _dry_forward(network: nn.Module, inputs: Tensor, training: bool) -> Tensor:
         stack.enter_context(_copied_buffers(network))
         stack.enter_context(torch.random.fork_rng([inputs.device] if inputs.is_cuda else []))
         stack.enter_context(torch.set_grad_enabled(training))  # as in actual use
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eagerly())
         network.train(training)
         try:
             output: Tensor = network(inputs)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.nn.loaded import eagerly
 
 __all__ = ["feature_width"]
 
@@ -28,8 +29,11 @@ def feature_width(
     """
     inputs = torch.zeros(1, *input_shape, dtype=dtype, device=device)
     wanted = f"(batch, {', '.join(map(str, input_shape))})"
-    eagerly = torch.compiler.set_stance("force_eager")  # a graph of before the layers switch
-    with torch.no_grad(), evaluation_mode(backbone), eagerly:
+    with (
+        torch.no_grad(),
+        evaluation_mode(backbone),
+        eagerly(),
+    ):  # graphs are of before layers switch
         try:
             output = backbone(inputs)
         except Exception as error:

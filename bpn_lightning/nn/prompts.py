@@ -12,6 +12,7 @@ from bpn_lightning.checks import check_choice
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.adapters import Adapter
 from bpn_lightning.nn.layers import evaluation_mode
+from bpn_lightning.nn.loaded import eagerly
 from bpn_lightning.nn.switching import Switchable, become_switchable, plain_class
 
 __all__ = [
@@ -158,8 +159,7 @@ def order_of_calls(
         for name, block in blocks.items()
     ]
     try:
-        eagerly = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), evaluation_mode(backbone), eagerly:
+        with torch.no_grad(), evaluation_mode(backbone), eagerly():
             backbone(inputs)
     finally:
         for handle in handles:

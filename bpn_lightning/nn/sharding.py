@@ -1,17 +1,19 @@
 """A frozen backbone of which each process holds a slice, by torch's FSDP2 (``torch.distributed.fsdp.fully_shard``)."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.nn.layers import TaskModule
+from bpn_lightning.nn.loaded import loaded_class
 from bpn_lightning.nn.switching import kind_of
+
+if TYPE_CHECKING:  # slow to import; only who shards needs them
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "blocks",
@@ -26,7 +28,7 @@ __all__ = [
 
 def is_sharded(backbone: nn.Module) -> bool:
     """Whether :func:`shard` was called with a backbone."""
-    return isinstance(backbone, FSDPModule)
+    return isinstance(backbone, loaded_class("torch.distributed.fsdp", "FSDPModule"))
 
 
 def check_whole(backbone: nn.Module) -> None:
@@ -58,7 +60,7 @@ def blocks(backbone: nn.Module) -> Iterator[nn.Module]:
             yield part
 
 
-def shard(backbone: nn.Module, mesh: DeviceMesh) -> None:
+def shard(backbone: nn.Module, mesh: "DeviceMesh") -> None:
     """Leave each process a slice of the backbone's frozen weights, and gather them block by block where they are used.
 
     Parameters that train, and those that tasks have for themselves, stay whole; so do buffers. Every
@@ -71,6 +73,8 @@ def shard(backbone: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         ConfigurationError: the backbone is a single layer.
     """
+    from torch.distributed.fsdp import fully_shard
+
     if kind_of(backbone) is not None:
         raise ConfigurationError(
             f"Expected backbone to consist of layers where it is sharded, but got {type(backbone).__name__}, which "
@@ -87,19 +91,19 @@ def shard(backbone: nn.Module, mesh: DeviceMesh) -> None:
 def full_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """A ``state_dict`` with whole tensors; every process of the mesh calls this. What was sharded is on the CPU."""
     return {
-        name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        name: value.full_tensor().cpu() if _is_sharded(value) else value
         for name, value in state.items()
     }
 
 
 def replicated(state: Mapping[str, Any]) -> dict[str, Any]:
     """What of a ``state_dict`` is the same on every process: all but what is sharded."""
-    return {name: value for name, value in state.items() if not isinstance(value, DTensor)}
+    return {name: value for name, value in state.items() if not _is_sharded(value)}
 
 
 def sharded_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A ``state_dict`` of whole tensors, the same on every process, as a module with a sharded part loads it."""
-    here = {name: one for name, one in module.state_dict().items() if isinstance(one, DTensor)}
+    here = {name: one for name, one in module.state_dict().items() if _is_sharded(one)}
     return {
         name: _sharded(value, here[name])
         if name in here and isinstance(value, Tensor) and value.shape == here[name].shape
@@ -108,7 +112,13 @@ def sharded_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _sharded(value: Tensor, like: DTensor) -> Tensor:
+def _is_sharded(value: object) -> bool:
+    return isinstance(value, loaded_class("torch.distributed.tensor", "DTensor"))
+
+
+def _sharded(value: Tensor, like: "DTensor") -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
     local = value.to(like.device, like.dtype)
     with torch.no_grad():
         return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from bpn_lightning.nn.adapters import Adapter
 from bpn_lightning.nn.layers import BiasUnits, Keys, SwitchableLinear, is_linear
+from bpn_lightning.nn.loaded import loaded_class
 
 __all__ = [
     "KINDS",
@@ -368,7 +368,7 @@ def plain_class(part: nn.Module) -> type[nn.Module]:
     if is_linear(part):
         return nn.Linear
     kind = type(part)
-    if issubclass(kind, FSDPModule):
+    if issubclass(kind, loaded_class("torch.distributed.fsdp", "FSDPModule")):
         kind = kind.__mro__[2]  # its class before it was sharded
     kind = _unswitched(kind)
     if is_parametrized(part):

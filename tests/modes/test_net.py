@@ -185,6 +185,7 @@ def test_it_imports_neither_lightning_nor_the_trainer_side(fit: Fit, tmp_path: P
         "net.predict(torch.zeros(2, 1, 8, 8, dtype=torch.uint8));"
         "net(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), task=torch.tensor([0, 1])); net.fold(0);"
         "print([name for name in sys.modules if name.split('.')[0] in ('lightning', 'torchmetrics')"
+        " or name in ('torch._dynamo', 'torch.distributed.fsdp')"  # half of the time to import it
         " or name.startswith(('bpn_lightning.trainer', 'bpn_lightning.model', 'bpn_lightning.run'))])"
     )
     done = subprocess.run(
