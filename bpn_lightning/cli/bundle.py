@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpn_lightning.cli.entry_point import entry_point
+from bpn_lightning.cli.trust import add_trusted_names
 from bpn_lightning.errors import ConfigurationError, ResultsError, did_you_mean
 from bpn_lightning.files import write_atomically
 from bpn_lightning.terminal import printable
@@ -178,13 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("task", metavar="NAME", help="of the task")
     check = verb("check", "read every file, compare hashes, and put the weights into the network")
     for one in (add, remove, check):
-        one.add_argument(
-            "--trust",
-            metavar="NAME",
-            nargs="+",
-            default=[],
-            help="import paths that the network may name",
-        )
+        add_trusted_names(one)
     verb("card", "write README.md anew")
     return parser
 

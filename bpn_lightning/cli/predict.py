@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from bpn_lightning.checks import check_number, check_positive_int
 from bpn_lightning.cli.entry_point import entry_point
+from bpn_lightning.cli.trust import add_trusted_names
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError, ResultsError
 from bpn_lightning.files import csv_text, write_atomically
 from bpn_lightning.terminal import printable
@@ -360,13 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch_size", metavar="N", type=int, default=64, help="inputs at a time")
     parser.add_argument("--device", default="cpu", help="where it answers, such as cuda")
-    parser.add_argument(
-        "--trust",
-        metavar="NAME",
-        nargs="+",
-        default=[],
-        help="import paths that the bundle's network may name",
-    )
+    add_trusted_names(parser)
     return parser
 
 

@@ -12,6 +12,7 @@ before torch is imported; the objects are checked after the import, before anyth
 docs/safety.md describes the guarantees.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ __all__ = [
     "OPEN",
     "Named",
     "Trust",
+    "add_trusted_names",
     "decide_trust",
     "find_here",
     "imported_by",
@@ -278,3 +280,14 @@ def restrict_imports(trust: Trust, names: Iterable[str]) -> None:
 def _plugins() -> set[str]:
     """Top-level modules of the registered plugins."""
     return {point.module.partition(".")[0] for kind in KINDS for point in entry_points_of(kind)}
+
+
+def add_trusted_names(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that read a bundle, whose network is built if it is of this package, or named here."""
+    parser.add_argument(
+        "--trust",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="import paths that the bundle's network may name",
+    )

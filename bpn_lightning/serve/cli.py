@@ -14,6 +14,7 @@ from typing import Any
 
 from bpn_lightning.checks import check_above_zero, check_number, check_positive_int
 from bpn_lightning.cli.entry_point import entry_point
+from bpn_lightning.cli.trust import add_trusted_names
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.terminal import printable
 
@@ -186,13 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         default=30.0,
         help="seconds until a request has arrived, and as many until it is its turn",
     )
-    add(
-        "--trust",
-        metavar="NAME",
-        nargs="+",
-        default=[],
-        help="import paths that the bundle's network may name",
-    )
+    add_trusted_names(parser)
     return parser
 
 

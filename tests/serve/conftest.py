@@ -12,7 +12,7 @@ NAMES = ["low", "middle", "high"]
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of three tasks of digits."""
-    from lightning.pytorch import Trainer
+    from fits import trainer_of
 
     from bpn_lightning import ContinualModule
     from bpn_lightning.datamodules import SplitDigits
@@ -23,16 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     module = ContinualModule(MLP([16, 16]), mask="task")
-    trainer = Trainer(
-        max_epochs=-1,
-        callbacks=[BeneficialPerturbation(4)],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    trainer = trainer_of(1, [BeneficialPerturbation(4)], default_root_dir=folder)
     trainer.fit(module, SplitDigits(num_tasks=3, epochs_per_task=1, batch_size=64, seed=0))
     return export_module(module.eval(), folder / "out", names=NAMES)
 
