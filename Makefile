@@ -3,13 +3,14 @@
 #   VENV    where the environment stands: by default the active one, else .venv
 #   SOURCE  what is installed into it: the checkout, or a wheel
 #   ARGS    added to the command of `fit` and of the tests: make test ARGS="-k ewc"
-#   JOBS    processes that share the tests; a debugger wants 0: make test JOBS=0 ARGS="--pdb -k ewc"
+#   JOBS    processes that share the tests, one more than cores, as some wait for processes of their own;
+#           a debugger wants 0: make test JOBS=0 ARGS="--pdb -k ewc"
 
 PYTHON ?= python3
 VENV   ?= $(or $(VIRTUAL_ENV),.venv)
 SOURCE  = -e .
 ARGS    =
-JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
+JOBS   ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 BIN    := $(VENV)/bin
 
 .PHONY: help fit test test-fast test-all test-pythons test-lowest check format docs notebook roof \

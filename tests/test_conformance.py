@@ -441,7 +441,7 @@ FAULTS = {
 
 
 #: One of each kind: of what is kept of a task, and of when it acts.
-KINDS = {"bd", "ewc", "gem", "imm", "lwf", "psp", "si", "stl", "bd+ewc"}
+KINDS = {"gem", "imm", "lwf", "psp", "si", "stl", "bd+ewc"}
 
 
 @pytest.fixture(scope="module")

@@ -264,7 +264,9 @@ def test_the_page_in_chromium(served: Served, browser: Any, tmp_path: Path) -> N
     context.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.matrix)]
+)
 def test_a_stop_answers_what_has_begun(trained: Path, number: signal.Signals) -> None:
     with serving(trained, "--batch_wait", "1") as one, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(one.ask, "low", pixels(0))
