@@ -20,7 +20,8 @@ FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("benc
 EXPERIMENTS = [name.removesuffix(".yaml") for name in packaged_configs()]
 RUNS = [(experiment, method) for experiment in EXPERIMENTS for method in methods_of(experiment)]
 ENOUGH = representatives([dict(enumerate(run)) for run in RUNS])
-OF_THE_PAPER = [name for name in EXPERIMENTS if not name.endswith("_frozen")]
+OTHERS = ("_frozen", "own_images")
+OF_THE_PAPER = [name for name in EXPERIMENTS if not any(part in name for part in OTHERS)]
 METHODS = {"finetune", "ewc", "ewc_task_mask", "bd+ewc", "gd+ewc", "gd+ewc_tuned", "frozen+ewc"}
 MULTI_HEAD = {"finetune", "ewc", "bd+ewc"}
 
