@@ -92,7 +92,10 @@ def _run(argv: Sequence[str]) -> int:
 
 def _executor(options: argparse.Namespace, root: Path) -> AbstractContextManager[Executor]:
     if options.executor == "local":
-        return nullcontext(on_this_machine)
+        from bpn_lightning.bench.warm import WarmProcesses
+
+        # Elsewhere a process that has loaded torch's libraries cannot be forked safely.
+        return WarmProcesses() if sys.platform == "linux" else nullcontext(on_this_machine)
     from bpn_lightning.bench.ray_executor import on_ray
 
     return on_ray(root, options.address, options.gpus)

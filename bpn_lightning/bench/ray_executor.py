@@ -18,13 +18,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from bpn_lightning.bench.runner import start
+from bpn_lightning.bench.runner import LOST, start
 from bpn_lightning.errors import ConfigurationError
 
 __all__ = ["OnRay", "on_ray"]
-
-LOST = -signal.SIGKILL
-"""What a process has ended with whose worker or node is gone."""
 
 _POLL = 0.2  # seconds
 _PATIENCE = 30.0  # seconds that a process gets to end by itself

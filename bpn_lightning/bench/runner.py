@@ -12,6 +12,7 @@ Where the processes run is an :class:`Executor`'s business: :func:`on_this_machi
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,9 @@ ATTEMPTS = 3
 """How often a cell is begun whose process is killed, each time from its last checkpoint."""
 
 BPN_FIT = "bpn-fit"
+
+LOST = -signal.SIGKILL
+"""What a process has ended with that was killed with the one that started it."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,20 @@ def start(line: Sequence[str], log: Path, **options: Any) -> "subprocess.Popen[b
         log: what it says is added to this file.
         options: more for ``Popen``.
     """
-    program = _bpn_fit() if line[0] == BPN_FIT else [line[0]]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    program = bpn_fit() if line[0] == BPN_FIT else [line[0]]
     with log.open("ab") as file:
         return subprocess.Popen(
             [*program, *line[1:]],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            **{"env": environment, **options},
+            **{"env": environment(), **options},
         )
+
+
+def environment() -> dict[str, str]:
+    """Of the processes of cells: one thread, unless $OMP_NUM_THREADS says otherwise."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
 
 
 def on_this_machine(line: Sequence[str], log: Path, stopped: Event) -> int:
@@ -329,7 +337,7 @@ def _agree(found: Any, wanted: Any) -> bool:
     return False
 
 
-def _bpn_fit() -> list[str]:
+def bpn_fit() -> list[str]:
     """The command of the environment that this one runs in."""
     beside = Path(sys.executable).with_name("bpn-fit")
     found = str(beside) if beside.exists() else shutil.which("bpn-fit")

@@ -57,8 +57,10 @@ def fit(command: Command) -> int:
     with quiet_lightning():
         try:
             cli = ContinualCLI(command)
-        except SystemExit as end:  # --help and --print_config
-            return int(end.code or 0)
+        except SystemExit as end:
+            if end.code is None or isinstance(end.code, int):  # --help and --print_config
+                return end.code or 0
+            raise  # a class of the user's ends the process with a sentence
         out = sys.stdout
         # Libraries and plugins may print; standard output contains only the document.
         try:

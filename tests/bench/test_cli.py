@@ -1,11 +1,12 @@
 """The command from outside: what it prints, what it refuses, and how it ends."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from bpn_lightning.bench import runner
+from bpn_lightning.bench import cli, runner
 from bpn_lightning.bench.cli import main
 from bpn_lightning.bench.grid import packaged_grids
 
@@ -60,7 +61,8 @@ def test_a_grid_is_run_and_its_tables_are_printed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runner, "_bpn_fit", lambda: stand_in)
+    monkeypatch.setattr(runner, "bpn_fit", lambda: stand_in)
+    monkeypatch.setattr(cli, "_executor", lambda *_: nullcontext(runner.on_this_machine))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FAILS", "ewc")
     assert main([write_grid()]) == 1
