@@ -245,6 +245,12 @@ def test_results_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- reading ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a results.json."""
+    return write(tmp_path_factory.mktemp("written")).read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -267,9 +273,10 @@ def test_results_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (lambda r: r.pop("schema_version"), "but got None"),
     ],
 )
-def test_reading_names_the_file_and_the_key(tmp_path: Path, change: Any, message: str) -> None:
-    path = write(tmp_path)
-    found = json.loads(path.read_text())
+def test_reading_names_the_file_and_the_key(
+    tmp_path: Path, text: str, change: Any, message: str
+) -> None:
+    path, found = tmp_path / "results.json", json.loads(text)
     change(found)
     path.write_text(json.dumps(found))
     with pytest.raises(ResultsError, match=message) as caught:
@@ -277,9 +284,8 @@ def test_reading_names_the_file_and_the_key(tmp_path: Path, change: Any, message
     assert str(path) in str(caught.value)
 
 
-def test_integers_are_numbers_and_other_keys_are_let_be(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    found = json.loads(path.read_text())
+def test_integers_are_numbers_and_other_keys_are_let_be(tmp_path: Path, text: str) -> None:
+    path, found = tmp_path / "results.json", json.loads(text)
     found["accuracy"]["average"] = 1
     found["someone_elses"] = {}
     path.write_text(json.dumps(found))
