@@ -163,9 +163,8 @@ class ICaRL(ReplayStrategy):
     @torch.no_grad()
     def _task_features(self, host: ContinualHost, task: Task, own: TaskSlice) -> Tensor:
         """Normalized features of all of a task's samples, the same in every process."""
-        width = host.network.built_head.in_features
-        dtype = host.network.built_head.weight.dtype
-        found = torch.zeros(len(own.targets), width, device=host.device, dtype=dtype)
+        head = host.network.built_head
+        found = full_precision(head.weight.new_zeros(len(own.targets), head.in_features))
         with evaluation_mode(host.network):
             batches = host.batches(task.id, "train")
             for indices, batch in zip(own.indices, batches, strict=True):
@@ -252,7 +251,8 @@ def _features(host: ContinualHost, inputs: Tensor) -> Tensor:
     """Normalized features ``(batch, features)`` of prepared inputs."""
     if inputs.is_floating_point():
         inputs = inputs.to(host.network.built_head.weight.dtype)
-    return F.normalize(cast(Tensor, host.network.backbone(inputs)), dim=1)
+    features = cast(Tensor, host.network.backbone(inputs))
+    return F.normalize(full_precision(features), dim=1)
 
 
 def _old_columns(host: ContinualHost) -> list[int]:
