@@ -18,6 +18,7 @@ from bpn_lightning.strategies.bd import BeneficialPerturbation
 from bpn_lightning.strategies.der import DarkExperienceReplay
 from bpn_lightning.strategies.er import ExperienceReplay
 from bpn_lightning.strategies.finetune import FineTuning
+from bpn_lightning.tasks import Batch
 
 THREE = {"num_tasks": 3, "epochs_per_task": 2}
 
@@ -189,6 +190,19 @@ def test_a_forgotten_tasks_samples_go_and_leave_room(learn: Any) -> None:
     assert er.memory.targets.tolist() == before[(before < 2) | (before >= 4)].tolist()
     assert er.seen[1] == 0
     assert er.memory.sizes[1] == 0
+
+
+@pytest.mark.parametrize("number", [0, 5, 13, 40])
+@pytest.mark.parametrize("cuts", [[13], [6, 7], [5, 5, 3], [0, 13]])
+def test_processes_share_what_is_drawn(cuts: list[int], number: int) -> None:
+    """Each sample once, in order, and as evenly as the batch."""
+    drawn, found, start = torch.arange(number), [], 0
+    for own in cuts:
+        batch = Batch(torch.empty(own), torch.empty(own), 0, sum(cuts), start=start)
+        part = drawn[ExperienceReplay.own_part(batch, drawn)].tolist()
+        assert abs(len(part) - own * number / sum(cuts)) < 1
+        found, start = found + part, start + own
+    assert found == list(range(number))
 
 
 @pytest.mark.parametrize("size", [-1, 2.0, True, "many"])
