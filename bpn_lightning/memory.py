@@ -82,12 +82,19 @@ class EpisodicMemory:
         inputs = gather(host, task.id, own, drawn)
         self.add(inputs, own.targets[drawn].to(inputs.device))
 
+    def select(self, indices: Tensor) -> None:
+        """Keep these samples alone, in this order.
+
+        Args:
+            indices: ``(samples,)`` int64, on any device; those of a task before those of the next.
+        """
+        self.sizes = self.tasks()[indices.cpu()].bincount(minlength=len(self.sizes)).tolist()
+        indices = indices.to(self.targets.device)
+        self.inputs, self.targets = self.inputs[indices], self.targets[indices]
+
     def forget(self, task_id: int) -> None:
         """Delete the samples of a task; the IDs of the others stay."""
-        kept = (self.tasks() != task_id).to(self.targets.device)
-        self.inputs, self.targets = self.inputs[kept], self.targets[kept]
-        if task_id < len(self.sizes):
-            self.sizes[task_id] = 0
+        self.select((self.tasks() != task_id).nonzero().flatten())
 
     def batch(self, indices: Tensor) -> Batch:
         """Raw samples with their task IDs, for the host's ``prepare``.
@@ -105,7 +112,8 @@ class EpisodicMemory:
 
     def tasks(self) -> Tensor:
         """The task ID of each sample, ``(samples,)`` int64 on the CPU."""
-        return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        sizes = torch.tensor(self.sizes, dtype=torch.int64)
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """The state to save in a checkpoint."""

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from bpn_lightning.strategies.base import ContinualStrategy
     from bpn_lightning.strategies.bd import BeneficialPerturbation
     from bpn_lightning.strategies.bitfit import BitFit
+    from bpn_lightning.strategies.der import DarkExperienceReplay
     from bpn_lightning.strategies.ebll import EncoderBasedLifelongLearning
+    from bpn_lightning.strategies.er import ExperienceReplay
     from bpn_lightning.strategies.ewc import EWC
     from bpn_lightning.strategies.finetune import FineTuning
     from bpn_lightning.strategies.gates.base import TaskGate
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
     from bpn_lightning.strategies.gates.ppca import ProbabilisticPCA
     from bpn_lightning.strategies.gates.ranpac import RanPAC
     from bpn_lightning.strategies.gates.slda import SLDA
+    from bpn_lightning.strategies.gdumb import GDumb
     from bpn_lightning.strategies.gem import AveragedGEM, GradientEpisodicMemory
     from bpn_lightning.strategies.ia3 import IA3
+    from bpn_lightning.strategies.icarl import ICaRL
     from bpn_lightning.strategies.imm import IncrementalMomentMatching
     from bpn_lightning.strategies.joint import JointTraining
     from bpn_lightning.strategies.lora import LoRA
@@ -41,10 +45,14 @@ __all__ = [
     "BeneficialPerturbation",
     "BitFit",
     "ContinualStrategy",
+    "DarkExperienceReplay",
     "EncoderBasedLifelongLearning",
+    "ExperienceReplay",
     "FeCAM",
     "FineTuning",
+    "GDumb",
     "GradientEpisodicMemory",
+    "ICaRL",
     "IncrementalMomentMatching",
     "IndependentNetworks",
     "JointTraining",

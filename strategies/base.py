@@ -24,7 +24,8 @@ class ContinualStrategy(Callback):
     of the trainer's callbacks. State that has to survive a restart belongs in ``state_dict`` or in the
     module's bias units; its tensors are moved to the device before training.
 
-    The hooks of an update run in this order: ``loss_terms`` in the forward pass; then, on gradients
+    The hooks of an update run in this order: ``training_batch``; ``task_losses`` and ``loss_terms`` in the
+    forward pass; then, on gradients
     that are reduced over processes and unscaled but not yet clipped, ``capture_grad``,
     ``penalty_grad``, ``project_grad``, ``consume_grad``; then, only if the optimizer actually stepped,
     ``correct_step`` and, after the ``correct_step`` of all strategies, ``observe_step``. Each receives
@@ -90,6 +91,13 @@ class ContinualStrategy(Callback):
     def training_tasks(self, task: Task) -> Sequence[int]:
         """The IDs of the tasks whose data a task is trained on, by default only its own."""
         return [task.id]
+
+    def replayed_tasks(self, task: Task) -> Sequence[int]:
+        """The IDs of earlier tasks whose samples it replays, by default none.
+
+        Their rows of the head are trained too where each task has its own (``mask="task"``).
+        """
+        return ()
 
     def on_stream_start(self, host: ContinualHost, stream: ContinualStream) -> None:
         """Called once, before the first task."""
@@ -160,6 +168,20 @@ class ContinualStrategy(Callback):
         )
 
     # --- an update -------------------------------------------------------------------------------
+
+    def training_batch(self, host: ContinualHost, batch: Batch) -> Batch:
+        """The prepared samples that an update is made on: by default those of the stream's batch.
+
+        Called once for each batch, before the forward pass; at most one strategy of a run may override it.
+        """
+        return batch
+
+    def task_losses(self, host: ContinualHost, batch: Batch, logits: Tensor) -> Tensor:
+        """Each sample's loss, in place of the module's: per sample, ``(batch,)``, or summed.
+
+        At most one strategy of a run may override it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not replace the module's loss.")
 
     def loss_terms(self, host: ContinualHost, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         """Terms to add to the loss, by name: per sample, ``(batch,)``, or summed."""

@@ -86,8 +86,11 @@ def corrects_weights(case: Case) -> str:
 
 def trains_on_other_tasks(case: Case) -> str:
     """Samples of other tasks move their rows of the head."""
-    mixing = case.which(lambda part: part.overrides("training_tasks"))
-    return mixing and f"training_tasks of {mixing} adds data of other tasks"
+    for hook in ("training_tasks", "replayed_tasks"):
+        mixing = case.which(lambda part, hook=hook: part.overrides(hook))  # type: ignore[misc]
+        if mixing:
+            return f"{hook} of {mixing} adds data of other tasks"
+    return ""
 
 
 def is_alone(case: Case) -> str:

@@ -282,6 +282,14 @@ class Host:
         wanted = (strategy.training_tasks(task) for strategy in self.strategies)
         return self.network.structure.known(sorted({task_id}.union(*wanted)))
 
+    def head_tasks(self, task_id: int) -> list[int]:
+        """The tasks whose own rows of the head a task trains: on whose data, or samples of a memory."""
+        tasks = set(self.training_tasks(task_id))
+        if self.phase.trains == "network" and not self.core.frozen:
+            task = self.network.tasks[task_id]
+            tasks = tasks.union(*(strategy.replayed_tasks(task) for strategy in self.strategies))
+        return self.network.structure.known(sorted(tasks))
+
     # --- the fit ---------------------------------------------------------------------------------
 
     @property

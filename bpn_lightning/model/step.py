@@ -28,7 +28,8 @@ __all__ = ["Step"]
 
 GRADIENT_EDITS = ("penalty_grad", "project_grad")
 GRADIENT_HOOKS = ("capture_grad", *GRADIENT_EDITS, "consume_grad")
-STEP_HOOKS = ("loss_terms", *GRADIENT_HOOKS, "correct_step", "observe_step", "logs")
+LOSS_HOOKS = ("training_batch", "task_losses", "loss_terms")
+STEP_HOOKS = (*LOSS_HOOKS, *GRADIENT_HOOKS, "correct_step", "observe_step", "logs")
 
 
 class Step:
@@ -57,6 +58,7 @@ class Step:
         self._columns = (0, 0)
         self._world_size = 1
         self._evaluated = False  # whether this update's gradients were asked for before
+        self._batch: Batch | None = None  # that a strategy made of the stream's
         self._prepared_epoch = -1
 
     def find_hooks(self) -> None:
@@ -110,7 +112,7 @@ class Step:
         network = self.network
         if not self.host.trains_own_rows_only:
             return slice(network.num_open, None) if network.has_closed_columns else None
-        tasks = self.host.training_tasks(network.opened)
+        tasks = self.host.head_tasks(network.opened)
         learning = {row for task in tasks for row in range(*network.tasks[task].columns)}
         rows = [row for row in range(network.built_head.out_features) if row not in learning]
         return torch.tensor(rows, device=self.host.device, dtype=torch.long)
@@ -149,8 +151,9 @@ class Step:
         processes follows the same gradient, on uneven slices too.
         """
         host, network = self.host, self.network
-        scale = self._world_size / batch.global_size
         weight = self._accumulation_weight(batch, batch_index)
+        batch = self._trained_on(batch)
+        scale = self._world_size / batch.global_size
         if host.phase.trains == "strategy":
             return self._strategy_loss(batch, scale) * weight
         # In a batch of several tasks each sample has its own mode, and -inf outside its columns.
@@ -162,7 +165,12 @@ class Step:
         active, targets = logits, batch.targets
         if (first, stop) != (0, logits.shape[1]):
             active, targets = logits[:, first:stop], targets - first
-        if host.sample_loss.loss is None:
+        added = self._hooks["task_losses"] or self._hooks["loss_terms"]
+        whole = closed_columns_added(logits, network.built_head.out_features) if added else logits
+        if self._hooks["task_losses"]:
+            (losses,) = self._hooks["task_losses"]
+            loss = losses(host, batch, whole).sum() * scale
+        elif host.sample_loss.loss is None:
             loss = F.cross_entropy(active, targets, reduction="sum") * scale
         else:
             task = batch.task if several else network.opened
@@ -172,9 +180,7 @@ class Step:
             right = (active.detach().argmax(1) == targets).sum()
             self.settling.add(right, batch.global_size)
         terms = {"loss/task": loss}
-        hooks = self._hooks["loss_terms"]
-        whole = closed_columns_added(logits, network.built_head.out_features) if hooks else logits
-        for hook in hooks:
+        for hook in self._hooks["loss_terms"]:
             for name, term in hook(host, batch, whole).items():
                 terms[f"loss/{name}"] = term.sum() * scale
         loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
@@ -185,6 +191,15 @@ class Step:
                 right = (active.detach().argmax(1) == targets).sum()
             self._log(loss, right * self._world_size / batch.global_size, terms)
         return loss if weight == 1 else loss * weight
+
+    def _trained_on(self, batch: Batch) -> Batch:
+        """What a strategy makes of a batch; the same again where an optimizer asks for gradients again."""
+        hooks = self._hooks["training_batch"] if self.host.phase.trains == "network" else []
+        for hook in hooks:
+            if not self._evaluated or self._batch is None:
+                self._batch = hook(self.host, batch)
+            batch = self._batch
+        return batch
 
     def _is_logged(self) -> bool:
         flags: Any = self.host.trainer  # set dynamically, invisible to type checkers

@@ -9,6 +9,7 @@ __all__ = [
     "COLLAPSES",
     "DATA_SETS",
     "FIGURE_7",
+    "NOT_IN_TABLE_1",
     "PARAMETERS_PER_TASK",
     "TABLE_1",
     "TABLE_1_FROM_TEXT",
@@ -61,6 +62,9 @@ TABLE_1_FROM_TEXT: dict[str, dict[str, Paper]] = {
 
 #: Methods that the text says to fail, without a figure.
 COLLAPSES = ("gd+ewc",)
+
+#: Methods of other papers that a grid of Table I may have too: they are in its other tables.
+NOT_IN_TABLE_1 = ("der", "er", "gdumb", "icarl")
 
 DATA_SETS = ("Flower", "Scenes", "Birds", "Cars", "Aircraft", "Actions", "Letters", "SVHN")
 

@@ -40,7 +40,14 @@ def check_composition(host: ContinualHost, strategies: Sequence[ContinualStrateg
         )
     for what, several in (
         ("projects gradients", _names(s for s in strategies if s.projects)),
-        ("merges weights", _names(s for s in strategies if _overrides(s, "merged_weights"))),
+        *(
+            (what, _names(s for s in strategies if _overrides(s, hook)))
+            for what, hook in (
+                ("merges weights", "merged_weights"),
+                ("draws from a memory for each batch", "training_batch"),
+                ("replaces the loss", "task_losses"),
+            )
+        ),
     ):
         if len(several) > 1:
             raise ConfigurationError(
