@@ -10,7 +10,7 @@ from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.metrics.scores import BINS
 from bpn_lightning.run.gates import GATE_ACCURACIES
-from bpn_lightning.run.identity import flatten, setup_name, short
+from bpn_lightning.run.identity import flatten, named_value, setup_name
 from bpn_lightning.run.moments import Moments, Row, moments, tasks_learned
 from bpn_lightning.run.results import read_matrix_rows, read_results
 from bpn_lightning.run.schema import MAX_TASKS
@@ -89,7 +89,7 @@ class RunRecord:
     @property
     def variation(self) -> list[str]:
         """What sets it apart from runs of the same method, gates and front."""
-        varied = (f"{short(key)} {value}" for key, value in self.variant.items())
+        varied = ("{} {}".format(*named_value(*pair)) for pair in self.variant.items())
         return [*varied, *filter(None, [self.note])]
 
     @property

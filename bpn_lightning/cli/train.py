@@ -28,7 +28,8 @@ from bpn_lightning.run.gates import gate_results
 from bpn_lightning.run.identity import setup_name
 from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.results import write_results
-from bpn_lightning.run.schema import FrontRecord, PretrainedRecord
+from bpn_lightning.run.scenarios import scenarios
+from bpn_lightning.run.schema import Conditions, FrontRecord, PretrainedRecord
 from bpn_lightning.untrusted import read_text
 
 __all__ = ["fit"]
@@ -132,6 +133,9 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         tasks=module.tasks,
         bytes_per_task=stored,
         bytes_held=held,
+        conditions=_conditions(cli),
+        class_counts=module.history.class_counts,
+        validation=module.history.validation,
         unsettled=module.unsettled,
         metrics=module.task_metrics,
         gate_scores=module.gate_scores,
@@ -173,6 +177,18 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     )
     if gates:
         gate_table(Console(), gates, front, summary["average"])
+
+
+def _conditions(cli: ContinualCLI) -> Conditions:
+    """What a comparison of the run with others depends on."""
+    module, stream = cli.model, cli.datamodule
+    measured = module.accuracy_matrix.summary()["task_agnostic"] is not None
+    return {
+        "scenarios": scenarios(module.network.mask, stream.task_id_at_inference, measured),
+        "order": stream.order,
+        "tuned_for": cli.command.tuned_for,
+        "updates": cli.trainer.global_step,
+    }
 
 
 def _pretrained(cli: ContinualCLI) -> list[PretrainedRecord]:
