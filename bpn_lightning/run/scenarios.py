@@ -12,7 +12,10 @@ from typing import Any
 
 from bpn_lightning.run.schema import Scenario, Scenarios
 
-__all__ = ["scenario", "scenario_text", "scenarios"]
+__all__ = ["SCENARIOS", "scenario", "scenario_text", "scenarios"]
+
+
+SCENARIOS = ("task-incremental", "domain-incremental", "class-incremental")
 
 
 def scenario(mask: str, task_id_given: bool) -> Scenario:

@@ -237,8 +237,11 @@ class Scenarios(TypedDict):
     """Null where it was not measured."""
 
 
-class Conditions(TypedDict):
-    """What runs need to have alike, or to vary, before their accuracies are compared."""
+class Conditions(TypedDict, total=False):
+    """What runs need to have alike, or to vary, before their accuracies are compared.
+
+    Of runs of earlier releases, some are known from their settings.
+    """
 
     scenarios: Scenarios
     order: str
