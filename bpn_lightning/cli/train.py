@@ -122,7 +122,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     config, module = cli.config, cli.model
     stored = bytes_per_task(module.host.strategies, module.host)
     held = bytes_held(module.host.strategies, module.host)
-    front = _front(cli)
+    front, conditions = _front(cli), _conditions(cli)
     results = write_results(
         cli.folder,
         experiment=config.experiment,
@@ -133,7 +133,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         tasks=module.tasks,
         bytes_per_task=stored,
         bytes_held=held,
-        conditions=_conditions(cli),
+        conditions=conditions,
         class_counts=module.history.class_counts,
         validation=module.history.validation,
         unsettled=module.unsettled,
@@ -174,6 +174,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         results.parent,
         module.unsettled,
         module.overtaken,
+        conditions["scenarios"],
     )
     if gates:
         gate_table(Console(), gates, front, summary["average"])
