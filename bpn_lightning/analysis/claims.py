@@ -24,10 +24,10 @@ LOWER, UPPER, SIMPLE = ("finetune",), ("joint", "stl"), ("ncm", "slda")
 """Rows that a table should have: what is reached without a method, what could be reached, and without training."""
 
 RECORDED = {
-    "scenarios": "the scenario",
-    "order": "whether the order of classes varies",
-    "tuned_for": "what values were tuned for",
-    "updates": "the number of updates",
+    "scenarios": "scenario",
+    "order": "class order",
+    "tuned_for": "tuning",
+    "updates": "updates",
 }
 """Conditions of results.json that runs of earlier releases lack."""
 
@@ -72,7 +72,7 @@ def missing_for_a_claim(rows: Sequence[MethodRow]) -> list[str]:
     for kinds, what in (
         (LOWER, "lower bound"),
         (UPPER, "upper bound"),
-        (SIMPLE, "simple row without training"),
+        (SIMPLE, "row without training"),
     ):
         if not any(_is_of(method, kinds) for method in methods):
             found.append(f"no {what} ({' or '.join(kinds)})")
