@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bpn_lightning.analysis.statistics import interval
-from bpn_lightning.bench.grid import Cell
+from bpn_lightning.bench.cell import Cell
 from bpn_lightning.bench.runner import Runner
 from bpn_lightning.run.results import read_results
 

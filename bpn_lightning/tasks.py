@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "ContinualStream",
     "Mask",
+    "Order",
     "Past",
     "Phase",
     "Position",
@@ -33,6 +34,8 @@ __all__ = [
 
 Split = Literal["train", "val", "test"]
 Mask = Literal["all", "seen", "task", "shared"]
+Order = Literal["fixed", "seed"]
+"""Whether what tasks are made of, their classes or transforms, is drawn by the seed of their stream."""
 
 
 @dataclass(frozen=True)

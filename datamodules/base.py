@@ -36,7 +36,7 @@ from bpn_lightning.preparation import (
     scale_and_shift,
 )
 from bpn_lightning.random_state import run_seed, seeded_generator
-from bpn_lightning.tasks import Batch, Phase, Schedule, Split, Task, TrainingEpoch
+from bpn_lightning.tasks import Batch, Order, Phase, Schedule, Split, Task, TrainingEpoch
 from bpn_lightning.terminal import is_utf8
 from bpn_lightning.trainer.lightning import batches_processed
 
@@ -181,6 +181,11 @@ class ContinualDataModule(ContinuedStream, ABC):
             task: the common task ID, or ``(batch,)`` int64, one per image.
         """
         return images
+
+    @property
+    def order(self) -> Order:
+        """``seed`` if streams of two seeds learn other tasks, or the same in another order."""
+        return "fixed"
 
     def known_normalization(self, data: ImageData) -> ChannelStats | None:
         """The ``constants``, if they apply to images with these channels; None measures them."""

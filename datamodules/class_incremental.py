@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal
 
 from bpn_lightning.checks import check_positive_int
 from bpn_lightning.datamodules.base import ContinualDataModule
@@ -9,7 +10,7 @@ from bpn_lightning.datamodules.division import SamplesOfTasks
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.splitting import blur_boundaries, choose_classes
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.tasks import Task
+from bpn_lightning.tasks import Order, Task
 
 __all__ = ["ClassIncrementalDataModule"]
 
@@ -30,7 +31,8 @@ class ClassIncrementalDataModule(ContinualDataModule):
         class_order: the classes in the order of the tasks, by name or by index in the data set; classes
             that are not listed are unused. By default all classes in the data set's own order
             (alphabetical for folders).
-        class_order_seed: shuffles the order with this seed; by default it is not shuffled.
+        class_order_seed: shuffles the order with this seed; ``stream`` is the stream's own seed, so that each
+            seed has an order of its own. By default it is not shuffled.
         domain_incremental: whether the j-th class of every task uses column j of the head; requires the
             module's mask ``shared``.
         blurry: fraction of each class's training samples that are moved to other tasks at random, in
@@ -40,7 +42,7 @@ class ClassIncrementalDataModule(ContinualDataModule):
     num_tasks: int | None = None
     classes_per_task: int | list[int] = 2
     class_order: list[str | int] | None = None
-    class_order_seed: int | None = None
+    class_order_seed: int | Literal["stream"] | None = None
     domain_incremental: bool = False
     blurry: float = 0.0
 
@@ -64,15 +66,27 @@ class ClassIncrementalDataModule(ContinualDataModule):
                 f"whose tasks share their columns, but got {sizes}. Give one number, or set "
                 "domain_incremental to false."
             )
+        order_seed = self.class_order_seed
+        if order_seed not in (None, "stream") and type(order_seed) is not int:
+            raise ConfigurationError(
+                "Expected class_order_seed to be a whole number, 'stream' or null, but got "
+                f"{order_seed!r}. 'stream' shuffles the classes with the stream's own seed."
+            )
         if not 0 <= self.blurry < 1 or (self.blurry and self.domain_incremental):
             raise ConfigurationError(
                 "Expected blurry to be at least 0 and below 1, and 0 in a domain-incremental stream, but "
                 f"got {self.blurry}. Use 0.1 to move a tenth of each class to other tasks."
             )
 
+    @property
+    def order(self) -> Order:
+        """``seed`` where the stream's seed shuffles the classes."""
+        return "seed" if self.class_order_seed == "stream" else "fixed"
+
     def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]], SamplesOfTasks | None]:
         """Split the ordered classes into tasks."""
-        order = choose_classes(data.class_names, self.class_order, self.class_order_seed)
+        order_seed = self.seed if self.class_order_seed == "stream" else self.class_order_seed
+        order = choose_classes(data.class_names, self.class_order, order_seed)
         sizes = self._sizes(data, order)
         ends = [*accumulate(sizes, initial=0)]
         classes = [order[first:stop] for first, stop in pairwise(ends)]

@@ -15,7 +15,7 @@ from bpn_lightning.datamodules.torchvision_sets import SplitMNIST
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.preparation import Step, permutation, permute, rotate
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.tasks import Split, Task
+from bpn_lightning.tasks import Order, Split, Task
 
 __all__ = ["PermutedMNIST", "RotatedMNIST"]
 
@@ -136,6 +136,11 @@ class PermutedMNIST(_TransformedMNIST):
     """
 
     permute_first_task: bool = True
+
+    @property
+    def order(self) -> Order:
+        """The seed draws the permutations."""
+        return "seed"
 
     def permutation(self, task_id: int) -> Tensor:
         """The original index of each permuted pixel: ``(height * width,)`` int64.

@@ -15,7 +15,7 @@ from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.preparation import Preparation
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.tasks import Batch, Split, Task
+from bpn_lightning.tasks import Batch, Order, Split, Task
 
 __all__ = ["StreamOf"]
 
@@ -170,6 +170,11 @@ class StreamOf(ContinualDataModule):
             )
         self.has_validation = all(held)
         self._substreams: list[_Substream] = []
+
+    @property
+    def order(self) -> Order:
+        """``seed`` where that of one of the streams is."""
+        return "seed" if any(stream.order == "seed" for stream in self.streams) else "fixed"
 
     def prepare_data(self) -> None:
         """Let every stream download its missing files."""

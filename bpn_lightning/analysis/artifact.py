@@ -1,6 +1,6 @@
 """One thing that a report shows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ class Artifact:
         table: the numbers.
         figure: the picture; None where there is nothing to draw yet.
         data: what the CSV has; None where it has the table.
+        places: whose accuracies it compares.
+        missing: what they lack for a claim, or "".
     """
 
     name: str
@@ -32,6 +34,8 @@ class Artifact:
     table: Table
     figure: Figure | None = None
     data: Table | None = None
+    places: Sequence[str] = ()
+    missing: str = ""
 
     def markdown(self, picture: str = "") -> str:
         """Title, picture, table and caption.
@@ -40,7 +44,8 @@ class Artifact:
             picture: path of the PNG from where the text stands; none is shown without it.
         """
         image = [f"![{self.title}]({picture})"] if picture and self.figure else []
-        return "\n\n".join([f"### {self.title}", *image, self.table.markdown(), self.caption])
+        said = filter(None, [self.caption, self.missing])
+        return "\n\n".join([f"### {self.title}", *image, self.table.markdown(), *said])
 
     def write(self, folder: Path) -> None:
         """Write the ``.md``, ``.csv``, ``.png`` and ``.svg``, each in one step."""

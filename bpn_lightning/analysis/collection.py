@@ -22,8 +22,11 @@ from bpn_lightning.run.schema import (
     Accuracy,
     BytesHeld,
     BytesPerTask,
+    ClassAccuracy,
+    Conditions,
     FrontRecord,
     GateResults,
+    Validation,
     read_schema,
     violations,
 )
@@ -46,6 +49,10 @@ _KEPT = (
     "bytes_per_task",
     "bytes_held",
 )
+
+
+_ADDED = ("conditions", "by_class", "validation")
+"""What runs of earlier releases lack."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ def kept(record: RunRecord) -> RunRecord:
         "classes": [len(task["classes"]) for task in record.at("tasks")],
         "epochs": list(record.epochs),
         "provenance": {**provenance, "host": host},
+        **{key: value for key in _ADDED if (value := record.at(key)) is not None},
     }
     return replace(
         record,
@@ -208,7 +216,13 @@ class _KeptGrid(TypedDict):
     report: list[str]
 
 
-class _KeptResults(TypedDict):
+class _KeptAdded(TypedDict, total=False):
+    conditions: Conditions
+    by_class: dict[str, ClassAccuracy]
+    validation: Validation
+
+
+class _KeptResults(_KeptAdded):
     accuracy: Accuracy
     accuracy_task_agnostic: TaskAgnostic | None
     accuracy_after_learning: AfterLearning

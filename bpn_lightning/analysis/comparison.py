@@ -9,6 +9,7 @@ from typing import NamedTuple
 from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.analysis.statistics import Difference, Interval, holm, interval, paired
 from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.run.scenarios import scenario_text
 
 __all__ = [
     "MOST_COMPARED",
@@ -19,6 +20,7 @@ __all__ = [
     "Score",
     "compare",
     "method_rows",
+    "score_title",
 ]
 
 
@@ -26,21 +28,27 @@ class Score(NamedTuple):
     """A number of every run.
 
     Attributes:
-        title: of its column.
+        title: of its column, where the scenario is not known.
         keys: where results.json has it.
+        scenario: of which accuracy its scenario is.
     """
 
     title: str
-    keys: tuple[str, str]
+    keys: tuple[str, ...]
+    scenario: str = "accuracy"
 
+
+_AGNOSTIC = "accuracy_task_agnostic"
 
 SCORES: dict[str, Score] = {
     "average": Score("ACC, task ID given", ("accuracy", "average")),
-    "average_task_agnostic": Score("ACC, task ID not given", ("accuracy_task_agnostic", "average")),
+    "average_task_agnostic": Score("ACC, task ID not given", (_AGNOSTIC, "average"), _AGNOSTIC),
     "after_learning": Score("right after learning", ("accuracy_after_learning", "average")),
     "first_task": Score("task 1, task ID given", ("accuracy", "first_task")),
-    "first_task_agnostic": Score(
-        "task 1, task ID not given", ("accuracy_task_agnostic", "first_task")
+    "first_task_agnostic": Score("task 1, task ID not given", (_AGNOSTIC, "first_task"), _AGNOSTIC),
+    "balanced": Score("balanced, task ID given", ("by_class", "accuracy", "balanced")),
+    "balanced_task_agnostic": Score(
+        "balanced, task ID not given", ("by_class", _AGNOSTIC, "balanced"), _AGNOSTIC
     ),
     "forgetting": Score("forgetting", ("accuracy", "forgetting")),
 }
@@ -81,6 +89,17 @@ class MethodRow:
         """The values of a score, of those seeds that have one."""
         values = {record.seed: record.at(*SCORES[score].keys) for record in self.records}
         return {seed: value for seed, value in values.items() if value is not None}
+
+
+def score_title(score: str, records: Sequence[RunRecord]) -> str:
+    """The title of a score with the scenario of some runs, if they have one in common."""
+    title, _, accuracy = SCORES[score]
+    known = [record.at("conditions", "scenarios", accuracy) for record in records]
+    texts = {None if one is None else scenario_text(one) for one in known}
+    if accuracy == _AGNOSTIC:  # where it was not measured, a row has no number
+        texts.discard(None)
+    (text,) = texts if len(texts) == 1 else (None,)
+    return title if text is None else f"{title.partition(', task ID')[0]}, {text}"
 
 
 @dataclass(frozen=True)

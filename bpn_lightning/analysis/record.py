@@ -10,9 +10,10 @@ from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.metrics.scores import BINS
 from bpn_lightning.run.gates import GATE_ACCURACIES
-from bpn_lightning.run.identity import flatten, setup_name, short
+from bpn_lightning.run.identity import CLASS_ORDER, SEED_ORDER, flatten, named_value, setup_name
 from bpn_lightning.run.moments import Moments, Row, moments, tasks_learned
 from bpn_lightning.run.results import read_matrix_rows, read_results
+from bpn_lightning.run.scenarios import SCENARIOS, scenarios
 from bpn_lightning.run.schema import MAX_TASKS
 
 __all__ = ["MAX_COUNT", "RunRecord", "check_curve", "check_record", "read_run"]
@@ -89,7 +90,7 @@ class RunRecord:
     @property
     def variation(self) -> list[str]:
         """What sets it apart from runs of the same method, gates and front."""
-        varied = (f"{short(key)} {value}" for key, value in self.variant.items())
+        varied = ("{} {}".format(*named_value(*pair)) for pair in self.variant.items())
         return [*varied, *filter(None, [self.note])]
 
     @property
@@ -171,6 +172,8 @@ def read_run(folder: Path) -> RunRecord:
         settings=settings,
         incomplete=incomplete,
     )
+    if "conditions" not in results and settings is not None:
+        results["conditions"] = _from_settings(settings, results)
     try:
         return check_record(record)
     except ValueError as error:
@@ -193,6 +196,7 @@ def check_record(record: RunRecord) -> RunRecord:
     _check_accuracies(record.matrix)
     _check_accuracies(point["accuracy"] for point in record.curve)
     _check_gates(record)
+    _check_conditions(record)
     for name in (record.experiment, record.method, *record.gates):
         if len(name) > MAX_NAME:
             raise ValueError(f"a name has {len(name):,} characters")
@@ -235,6 +239,39 @@ def _check_gates(record: RunRecord) -> None:
             raise ValueError(f"the bytes of gate {name!r:.80} are {counts!r:.80}")
         if any(not 0 < moment["after"] <= record.tasks for moment in moments):
             raise ValueError(f"a moment of gate {name!r:.80} is after no task of the stream")
+
+
+def _from_settings(settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The conditions that the settings of an earlier release's run tell."""
+    found: dict[str, Any] = {}
+    if "model.mask" in settings:
+        given = bool(settings.get("data.init_args.task_id_at_inference", True))
+        agnostic = results["accuracy_task_agnostic"] is not None
+        found["scenarios"] = scenarios(settings["model.mask"], given, agnostic)
+    if str(settings.get("data.class_path")).endswith("PermutedMNIST"):
+        found["order"] = "seed"
+    elif CLASS_ORDER in settings:
+        found["order"] = "seed" if settings[CLASS_ORDER] == SEED_ORDER else "fixed"
+    return found
+
+
+def _check_conditions(record: RunRecord) -> None:
+    """Refuse conditions, and counts of samples, that no run can have."""
+    for one in (record.at("conditions", "scenarios") or {}).values():
+        if one is not None and one["name"] not in SCENARIOS:
+            raise ValueError(f"a scenario is {one['name']!r:.80}")
+    updates, order = record.at("conditions", "updates"), record.at("conditions", "order")
+    if not _is_between(updates, 0, MAX_COUNT) or order not in (None, "fixed", "seed"):
+        raise ValueError(f"its updates and order are {updates!r:.80} and {order!r:.80}")
+    if len(record.at("conditions", "tuned_for") or "") > MAX_NAME:
+        raise ValueError("conditions.tuned_for is too long")
+    for key, one in (record.at("by_class") or {}).items():
+        _check_accuracies([[*one["per_class"], one["balanced"]]])
+        counts = [*one["samples"], *one["samples_per_task"]]
+        lengths = {len(one[part]) for part in ("classes", "samples", "per_class")}
+        whole = all(_is_between(count, 0, MAX_COUNT) for count in counts)
+        if not whole or len(lengths) > 1 or len(one["samples_per_task"]) != record.tasks:
+            raise ValueError(f"by_class.{key!s:.80} does not fit together")
 
 
 def _check_accuracies(rows: Iterable[Iterable[Any]]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from bpn_lightning.analysis.collection import CELLS, Collection, kept, read_collection
 from bpn_lightning.analysis.record import RunRecord, read_run
-from bpn_lightning.bench.grid import Cell, Grid
+from bpn_lightning.bench.cell import Cell
+from bpn_lightning.bench.grid import Grid
 from bpn_lightning.bench.runner import state
 from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from bpn_lightning.analysis.artifact import Artifact, seeds_text, slug
 from bpn_lightning.analysis.collection import Collection
-from bpn_lightning.analysis.comparison import SCORES, MethodRow, method_rows
+from bpn_lightning.analysis.comparison import MethodRow, method_rows, score_title
 from bpn_lightning.analysis.pictures import Dots, dot_chart
 from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.analysis.statistics import interval
@@ -67,16 +67,18 @@ def _dips(place: str, rows: list[MethodRow]) -> Artifact:
                 row.scores["average_task_agnostic"],
             ]
         )
+    records = [record for row in rows for record in row.records]
+    given, agnostic = (score_title(key, records) for key in ("average", "average_task_agnostic"))
     columns = (
         *("method", "dips while learned", "epochs", "dips afterwards", "epochs afterwards"),
-        *(SCORES["average"].title, "lowest seed", SCORES["average_task_agnostic"].title),
+        *(given, "lowest seed", agnostic),
     )
     scores = [
         interval([record.at("accuracy", "average")]) for row in rows for record in row.records
     ]
     figure = dot_chart(
         [f"{row.name}, seed {seed}" for row in rows for seed in row.seeds],
-        [Dots(SCORES["average"].title, scores)],
+        [Dots(given, scores)],
         title=f"{place}: every seed",
     )
     caption = (
@@ -84,4 +86,5 @@ def _dips(place: str, rows: list[MethodRow]) -> Artifact:
         f"task is lower by more than {MAX_FALL:.2f} after an epoch than before it. They are counted while "
         "the task is learned and afterwards, over all seeds; beside them, how many epochs were looked at."
     )
-    return Artifact(f"dips_{slug(place)}", f"Dips, {place}", caption, Table(columns, body), figure)
+    name, table = f"dips_{slug(place)}", Table(columns, body)
+    return Artifact(name, f"Dips, {place}", caption, table, figure, places=[place])

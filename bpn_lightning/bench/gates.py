@@ -57,13 +57,24 @@ def _accuracies(collection: Collection, place: str, rows: Sequence[GateRow]) -> 
         title=place,
     )
     caption = (
-        f"{place}, {seeds_text(record.seed for record in collection.of(place))}. The task ID is not given, "
-        "unless a column says so. Gate and modes: p(task) p(class | task), summed over the likeliest modes. "
+        f"{place}, {seeds_text(record.seed for record in collection.of(place))}. "
+        f"{_scenario(collection, place)}The task ID is not given, unless a column says so. Gate and modes: p(task) p(class | task), summed over the likeliest modes. "
         "Own class: of the gate's likeliest row, without any network. A dash: the gate knows no classes."
     )
+    table = Table(columns, body)
     return Artifact(
-        f"gates_{slug(place)}", f"{place}: gates", caption, Table(columns, body), picture
+        f"gates_{slug(place)}", f"{place}: gates", caption, table, picture, places=[place]
     )
+
+
+def _scenario(collection: Collection, place: str) -> str:
+    """In which of the scenarios the task ID is not given, where the runs say so."""
+    found = {
+        record.at("conditions", "scenarios", "accuracy", "name") for record in collection.of(place)
+    }
+    if None in found or not found:
+        return ""
+    return "Domain-incremental. " if found == {"domain-incremental"} else "Class-incremental. "
 
 
 def _over_stream(place: str, rows: Sequence[GateRow]) -> Artifact:

@@ -5,6 +5,9 @@
     title: Every method on the digits
     text: What it shows, in plain words.
     seeds: [0, 1, 2]
+    order: seed                           classes in an order that each seed draws, one for all
+                                          methods, where the stream has one; fixed: as the config
+                                          has them; [fixed, seed]: both, as rows of their own
     experiments:
       - config: digits_inc.yaml           a file, one beside the grid, or a packaged one
         methods: all                      those with tuned values, or a list
@@ -13,7 +16,8 @@
         set: {data.init_args.epochs_per_task: 5}              flags of every run
         vary: {strategies.bd.rank: [1, 10, 100]}              one run per value
         label: short                      tells apart entries with the same config
-        seeds: [0]                        instead of the grid's
+        seeds: [0]                        instead of the grid's, and so is
+        order: fixed
         probes: [drift]                   looks into the network after each task
       - config: cifar10_inc.yaml
         methods: all
@@ -25,7 +29,6 @@
 No torch here: a grid is refused in a second, not after an import.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,17 +38,17 @@ from pathlib import Path
 from typing import Any
 
 from bpn_lightning.analysis.collection import NotRun
+from bpn_lightning.bench.cell import PROBES, UNTRUSTED, Cell, part_flags, setting_flags
+from bpn_lightning.bench.orders import ORDER, class_orders
 from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
-from bpn_lightning.run.identity import PARTS, method_folder, setup_name, short
+from bpn_lightning.run.identity import CLASS_ORDER, PARTS, named_value
 
 __all__ = [
     "ARTIFACTS",
     "OPTIONS",
-    "PROBES",
-    "Cell",
     "Grid",
     "check_key",
     "find_grid",
@@ -85,85 +88,11 @@ OPTIONS = ("--jobs", "--executor", "--address", "--gpus", "--retry", "--only", "
 
 MOST_RUNS = 10_000
 
-_KEYS = ("title", "text", "seeds", "experiments", "compare", "report")
+_KEYS = ("title", "text", "seeds", ORDER, "experiments", "compare", "report")
 _ENTRY_KEYS = (
-    *("config", "methods", "gate", "front", "seeds", "set", "vary", "label", "probes", "not_run"),
+    *("config", "methods", "gate", "front", "seeds", ORDER, "set", "vary", "label", "probes"),
+    "not_run",
 )
-
-PROBES = {"regions": "Regions", "drift": "Drift", "moves": "Moves"}
-"""What ``probes:`` may name, and the classes of :mod:`bpn_lightning.paper.probes`."""
-
-UNTRUSTED = "--trust=false"
-
-_PROBE_FLAG = "--trainer.callbacks+=bpn_lightning.paper.probes"
-
-Variant = tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a grid.
-
-    Args:
-        config: for ``bpn-fit --config``.
-        experiment: its name.
-        method: as ``bpn-fit --method`` takes it.
-        seed: of the run.
-        label: what tells entries with the same config apart, or "".
-        variant: the varied keys and their values.
-        settings: the keys that the entry sets, and their values.
-        probes: names of :data:`PROBES`.
-        gate: as ``bpn-fit --gate`` takes them, or None.
-        front: as ``bpn-fit --front`` takes it, or None.
-    """
-
-    config: str
-    experiment: str
-    method: str
-    seed: int
-    label: str = ""
-    variant: Variant = ()
-    settings: Variant = ()
-    probes: tuple[str, ...] = ()
-    gate: str | None = None
-    front: str | None = None
-
-    @property
-    def setup(self) -> str:
-        """The method with its gates and front, as tables name it."""
-        return setup_name(self.method, self.gate.split("+") if self.gate else [], self.front)
-
-    @property
-    def name(self) -> str:
-        """``digits_inc, bd+ewc, seed 0, rank 10``, for people."""
-        parts = (f"{short(key)} {value}" for key, value in self.variant)
-        label = [self.label] if self.label else []
-        return ", ".join([self.experiment, *label, self.setup, f"seed {self.seed}", *parts])
-
-    @property
-    def row(self) -> str:
-        """``bd+ewc, rank 10``, as tables name it with what is varied."""
-        return ", ".join([self.setup, *(f"{short(key)} {value}" for key, value in self.variant)])
-
-    def runs(self, root: Path) -> Path:
-        """What ``bpn-fit --runs`` gets: variants lie beside each other, each with runs of its own."""
-        words = [f"{short(key)}={value}" for key, value in self.variant]
-        return root.joinpath(*filter(None, (self.label, ",".join(words).replace("/", "_"))))
-
-    def folder(self, root: Path) -> Path:
-        """Where its results are."""
-        method = method_folder(self.method, self.gate, self.front)
-        return self.runs(root) / self.experiment / method / f"seed_{self.seed}"
-
-    @property
-    def flags(self) -> list[str]:
-        """For ``bpn-fit``, but for where the results go."""
-        # The grid's words become a command line, and nobody has typed them.
-        head = ["--config", self.config, "--method", self.method, UNTRUSTED]
-        values = _flags(self.settings + self.variant)
-        looks = [f"{_PROBE_FLAG}.{PROBES[name]}" for name in self.probes]
-        head += _part_flags(self.gate, self.front)
-        return [*head, "--seed_everything", str(self.seed), *values, *looks]
 
 
 @dataclass(frozen=True)
@@ -239,6 +168,7 @@ def read_grid(name: str, passed_on: Sequence[str] = ()) -> Grid:
     where = path.name
     _check_keys(content, _KEYS, where)
     seeds = _seeds(content.get("seeds", [0]), f"seeds of {where}")
+    common = {ORDER: content[ORDER]} if ORDER in content else {}
     cells: list[Cell] = []
     not_run: list[NotRun] = []
     for number, entry in enumerate(_list(content, "experiments", where), start=1):
@@ -249,7 +179,7 @@ def read_grid(name: str, passed_on: Sequence[str] = ()) -> Grid:
                 "Write `- config: digits_inc.yaml` and `methods: all` below it."
             )
         _check_keys(entry, _ENTRY_KEYS, here)
-        found = _cells(entry, seeds, path, here, passed_on)
+        found = _cells(entry, common, seeds, path, here, passed_on)
         if "not_run" in entry:
             methods = tuple(dict.fromkeys(cell.method for cell in found))
             not_run.append(NotRun(found[0].experiment, methods, str(entry["not_run"])))
@@ -296,13 +226,14 @@ def only(cells: Iterable[Cell], words: Sequence[str]) -> list[Cell]:
 
 
 def _words(cell: Cell) -> list[tuple[str, str]]:
-    varied = [(key, f"{short(key)}={value}") for key, value in cell.variant]
+    varied = [(key, "{}={}".format(*named_value(key, value))) for key, value in cell.variant]
     named = [("experiment", cell.experiment), ("method", cell.method), ("label", cell.label)]
     return [pair for pair in (*named, ("seed", f"seed_{cell.seed}"), *varied) if pair[1]]
 
 
 def _cells(
     entry: Mapping[str, Any],
+    common: Mapping[str, Any],
     seeds: tuple[int, ...],
     grid: Path,
     here: str,
@@ -318,7 +249,8 @@ def _cells(
     if not Path(config).is_file() and beside.is_file() and beside != grid:
         config = str(beside)
     trust = [word for word in passed_on if word.partition("=")[0] == "--trust"]
-    experiment = _command(["--config", config, UNTRUSTED, *trust], here).experiment
+    command = _command(["--config", config, UNTRUSTED, *trust], here)
+    experiment = command.experiment
     if "seeds" in entry:
         seeds = _seeds(entry["seeds"], f"seeds of {here}")
     settings = tuple(_mapping(entry, "set", here).items())
@@ -329,6 +261,11 @@ def _cells(
                 f"Expected vary of {here} to give {key} a list of values, but got {values!r}. "
                 f"Write {key}: [{values}]; `set:` takes single values."
             )
+    orders = class_orders(entry, common, command, (settings, varied, passed_on), here)
+    if len(orders) == 1:
+        settings += ((CLASS_ORDER, orders[0]),)
+    elif orders:
+        varied = {CLASS_ORDER: [*orders], **varied}
     count = prod(map(len, varied.values())) * len(seeds)
     if count > MOST_RUNS:
         raise ConfigurationError(
@@ -344,8 +281,8 @@ def _cells(
         check_key(str(key), here)
     gate, front = (_part(entry, key, here) for key in PARTS)
     for method, variant in product(methods, variants):
-        flags = _flags(settings + variant)
-        head = ["--config", config, "--method", method, UNTRUSTED, *_part_flags(gate, front)]
+        flags = setting_flags(settings + variant)
+        head = ["--config", config, "--method", method, UNTRUSTED, *part_flags(gate, front)]
         _command([*head, *flags, *passed_on], here)
     probes = entry.get("probes") or ()
     probes = tuple(probes) if isinstance(probes, list) else (probes,) if probes else ()
@@ -375,11 +312,6 @@ def _part(entry: Mapping[str, Any], key: str, here: str) -> str | None:
     return value
 
 
-def _part_flags(gate: str | None, front: str | None) -> list[str]:
-    named = zip(PARTS, (gate, front), strict=True)
-    return [word for key, value in named if value for word in (f"--{key}", value)]
-
-
 def _methods(entry: Mapping[str, Any], config: str, experiment: str, here: str) -> list[str]:
     wanted = entry.get("methods")
     if wanted == "all":
@@ -400,14 +332,6 @@ def _command(argv: Sequence[str], here: str) -> Any:
         return read_command(argv)
     except ConfigurationError as error:
         raise ConfigurationError(f"In {here}: {error}") from error
-
-
-def _flags(settings: Variant) -> list[str]:
-    """``--key=value``; what is no text is written as JSON, which YAML reads."""
-    return [
-        f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for key, value in settings
-    ]
 
 
 def _check_keys(content: Mapping[str, Any], known: Sequence[str], here: str) -> None:

@@ -2,14 +2,18 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bpn_lightning.analysis.artifact import Artifact
+from bpn_lightning.analysis.claims import not_comparable, scenarios_of
 from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
+from bpn_lightning.analysis.comparison import method_rows
 from bpn_lightning.bench.dips import dips
 from bpn_lightning.bench.gates import gates
 from bpn_lightning.bench.sweeps import gains, sweeps
 from bpn_lightning.bench.tables import accuracy, bytes_per_task, paired_tests
+from bpn_lightning.bench.variance import order_variance
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import write_atomically
 from bpn_lightning.paper.curves import figure_6
@@ -45,7 +49,19 @@ REPORT = "report.md"
 def make(collection: Collection) -> list[Artifact]:
     """All artifacts that the grid asks for; those that have nothing to show yet are left out."""
     found = [one for name in collection.report for one in MAKERS[name](collection)]
-    return [one for one in found if one.table.rows]
+    found += order_variance(collection)
+    return [_with_missing(one, collection) for one in found if one.table.rows]
+
+
+def _with_missing(artifact: Artifact, collection: Collection) -> Artifact:
+    """The artifact, which says what its rows lack for a claim."""
+    if not artifact.places:
+        return artifact
+    rows = [row for row in method_rows(collection.records) if row.place in artifact.places]
+    if not rows:
+        return artifact
+    caption = f"{artifact.caption} {scenarios_of(rows)}".strip()
+    return replace(artifact, caption=caption, missing=not_comparable(rows))
 
 
 def write_report(collection: Collection, folder: Path) -> list[Artifact]:

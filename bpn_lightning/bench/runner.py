@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
-from bpn_lightning.bench.grid import Cell
+from bpn_lightning.bench.cell import Cell
 from bpn_lightning.cli.command import flag_values
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import refuse_outside, write_atomically

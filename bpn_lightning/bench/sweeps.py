@@ -2,11 +2,11 @@
 
 from bpn_lightning.analysis.artifact import Artifact, slug
 from bpn_lightning.analysis.collection import Collection
-from bpn_lightning.analysis.comparison import SCORES, MethodRow, method_rows
+from bpn_lightning.analysis.comparison import MethodRow, method_rows, score_title
 from bpn_lightning.analysis.pictures import Dots, Line, dot_chart, line_chart
 from bpn_lightning.analysis.statistics import Interval, paired
 from bpn_lightning.analysis.table import Cell, Table
-from bpn_lightning.run.identity import short
+from bpn_lightning.run.identity import named_value, short
 
 __all__ = ["gains", "sweeps"]
 
@@ -45,7 +45,8 @@ def _values(collection: Collection, place: str, key: str, method: str) -> dict[o
 
 def _sweep(collection: Collection, place: str, key: str) -> Artifact:
     body: list[list[Cell]] = []
-    panels: list[tuple[str, list[Line]]] = [(SCORES[score].title, []) for score in _SCORES]
+    titles = {score: score_title(score, collection.of(place)) for score in _SCORES}
+    panels: list[tuple[str, list[Line]]] = [(title, []) for title in titles.values()]
     marks: list[tuple[str, Interval | None, Interval | None]] = []
     numeric = True
     for method in collection.methods(place):
@@ -55,8 +56,16 @@ def _sweep(collection: Collection, place: str, key: str) -> Artifact:
         numeric = numeric and all(type(value) in (int, float) for value in found)
         for value, row in found.items():
             scores = [row.scores[score] for score in _SCORES]
-            body.append([method, str(value), *scores, row.bytes_per_task, len(row.records)])
-            marks.append((f"{method}, {value}", scores[1], scores[3]))
+            body.append(
+                [
+                    method,
+                    str(named_value(key, value)[1]),
+                    *scores,
+                    row.bytes_per_task,
+                    len(row.records),
+                ]
+            )
+            marks.append((f"{method}, {named_value(key, value)[1]}", scores[1], scores[3]))
         if numeric:
             x = sorted(value for value in found if isinstance(value, int | float))
             for (_, lines), score in zip(panels, _SCORES, strict=True):
@@ -69,20 +78,20 @@ def _sweep(collection: Collection, place: str, key: str) -> Artifact:
         figure = line_chart(shown, title=title, xlabel=short(key), log=log)
     else:
         dots = [
-            Dots(SCORES["average"].title, [given for _, given, _ in marks]),
-            Dots(SCORES["average_task_agnostic"].title, [agnostic for *_, agnostic in marks]),
+            Dots(titles["average"], [given for _, given, _ in marks]),
+            Dots(titles["average_task_agnostic"], [agnostic for *_, agnostic in marks]),
         ]
         figure = dot_chart([name for name, *_ in marks], dots, title=title)
     columns = (
         "method",
         short(key),
-        *(SCORES[score].title for score in _SCORES),
+        *titles.values(),
         "bytes per task",
         "seeds",
     )
     caption = f"{place} at several values of `{key}`; mean and 95 % interval over seeds."
     name = f"sweep_{slug(place)}_{slug(short(key))}"
-    return Artifact(name, title, caption, Table(columns, body), figure)
+    return Artifact(name, title, caption, Table(columns, body), figure, places=[place])
 
 
 def _gain(collection: Collection, place: str, key: str, first: str, second: str) -> Artifact:
@@ -126,7 +135,8 @@ def _gain(collection: Collection, place: str, key: str, first: str, second: str)
         "tuning."
     )
     name = f"gain_{slug(place)}_{slug(first)}_over_{slug(second)}"
-    return Artifact(name, f"{first} over {second}, {place}", caption, Table(columns, body), figure)
+    title, table = f"{first} over {second}, {place}", Table(columns, body)
+    return Artifact(name, title, caption, table, figure, places=[place])
 
 
 def _difference(ours: MethodRow, theirs: MethodRow) -> Interval | None:

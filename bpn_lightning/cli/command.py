@@ -85,6 +85,14 @@ class Command:
         }
 
     @property
+    def tuned_for(self) -> str | None:
+        """The experiment whose tuned values the method has, or else its gates; None for other values."""
+        places = [Path(layer.name).parent for layer in self.layers]
+        method = next((place.name for place in places if place.parent.name == "methods"), None)
+        gates = next((Path(one.name).stem for one in self.layers if _tunes_gates(one)), None)
+        return method or gates
+
+    @property
     def gates_alone(self) -> bool:
         """Whether the method is gates, beside which no network is trained."""
         return not self.strategies and set(self.method.split("+")) <= set(self.gates)
@@ -215,6 +223,11 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             )
         setattr(flags, name, None if value is None else value == "true")
     return flags, rest
+
+
+def _tunes_gates(layer: ConfigLayer) -> bool:
+    """Whether a layer is a file of tuned values for gates, and has some that are used."""
+    return Path(layer.name).parent.name == "gates" and bool(layer.content)
 
 
 def _last(layers: Sequence[ConfigLayer], key: str) -> str | None:

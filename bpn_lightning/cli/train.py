@@ -28,7 +28,8 @@ from bpn_lightning.run.gates import gate_results
 from bpn_lightning.run.identity import setup_name
 from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.results import write_results
-from bpn_lightning.run.schema import FrontRecord, PretrainedRecord
+from bpn_lightning.run.scenarios import scenarios
+from bpn_lightning.run.schema import Conditions, FrontRecord, PretrainedRecord
 from bpn_lightning.untrusted import read_text
 
 __all__ = ["fit"]
@@ -123,7 +124,7 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
     config, module = cli.config, cli.model
     stored = bytes_per_task(module.host.strategies, module.host)
     held = bytes_held(module.host.strategies, module.host)
-    front = _front(cli)
+    front, conditions = _front(cli), _conditions(cli)
     results = write_results(
         cli.folder,
         experiment=config.experiment,
@@ -134,6 +135,9 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         tasks=module.tasks,
         bytes_per_task=stored,
         bytes_held=held,
+        conditions=conditions,
+        class_counts=module.history.class_counts,
+        validation=module.history.validation,
         unsettled=module.unsettled,
         metrics=module.task_metrics,
         gate_scores=module.gate_scores,
@@ -172,9 +176,22 @@ def _finish(cli: ContinualCLI, out: TextIO, seconds: float) -> None:
         results.parent,
         module.unsettled,
         module.overtaken,
+        conditions["scenarios"],
     )
     if gates:
         gate_table(Console(), gates, front, summary["average"])
+
+
+def _conditions(cli: ContinualCLI) -> Conditions:
+    """What a comparison of the run with others depends on."""
+    module, stream = cli.model, cli.datamodule
+    measured = module.accuracy_matrix.summary()["task_agnostic"] is not None
+    return {
+        "scenarios": scenarios(module.network.mask, stream.task_id_at_inference, measured),
+        "order": stream.order,
+        "tuned_for": cli.command.tuned_for,
+        "updates": cli.trainer.global_step,
+    }
 
 
 def _pretrained(cli: ContinualCLI) -> list[PretrainedRecord]:

@@ -5,7 +5,7 @@ Does not import torch, so that results can be read without it.
 
 from typing import TypedDict
 
-__all__ = ["BINS", "AfterLearning", "Calibration", "Summary", "TaskAgnostic"]
+__all__ = ["BINS", "AfterLearning", "Calibration", "ClassCounts", "Summary", "TaskAgnostic"]
 
 BINS = 15
 """Of task probabilities, equally wide from 0 to 1."""
@@ -37,6 +37,17 @@ class Summary(TypedDict):
     forgetting: float | None
     after_learning: AfterLearning
     task_agnostic: TaskAgnostic | None
+
+
+class ClassCounts(TypedDict):
+    """Test samples of the tasks learned."""
+
+    tasks: list[int]
+    """Of each task; 0 where it was not tested."""
+    samples: list[int]
+    """Of each class, by its column of the head."""
+    right: list[int]
+    """Of these, how many were answered with their class."""
 
 
 class Calibration(TypedDict):

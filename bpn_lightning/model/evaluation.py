@@ -61,6 +61,7 @@ def evaluate_task_agnostic(
     tasks: Sequence[int],
     split: Split = "test",
     max_samples: int | None = None,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Accuracy on some tasks where the task ID of a sample is not given.
 
@@ -73,6 +74,7 @@ def evaluate_task_agnostic(
         tasks: ids of the learned tasks; no other mode competes.
         split: which part of their data.
         max_samples: samples of each task, drawn alike for every method; None: all.
+        observe: called with the logits that answer, of every batch.
 
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none, or was forgotten.
@@ -94,9 +96,11 @@ def evaluate_task_agnostic(
             if task not in known:
                 continue
             for batch in _batches(host, task, split, max_samples):
-                chosen = most_confident(network, batch.inputs, modes).argmax(1)
-                counts[0, index] += (chosen == batch.targets).sum()
+                logits = most_confident(network, batch.inputs, modes)
+                counts[0, index] += (logits.argmax(1) == batch.targets).sum()
                 counts[1, index] += len(batch.targets)
+                if observe is not None:
+                    observe(task, logits, batch.targets)
     return _accuracy(host, counts)
 
 

@@ -1,6 +1,6 @@
 """Answers without the task ID: a gate names the task, and the modes of the likeliest tasks the class."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -153,7 +153,11 @@ def _looked_at(host: Host, gate: TaskGate, inputs: Tensor, learned: int) -> Tens
 
 @torch.no_grad()
 def evaluate_own_class(
-    host: Host, gate: TaskGate, tasks: Sequence[int] | None = None, split: Split = "test"
+    host: Host,
+    gate: TaskGate,
+    tasks: Sequence[int] | None = None,
+    split: Split = "test",
+    observe: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Accuracy of a gate's own class on some tasks, whose IDs are given.
 
@@ -162,10 +166,13 @@ def evaluate_own_class(
         gate: that names classes.
         tasks: learned ones; all of them by default.
         split: which part of their data.
+        observe: called with the task, the logits where its ID is given and where it is not, and the targets of
+            every batch.
 
     Returns:
         ``(tasks,)`` float64, fractions of the samples; NaN where a task has none.
     """
+    classes = host.network.structure.num_classes
     learned = host.network.closed + 1
     ids = range(learned) if tasks is None else tasks
     counts = torch.zeros(2, len(ids), dtype=torch.float64, device=host.device)
@@ -173,9 +180,11 @@ def evaluate_own_class(
         for index, task in enumerate(ids):
             for batch in host.gate_batches(task, split):
                 seen = _looked_at(host, gate, batch.inputs, learned)
-                logits = gate.own_logits(seen, host.network.structure.num_classes, task)
+                logits = gate.own_logits(seen, classes, task)
                 counts[0, index] += (logits.argmax(1) == batch.targets).sum()
                 counts[1, index] += len(batch.targets)
+                if observe is not None:
+                    observe(task, logits, gate.own_logits(seen, classes, None), batch.targets)
     right, total = host.all_reduce(counts).cpu().unbind()
     return right / total
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.metrics.gate_scores import GateScores
+from bpn_lightning.metrics.scores import ClassCounts
 from bpn_lightning.metrics.settling import Settling
 from bpn_lightning.model.host import Host
 
@@ -31,6 +32,10 @@ class History:
 
         gate_scores: what gates answered, in the order of moments; see
             :class:`~bpn_lightning.metrics.gate_scores.GateScores`.
+        class_counts: test samples and correct answers by class after the last task learned, for ``accuracy`` and
+            ``accuracy_task_agnostic``, as far as they were measured.
+        validation: accuracies on the held-out parts at the stream's end, None where not measured; empty where
+            nothing is held out.
         overtaken: of each learned task, the fraction of its test samples that were last answered with a
             class of a later task, None where not measured; empty where no core is frozen.
 
@@ -49,6 +54,8 @@ class History:
         self.settling = Settling()
         self.metrics: list[dict[str, Any]] = []
         self.gate_scores: list[GateScores] = []
+        self.class_counts: dict[str, ClassCounts] = {}
+        self.validation: list[float | None] = []
         self.overtaken: list[float | None] = []
         self._points: list[dict[str, Any]] = []  # only what the matrix lacks
 
@@ -89,6 +96,8 @@ class History:
             "curve": [dict(point) for point in self._points],
             "metrics": [dict(one) for one in self.metrics],
             "gate_scores": [dict(one) for one in self.gate_scores],
+            "class_counts": {key: dict(counts) for key, counts in self.class_counts.items()},
+            "validation": list(self.validation),
             "overtaken": list(self.overtaken),
             "settling": self.settling.state(right),
         }
@@ -98,6 +107,10 @@ class History:
         self._points = [dict(point) for point in state["curve"]]
         self.metrics = [dict(one) for one in state["metrics"]]
         self.gate_scores = [cast(GateScores, dict(one)) for one in state.get("gate_scores", ())]
+        self.class_counts = {
+            key: cast(ClassCounts, dict(one)) for key, one in state.get("class_counts", {}).items()
+        }
+        self.validation = list(state.get("validation", ()))
         self.overtaken = list(state.get("overtaken", ()))
         self.settling.load(state["settling"])
 

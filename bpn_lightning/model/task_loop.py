@@ -2,18 +2,19 @@
 
 import warnings
 from collections.abc import Sequence
-from math import nan
+from math import isnan, nan
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError
+from bpn_lightning.metrics.class_counts import CountClasses
 from bpn_lightning.metrics.task_metrics import Metrics, TaskMetrics, named_metrics
 from bpn_lightning.model.early_stopping import PhaseEarlyStopping
 from bpn_lightning.model.evaluation import evaluate, evaluate_task_agnostic, validation_scores
 from bpn_lightning.model.frozen_core import Overtaken
-from bpn_lightning.model.gating import evaluate_gates
+from bpn_lightning.model.gating import evaluate_gates, evaluate_own_class
 from bpn_lightning.model.history import History, log_metrics, per_task, stream_metrics
 from bpn_lightning.model.host import Host
 from bpn_lightning.model.optimization import Optimization
@@ -349,9 +350,14 @@ class TaskLoop:
         row = self._test(self._tested_after(task_id), after=task_id + 1)
         last = task_id + 1 == len(network.tasks)
         if last and self.task_agnostic and network.mask != "task":
-            max_samples = None if self.task_agnostic is True else self.task_agnostic
-            alone = evaluate_task_agnostic(host, range(len(network.tasks)), max_samples=max_samples)
+            most = None if self.task_agnostic is True else self.task_agnostic
+            counts = CountClasses(network.tasks, task_id + 1, host.device)
+            tasks = range(len(network.tasks))
+            alone = evaluate_task_agnostic(host, tasks, max_samples=most, observe=counts.update)
             network.accuracy_matrix.update_task_agnostic(alone)
+            self._keep("accuracy_task_agnostic", counts)
+        if last and host.stream.has_validation:
+            self.history.validation = _plain(evaluate(host, split="val"))
         network.accuracy_matrix.update(task_id + 1, row)
         self.history.add_point(row, task_id, epochs)
 
@@ -360,9 +366,35 @@ class TaskLoop:
         name = next(iter(self.host.gates))
         own = next(one for one in reversed(self.history.gate_scores) if one["gate"] == name)
         matrix = self.network.accuracy_matrix
-        if task_id + 1 == len(self.network.tasks) and self.task_agnostic:
-            matrix.update_task_agnostic(_accuracies(own["own_class"]))
+        if task_id + 1 == len(self.network.tasks):
+            self._count_own_class()
+            if self.task_agnostic:
+                matrix.update_task_agnostic(_accuracies(own["own_class"]))
         matrix.update(task_id + 1, _accuracies(own["own_class_task_given"]))
+
+    def _count_own_class(self) -> None:
+        """Take the counts of classes, and the validation score, of a gate that learned alone."""
+        host, tasks = self.host, self.network.tasks
+        gate = next(iter(host.gates.values()))
+        given, alone = (CountClasses(tasks, len(tasks), host.device) for _ in range(2))
+
+        def observe(task: int, known: Tensor, unknown: Tensor, targets: Tensor) -> None:
+            given.update(task, known, targets)
+            alone.update(task, unknown, targets)
+
+        tested = [task.id for task in tasks if host.stream.has_data(task.id)]
+        evaluate_own_class(host, gate, tested, observe=observe)
+        self._keep("accuracy", given)
+        if self.task_agnostic:
+            self._keep("accuracy_task_agnostic", alone)
+        if host.stream.has_validation:
+            row = torch.full((len(tasks),), nan, dtype=torch.float64)
+            row[tested] = evaluate_own_class(host, gate, tested, "val").cpu()
+            self.history.validation = _plain(row)
+
+    def _keep(self, score: str, counts: CountClasses) -> None:
+        """Keep what was counted for a score of the results."""
+        self.history.class_counts[score] = counts.compute(self.host.all_reduce)
 
     def _tested_after(self, task_id: int) -> range:
         tasks = range(len(self.network.tasks))
@@ -383,15 +415,18 @@ class TaskLoop:
         overtaken = None
         if moment and host.core.may_be_overtaken:
             overtaken = Overtaken(self.network.tasks, host.device)
+        counts = CountClasses(self.network.tasks, after, host.device) if after else None
 
         def observe(task: int, logits: Tensor, targets: Tensor) -> None:
-            for one in (taken, overtaken):
+            for one in (taken, overtaken, counts):
                 if one is not None:
                     one.update(task, logits, targets)
 
         row[tasks.start : tasks.stop] = evaluate(host, tasks, "test", observe)
         if taken is not None and after is not None:
             self.history.add_metrics(after, taken.compute())
+        if counts is not None:
+            self._keep("accuracy", counts)
         if overtaken is not None and after is not None:
             self.history.overtaken = overtaken.compute(host.all_reduce)[:after]
         return row
@@ -409,6 +444,10 @@ class TaskLoop:
     def _log(self, metrics: dict[str, float]) -> None:
         trainer = self.host.trainer
         log_metrics(trainer.loggers, metrics, trainer.global_step)
+
+
+def _plain(accuracies: Tensor) -> list[float | None]:
+    return [None if isnan(value) else value for value in accuracies.tolist()]
 
 
 def _accuracies(per_task: Sequence[float | None] | None) -> list[float]:

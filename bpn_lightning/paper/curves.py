@@ -71,7 +71,7 @@ def _over_epochs(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
         [[row.name, *(_last(panels[task][1], row.name) for task in range(tasks))] for row in rows],
     )
     return Artifact(
-        f"figure_6_{slug(place)}", f"Fig. 6, {place}", caption, ends_only, figure, data=table
+        f"figure_6_{slug(place)}", f"Fig. 6, {place}", caption, ends_only, figure, table, [place]
     )
 
 
@@ -96,9 +96,8 @@ def _first_task(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
         "Fig. 6 (c): accuracy on task 1 as later tasks are learned. Of its ends, the paper prints those "
         "in Table I."
     )
-    return Artifact(
-        f"figure_6c_{slug(place)}", f"Fig. 6 (c), {place}", caption, Table(columns, body), figure
-    )
+    name, table = f"figure_6c_{slug(place)}", Table(columns, body)
+    return Artifact(name, f"Fig. 6 (c), {place}", caption, table, figure, places=[place])
 
 
 def _together(

@@ -82,7 +82,7 @@ def _so_far(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
     ]
     data = Table(("method", "tasks learned", "average accuracy"), everything)
     name = f"figure_7a_{slug(place)}"
-    return Artifact(name, f"Fig. 7 (a), {place}", caption, table, figure, data=data)
+    return Artifact(name, f"Fig. 7 (a), {place}", caption, table, figure, data, [place])
 
 
 def _grouped(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
@@ -106,7 +106,9 @@ def _grouped(place: str, rows: Sequence[MethodRow], tasks: int) -> Artifact:
         "numbers; its text has BD+EWC above PSP on the first fifty tasks and below it on the last."
     )
     table = Table(("method", *names), body)
-    return Artifact(f"figure_7b_{slug(place)}", f"Fig. 7 (b), {place}", caption, table, figure)
+    return Artifact(
+        f"figure_7b_{slug(place)}", f"Fig. 7 (b), {place}", caption, table, figure, places=[place]
+    )
 
 
 def _tests(
@@ -167,7 +169,9 @@ def _tests(
         "tasks, not over seeds."
     )
     name = f"figure_7_tests_{slug(place)}"
-    return Artifact(name, f"Fig. 7 (b), tests, {place}", caption, Table(columns, body), figure)
+    return Artifact(
+        name, f"Fig. 7 (b), tests, {place}", caption, Table(columns, body), figure, places=[place]
+    )
 
 
 def _names(tasks: int) -> list[str]:

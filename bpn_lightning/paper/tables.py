@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from bpn_lightning.analysis.artifact import Artifact, seeds_text
 from bpn_lightning.analysis.collection import Collection
-from bpn_lightning.analysis.comparison import SCORES, MethodRow, method_rows
+from bpn_lightning.analysis.comparison import MethodRow, method_rows, score_title
 from bpn_lightning.analysis.pictures import Dots, dot_chart
 from bpn_lightning.analysis.statistics import Interval, interval
 from bpn_lightning.analysis.table import Cell, Table
@@ -50,7 +50,7 @@ def table_1(collection: Collection) -> list[Artifact]:
                 marks.append((name, ours, agnostic, other))
     columns = [
         *("experiment", "method", "task 1, ours", "task 1, paper"),
-        *(SCORES["first_task_agnostic"].title, SCORES["average"].title),
+        *(score_title(key, collection.records) for key in ("first_task_agnostic", "average")),
         *("bytes per task, ours", "by the paper's formula", "bytes, paper"),
     ]
     picture = dot_chart(
@@ -69,7 +69,8 @@ def table_1(collection: Collection) -> list[Artifact]:
         "task ID, like the others, and with no bias at all. Bytes are of the network that was built, "
         "then of the same network by the paper's formula, then as its table has them."
     )
-    return [Artifact("table_1", "Table I", caption, Table(columns, body), picture)]
+    table, places = Table(columns, body), collection.places()
+    return [Artifact("table_1", "Table I", caption, table, picture, places=places)]
 
 
 def _bytes(row: MethodRow | None) -> tuple[int | None, int | None]:
@@ -124,7 +125,8 @@ def table_2(collection: Collection) -> list[Artifact]:
         "Table II: accuracy on each data set after all eight, in percent, every task with outputs of "
         "its own (multi-head)."
     )
-    return [Artifact("table_2", "Table II", caption, Table(columns, body, digits=2), picture)]
+    table = Table(columns, body, digits=2)
+    return [Artifact("table_2", "Table II", caption, table, picture, places=places)]
 
 
 def _percent(value: Interval | None) -> Interval | None:

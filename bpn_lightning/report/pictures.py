@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 
-from bpn_lightning.analysis.comparison import SCORES, MethodRow
+from bpn_lightning.analysis.comparison import MethodRow, score_title
 from bpn_lightning.analysis.gates import DRAWN, GateRow, draw_over_tasks
 from bpn_lightning.analysis.pictures import Dots, Line, Point, dot_chart, tradeoff_chart
 from bpn_lightning.analysis.record import RunRecord
@@ -59,7 +59,8 @@ def methods_picture(place: str, rows: Sequence[MethodRow]) -> Picture | None:
     """ACC of each method, with and without the task ID."""
     if not 1 < len(rows) <= MOST_ROWS:
         return None
-    dots = [Dots(SCORES[score].title, [row.scores[score] for row in rows]) for score in _ACC]
+    titles = _titles(rows)
+    dots = [Dots(titles[score], [row.scores[score] for row in rows]) for score in _ACC]
     figure = dot_chart([_short(row.name) for row in rows], dots, title="", width=_WIDTH)
     known = [score for score in _ACC if any(row.scores[score] is not None for row in rows)]
     values = {f"dots-{n}": _texts(rows, score) for n, score in enumerate(known)}
@@ -75,8 +76,8 @@ def bytes_picture(place: str, rows: Sequence[MethodRow]) -> Picture | None:
         Point(_short(row.name), row.bytes_per_task or 0, [row.scores[score] for score in _ACC])
         for row in known
     ]
-    titles = [SCORES[score].title for score in _ACC]
-    figure = tradeoff_chart(points, titles, xlabel="bytes per task", ylabel="ACC", width=_WIDTH)
+    titles = _titles(known).values()
+    figure = tradeoff_chart(points, [*titles], xlabel="bytes per task", ylabel="ACC", width=_WIDTH)
     values = {f"dots-{n}": _texts(known, score, True) for n, score in enumerate(_ACC)}
     return Picture(f"ACC over bytes per task on {place}", inline_svg(figure, values))
 
@@ -223,10 +224,15 @@ def _tag(element: ET.Element) -> str:
     return element.tag.rpartition("}")[2]
 
 
+def _titles(rows: Sequence[MethodRow]) -> dict[str, str]:
+    records = [record for row in rows for record in row.records]
+    return {score: score_title(score, records) for score in _ACC}
+
+
 def _texts(rows: Sequence[MethodRow], score: str, with_bytes: bool = False) -> list[str]:
     """A line for each row that has the score."""
     return [
-        f"{row.name}, {SCORES[score].title}: {value.text()}"
+        f"{row.name}, {score_title(score, row.records)}: {value.text()}"
         + (f", {row.bytes_per_task:,} bytes per task" if with_bytes else "")
         for row in rows
         if (value := row.scores[score]) is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
 from bpn_lightning.analysis.record import RunRecord, read_run
-from bpn_lightning.bench.grid import Cell
+from bpn_lightning.bench.cell import Cell
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.report.settings import setting_labels
 from bpn_lightning.run.identity import OBSERVED, decides, is_method_folder, other_gates, short

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from bpn_lightning.analysis.claims import not_comparable, scenarios_of
 from bpn_lightning.analysis.comparison import Comparison, MethodRow
 from bpn_lightning.analysis.gates import GateRow, gate_rows
 from bpn_lightning.analysis.record import RunRecord
@@ -58,6 +59,9 @@ def _shown(runs: Sequence[RunRecord], comparison: Comparison) -> Iterator[str]:
         else:
             yield prefix + _several(here)
         yield from _gates(place, gate_rows(here))
+    scenarios = scenarios_of(rows)
+    if scenarios:
+        yield scenarios
     yield from _tests(comparison)
 
 
@@ -133,6 +137,9 @@ def _not_shown(found: Found, comparison: Comparison) -> Iterator[str]:
         f"{start} the network is told which task each image is from, which is much easier than "
         "class-incremental learning. Compare methods without the task ID, too."
     )
+    missing = not_comparable(rows)
+    if missing:
+        yield missing
     reasons: dict[str, list[str]] = {}
     for row in unmeasured:
         reasons.setdefault(_why_unmeasured(row), []).append(name(row))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bpn_lightning.analysis.comparison import SCORES, MethodRow, PairedTest
+from bpn_lightning.analysis.comparison import MethodRow, PairedTest, score_title
 from bpn_lightning.analysis.gates import GateRow
 from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.analysis.statistics import Interval, p_text
@@ -28,7 +28,9 @@ FOLDED = 40
 _SCORES = (
     *("average", "average_task_agnostic", "after_learning"),
     *("first_task", "first_task_agnostic", "forgetting"),
+    *("balanced", "balanced_task_agnostic"),
 )
+_IF_KNOWN = ("balanced", "balanced_task_agnostic")
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,14 @@ class PageTable:
 
 def methods_table(place: str, rows: Sequence[MethodRow]) -> PageTable:
     """What every method of a place reached, stored and took."""
-    columns = ["method", *(SCORES[score].title for score in _SCORES)]
+    records = [record for row in rows for record in row.records]
+    shown = [s for s in _SCORES if s not in _IF_KNOWN or any(row.scores[s] for row in rows)]
+    columns = ["method", *(score_title(score, records) for score in shown)]
     columns += ["bytes per task", "bytes for use", "seconds", "seeds"]
     body = [
         [
             row.name,
-            *(_interval(row.scores[score]) for score in _SCORES),
+            *(_interval(row.scores[score]) for score in shown),
             _number(row.bytes_per_task),
             _number(row.bytes_held),
             None if row.seconds is None else Number(row.seconds, f"{row.seconds:.0f}"),
@@ -126,7 +130,7 @@ def tests_table(tests: Sequence[PairedTest]) -> PageTable:
     body = [
         [
             f"{test.first.name} - {test.second.name}",
-            SCORES[test.score].title,
+            score_title(test.score, [*test.first.records, *test.second.records]),
             _interval(test.difference.interval),
             _p(test.difference.p),
             _p(test.corrected),

@@ -17,7 +17,8 @@ from bpn_lightning.costs import Bytes
 from bpn_lightning.metrics.accuracy_matrix import Summary
 from bpn_lightning.metrics.settling import Unsettled
 from bpn_lightning.run.gates import GATE_ACCURACIES, shared_bytes
-from bpn_lightning.run.schema import FrontRecord, GateResults
+from bpn_lightning.run.scenarios import scenario_text
+from bpn_lightning.run.schema import FrontRecord, GateResults, Scenarios
 from bpn_lightning.tasks import Task
 from bpn_lightning.terminal import printable
 
@@ -199,6 +200,7 @@ def final_table(
     folder: Path,
     unsettled: Sequence[Unsettled] = (),
     overtaken: Sequence[float | None] = (),
+    scenarios: Scenarios | None = None,
 ) -> None:
     """Show a table with three accuracies per task, and the paths of the run's files.
 
@@ -213,7 +215,13 @@ def final_table(
         unsettled: tasks whose accuracy dropped in their last epoch.
         overtaken: fractions of the samples of each task that are answered with a class of a later one;
             empty where no core is frozen.
+        scenarios: of the accuracies; None where they are not known.
     """
+    given, alone = "task ID given", ""
+    if scenarios is not None:
+        given = scenario_text(scenarios["accuracy"])
+        found = scenarios["accuracy_task_agnostic"]
+        alone = f"{found['name']}, " if found else ""
     agnostic = summary["task_agnostic"]
     after = summary["after_learning"]
     table = Table(title=Text(printable(title)), title_justify="left", show_footer=True)
@@ -236,8 +244,8 @@ def final_table(
         )
     console.print(table)
     console.print(
-        "final: after the last task, task ID given; just learned: right after training on the task; "
-        "no task ID: the network has to infer the task",
+        f"final: after the last task, {given}; just learned: right after training on the task; "
+        f"no task ID: {alone}the network has to infer the task",
         highlight=False,
     )
     for one in unsettled:

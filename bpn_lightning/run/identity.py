@@ -4,13 +4,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
+    "CLASS_ORDER",
     "OBSERVED",
+    "SEED_ORDER",
     "decides",
     "defining",
     "differences",
     "flatten",
     "is_method_folder",
     "method_folder",
+    "named_value",
     "other_gates",
     "part_names",
     "run_name",
@@ -44,6 +47,12 @@ OBSERVED = ("model.evaluate_every", "model.task_agnostic")
 
 PARTS = ("gate", "front")
 """What a run may have besides a method."""
+
+CLASS_ORDER = "data.init_args.class_order_seed"
+"""The key by which the order of classes varies."""
+
+SEED_ORDER = "stream"
+"""Its value where the seed of the stream draws the order."""
 
 MOST = 10
 """The maximum number of differences that a message names."""
@@ -153,6 +162,17 @@ def short(key: str) -> str:
     'rank'
     """
     return key.rpartition(".")[2]
+
+
+def named_value(key: str, value: Any) -> tuple[str, Any]:
+    """What tables and folders call a setting and its value.
+
+    >>> named_value("strategies.bd.rank", 8), named_value("data.init_args.class_order_seed", None)
+    (('rank', 8), ('order', 'fixed'))
+    """
+    if key == CLASS_ORDER and value in (None, SEED_ORDER):
+        return "order", "fixed" if value is None else "seed"
+    return short(key), value
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], most: int = MOST) -> list[str]:

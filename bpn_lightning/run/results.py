@@ -26,6 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
@@ -35,9 +36,12 @@ from bpn_lightning.run.identity import setup_name
 from bpn_lightning.run.schema import (
     MAX_TASKS,
     SCHEMA_VERSION,
+    ClassAccuracy,
+    Conditions,
     FrontRecord,
     Provenance,
     Results,
+    Validation,
     read_schema,
 )
 from bpn_lightning.untrusted import read_text
@@ -49,6 +53,7 @@ if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it bel
     from bpn_lightning.costs import Bytes
     from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
     from bpn_lightning.metrics.gate_scores import GateScores
+    from bpn_lightning.metrics.scores import ClassCounts
     from bpn_lightning.metrics.settling import Unsettled
     from bpn_lightning.tasks import Task
 
@@ -76,6 +81,9 @@ def write_results(
     bytes_per_task: Mapping[str, int | None],
     bytes_held: "Bytes",
     provenance: Provenance,
+    conditions: Conditions | None = None,
+    class_counts: Mapping[str, "ClassCounts"] | None = None,
+    validation: Sequence[float | None] = (),
     unsettled: Sequence["Unsettled"] = (),
     metrics: Sequence[Mapping[str, Any]] = (),
     gate_scores: Sequence["GateScores"] = (),
@@ -96,6 +104,9 @@ def write_results(
         bytes_per_task: what a task adds to what is stored, ``measured`` and by the ``paper``.
         bytes_held: what the strategies hold in the end, in addition to the network's weights.
         provenance: what may differ between equal runs, see :mod:`bpn_lightning.run.provenance`.
+        conditions: of a comparison with other runs; None leaves them out.
+        class_counts: test samples and correct answers by class, for each score that has them.
+        validation: accuracies on held-out samples, one per task; empty where nothing is held out.
         unsettled: tasks that lost accuracy in their last epoch.
         metrics: what the module's ``task_metrics`` are.
         gate_scores: what the module's ``gate_scores`` are.
@@ -139,6 +150,8 @@ def write_results(
             "forgetting": summary["forgetting"],
         },
         "accuracy_task_agnostic": summary["task_agnostic"],
+        "by_class": {key: _by_class(counts, tasks) for key, counts in (class_counts or {}).items()},
+        "validation": _validation(validation) if validation else None,
         "front": front,
         "gates": gate_results(gate_scores),
         "accuracy_after_learning": summary["after_learning"],
@@ -158,6 +171,8 @@ def write_results(
         "extra": dict(extra or {}),
         "provenance": provenance,
     }
+    if conditions is not None:
+        results["conditions"] = conditions
     texts = {
         "config.yaml": config,
         _MATRIX: _matrix_csv(matrix.accuracy),
@@ -300,6 +315,32 @@ def _final_metrics(
     return {
         name: [last.get(task, {}).get(name) if task < learned else None for task in range(tasks)]
         for name in names
+    }
+
+
+def _by_class(counts: "ClassCounts", tasks: Sequence["Task"]) -> ClassAccuracy:
+    """Recalls, and their mean, of the classes that have samples."""
+    names: list[dict[str, None]] = [{} for _ in counts["samples"]]
+    for task in tasks:
+        for column, name in zip(range(*task.columns), task.class_names, strict=True):
+            names[column][name] = None
+    pairs = zip(counts["right"], counts["samples"], strict=True)
+    recalls = [right / samples if samples else None for right, samples in pairs]
+    known = [recall for recall in recalls if recall is not None]
+    return {
+        "samples_per_task": counts["tasks"],
+        "classes": [" / ".join(of_column) for of_column in names],
+        "samples": counts["samples"],
+        "per_class": recalls,
+        "balanced": fmean(known) if known else None,
+    }
+
+
+def _validation(per_task: Sequence[float | None]) -> Validation:
+    known = [value for value in per_task if value is not None]
+    return {
+        "average": fmean(known) if len(known) == len(per_task) else None,
+        "per_task": list(per_task),
     }
 
 

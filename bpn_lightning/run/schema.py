@@ -19,6 +19,8 @@ __all__ = [
     "Accuracy",
     "BytesHeld",
     "BytesPerTask",
+    "ClassAccuracy",
+    "Conditions",
     "Continues",
     "FrontRecord",
     "GateAccuracy",
@@ -27,8 +29,11 @@ __all__ = [
     "Host",
     "Provenance",
     "Results",
+    "Scenario",
+    "Scenarios",
     "TaskRecord",
     "UnsettledTask",
+    "Validation",
     "read_schema",
     "violations",
 ]
@@ -215,7 +220,72 @@ class GateResults(TypedDict):
     """Of these, what one task adds."""
 
 
-class Results(TypedDict):
+class Scenario(TypedDict):
+    """What an accuracy is of, after van de Ven & Tolias (2019); see :mod:`bpn_lightning.run.scenarios`."""
+
+    name: str
+    """"task-incremental", "domain-incremental" or "class-incremental"."""
+    task_id_given: bool
+    """Whether the method was given the task ID of each test sample."""
+
+
+class Scenarios(TypedDict):
+    """Of the accuracies of these names."""
+
+    accuracy: Scenario
+    accuracy_task_agnostic: Scenario | None
+    """Null where it was not measured."""
+
+
+class Conditions(TypedDict, total=False):
+    """What runs need to have alike, or to vary, before their accuracies are compared.
+
+    Of runs of earlier releases, some are known from their settings.
+    """
+
+    scenarios: Scenarios
+    order: str
+    """"seed" where the seed draws what tasks are made of, their classes or transforms; else "fixed"."""
+    tuned_for: str | None
+    """The experiment that the method's values were tuned for; null for defaults and given values."""
+    updates: int
+    """Steps of the optimizer over the stream."""
+
+
+class ClassAccuracy(TypedDict):
+    """Test samples, and accuracies by class over the tasks learned together."""
+
+    samples_per_task: list[int]
+    """One per task of the stream; 0 where it was not tested."""
+    classes: list[str]
+    """By column of the head; the names of several tasks that share a column are joined."""
+    samples: list[int]
+    """Of each class."""
+    per_class: list[float | None]
+    """The recall of each class; null for one without samples."""
+    balanced: float | None
+    """Their mean."""
+
+
+class Validation(TypedDict):
+    """Accuracies on held-out training samples after the last task, where the task ID is given."""
+
+    average: float | None
+    """Mean over all tasks."""
+    per_task: list[float | None]
+
+
+class _Added(TypedDict, total=False):
+    """Keys that results of earlier releases lack."""
+
+    conditions: Conditions
+    by_class: dict[str, ClassAccuracy]
+    """For "accuracy" and "accuracy_task_agnostic", as far as they were measured."""
+    validation: Validation | None
+    """Null where nothing was held out."""
+
+
+class Results(_Added):
     """The schema of results.json."""
 
     schema_version: int
@@ -313,5 +383,5 @@ def violations(value: Any, expected: Any, key: str) -> Iterator[tuple[str, str, 
             yield from violations(item, arguments[1], f"{key}.{name}")
     elif expected is not Any:
         allowed = (int, float) if expected is float else expected
-        if not isinstance(value, allowed) or isinstance(value, bool):
+        if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
             yield key, f"of type {expected.__name__}", shown

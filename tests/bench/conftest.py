@@ -10,6 +10,7 @@ import pytest
 
 from bpn_lightning.analysis.collection import kept
 from bpn_lightning.analysis.record import RunRecord
+from bpn_lightning.run.scenarios import scenarios
 
 GRID = """\
 title: Two methods
@@ -82,6 +83,26 @@ def results(first: float = 0.4, average: float = 0.6) -> dict[str, Any]:
     }
 
 
+def conditions(**changes: Any) -> dict[str, Any]:
+    """What `results` lacks, as runs of earlier releases do."""
+    counts = {
+        "samples_per_task": [4, 4],
+        "classes": ["ant", "bee", "cat", "dog"],
+        "samples": [2, 2, 2, 2],
+        "per_class": [1.0, 0.5, 0.0, 0.5],
+        "balanced": 0.5,
+    }
+    known = {
+        "scenarios": scenarios("all", task_id_at_inference=True, agnostic=True),
+        "order": "seed",
+        "tuned_for": None,
+        "updates": 8,
+    }
+    by_class = {"accuracy": counts, "accuracy_task_agnostic": counts}
+    validation = {"average": 0.5, "per_task": [0.5, 0.5]}
+    return {"conditions": known | changes, "by_class": by_class, "validation": validation}
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command of the stand-in; it notes its calls in `calls`."""
@@ -110,6 +131,8 @@ def record() -> Callable[..., RunRecord]:
 
     def make(method: str, seed: int, matrix: list[list[float]], **more: Any) -> RunRecord:
         found = results(first=matrix[-1][0], average=sum(matrix[-1]) / len(matrix[-1]))
+        if "recorded" in more:
+            found |= conditions(**more.pop("recorded"))
         found["accuracy"]["per_task"] = matrix[-1]
         tasks = len(matrix)
         found["tasks"] = [{"id": k, "classes": ["a", "b"], "epochs": 2} for k in range(tasks)]

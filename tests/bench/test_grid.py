@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bpn_lightning.bench.grid import ARTIFACTS, find_grid, only, packaged_grids, read_grid
+from bpn_lightning import datamodules
+from bpn_lightning.bench.grid import ARTIFACTS, Grid, find_grid, only, packaged_grids, read_grid
 from bpn_lightning.bench.report import MAKERS
 from bpn_lightning.cli.config_files import methods_of
+from bpn_lightning.datamodules import DATAMODULES, ClassIncrementalDataModule
 from bpn_lightning.errors import ConfigurationError
 
 Write = Callable[..., str]
@@ -26,7 +28,7 @@ def test_a_grid_is_experiments_times_methods_times_seeds(write_grid: Write) -> N
     assert grid.cells[3].folder(Path("r")) == Path("r/digits_inc/bd+ewc/seed_1")
     assert grid.cells[3].flags == [
         *("--config", "digits_inc.yaml", "--method", "bd+ewc", "--trust=false"),
-        *("--seed_everything", "1"),
+        *("--seed_everything", "1", "--data.init_args.class_order_seed=stream"),
     ]
 
 
@@ -55,10 +57,62 @@ def test_settings_are_flags_and_variants_have_folders_of_their_own(write_grid: W
     assert cells[1].flags[7:] == [
         "--model.backbone.init_args.hidden=[8]",
         "--trainer.logger=null",
+        "--data.init_args.class_order_seed=stream",
         "--strategies.bd.rank=1",
         "--strategies.bd.direction=gradient",
         "--trainer.callbacks+=bpn_lightning.paper.probes.Drift",
     ]
+
+
+ORDER = "data.init_args.class_order_seed"
+
+
+def orders(grid: Grid) -> list[list[object]]:
+    return [[v for k, v in cell.settings + cell.variant if k == ORDER] for cell in grid.cells]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("experiments: [{config: digits_inc, methods: [ewc]}]", [["stream"]]),
+        ("order: fixed\nexperiments: [{config: digits_inc, methods: [ewc]}]", [[None]]),
+        ("order: fixed\nexperiments: [{config: digits_inc, methods: [ewc], order: seed}]", [["stream"]]),
+        # All classes in every task, or sets of their own: there is no such order.
+        ("order: seed\nexperiments: [{config: permuted_mnist, methods: [ewc]}]", [[]]),
+        ("experiments: [{config: gaussians, methods: [ewc]}]", [[]]),
+        (f"experiments: [{{config: digits_inc, methods: [ewc], set: {{{ORDER}: 3}}}}]", [[3]]),
+        (f"experiments: [{{config: digits_inc, methods: [ewc], vary: {{{ORDER}: [0, 1]}}}}]", [[0], [1]]),
+    ],
+)  # fmt: skip
+def test_the_seed_draws_the_order_of_classes_unless_the_grid_says_otherwise(
+    write_grid: Write, text: str, expected: list[list[object]]
+) -> None:
+    assert orders(read_grid(write_grid(text))) == expected
+
+
+def test_a_config_with_an_order_of_its_own_keeps_it(write_grid: Write, tmp_path: Path) -> None:
+    text = "data:\n  class_path: SplitDigits\n  init_args: {class_order_seed: 3}\nmethod: ewc\n"
+    (tmp_path / "own.yaml").write_text(text)
+    for order, expected in (("", []), (", order: fixed", []), (", order: seed", ["stream"])):
+        grid = read_grid(write_grid(f"experiments: [{{config: own.yaml, methods: [ewc]{order}}}]"))
+        assert orders(grid) == [expected]
+
+
+def test_both_orders_are_rows_of_their_own(write_grid: Write) -> None:
+    entry = "{config: digits_inc, methods: [ewc], order: [fixed, seed]}"
+    grid = read_grid(
+        write_grid(f'experiments: [{entry}]\ncompare: [["ewc, order seed", "ewc, order fixed"]]')
+    )
+    assert [cell.row for cell in grid.cells] == ["ewc, order fixed", "ewc, order seed"]
+    assert grid.cells[1].folder(Path("r")) == Path("r/order=seed/digits_inc/ewc/seed_0")
+    assert [cell.row for cell in only(grid.cells, ["order=fixed"])] == ["ewc, order fixed"]
+    assert "--data.init_args.class_order_seed=null" in grid.cells[0].flags
+
+
+def test_the_streams_with_an_order_of_classes_are_those_whose_names_say_so() -> None:
+    for name in DATAMODULES:
+        kind = getattr(datamodules, name)
+        assert issubclass(kind, ClassIncrementalDataModule) == name.startswith("Split"), name
 
 
 def test_what_is_not_run_keeps_its_reason_and_has_no_cells(write_grid: Write) -> None:
@@ -121,6 +175,23 @@ ONE = "experiments: [{config: digits_inc, methods: [ewc]}]"
                 " {config: digits_inc, methods: [ewc]}]"
             ),
             "but got digits_inc, ewc, seed 0 twice",
+        ),
+        (
+            f"{ONE}\norder: sead",
+            "to be fixed, seed or [fixed, seed], but got 'sead'. Did you mean 'seed'?",
+        ),
+        (
+            f"{ONE}\norder: [seed, seed]",
+            "to be fixed, seed or [fixed, seed], but got ['seed', 'seed']",
+        ),
+        (f"{ONE}\norder: [[fixed]]", "to be fixed, seed or [fixed, seed], but got [['fixed']]"),
+        (
+            "experiments: [{config: permuted_mnist, methods: [ewc], order: seed}]",
+            "to be left out, since PermutedMNIST has no order of classes, but got 'seed'",
+        ),
+        (
+            f"experiments: [{{config: digits_inc, methods: [ewc], order: seed, set: {{{ORDER}: 3}}}}]",
+            "to be left out where class_order_seed is set or varied, but got 'seed'",
         ),
         ("experiments: [a]", "to hold keys and values, but got 'a'"),
         ("[a", "to be a grid in YAML, but got an error"),

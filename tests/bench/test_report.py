@@ -28,7 +28,7 @@ from bpn_lightning.bench import sweeps
 from bpn_lightning.bench.cli import main
 from bpn_lightning.bench.collect import collect
 from bpn_lightning.bench.grid import read_grid
-from bpn_lightning.bench.report import write_report
+from bpn_lightning.bench.report import make, write_report
 from bpn_lightning.bench.runner import Runner
 from bpn_lightning.bench.tables import accuracy, bytes_per_task, paired_tests
 from bpn_lightning.errors import ResultsError
@@ -247,6 +247,119 @@ def test_the_accuracy_table_has_means_over_seeds(two: list[RunRecord]) -> None:
     assert (first.mean, average.mean) == pytest.approx((0.85, 0.825))
     assert first.half == pytest.approx(stats.t.ppf(0.975, 1) * stats.sem([0.8, 0.9]))
     assert legend(artifact.figure) == ["ACC, task ID given", "ACC, task ID not given"]
+
+
+@pytest.fixture
+def recorded(record: Make) -> list[RunRecord]:
+    """The same as runs of this release record it."""
+    return [
+        record(method, seed, [[0.9], [0.5 + 0.1 * seed, 0.8]], recorded={})
+        for method in ("ewc", "bd+ewc")
+        for seed in (0, 1)
+    ]
+
+
+def test_accuracies_stand_beside_test_samples_classes_and_scenarios(
+    recorded: list[RunRecord],
+) -> None:
+    table, classes = accuracy(collection(recorded))
+    rows = dict(zip(table.table.columns, table.table.rows[0], strict=True))
+    assert rows["ACC, class-incremental, task ID not given"] == Interval(0.3, 0.0, 2)
+    assert rows["balanced, task-incremental, task ID given"] == Interval(0.5, 0.0, 2)
+    assert rows["test samples"] == 8
+    assert (
+        "With 8 test samples, the binomial 95 % interval of an ACC is up to ± 0.2" in table.caption
+    )
+    given = "ACC, task-incremental, task ID given"
+    mean = Interval(0.0, 0.0, 2)
+    assert classes.table.rows[0] == ["ewc", given, 4, "cat", mean, "ant", Interval(1.0, 0.0, 2)]
+    assert classes.data is not None
+    assert len(classes.data.rows) == 2 * 2 * 4
+
+
+def test_every_table_says_what_it_lacks(
+    tmp_path: Path, two: list[RunRecord], recorded: list[RunRecord]
+) -> None:
+    pair = {"compare": (("bd+ewc", "ewc"),), "report": ("accuracy", "paired_tests")}
+    write_report(collection(recorded, **pair), tmp_path / "new")
+    text = (tmp_path / "new" / "report.md").read_text()
+    lacks = (
+        "Not comparable: fewer than 5 seeds (2); no lower bound (finetune); no upper bound (joint or stl); no "
+        "row without training (ncm or slda)."
+    )
+    assert text.count(lacks) == 2  # of accuracies and of tests
+    assert text.count("Scenarios: task-incremental, task ID given; class-incremental") == 2
+    assert "Small tests: with 8 test samples" in text
+    write_report(collection(two, **pair), tmp_path / "old")
+    text = (tmp_path / "old" / "report.md").read_text()
+    assert text.count("not recorded: scenario, class order, tuning, updates, test samples") == 2
+
+
+def test_what_was_recorded_is_kept(tmp_path: Path, recorded: list[RunRecord]) -> None:
+    write_collection(collection(recorded), tmp_path)
+    for one, read in zip(recorded, read_collection(tmp_path).records, strict=True):
+        for key in ("conditions", "by_class", "validation"):
+            assert read.at(key) == one.at(key) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"conditions": {"order": "sead"}},
+        {"conditions": {"updates": -1}},
+        {"conditions": {"scenarios": {"accuracy": {"name": "x", "task_id_given": True}}}},
+        {"by_class": {"accuracy": {"samples": [1]}}},
+        {"by_class": {"accuracy": {"per_class": [1.5, 0.0, 0.0, 0.0]}}},
+        {"by_class": {"accuracy": {"samples_per_task": [1]}}},
+    ],
+)
+def test_conditions_that_no_run_has_leave_the_others(
+    tmp_path: Path, recorded: list[RunRecord], change: dict[str, dict[str, Any]]
+) -> None:
+    path = write_collection(collection(recorded), tmp_path)
+    found = json.loads(path.read_text())
+    for key, parts in change.items():
+        for name, values in parts.items():
+            one = found["cells"][1]["results"][key]
+            one[name] = one[name] | values if isinstance(values, dict) else values
+    path.write_text(json.dumps(found))
+    assert len(read_collection(path).records) == 3
+
+
+def test_runs_of_earlier_releases_are_known_by_their_settings(
+    tmp_path: Path, write_grid: Callable[..., str], stand_in: list[str]
+) -> None:
+    grid = read_grid(write_grid())
+    Runner(tmp_path / "runs", command=stand_in).run(grid.cells)
+    for cell in grid.cells:
+        config = "model: {mask: shared}\ndata: {init_args: {class_order_seed: stream}}\n"
+        (cell.folder(tmp_path / "runs") / "config.yaml").write_text(config)
+    for one in collect(grid, tmp_path / "runs").records:
+        assert one.at("conditions", "order") == "seed"
+        assert one.at("conditions", "scenarios", "accuracy", "name") == "domain-incremental"
+        assert one.at("conditions", "updates") is None
+
+
+def test_the_share_of_the_order_is_printed_where_the_design_tells(record: Make) -> None:
+    key = "data.init_args.class_order_seed"
+    values = {
+        None: (0.5, 0.6, 0.7),
+        "stream": (0.4, 0.6, 0.8),
+        0: (0.2, 0.5, 0.5),
+        1: (0.6, 0.7, 0.8),
+    }
+    runs = [
+        record("ewc", seed, [[value]], variant={key: order})
+        for order, of_order in values.items()
+        for seed, value in enumerate(of_order)
+    ]
+    (artifact,) = [one for one in make(collection(runs)) if one.name == "order_digits_inc"]
+    drawn, crossed = (row for row in artifact.table.rows if row[1] == "ACC, task ID given")
+    assert drawn[0] == "ewc"
+    assert drawn[2] == pytest.approx(0.75)  # variances .01 and .04
+    assert drawn[4] == "3 seeds of one order, 3 of drawn ones"
+    assert crossed[4] == "3 seeds x 3 orders"
+    assert [one.name for one in make(collection(runs[:3]))] == ["accuracy_digits_inc"]
 
 
 def test_table_1_has_ours_beside_the_papers(record: Make) -> None:

@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 from bpn_lightning import registry
-from bpn_lightning.bench.grid import PROBES
+from bpn_lightning.bench.cell import PROBES
 from bpn_lightning.cli.allowed import (
     FAMILIES,
     SINGLE,

@@ -137,6 +137,26 @@ def test_an_interrupted_continuation_resumes() -> None:
     assert differing(state("cut")["state_dict"], state("fourth")["state_dict"]) == []
 
 
+def test_an_order_of_the_seed_is_kept_by_what_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of another seed, and with the past's data, whose stream is made again from its config.yaml."""
+    drawn = ["--data.init_args.class_order_seed", "stream"]
+    first = [*FIRST[:2], *drawn, *QUICK, "--data.init_args.class_order", "[0,1,2,3,4,5]"]
+    assert main([*first, "--data.init_args.num_tasks", "3", "--seed_everything", "4"]) == 0
+    run = folder("digits_inc").with_name("seed_4")
+    order = [task["classes"] for task in read_results(run)["tasks"]]
+    assert sorted(name for classes in order for name in classes) == [*"012345"]
+    assert order != [["0", "1"], ["2", "3"], ["4", "5"]]
+    line = [*new([6, 7], "more"), *drawn, *QUICK, "--continue_from", str(run), "--past_data"]
+    assert main([*line, "--seed_everything", "0"]) == 0
+    results = read_results(folder("more"))
+    assert [task["classes"] for task in results["tasks"]][:3] == order
+    assert None not in results["accuracy"]["per_task"]
+    assert main(["--list", str(folder("more"))]) == 0
+    assert [line.split()[-2:] for line in capsys.readouterr().out.splitlines()[1:4]] == [
+        [f"{a},", b] for a, b in order
+    ]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from bpn_lightning.datamodules import SplitDigits
+from bpn_lightning.datamodules import PermutedMNIST, RotatedMNIST, SplitDigits, StreamOf
 from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.datamodules.normalization import ChannelStats
@@ -81,7 +81,8 @@ def test_tasks_are_as_many_as_the_classes_make_by_default(toy: Make) -> None:
 
 
 def test_targets_are_columns_of_the_head(toy: Make) -> None:
-    stream = toy(class_order_seed=1, validation_fraction=0.3)
+    stream = toy(class_order_seed="stream", seed=1, validation_fraction=0.3)
+    assert [name for task in stream.tasks for name in task.class_names] != [*CLASSES]
     for task in stream.tasks:
         for split in ("train", "val", "test"):
             for batch in stream.loader(task.id, split):
@@ -117,6 +118,25 @@ def test_held_out_part_follows_the_seed_and_not_the_order_of_classes(toy: Make) 
 
     assert held(seed=1) == held(seed=1, class_order_seed=5)
     assert held(seed=1) != held(seed=2)
+
+
+def test_the_streams_own_seed_may_draw_the_order_of_classes(toy: Make) -> None:
+    def names(**arguments: object) -> list[str]:
+        return [name for task in toy(**arguments).tasks for name in task.class_names]
+
+    drawn = [names(seed=seed, class_order_seed="stream") for seed in range(6)]
+    assert [sorted(order) for order in drawn] == [[*CLASSES]] * 6
+    assert drawn[3] == names(seed=3, class_order_seed="stream") == names(seed=0, class_order_seed=3)
+    assert len({*map(tuple, drawn)}) > 1
+    listed = names(seed=3, class_order_seed="stream", class_order=["dog", 0], classes_per_task=1)
+    assert sorted(listed) == ["ant", "dog"]
+
+
+def test_a_stream_knows_whether_its_seed_draws_what_tasks_are_made_of(toy: Make) -> None:
+    streams = [toy(), toy(class_order_seed=3), toy(class_order_seed="stream")]
+    assert [stream.order for stream in streams] == ["fixed", "fixed", "seed"]
+    assert [StreamOf([one]).order for one in streams[1:]] == ["fixed", "seed"]
+    assert (PermutedMNIST().order, RotatedMNIST().order) == ("seed", "fixed")
 
 
 def test_epochs_differ_and_cover_the_task(toy: Make) -> None:
@@ -323,6 +343,8 @@ def test_only_training_batches_of_an_augmenting_stream_are_augmented(toy: Make) 
             r"at most the 3 classes that class_order lists, but got 2 \* 2",
         ),
         ({"class_order": ["ant", "foxs"]}, "'foxs'. Did you mean 'fox'"),
+        ({"class_order_seed": "steam"}, "a whole number, 'stream' or null, but got 'steam'"),
+        ({"class_order_seed": True}, "a whole number, 'stream' or null, but got True"),
     ],
 )
 def test_wrong_arguments_are_errors(toy: Make, arguments: dict[str, object], message: str) -> None:

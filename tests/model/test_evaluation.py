@@ -55,6 +55,36 @@ def by_hand(module: Any, inputs: Tensor, task: int) -> np.ndarray:
     return logits.detach().numpy()
 
 
+def test_right_answers_are_counted_by_class_with_and_without_the_task_id(learned: Any) -> None:
+    module = learned(validation_fraction=0.2)
+    counts, tests = module.history.class_counts, [samples(module, k, "test") for k in range(TASKS)]
+    answers = {
+        "accuracy": [by_hand(module, x, k).argmax(1) for k, (x, _) in enumerate(tests)],
+        "accuracy_task_agnostic": [
+            surest([by_hand(module, x, mode) for mode in range(TASKS)]) for x, _ in tests
+        ],
+    }
+    targets = np.concatenate([labels for _, labels in tests])
+    assert counts.keys() == answers.keys()
+    for key, found in answers.items():
+        right = targets[np.concatenate(found) == targets]
+        assert counts[key] == {
+            "tasks": [len(labels) for _, labels in tests],
+            "samples": np.bincount(targets, minlength=6).tolist(),
+            "right": np.bincount(right, minlength=6).tolist(),
+        }
+    held = [samples(module, task, "val") for task in range(TASKS)]
+    expected = [(by_hand(module, x, k).argmax(1) == y).mean() for k, (x, y) in enumerate(held)]
+    assert module.history.validation == pytest.approx(expected)
+
+
+def surest(modes: list[np.ndarray]) -> np.ndarray:
+    """What the mode answers whose largest softmax is the largest."""
+    softmax = [torch.from_numpy(logits).softmax(1).numpy() for logits in modes]
+    best = np.argmax([p.max(1) for p in softmax], axis=0)
+    return np.stack(softmax)[best, np.arange(len(best))].argmax(1)
+
+
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("modes", [True, False])
 def test_accuracy_is_the_share_of_right_answers(learned: Any, split: Any, modes: bool) -> None:

@@ -38,6 +38,13 @@ def test_the_matrix_is_the_own_class_of_that_gate_beside_a_trained_network(fit: 
         assert own["mixture"] == own["end_to_end"] == [None] * 3
         row = alone.accuracy_matrix.accuracy[after, :after].tolist()
         assert row == own["own_class_task_given"][:after]
+    for score, row in (
+        ("accuracy", alone.accuracy_matrix.accuracy[3]),
+        ("accuracy_task_agnostic", alone.accuracy_matrix.task_agnostic),
+    ):
+        counts = alone.history.class_counts[score]
+        right = torch.tensor(counts["right"]).view(3, 2).sum(1)  # two classes of each task
+        torch.testing.assert_close(right.double() / torch.tensor(counts["tasks"]), row)
     assert alone.accuracy_matrix.accuracy[0].isnan().all()
     assert alone.accuracy_matrix.task_agnostic.tolist() == beside.gate_scores[-1]["own_class"]
     assert [task.epochs for task in alone.tasks] == [0, 0, 0]

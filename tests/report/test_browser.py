@@ -153,11 +153,11 @@ def test_pictures_of_methods_are_read_by_pointer_and_by_keys(
     picture = page.locator("#methods .picture")
     line = page.locator("#methods .reading")
     picture.locator("[data-value]").nth(1).hover()
-    assert line.inner_text() == "ewc, ACC, task ID given: 0.738 ± 0.000"
+    assert line.inner_text() == "ewc, ACC, task-incremental, task ID given: 0.738 ± 0.000"
     page.mouse.move(0, 0)
     picture.focus()
     page.keyboard.press("ArrowDown")
-    assert line.inner_text() == "bd+ewc, ACC, task ID given: 0.738 ± 0.000"
+    assert line.inner_text() == "bd+ewc, ACC, task-incremental, task ID given: 0.738 ± 0.000"
     assert picture.locator(".current").count() == 1
 
 
@@ -224,7 +224,7 @@ def test_columns_sort(opened: Callable[..., Opened], make_run: Make, tmp_path: P
         make_run(method, 0, [[0.1], [last]], accuracy_task_agnostic=None)
     page = opened(tmp_path / "runs").page
     names = page.locator("table.sortable").first.locator("tbody th")
-    button = page.get_by_role("button", name="ACC, task ID given")
+    button = page.get_by_role("button", name="ACC, task-incremental, task ID given")
     button.first.click()
     assert names.all_inner_texts() == ["b", "c", "a"]
     button.first.press("Enter")

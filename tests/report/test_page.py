@@ -209,7 +209,10 @@ def test_marks_carry_the_values_that_they_stand_for(
         make_run(method, 0, bytes_per_task={"measured": sizes * unit, "paper": None})
     values = [text for key, text in Parsed(html(tmp_path)).attributes if key == "data-value"]
     for method, sizes in (("ewc", 0), ("psp", 552)):
-        for title, value in (("ACC, task ID given", 0.6), ("ACC, task ID not given", 0.3)):
+        for title, value in (
+            ("ACC, task-incremental, task ID given", 0.6),
+            ("ACC, class-incremental, task ID not given", 0.3),
+        ):
             assert f"{method}, {title}: {value:.3f}" in values
             with_bytes = f"{method}, {title}: {value:.3f}, {sizes * unit:,} bytes per task"
             assert with_bytes in values

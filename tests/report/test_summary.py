@@ -42,7 +42,8 @@ def test_means_over_seeds(make_run: Make, summary: Callable[[], Summary]) -> Non
     )
     assert "the highest mean ACC is 0.799 ± 0.002 (psp)" in shown[1]
     assert "it is 0.300 ± 0.000 (ewc and psp)" in shown[1]  # as high: both are named
-    assert "1 of 1 are significant at 5 %" in shown[2]
+    assert shown[2].startswith("Scenarios: task-incremental, task ID given; class-incremental")
+    assert "1 of 1 are significant at 5 %" in shown[3]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,9 @@ def test_a_plain_run_needs_none_of_these_words(
     config["model"] = {"task_agnostic": True}
     for seed in range(3):
         make_run(seed=seed, config=config)
-    (given,) = summary().not_shown
+    given, missing = summary().not_shown
     assert given.startswith("Task ID given:")
+    assert missing.startswith("Not comparable: fewer than 5 seeds (3); no lower bound (finetune)")
 
 
 def test_what_several_runs_do_not_show(make_run: Make, summary: Callable[[], Summary]) -> None:

@@ -13,6 +13,7 @@ from bpn_lightning.cli.main import main
 from bpn_lightning.costs import Bytes
 from bpn_lightning.run import console
 from bpn_lightning.run.console import StreamProgress, final_table, format_task_line
+from bpn_lightning.run.scenarios import scenarios
 from bpn_lightning.tasks import Task
 
 TASKS = [
@@ -36,6 +37,19 @@ def table(matrix: AccuracyMatrix, width: int, **kwargs: object) -> str:
     stored = {"measured": 6040, "paper": None, **kwargs}
     final_table(console, "t", TASKS, matrix.summary(), stored, Bytes(1200, 7), Path("runs/t"))  # type: ignore[arg-type]
     return out.getvalue()
+
+
+def test_the_legend_names_the_scenarios(matrix: AccuracyMatrix) -> None:
+    out = io.StringIO()
+    final_table(
+        Console(file=out, width=200),
+        *("t", TASKS, matrix.summary(), {"measured": 6040, "paper": None}),
+        Bytes(1200, 7),
+        Path("runs/t"),
+        scenarios=scenarios("all", task_id_at_inference=True, agnostic=True),
+    )
+    assert "after the last task, task-incremental, task ID given;" in out.getvalue()
+    assert "no task ID: class-incremental, the network has to infer the task" in out.getvalue()
 
 
 def test_a_learned_task_takes_one_line() -> None:

@@ -18,6 +18,7 @@ from bpn_lightning import AccuracyMatrix, files
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.files import write_atomically
+from bpn_lightning.metrics.scores import ClassCounts
 from bpn_lightning.run import provenance, results
 from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.results import (
@@ -25,7 +26,8 @@ from bpn_lightning.run.results import (
     read_results,
     write_results,
 )
-from bpn_lightning.run.schema import Provenance
+from bpn_lightning.run.scenarios import scenario, scenario_text, scenarios
+from bpn_lightning.run.schema import Conditions, Provenance
 from bpn_lightning.tasks import Task
 
 pytestmark = pytest.mark.slow
@@ -105,6 +107,8 @@ def test_results_json(tmp_path: Path) -> None:
             "first_task": 0.1,
             "per_task": [0.1, 0.2, 0.6],
         },
+        "by_class": {},
+        "validation": None,
         "front": None,
         "gates": {},
         "accuracy_after_learning": {
@@ -119,6 +123,56 @@ def test_results_json(tmp_path: Path) -> None:
         "provenance": PROVENANCE,
     }
     assert read_results(path) == read_results(path.parent) == found
+
+
+def test_what_a_comparison_depends_on_is_recorded(tmp_path: Path) -> None:
+    conditions: Conditions = {
+        "scenarios": scenarios("all", task_id_at_inference=True, agnostic=True),
+        "order": "seed",
+        "tuned_for": None,
+        "updates": 12,
+    }
+    counts: ClassCounts = {
+        "tasks": [2, 2, 0],
+        "samples": [1, 3, 0, 0, 0, 0],
+        "right": [1, 2] + [0] * 4,
+    }
+    found = read_results(
+        write(
+            tmp_path,
+            conditions=conditions,
+            class_counts={"accuracy": counts},
+            validation=[0.5, 1.0, None],
+        )
+    )
+    assert found["conditions"] == conditions
+    assert found["by_class"]["accuracy"]["balanced"] == pytest.approx(5 / 6)
+    assert found["validation"] == {"average": None, "per_task": [0.5, 1.0, None]}
+
+
+def test_results_of_earlier_releases_lack_it(tmp_path: Path) -> None:
+    found = json.loads(write(tmp_path).read_bytes())
+    for key in ("by_class", "validation"):
+        del found[key]
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert read_results(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("mask", "given", "expected"),
+    [
+        ("all", True, "task-incremental, task ID given"),
+        ("task", True, "task-incremental, task ID given"),
+        ("seen", False, "class-incremental, task ID not given"),
+        ("shared", True, "domain-incremental, task ID given"),
+        ("shared", False, "domain-incremental, task ID not given"),
+    ],
+)
+def test_scenarios(mask: str, given: bool, expected: str) -> None:
+    assert scenario_text(scenario(mask, given)) == expected
+    of_run = scenarios(mask, task_id_at_inference=given, agnostic=False)
+    assert scenario_text(of_run["accuracy"]) == expected
+    assert of_run["accuracy_task_agnostic"] is None
 
 
 def test_every_file_of_a_run(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Test samples and correct answers of each task and of each class."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bpn_lightning.metrics.scores import ClassCounts
+from bpn_lightning.tasks import Task
+
+__all__ = ["CountClasses"]
+
+
+class CountClasses:
+    """Counts over the test samples of the learned tasks, in one pass, and one reduction over processes.
+
+    The recall of a class is its accuracy, and the mean of all recalls the balanced accuracy, as in
+    scikit-learn. torchmetrics' macro averages also count classes that were answered and have no samples, and
+    their state is quadratic in the number of classes.
+
+    Args:
+        tasks: of the stream.
+        learned: how many of them are learned; samples of others are ignored.
+        device: of the logits.
+
+    State: ``(tasks,)`` and ``(2, classes)`` int64, of this process.
+    """
+
+    def __init__(self, tasks: Sequence[Task], learned: int, device: torch.device) -> None:
+        self.learned = learned
+        classes = max(task.columns[1] for task in tasks)
+        self._tasks = torch.zeros(len(tasks), dtype=torch.int64, device=device)
+        self._classes = torch.zeros(2, classes, dtype=torch.int64, device=device)
+
+    def update(self, task: int, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch of a task's samples, of logits ``(batch, num_classes)``."""
+        if task >= self.learned:
+            return
+        right = targets[logits.argmax(1) == targets]
+        self._tasks[task] += len(targets)
+        for row, labels in zip(self._classes, (targets, right), strict=True):
+            row += torch.bincount(labels, minlength=len(row))
+
+    def compute(self, all_reduce: Callable[[Tensor], Tensor]) -> ClassCounts:
+        """The counts of all processes."""
+        samples, right = all_reduce(self._classes).tolist()
+        return {"tasks": all_reduce(self._tasks).tolist(), "samples": samples, "right": right}
