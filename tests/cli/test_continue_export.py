@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,33 @@ def test_a_missing_state_is_refused_by_name(capsys: pytest.CaptureFixture[str]) 
     assert export(["runs/ewc/ewc/seed_0", "--to", "ewc"]) == 0
     said = refusal([*MODEL, *NEW[:-1], "ewc", "--method", "ewc", "--experiment", "bad"], capsys)
     assert "but an export holds no importances: EWC cannot continue from it." in said
+    assert said.endswith("or export it with its training state: bpn-export --training_state.")
+
+
+def test_with_its_training_state_any_method_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's folder is gone by then, as on another machine."""
+    line = [*MODEL, "--method", "bd+ewc", "--model.train", "all"]
+    past = [*line, "--data.init_args.num_tasks", "2", "--experiment", "past"]
+    of_folder = [*NEW[:-1], "runs/past/bd+ewc/seed_0", "--experiment", "of_folder_2"]
+    assert main(past) == 0
+    assert export(["runs/past/bd+ewc/seed_0", "--to", "whole", "--training_state"]) == 0
+    assert main([*line, *of_folder]) == 0
+    shutil.rmtree("runs/past")
+    assert main([*line, *NEW[:-1], "whole", "--experiment", "of_bundle"]) == 0
+    weights = [
+        read_checkpoint(Path("runs", name, "bd+ewc", "seed_0", "checkpoints", "last.ckpt"))
+        for name in ("of_folder_2", "of_bundle")
+    ]
+    for part in ("state_dict", "callbacks"):
+        one, other = (leaves(each[part]) for each in weights)
+        assert one.keys() == other.keys()
+        assert [n for n in one if not torch.equal(one[n].nan_to_num(), other[n].nan_to_num())] == []
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(tree, dict):
+        return {k: v for key, one in tree.items() for k, v in leaves(one, f"{path}/{key}").items()}
+    return {path: tree} if isinstance(tree, torch.Tensor) else {}
 
 
 def refusal(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
