@@ -77,13 +77,12 @@ def changing(folder: Path, wait: float = WAIT) -> Iterator[None]:
 def _remove_leftovers(folder: Path) -> None:
     for path in (path for pattern in _UNFINISHED for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    used = {
-        sums.get("name") for sums in read_json(folder / CONFIG, within=folder)["files"].values()
-    }
+    files = read_json(folder / CONFIG, within=folder)["files"]
     for name in (ACCURACY, GATE):
-        for path in folder.glob(f"{Path(name).stem}-*.safetensors"):
-            if is_named_by_hash(path.name) and path.name not in used:
-                path.unlink()
+        for path in [folder / name, *folder.glob(f"{Path(name).stem}-*.safetensors")]:
+            known = path.name == name or is_named_by_hash(path.name)
+            if known and path.name != files.get(name, {}).get("name", name):
+                path.unlink(missing_ok=True)
 
 
 def add_files(folder: Path, bundle: Bundle, one: TaskFiles) -> Path:
