@@ -103,6 +103,17 @@ def test_a_training_state_becomes_that_of_all_tasks(bundle: Path) -> None:
     assert load(bundle).tasks == [*PAST, *NEW, "e"]
 
 
+def test_gates_that_learn_alone_are_added_too(tmp_path: Path) -> None:
+    free = {"train": "all", "train_first": None}
+    folder = export_module(learn([NearestClassMean(modes=0)], **free), tmp_path / "out", names=PAST)
+    module = load_exported(folder, MLP([16, 12]))
+    module.extend(new := stream_of(2, 4))
+    trainer_of(1, [NearestClassMean(modes=0), AddToBundle(folder, NEW)]).fit(module, new)
+    anew = export_module(module, tmp_path / "anew", names=PAST + NEW)
+    assert load(folder).tasks == PAST + NEW
+    assert load(folder).predict(IMAGES) == load(anew).predict(IMAGES)
+
+
 def test_without_one_none_is_made(bundle: Path) -> None:
     shutil.rmtree(bundle / "training_state")
     go_on(bundle, AddToBundle(bundle))

@@ -144,6 +144,13 @@ def test_with_its_training_state_any_method_goes_on(capsys: pytest.CaptureFixtur
         assert [n for n in one if not torch.equal(one[n].nan_to_num(), other[n].nan_to_num())] == []
 
 
+def test_a_training_state_that_still_holds_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+    line = [str(folder("digits_inc")), "--to", "gone", "--forget", "1", "--training_state"]
+    assert export(line) == 2
+    assert "it still holds what was stored of task 0" in capsys.readouterr().err
+    assert not Path("gone").exists()
+
+
 def leaves(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
     if isinstance(tree, dict):
         return {k: v for key, one in tree.items() for k, v in leaves(one, f"{path}/{key}").items()}
