@@ -1,8 +1,8 @@
 """Export of a trained network to a bundle: a folder of files without code, one small folder for each task.
 
 :mod:`bpn_lightning.modes.bundle` draws the folder. A checkpoint resumes a run; a bundle is for distribution.
-New tasks continue from either, but a bundle has no training state: of the optimizer, of the strategies, of
-random numbers. It names its network where that is one of torch's layers or of this package; otherwise the
+New tasks continue from either, but a bundle has the training state (of the optimizer, of the strategies, of
+random numbers) only where that is asked for. It names its network where that is one of torch's layers or of this package; otherwise the
 network is the reader's own code.
 """
 
@@ -16,8 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
+from bpn_lightning.errors import (
+    BPNLightningError,
+    CheckpointError,
+    ConfigurationError,
+    ResultsError,
+)
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
+from bpn_lightning.model.extending import extension_of
 from bpn_lightning.model.gates import describe_gates, rebuild_gates
 from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.module import ContinualModule
@@ -33,19 +39,35 @@ from bpn_lightning.modes.bundle import (
     task_records,
     write_bundle,
 )
-from bpn_lightning.modes.card import model_card
+from bpn_lightning.modes.card import write_card
 from bpn_lightning.modes.gates import split_gate
 from bpn_lightning.modes.joining import from_backbone, gate_records, parts_of
 from bpn_lightning.modes.networks import describe_network
+from bpn_lightning.modes.plain_values import set_aside
 from bpn_lightning.modes.splitting import ACCURACY, fill, split
+from bpn_lightning.modes.training_state import (
+    PREFIX,
+    has_training_state,
+    held_weights,
+    write_training_state,
+)
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.pretrained import Origin, Pretrained, with_origin
 from bpn_lightning.nn.sharding import check_whole
 from bpn_lightning.nn.structure import Structure
 from bpn_lightning.nn.weights import hash_of
+from bpn_lightning.run.dashboards import Dashboard
+from bpn_lightning.run.recording import LastCheckpoint
 from bpn_lightning.tasks import Past
 
-__all__ = ["export_module", "load_exported", "past_of_export", "restore_exported"]
+__all__ = [
+    "bundle_of",
+    "export_module",
+    "load_exported",
+    "past_of_export",
+    "restore_exported",
+    "write_training_state_of",
+]
 
 
 def export_module(
@@ -55,6 +77,7 @@ def export_module(
     include_pretrained: bool = False,
     names: Sequence[str] | None = None,
     network: Mapping[str, Any] | None = None,
+    training_state: bool = False,
 ) -> Path:
     """Write a module that has learned tasks as a bundle; the folder appears only when it is complete.
 
@@ -69,6 +92,8 @@ def export_module(
             ``task_1`` and so on.
         network: how to make the backbone, ``{"class_path": ..., "init_args": {...}}``, for readers that
             are not given one. By default networks of torch's layers one after another are described.
+        training_state: whether to write what any strategy goes on from, too: importances, memories with samples
+            of the training data, teachers, the optimizer. Without it, those that need none of this go on.
 
     Returns:
         The folder.
@@ -76,6 +101,7 @@ def export_module(
     Raises:
         ConfigurationError: the folder exists, the module has no head yet or is sharded, names are too few or
             no names of folders, or pretrained weights that would be left out were trained.
+        CheckpointError: there is no training state, or it still holds a task that was forgotten.
         ResultsError: it cannot be written.
     """
     folder = Path(folder)
@@ -87,16 +113,22 @@ def export_module(
             "trainer.fit, or after load_from_checkpoint."
         )
     check_whole(module.network.backbone)
-    bundle = _bundle_of(module, include_pretrained, names)
+    checkpoint = extension_of(module).training_state() if training_state else None
+    bundle = bundle_of(module, include_pretrained, names)
     bundle.record["network"] = describe_network(module.backbone) if network is None else network
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.export")
     try:
         temporary.mkdir(parents=True)
-        write_bundle(bundle, temporary, model_card(bundle))
+        write_bundle(bundle, temporary)
+        if checkpoint is not None:
+            write_training_state_of(module, bundle, checkpoint, temporary)
+        write_card(temporary, bundle)
         temporary.rename(folder)
     except BaseException as error:  # also Ctrl-C; safetensors has its own error for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, Exception):
+            raise
+        if isinstance(error, BPNLightningError):
             raise
         if folder.exists():
             raise _taken(folder) from error  # created by another process in the meantime
@@ -106,10 +138,10 @@ def export_module(
     return folder
 
 
-def _bundle_of(
-    module: ContinualModule, include_pretrained: bool, names: Sequence[str] | None
+def bundle_of(
+    module: ContinualModule, include_pretrained: bool = False, names: Sequence[str] | None = None
 ) -> Bundle:
-    """What is written of a module, but for the network's description."""
+    """What :func:`export_module` writes of a module, but for the network's description."""
     network = module.network
     structure = network.structure
     left_out = [] if include_pretrained else _left_out(network)
@@ -124,7 +156,7 @@ def _bundle_of(
     for name in ("tasks", "preparations", "forgotten"):
         del described[name]
     gates, of_tasks, gate_tensors = _gates(module)
-    plain = _set_aside(parts.plain, "plain", parts.shared)
+    plain = set_aside(parts.plain, "plain", parts.shared)
     bundle = Bundle(
         {
             "network": None,
@@ -148,7 +180,7 @@ def _bundle_of(
         task = one.task.id
         tensors: dict[str, Tensor] = {}
         own = {
-            gate: _set_aside(part, gate, tensors) for gate, part in of_tasks.get(task, {}).items()
+            gate: set_aside(part, gate, tensors) for gate, part in of_tasks.get(task, {}).items()
         }
         progress = progress_of(task, network.opened, network.closed)
         bundle.tasks[name] = replace(
@@ -160,6 +192,30 @@ def _bundle_of(
             gate_tensors=tensors,
         )
     return bundle
+
+
+def write_training_state_of(
+    module: ContinualModule, bundle: Bundle, checkpoint: Mapping[str, Any], folder: Path
+) -> None:
+    """Write a module's training state next to its bundle.
+
+    Args:
+        module: with whose weights the bundle was written.
+        bundle: that is in the folder.
+        checkpoint: of the module.
+        folder: of the bundle.
+    """
+    parts = {record["part"] for record in bundle.record["pretrained"]}
+    elsewhere = [
+        f"{PREFIX}{name}"
+        for part, pretrained, _ in with_origin(module.network)
+        for name in (_names(part, pretrained) if part in parts else ())
+    ]
+    # What a run's folder and its loggers are called is not what learning goes on from.
+    own = {LastCheckpoint.__qualname__, Dashboard.__qualname__}
+    states = {key: one for key, one in checkpoint["callbacks"].items() if key not in own}
+    held = held_weights(bundle, module.network.structure)
+    write_training_state(folder, {**checkpoint, "callbacks": states}, held, elsewhere)
 
 
 def _task_names(tasks: Sequence[TaskFiles], names: Sequence[str] | None) -> list[str]:
@@ -186,7 +242,7 @@ def _gates(
     for gate, record in zip(gates, describe_gates(gates), strict=True):
         shared, parts = split_gate(record["state"], getattr(gate, "shared_rows", ()))
         together = getattr(gate, "second_moments", "none") == "shared"
-        state = _set_aside(shared, gate.name, tensors)
+        state = set_aside(shared, gate.name, tensors)
         records.append({**record, "together": together, "state": state})
         for task, part in parts.items():
             of_tasks.setdefault(task, {})[gate.name] = part
@@ -276,6 +332,8 @@ def _restore(
         module.host.gates = rebuild_gates(gate_records(bundle))
         module.host.learned_by = _learned_by(bundle.record)
         network.switch(network.resting_task)
+        if has_training_state(Path(folder)):
+            extension_of(module).path = Path(folder)
 
 
 def _accuracy(bundle: Bundle, structure: Structure) -> dict[str, Tensor]:
@@ -323,14 +381,3 @@ def _taken(folder: Path) -> ConfigurationError:
     return ConfigurationError(
         f"Expected {folder} to be a new folder, but it exists. Name another one, or remove it."
     )
-
-
-def _set_aside(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Convert a state to JSON values; its tensors are moved to ``tensors``, by name."""
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        parts = [(key, f"{name}/{key}" if name else str(key), part) for key, part in value.items()]
-        return {"items": [[key, _set_aside(part, place, tensors)] for key, place, part in parts]}
-    return value

@@ -5,7 +5,7 @@ Everything above leans on this file; it leans on little but torch.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bpn_lightning.errors import CheckpointError
-from bpn_lightning.preparation import Preparation
+from bpn_lightning.preparation import Preparation, first_preparations
 
 __all__ = [
     "Batch",
@@ -83,6 +83,15 @@ class Past:
     seed: int
     shared: bool
     learned: int
+
+    def first(self, tasks: int) -> "Past":
+        """The past of its first tasks alone."""
+        return replace(
+            self,
+            tasks=self.tasks[:tasks],
+            preparations=tuple(first_preparations(self.preparations, tasks)),
+            learned=min(self.learned, tasks),
+        )
 
     @property
     def first_column(self) -> int:

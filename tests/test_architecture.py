@@ -17,7 +17,7 @@ ROOMS = ("strategies", "datamodules", "configs")
 LAYERS = [
     {"terminal", "trainer.lightning"},
     {"errors", "random_state"},
-    {"checks", "files", "preparation", "tasks", "untrusted"},
+    {"checks", "files", "lock", "preparation", "tasks", "untrusted"},
     {"costs", "losses", "metrics"},
     {"nn"},
     {"host"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"run"},
     {"model"},
     {"export"},
+    {"adding"},
     {"cli"},
     {"conformance"},
     {"analysis"},

@@ -349,7 +349,7 @@ EXEMPT = {
     ("bpn_lightning/untrusted.py", "os.open"): "the one place",
     ("bpn_lightning/files.py", "open"): "writes a temporary file",
     ("bpn_lightning/files.py", "os.open"): "flushes what was just written",
-    ("bpn_lightning/run/lock.py", "os.open"): "the lock of a run's folder, without waiting",
+    ("bpn_lightning/lock.py", "os.open"): "the lock of a run's folder, without waiting",
     ("bpn_lightning/run/recording.py", "self.path.open"): "appends to the run's own log",
     ("bpn_lightning/bench/runner.py", "log.open"): "appends to the log of a cell",
     ("bpn_lightning/bench/ray_executor.py", "log.open"): "appends to the log of a cell",

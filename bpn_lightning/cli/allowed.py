@@ -261,7 +261,8 @@ def check_places(values: Iterable[Given], folder: Path, typed: Collection[str] =
 
 def _leads_out(text: str, argument: str, folder: Path) -> bool:
     """Whether a text is a path outside of a folder; parts of names are not paths."""
-    is_place = argument.endswith(("dir", "dirpath", "_path", "runs")) and argument != "sub_dir"
+    named = argument.endswith(("dir", "dirpath", "_path", "runs")) or argument == "to"
+    is_place = named and argument != "sub_dir"
     parts = Path(text).parts
     if not is_place and not (os.path.isabs(text) or ".." in parts or text.startswith("~")):
         return ":/" in text or "::" in text

@@ -5,15 +5,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.cli.trust import add_trusted_names
-from bpn_lightning.errors import ConfigurationError, ResultsError, did_you_mean
+from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import write_atomically
 from bpn_lightning.terminal import printable
 
@@ -35,8 +35,11 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     folder = Path(arguments.bundle)
-    bundle = _read(folder)  # slow: imports torch
-    for line in _DO[arguments.verb](folder, bundle, arguments):
+    from bpn_lightning.modes.changing import changing  # slow: imports torch
+
+    with nullcontext() if arguments.verb == "check" else changing(folder):
+        lines = _DO[arguments.verb](folder, _read(folder), arguments)
+    for line in lines:
         print(printable(line))
     return 0
 
@@ -51,7 +54,9 @@ def _read(folder: Path) -> "Bundle":
 
 
 def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
-    from bpn_lightning.modes.bundle import TASKS, explained, read_task, with_task, write_task
+    from bpn_lightning.modes.bundle import explained, read_task, with_task
+    from bpn_lightning.modes.card import write_card
+    from bpn_lightning.modes.changing import add_files, write_formats
     from bpn_lightning.modes.snapshot import Snapshot
 
     source = Path(arguments.task)
@@ -62,16 +67,17 @@ def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[
     if bundle.record["network"] is not None:
         with explained(source):  # a task that does not fit would take the bundle's others with it
             Snapshot(changed, trust=arguments.trust)
-    with _writable(folder):
-        (folder / TASKS).mkdir(exist_ok=True)
-        write_task(one, folder / TASKS / one.name, bundle.record)
-    _write_card(folder, changed)
-    _write_formats(folder, arguments)
-    return [str(folder / TASKS / one.name)]
+    dropped = _drop_training_state(folder)
+    made = add_files(folder, bundle, one)
+    write_card(folder, changed)
+    write_formats(folder, arguments.trust)
+    return [str(made), *dropped]
 
 
 def _remove(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
     from bpn_lightning.modes.bundle import CONFIG, TASKS
+    from bpn_lightning.modes.card import write_card
+    from bpn_lightning.modes.changing import write_formats
     from bpn_lightning.untrusted import read_json
 
     name, common = arguments.task, bundle.record["structure"]["preparation"]
@@ -86,28 +92,43 @@ def _remove(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> li
     others = [each for each in record["forgotten"] if each["task"]["id"] != one.task.id]
     hidden = folder / TASKS / f".{os.getpid()}.removed"
     left = {key: each for key, each in bundle.tasks.items() if key != name}
-    with _writable(folder):
-        # A number that is forgotten and has a folder is known: an interruption leaves the task.
-        content = json.dumps({**record, "forgotten": [*others, gone]}, indent=1).encode()
-        write_atomically(folder / CONFIG, content)
-        shutil.rmtree(hidden, ignore_errors=True)
-        (folder / TASKS / name).rename(hidden)
-        shutil.rmtree(hidden)
-    _write_card(folder, replace(bundle, tasks=left))
-    _write_formats(folder, arguments)
+    dropped = _drop_training_state(folder)
+    # A number that is forgotten and has a folder is known: an interruption leaves the task.
+    content = json.dumps({**record, "forgotten": [*others, gone]}, indent=1).encode()
+    write_atomically(folder / CONFIG, content)
+    (folder / TASKS / name).rename(hidden)
+    shutil.rmtree(hidden)
+    write_card(folder, replace(bundle, tasks=left))
+    write_formats(folder, arguments.trust)
     return [
-        f"{name} is removed; the shared weights, where they were trained on it, are as they were"
+        f"{name} is removed; the shared weights, where they were trained on it, are as they were",
+        *dropped,
     ]
+
+
+def _drop_training_state(folder: Path) -> list[str]:
+    """Remove what is of other tasks than the bundle is going to have, and may hold samples of one that goes."""
+    from bpn_lightning.modes.training_state import FOLDER, remove_training_state
+
+    if not remove_training_state(folder):
+        return []
+    return [f"{FOLDER} is removed, as it was of the tasks before; bpn-export writes one anew"]
 
 
 def _check(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
     from bpn_lightning.modes import load
+    from bpn_lightning.modes.bundle import explained
+    from bpn_lightning.modes.training_state import check_training_state, training_state_parts
 
+    with explained(folder):
+        check_training_state(folder, bundle)
+        training = training_state_parts(folder)
     lines = [
         f"{name}: task {one.task.id}, {one.task.num_classes} classes, {_size(one):,} bytes, {one.progress}"
         for name, one in bundle.tasks.items()
     ]
     lines.append(f"shared by all tasks: {bundle.shared_bytes:,} bytes, {bundle.base}")
+    lines += [f"training state of {one.name}: {one.bytes:,} bytes" for one in training]
     if bundle.record["network"] is None:
         return [
             *lines,
@@ -122,39 +143,10 @@ def _size(one: Any) -> int:
 
 
 def _card(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
-    _write_card(folder, bundle)
+    from bpn_lightning.modes.card import write_card
+
+    write_card(folder, bundle)
     return [str(folder / "README.md")]
-
-
-def _write_card(folder: Path, bundle: "Bundle") -> None:
-    from bpn_lightning.modes.card import model_card
-
-    with _writable(folder):
-        write_atomically(folder / "README.md", model_card(bundle).encode())
-
-
-def _write_formats(folder: Path, arguments: argparse.Namespace) -> None:
-    """Make anew what holds the head of all tasks."""
-    there = [name for name in ("onnx", "peft") if (folder / name).is_dir()]
-    if not there:
-        return
-    from bpn_lightning.modes import load
-    from bpn_lightning.modes.exporters import WRITERS
-
-    net = load(folder, trust=arguments.trust)
-    for name in there:
-        WRITERS[name](net, folder / name)
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Say in one way that a bundle cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ResultsError(
-            f"Expected to write {folder}, but got: {error}. Free some space or grant write access."
-        ) from error
 
 
 _DO = {"add": _add, "remove": _remove, "check": _check, "card": _card}

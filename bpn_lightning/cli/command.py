@@ -169,7 +169,8 @@ def read_command(argv: Sequence[str]) -> Command:
     by_files, typed = _named_classes(layers, rest, flags.method, method)
     entries = (*plugins, *chosen.values(), *gates.values(), *front.values())
     registered = [one.class_path for one in entries if one is not None]
-    in_flags = [value for key, value in flag_values(rest) if key not in ("runs", "ckpt_path")]
+    apart = ("runs", "to", "names", "ckpt_path")
+    in_flags = [value for key, value in flag_values(rest) if key not in apart]
     trust = decide_trust(
         by_files + typed,
         in_files=words([*(layer.content for layer in layers), *registered]),

@@ -27,7 +27,17 @@ CONFIGS = Path(str(files("bpn_lightning.configs")))
 
 #: Keys for where and how outputs are written: runs that differ only in these have the same results,
 #: including config.yaml.
-PLACES = ("runs", "overwrite", "ckpt_path", "logger", "log_artifacts", "quiet", "json")
+PLACES = (
+    "runs",
+    "to",
+    "names",
+    "overwrite",
+    "ckpt_path",
+    "logger",
+    "log_artifacts",
+    "quiet",
+    "json",
+)
 
 #: Groups of which each key is a name with a mapping of its own.
 NAMED = ("strategies", "gates", "fronts")

@@ -26,6 +26,7 @@ def continue_stream(
     run: PastRun,
     learned: Sequence[ContinualDataModule] | None,
     module: ContinualModule | None,
+    past_tasks: int | None = None,
 ) -> Continues:
     """Let a stream follow those of a past run and of the runs before it.
 
@@ -36,6 +37,8 @@ def continue_stream(
             not to be measured.
         module: that gets what an export holds; a checkpoint is loaded by the trainer. None where the run
             resumes a checkpoint of its own.
+        past_tasks: how many tasks were learned before the run that resumes, where an export may have more by
+            now, as it adds its own.
 
     Returns:
         What results say of the past run, which may be gone when they are written.
@@ -46,6 +49,8 @@ def continue_stream(
     """
     saved = {} if run.checkpoint is None else read_checkpoint(run.checkpoint)
     past, before = past_of(saved) if saved else _past(run), None
+    if past_tasks is not None:
+        past = past.first(past_tasks)
     if learned:
         runs = runs_before(run)
         if len(learned) != len(runs):

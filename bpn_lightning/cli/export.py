@@ -62,17 +62,20 @@ def _export(arguments: argparse.Namespace) -> Path:
         include_pretrained=arguments.include_pretrained,
         names=arguments.names,
         network=described,
+        training_state=arguments.training_state,
     )
     formats = [name for name in ("onnx", "peft") if getattr(arguments, name)]
     if formats:
         from bpn_lightning.modes import load
+        from bpn_lightning.modes.changing import changing
         from bpn_lightning.modes.exporters import WRITERS
 
         # What the run's config names was trusted above.
         try:
-            net = load(folder, trust=["weights", "weights_file", *words(described)])
-            for name in formats:
-                WRITERS[name](net, folder / name)
+            with changing(folder):
+                net = load(folder, trust=["weights", "weights_file", *words(described)])
+                for name in formats:
+                    WRITERS[name](net, folder / name)
         except BaseException:  # all that was asked for, or nothing
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -148,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write pretrained weights whose license is not known, too, instead of naming their package and "
         "hash",
+    )
+    parser.add_argument(
+        "--training_state",
+        action="store_true",
+        help="also write what any method continues from (bpn-fit --continue_from DIR): importances, memories "
+        "with samples of the training data, teachers, the optimizer",
     )
     parser.add_argument(
         "--onnx",

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 
+from bpn_lightning.adding import AddToBundle
 from bpn_lightning.cli.allowed import Given, canonical_names, check_given, check_places, given
 from bpn_lightning.cli.command import Command
 from bpn_lightning.cli.config_files import PLACES
@@ -149,6 +150,7 @@ class ContinualCLI(LightningCLI):
         check_name("method, gate and front, joined,", self.folder.parent.name)
         refuse_outside(Path(str(self.config.runs)), self.folder)
         self._check_gates_alone()
+        self._check_adding()
         if not self.command.trust.everything:
             self._check_trust()
         self.run_folder = RunFolder(self.folder)
@@ -178,6 +180,20 @@ class ContinualCLI(LightningCLI):
                     f"Expected {key} to be 0 where the method is gates alone, but got {self.config[key]!r}. "
                     f"Leave it out, or train modes: --method psp --gate {'+'.join(names)}."
                 )
+
+    def _check_adding(self) -> None:
+        """Refuse a bundle that nothing is added to."""
+        config = self.config
+        if config.names is not None and config.to is None:
+            raise ConfigurationError(
+                f"Expected --names together with --to, but got {' '.join(config.names)} alone. Name the bundle "
+                "whose tasks they are to be."
+            )
+        if config.to is not None and config.continue_from is None:
+            raise ConfigurationError(
+                f"Expected --to together with --continue_from, but got {config.to} alone. Name the run or the bundle "
+                "whose tasks come before; bpn-export writes a bundle of a first run."
+            )
 
     def _refuse_replaced_inputs(self) -> None:
         """Refuse inputs of the run that --overwrite would replace."""
@@ -235,8 +251,9 @@ class ContinualCLI(LightningCLI):
         caches = [one for one in values if one.key.endswith(".cache_dir")]
         check_given([*values, *flags], typed)
         check_places([*flags, *caches], self.folder, typed)
-        if not any(word.partition("=")[0] == "--runs" for word in self.command.flags):
-            check_places([Given("runs", config.runs)], Path.cwd())
+        flagged = {word.partition("=")[0] for word in self.command.flags}
+        outputs = [Given(key, config[key]) for key in ("runs", "to") if f"--{key}" not in flagged]
+        check_places(outputs, Path.cwd())
 
     def instantiate_classes(self) -> None:
         """Instantiate everything, completing the arguments of loggers; config.yaml keeps the given ones."""
@@ -249,7 +266,8 @@ class ContinualCLI(LightningCLI):
         if self.past:
             learned = self.config_init.past_data
             fresh = None if self.resumed else self.model
-            self.continues = continue_stream(self.datamodule, self.past, learned, fresh)
+            past_tasks = self.resumed.adding.get("past_tasks") if self.resumed else None
+            self.continues = continue_stream(self.datamodule, self.past, learned, fresh, past_tasks)
             self._dashboard.config["continues"] = dict(self.continues)
 
     def _loggers(self) -> Any:
@@ -320,6 +338,9 @@ class ContinualCLI(LightningCLI):
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                 plugins.append(AtomicCheckpointIO())
             kwargs["plugins"] = plugins
+        if self.config.to is not None:
+            had = self.resumed.adding.get("training_state") if self.resumed else None
+            callbacks.append(AddToBundle(Path(self.config.to), self.config.names, had))
         if self.config.quiet or self.config.json:
             callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]
             kwargs["enable_progress_bar"] = False

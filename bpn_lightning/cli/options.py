@@ -118,6 +118,20 @@ def add_options(parser: LightningArgumentParser, command: Command) -> None:
         help="The streams that were learned, the oldest first, to measure accuracies on their tasks; the "
         "flag alone takes them from the runs' config.yaml.",
     )
+    parser.add_argument(
+        "--to",
+        type=str | None,
+        default=None,
+        help="A bundle, which may be served, to which each task is added when it is learned and evaluated; with "
+        "--continue_from and frozen shared weights.",
+    )
+    parser.add_argument(
+        "--names",
+        type=str,
+        nargs="+",
+        default=None,
+        help="With --to: names of the new tasks in the bundle, in order; by default task_4 and so on.",
+    )
     for unit, kind, what in (
         ("steps", int | None, "Updates between checkpoints inside an epoch"),
         ("epochs", int | None, "Epochs between checkpoints at an epoch's end"),

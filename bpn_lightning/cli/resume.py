@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpn_lightning.adding import AddToBundle
 from bpn_lightning.cli.output import notify
 from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.run.checkpoints import callback_state, read_checkpoint
@@ -24,11 +25,13 @@ class Resumed:
         path: the file.
         loggers: the loggers of the run, and the IDs of the runs to which they append.
         global_step: number of updates before it.
+        adding: state of :class:`~bpn_lightning.adding.AddToBundle` in it; empty where there was none.
     """
 
     path: Path
     loggers: list[SavedLogger]
     global_step: int
+    adding: Mapping[str, Any]
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -83,7 +86,8 @@ def find_checkpoint(
         _check_run(path, saved, identity)
         loggers = callback_state(saved, Dashboard.__qualname__).get("loggers", [])
         versions = [(kind, version) for kind, version, _ in loggers]
-        return Resumed(path, versions, saved["global_step"])
+        adding = callback_state(saved, AddToBundle.__qualname__)
+        return Resumed(path, versions, saved["global_step"], adding)
     raise CheckpointError(
         f"{' '.join(problems)} Start from scratch with --overwrite instead of --ckpt_path."
     )

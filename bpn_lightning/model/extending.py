@@ -14,6 +14,8 @@ from bpn_lightning.model.history import History
 from bpn_lightning.model.host import Host, check_own_strategies
 from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.weights_alone import WeightsAlone
+from bpn_lightning.modes.bundle import explained
+from bpn_lightning.modes.training_state import read_training_state
 from bpn_lightning.nn.structure import Structure
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.strategies.base import ContinualStrategy
@@ -26,7 +28,7 @@ from bpn_lightning.trainer.lightning import (
     set_max_epochs,
 )
 
-__all__ = ["Extension", "past_of"]
+__all__ = ["Extension", "extension_of", "past_of"]
 
 
 def past_of(checkpoint: Mapping[str, Any]) -> Past:
@@ -48,6 +50,12 @@ def past_of(checkpoint: Mapping[str, Any]) -> Past:
     return LearnedBy.read(saved).past(structure, closed)
 
 
+def extension_of(module: Any) -> "Extension":
+    """What a :class:`~bpn_lightning.model.module.ContinualModule` continues from."""
+    found: Extension = module._extension
+    return found
+
+
 class _Fit(NamedTuple):
     """What a module had in its last fit."""
 
@@ -67,7 +75,7 @@ class Extension:
 
     Args:
         host: of the module.
-        path: of that checkpoint.
+        path: of that checkpoint, or of the bundle with a training state that it was loaded from.
 
     State: none; a reference to that trainer, or the file's path, and between :meth:`begin` and the next fit
     a checkpoint, with a copy of the weights, or what the module holds without one.
@@ -99,12 +107,13 @@ class Extension:
             alone = WeightsAlone(self.host)
             stream.continue_from(alone.past, past_data)
             self._alone = alone
-            if not self.host.module.training:  # as load_exported leaves it
-                self.host.module.train()
-            return
-        checkpoint = self._training_state()
-        stream.continue_from(past_of(checkpoint), past_data)
-        self._checkpoint = checkpoint
+        else:
+            checkpoint = self.training_state()
+            stream.continue_from(past_of(checkpoint), past_data)
+            self._checkpoint = checkpoint
+        of_export = self._fit is None and (self.path is None or self.path.is_dir())
+        if of_export and not self.host.module.training:  # as load_exported leaves it
+            self.host.module.train()
 
     def _check_streams(self, stream: Any, past_data: Any) -> None:
         for name, one in (("stream", stream), ("past_data", past_data)):
@@ -147,7 +156,12 @@ class Extension:
         """The fit has begun."""
         self._checkpoint = self._alone = None
 
-    def _training_state(self) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
+        """The checkpoint of all that is learned.
+
+        Raises:
+            CheckpointError: it is not there, is of other weights, or holds a task that was forgotten since.
+        """
         if self._fit is not None:
             check_own_strategies(self._fit.strategies, self.host)
             self._fit.give_back(self.host)  # another trainer may have tested the module since
@@ -158,7 +172,15 @@ class Extension:
                 for name, value in weights
             }
             return checkpoint
-        checkpoint = read_checkpoint(cast(Path, self.path))
+        if self.path is None:
+            raise CheckpointError(
+                "Expected a module with a training state, but this one has none: it is a copy, or was loaded "
+                "from an export without one. Fit it, or load one of its run's checkpoints."
+            )
+        if self.path.is_dir():
+            with explained(self.path):
+                return read_training_state(self.path, self.host.module.state_dict())
+        checkpoint = read_checkpoint(self.path)
         if "optimizer_states" not in checkpoint:
             raise CheckpointError(
                 f"Expected {self.path} to have the training state of a run, but it has the weights alone. "

@@ -59,7 +59,10 @@ class WeightsAlone:
                 f"Expected the strategies that learned the module's tasks, but they differ: {different[0]}. "
                 "Pass the same ones, or start a new run."
             )
-        remedy = "continue from the run's folder or one of its checkpoints."
+        remedy = (
+            "continue from the run's folder or one of its checkpoints, or export it with its training state: "
+            "bpn-export --training_state."
+        )
         for strategy in strategies:
             lacking = strategy.training_state()
             if not lacking and strategy.state_dict() and strategy.state_key not in self._gates:

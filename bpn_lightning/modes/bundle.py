@@ -9,13 +9,15 @@
     ├── front.safetensors    of a front, if there is one
     ├── gate.safetensors     what gates share over tasks, if there are any
     ├── accuracy.safetensors the accuracy matrix, as far as it is known
+    ├── training_state/      what learning goes on from, if it was asked for
     └── tasks/<name>/
         ├── adapter_config.json       the task, its preparation, hashes, the base that it belongs to
         ├── adapter_model.safetensors biases, keys, adapters (in the layout of config.json), rows of the head
         └── gate.safetensors          rows of gates, if there are any
 
 A task is one folder, and the folders are the table of tasks: one that is added or removed needs no change
-elsewhere. Every file is read once, as far as it says, and its hash compared before it is parsed.
+elsewhere. Every file is read once, as far as it says, and its hash compared before it is parsed. Accuracies and what
+gates share may be replaced: ``config.json`` then names files with their hashes in their names.
 """
 
 import json
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.files import check_name, write_atomically
-from bpn_lightning.modes.hashed import read_tensors, write_tensors
+from bpn_lightning.modes.hashed import read_named, read_tensors, write_tensors
 from bpn_lightning.modes.layout import layout_of, packed, unpacked
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.nn.weights import digest_tensors
@@ -43,6 +45,7 @@ from bpn_lightning.untrusted import is_inside, read_json
 
 __all__ = [
     "ACCURACY",
+    "CARD",
     "CONFIG",
     "FRONT",
     "GATE",
@@ -212,7 +215,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     for name, sums in record["files"].items():
         if name not in (MODEL, FRONT, GATE, ACCURACY):
             raise ValueError(f"a file {name!r:.40}, which no bundle has")
-        bundle.files[name] = read_tensors(root / name, sums, root)
+        bundle.files[name] = read_named(root, name, sums)
     if MODEL not in bundle.files:
         raise ValueError(f"no {MODEL}")
     base = bundle.base
@@ -417,13 +420,12 @@ def progress_of(task: int, opened: int, closed: int) -> str:
     return "learned" if task <= closed else "open" if task <= opened else "planned"
 
 
-def write_bundle(bundle: Bundle, folder: Path, card: str) -> None:
+def write_bundle(bundle: Bundle, folder: Path) -> None:
     """Write a bundle into a folder that nobody reads yet.
 
     Args:
         bundle: whose record lacks what is computed here: format, schema, hashes.
         folder: an empty one.
-        card: the text of README.md.
     """
     bundle.record = {"format": FORMAT, **schema_fields(), **bundle.record}
     sums = {name: write_tensors(folder / name, part) for name, part in bundle.files.items()}
@@ -433,7 +435,6 @@ def write_bundle(bundle: Bundle, folder: Path, card: str) -> None:
     (folder / TASKS).mkdir()
     for name, one in bundle.tasks.items():
         write_task(replace(one, base=base), folder / TASKS / name, bundle.record)
-    write_atomically(folder / CARD, card.encode())
     write_atomically(folder / CONFIG, json.dumps(bundle.record, indent=1).encode())
 
 

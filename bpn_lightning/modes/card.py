@@ -2,13 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bpn_lightning.modes.bundle import ACCURACY, Bundle
+from bpn_lightning.files import write_atomically
+from bpn_lightning.modes.bundle import ACCURACY, CARD, Bundle
+from bpn_lightning.modes.training_state import FOLDER, StatePart, training_state_parts
 
-__all__ = ["model_card"]
+__all__ = ["write_card"]
 
 _FRONT = """---
 library_name: bpn_lightning
@@ -33,12 +36,18 @@ answers = net.predict(images)  # the task ID is not given
 _LONGEST = 60
 
 
-def model_card(bundle: Bundle) -> str:
-    """The text of a bundle's README.md.
+def write_card(folder: Path, bundle: Bundle) -> None:
+    """Write a bundle's README.md.
 
     Args:
-        bundle: that is to be written, or that was read.
+        folder: of the bundle, whose other files are written.
+        bundle: that is in it.
     """
+    card = _model_card(bundle, training_state_parts(folder))
+    write_atomically(folder / CARD, card.encode())
+
+
+def _model_card(bundle: Bundle, training: list[StatePart]) -> str:
     structure = bundle.record["structure"]
     strategies = "+".join(bundle.record.get("strategies", ())) or "continual learning"
     shape = " x ".join(map(str, structure["input_shape"]))
@@ -55,6 +64,7 @@ def model_card(bundle: Bundle) -> str:
         f"- Shared by all tasks: {bundle.shared_bytes:,} bytes.",
         f"- Inputs after preparation: {shape} {structure['input_dtype'].removeprefix('torch.')}.",
         f"- Classes that take part in a task's mode (mask): {structure['mask']}.",
+        *_training_state(training),
         "",
         _USE.format(folder="path/to/this/folder", task=json.dumps(first, ensure_ascii=False)),
     ]
@@ -65,17 +75,17 @@ def _accuracies(bundle: Bundle, name: str) -> Tensor | None:
     return bundle.files.get(ACCURACY, {}).get(f"accuracy_matrix.{name}")
 
 
-def _last_row(bundle: Bundle) -> list[float]:
-    """Accuracy on each task after the last one, task ID given."""
+def _last_measured(bundle: Bundle) -> list[float]:
+    """Accuracy on each task, task ID given, after the last one with which it was measured."""
     matrix = _accuracies(bundle, "accuracy")
     if matrix is None or matrix.dim() != 2:
         return []
-    measured = [row for row in matrix.tolist() if not all(map(math.isnan, row))]
-    return measured[-1] if measured else []
+    columns = ([one for one in column if not math.isnan(one)] for column in matrix.T.tolist())
+    return [column[-1] if column else math.nan for column in columns]
 
 
 def _table(bundle: Bundle) -> list[str]:
-    given, agnostic = _last_row(bundle), _accuracies(bundle, "task_agnostic")
+    given, agnostic = _last_measured(bundle), _accuracies(bundle, "task_agnostic")
     without = [] if agnostic is None else agnostic.flatten().tolist()
     lines = [
         "| task | ID | classes | accuracy, task ID given | task ID not given | bytes |",
@@ -96,12 +106,26 @@ def _table(bundle: Bundle) -> list[str]:
 
 def _averages(bundle: Bundle) -> list[str]:
     learned = [t.task.id for t in bundle.tasks.values() if t.progress == "learned"]
-    row = _last_row(bundle)
+    row = _last_measured(bundle)
     found = [row[task] for task in learned if task < len(row) and not math.isnan(row[task])]
     if not found:
         return []
     mean = sum(found) / len(found)
     return [f"- Average accuracy over {len(found)} learned tasks, task ID given: {mean:.1%}."]
+
+
+def _training_state(parts: list[StatePart]) -> list[str]:
+    if not parts:
+        return []
+    named = ", ".join(f"{_plain(name)} ({size:,} bytes)" for name, size, _ in parts)
+    line = f"- `{FOLDER}/` is what learning goes on from, and not needed to answer: {named}."
+    memories = [_plain(name) for name, _, names in parts if "inputs" in names]
+    if memories:
+        line += (
+            f" **It holds samples of the training data as they are** (memory of {', '.join(memories)}): delete "
+            "this folder before you share the bundle with anybody who may not see them."
+        )
+    return [line]
 
 
 def _percent(values: Any, place: int) -> str:

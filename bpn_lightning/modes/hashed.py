@@ -1,6 +1,7 @@
 """Files of tensors with their sizes and hashes: what is read is what was written."""
 
 import os
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from bpn_lightning.files import write_atomically
 from bpn_lightning.untrusted import open_untrusted
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["is_named_by_hash", "read_named", "read_tensors", "write_named", "write_tensors"]
+
+_BY_HASH = re.compile(r"[a-z_]+-[0-9a-f]{16}\.safetensors")
 
 
 def read_tensors(path: Path, sums: Mapping[str, Any], root: Path) -> dict[str, Tensor]:
@@ -37,3 +40,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     content = tensor_bytes(plain)
     write_atomically(path, content)
     return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+
+
+def is_named_by_hash(name: str) -> bool:
+    """Whether a file is one of :func:`write_named`."""
+    return _BY_HASH.fullmatch(name) is not None
+
+
+def write_named(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors next to an earlier file, under a name with their hash; returns it with size and hash."""
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    sums = write_tensors(temporary, tensors)
+    named = f"{Path(name).stem}-{sums['sha256'][:16]}.safetensors"
+    temporary.replace(folder / named)
+    return {"name": named, **sums}
+
+
+def read_named(folder: Path, name: str, sums: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the file that a record knows as ``name``, which may have a hash in its name by now."""
+    named = sums.get("name", name)
+    if named != name and not is_named_by_hash(str(named)):
+        raise ValueError(f"a file {named!r:.80} for {name}")
+    return read_tensors(folder / named, sums, folder)

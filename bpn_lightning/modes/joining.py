@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bpn_lightning.errors import CheckpointError
 from bpn_lightning.modes.bundle import FRONT, GATE, MODEL, Bundle
 from bpn_lightning.modes.gates import joined_gate
+from bpn_lightning.modes.plain_values import put_back
 from bpn_lightning.modes.splitting import Parts
 from bpn_lightning.nn.pretrained import with_origin
 from bpn_lightning.nn.structure import Structure
@@ -66,12 +67,3 @@ def from_backbone(records: Sequence[Mapping[str, Any]], network: nn.Module) -> d
             )
         state |= {f"{name}.{key}": value for key, value in part.original_state().items()}
     return state
-
-
-def put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Rebuild the state; each tensor is used once, so that the state is no larger than its file."""
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors.pop(value["tensor"])
-    return {key: put_back(part, tensors) for key, part in value["items"]}

@@ -245,6 +245,8 @@ class Snapshot:
     def _of_one(self, inputs: Tensor, place: int) -> Tensor:
         network = self.network
         network.switch(place)
+        if network.mask == "task":  # products of another width are rounded differently
+            network.built_head.open_outputs(network.columns(place)[1])
         if self._weights:
             own = {f"of.{name}": value for name, value in self._weights[place].items()}
             logits: Tensor = functional_call(_Whole(network), own, (inputs,))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bpn_lightning.errors import ResultsError
 from bpn_lightning.files import flush
-from bpn_lightning.run.lock import FolderLock
+from bpn_lightning.lock import FolderLock
 
 __all__ = ["RunFolder", "written_files"]
 

@@ -25,7 +25,7 @@ def fingerprint(folder: str | os.PathLike[str]) -> State:
         try:
             with os.scandir(place) as entries:
                 for entry in entries:
-                    if entry.is_file():
+                    if entry.is_file() and entry.name[0] != ".":  # else of a writer
                         state = entry.stat()
                         found.append((entry.path, state.st_ino, state.st_mtime_ns, state.st_size))
         except OSError:  # it was removed just now

@@ -19,7 +19,7 @@ from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.modes import load
 from bpn_lightning.modes.exporters import write_onnx, write_peft
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies import SLDA, BeneficialPerturbation
+from bpn_lightning.strategies import SLDA, BeneficialPerturbation, GradientEpisodicMemory
 
 Said = pytest.CaptureFixture[str]
 IMAGES = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
@@ -61,6 +61,27 @@ def test_a_task_is_removed_twice(made: None) -> None:
     assert main(["add", "out", "copy/tasks/b"]) == 0
     assert main(["remove", "out", "b"]) == 0
     assert load_exported("out", MLP([16, 16])).network.structure.forgotten == [1]
+
+
+def test_a_training_state_is_of_the_tasks_that_there_are(
+    fit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=64, seed=0)
+    module, _ = fit([GradientEpisodicMemory(5)], stream=stream, mask="seen")
+    export_module(module.eval(), "out", training_state=True)
+    assert main(["check", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == f"training state of gem: {2 * 5 * (64 + 8):,} bytes"
+    shutil.copytree("out", "copy")
+    assert main(["remove", "out", "task_2"]) == 0
+    assert "training_state is removed, as it was of the tasks before" in capsys.readouterr().out
+    assert not Path("out/training_state").exists()
+    assert "samples of the training data" not in Path("out/README.md").read_text()
+    (path,) = Path("copy/training_state").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["check", "copy"]) == 2
+    assert "truncated or changed" in capsys.readouterr().err
 
 
 def test_a_task_that_does_not_fit_is_not_added(made: None, capsys: Said) -> None:

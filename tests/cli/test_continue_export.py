@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from copies import work_in_a_copy
 
+from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.cli.export import main as export
 from bpn_lightning.cli.main import main
 from bpn_lightning.run.checkpoints import read_checkpoint
@@ -119,6 +121,94 @@ def test_a_missing_state_is_refused_by_name(capsys: pytest.CaptureFixture[str]) 
     assert export(["runs/ewc/ewc/seed_0", "--to", "ewc"]) == 0
     said = refusal([*MODEL, *NEW[:-1], "ewc", "--method", "ewc", "--experiment", "bad"], capsys)
     assert "but an export holds no importances: EWC cannot continue from it." in said
+    assert said.endswith("or export it with its training state: bpn-export --training_state.")
+
+
+def test_with_its_training_state_any_method_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's folder is gone by then, as on another machine."""
+    line = [*MODEL, "--method", "bd+ewc", "--model.train", "all"]
+    past = [*line, "--data.init_args.num_tasks", "2", "--experiment", "past"]
+    of_folder = [*NEW[:-1], "runs/past/bd+ewc/seed_0", "--experiment", "of_folder_2"]
+    assert main(past) == 0
+    assert export(["runs/past/bd+ewc/seed_0", "--to", "whole", "--training_state"]) == 0
+    assert main([*line, *of_folder]) == 0
+    shutil.rmtree("runs/past")
+    assert main([*line, *NEW[:-1], "whole", "--experiment", "of_bundle"]) == 0
+    weights = [
+        read_checkpoint(Path("runs", name, "bd+ewc", "seed_0", "checkpoints", "last.ckpt"))
+        for name in ("of_folder_2", "of_bundle")
+    ]
+    for part in ("state_dict", "callbacks"):
+        one, other = (leaves(each[part]) for each in weights)
+        assert one.keys() == other.keys()
+        assert [n for n in one if not torch.equal(one[n].nan_to_num(), other[n].nan_to_num())] == []
+
+
+def test_a_training_state_that_still_holds_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+    line = [str(folder("digits_inc")), "--to", "gone", "--forget", "1", "--training_state"]
+    assert export(line) == 2
+    assert "it still holds what was stored of task 0" in capsys.readouterr().err
+    assert not Path("gone").exists()
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(tree, dict):
+        return {k: v for key, one in tree.items() for k, v in leaves(one, f"{path}/{key}").items()}
+    return {path: tree} if isinstance(tree, torch.Tensor) else {}
+
+
+# --- adding to a bundle --------------------------------------------------------------------------
+
+TWO = [
+    *("--data.init_args.class_order", "[4, 5, 6, 7]", "--data.init_args.num_tasks", "2"),
+    *("--continue_from", "out", "--to", "out", "--names", "third", "fourth"),
+]
+
+
+def test_tasks_are_added_to_the_bundle_that_is_continued(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also by a run that is interrupted when the bundle has one of its two tasks, and resumed."""
+    shutil.copytree("out", "copy")
+    assert main([*MODEL, *TWO, "--experiment", "whole"]) == 0
+    line = [*MODEL, *TWO, "--to", "copy", "--continue_from", "copy", "--experiment", "cut"]
+    steps = read_checkpoint(folder("whole") / "checkpoints" / "last.ckpt")["global_step"]
+    assert main([*line, "--trainer.max_steps", str(steps - 2)]) == 0
+    names = sorted(path.name for path in Path("copy/tasks").iterdir())
+    assert names == ["task_1", "task_2", "third"]
+    assert main([*line, "--ckpt_path", "last"]) == 0
+    files = [path for path in Path("out").rglob("*") if path.is_file()]
+    assert any("fourth" in path.parts for path in files)
+    for path in files:
+        assert Path("copy", *path.parts[1:]).read_bytes() == path.read_bytes()
+    capsys.readouterr()
+    assert main(["--list", "out"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list("1234")
+    assert "to" not in read_yaml(folder("whole") / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([*NEW, "--names", "third"], "Expected --names together with --to, but got third alone."),
+        (["--to", "out"], "Expected --to together with --continue_from, but got out alone."),
+        ([*NEW, "--to", "nowhere"], "Expected nowhere to be a bundle of bpn-export"),
+        ([*NEW, "--to", "out", "--model.train", "all"], "Expected train to be 'modes' or 'head'"),
+    ],
+)
+def test_what_cannot_be_added(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal([*MODEL, *flags, "--experiment", "bad"], capsys)
+    assert {path.name for path in Path("out/tasks").iterdir()} == {"task_1", "task_2"}
+
+
+def test_a_config_adds_to_no_bundle_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("theirs.yaml").write_text(f"to: {tmp_path.parent / 'elsewhere'}\n")
+    line = [*MODEL, *NEW, "--experiment", "bad", "--config", "theirs.yaml"]
+    assert "the only folder where a config may let a run write" in refusal(line, capsys)
 
 
 def refusal(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -207,7 +207,7 @@ def test_a_missing_state_is_refused_by_name(make: Make, lacking: str, tmp_path: 
     loaded = exported(learn("seen", make()), tmp_path / "export")
     said = refused(loaded, make())
     assert f"but an export holds no {lacking}" in said
-    assert said.endswith("continue from the run's folder or one of its checkpoints.")
+    assert said.endswith("bpn-export --training_state.")
 
 
 @pytest.mark.parametrize("name", registered_strategies())

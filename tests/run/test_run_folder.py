@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.lock import FolderLock, holder
 from bpn_lightning.run import folder as run_folder
 from bpn_lightning.run.folder import RunFolder
-from bpn_lightning.run.lock import FolderLock, holder
 
 # Takes the folder in another process, and says so; ends when its input does, or is killed.
 HOLD = """
 import sys
 from pathlib import Path
-from bpn_lightning.run.lock import FolderLock
+from bpn_lightning.lock import FolderLock
 print(FolderLock(Path(sys.argv[1])).acquire(), flush=True)
 sys.stdin.read()
 """

@@ -307,3 +307,71 @@ def test_a_port_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         taken.listen()
         assert main([str(tmp_path), "--port", str(taken.getsockname()[1])]) == 2
     assert "Expected port to be free" in capsys.readouterr().err
+
+
+# --- learning goes on while it serves ------------------------------------------------------------
+
+LEARN = [
+    *("--config", "digits_inc.yaml", "--method", "bd", "--gate", "ncm", "--model.mask", "task"),
+    *("--model.train", "modes", "--model.train_first", "all", "--quiet"),
+    *("--data.init_args.epochs_per_task", "1", "--trainer.accelerator", "cpu"),
+]
+
+
+def run(place: Path, module: str, *line: str) -> None:
+    """A command as a process of its own, which ends well."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"bpn_lightning.cli.{module}", *line],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fourth_task_is_learned_while_three_are_served(tmp_path: Path) -> None:
+    """Train, export, serve, learn from the bundle into the bundle, ask: no request fails, nothing old changes."""
+    old = ["low", "middle", "high"]
+    images = torch.from_numpy(np.stack([pixels(n) for n in range(8)]))
+    run(tmp_path, "main", *LEARN, "--data.init_args.num_tasks", "3")
+    past = "runs/digits_inc/bd,gate=ncm/seed_0"
+    run(tmp_path, "export", past, "--to", "live", "--names", *old, "--training_state")
+    shutil.rmtree(tmp_path / "runs")  # the bundle is all that there is from here on
+    folder = tmp_path / "live"
+    before = [load(folder)(images, task=name) for name in old]
+    done = threading.Event()
+    failed: list[Any] = []
+    asked: Counter[str] = Counter()
+
+    def load_test(served: Served, task: str) -> None:
+        first = served.ask(task, pixels(0))
+        # Sums over batches of other sizes are rounded differently.
+        first[1]["confidence"] = pytest.approx(first[1]["confidence"], abs=1e-6)
+        while not done.is_set():
+            asked[task] += 1
+            if (found := served.ask(task, pixels(0))) != first or found[0] != 200:
+                failed.append(found)
+            time.sleep(0.05)  # which leaves the training a share of the cores
+
+    with serving(folder) as served, ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(load_test, served, task) for task in old]
+        try:
+            wait_for(lambda: len(asked) == 3)
+            new = ["--data.init_args.class_order", "[6, 7]", "--data.init_args.num_tasks", "1"]
+            both = ["--continue_from", "live", "--to", "live", "--names", "fourth"]
+            run(tmp_path, "main", *LEARN, *new, *both, "--experiment", "next")
+            wait_for(lambda: served.ask("fourth", pixels(0))[0] == 200)
+            (like,) = load(folder).predict(pixels(0), task="fourth")
+            _, answer = served.ask("fourth", pixels(0))
+            assert (answer["class"], answer["task"]) == (like.class_name, "fourth")
+            assert served.ask(None, pixels(0))[0] == 200  # its gate knows all four
+        finally:
+            done.set()
+        for one in running:
+            one.result()
+    assert failed == []
+    assert min(asked[task] for task in old) > 20
+    for one, name in zip(before, old, strict=True):
+        assert torch.equal(load(folder)(images, task=name)[:, :6], one)
+    run(tmp_path, "bundle", "check", "live")

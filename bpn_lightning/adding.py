@@ -1,0 +1,216 @@
+"""Tasks that a run learns, added to a bundle that may be served meanwhile: ``bpn-fit --to``.
+
+What all tasks share has to be frozen: then a new task is one more folder, and those that are there answer bit
+for bit as before. A method that trains shared weights has no such folder; it is exported anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from bpn_lightning.errors import CheckpointError, ConfigurationError
+from bpn_lightning.export import bundle_of, write_training_state_of
+from bpn_lightning.model.extending import extension_of
+from bpn_lightning.model.module import ContinualModule
+from bpn_lightning.modes.bundle import (
+    ACCURACY,
+    GATE,
+    Bundle,
+    TaskFiles,
+    check_task_name,
+    explained,
+    read_bundle,
+    structure_of,
+    with_task,
+)
+from bpn_lightning.modes.card import write_card
+from bpn_lightning.modes.changing import (
+    add_files,
+    changing,
+    formats_of,
+    replace_files,
+    write_formats,
+)
+from bpn_lightning.modes.layout import layout_of
+from bpn_lightning.modes.training_state import has_training_state, remove_training_state
+from bpn_lightning.nn.sharding import check_whole
+from bpn_lightning.tasks import Task
+
+__all__ = ["AddToBundle"]
+
+
+class AddToBundle(Callback):
+    """Adds each task to a bundle when it is learned and evaluated, in one rename.
+
+    Tasks that a bundle has already, from this run before it was interrupted, are not added again; nor are those that
+    were removed from it since. Accuracies, what gates share, and a training state that was there become those
+    of the run.
+
+    Args:
+        folder: of a bundle with the shared weights that the run continues from.
+        names: of the new tasks in it, in order; by default ``task_<number>``.
+        training_state: whether the bundle has one when the run ends; None: if it has one when the run begins.
+
+    State: ``past_tasks``, how many tasks were learned before, for a run that is resumed when the bundle has
+    more.
+    """
+
+    def __init__(
+        self, folder: Path, names: Sequence[str] | None = None, training_state: bool | None = None
+    ) -> None:
+        self.folder = folder
+        self.names = names
+        self.training_state = training_state
+        self._first = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed finds in its checkpoint."""
+        return {"past_tasks": self._first, "training_state": bool(self.training_state)}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what could not be added, before anything is trained."""
+        module = cast(ContinualModule, pl_module)
+        self._first = cast(Any, module.host.stream).first_task
+        new = module.tasks[self._first :]
+        self._check_names(new)
+        self._check_frozen(module, new)
+        bundle = self._read()
+        if self.training_state is None:
+            self.training_state = has_training_state(self.folder)
+        known = _ids(bundle)
+        for one in self._missing(module, bundle, new):
+            bundle = with_task(bundle, one)
+        if formats_of(self.folder) and {task.id for task in new} - known:
+            from bpn_lightning.modes import load
+
+            load(self.folder)  # their files are made of it again
+        if trainer.is_global_zero:
+            with changing(self.folder):  # whether it can be written
+                pass
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the tasks that were closed since."""
+        self._add(trainer, cast(ContinualModule, pl_module))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Add the last one, and put the training state next to all of them."""
+        if stage == "fit":
+            self._add(trainer, cast(ContinualModule, pl_module), ended=True)
+
+    # --- what has to be so -----------------------------------------------------------------------
+
+    def _check_names(self, new: Sequence[Task]) -> None:
+        names = [self._name(task) for task in new] if self.names is None else self.names
+        if len(names) != len(new) or len({name.casefold() for name in names}) < len(names):
+            raise ConfigurationError(
+                f"Expected names to be {len(new)} different ones, one for each new task, but got "
+                f"{', '.join(names)}. Leave them out for {self._default(new[0])} and so on."
+            )
+        for name in names:
+            check_task_name(name)
+
+    def _check_frozen(self, module: ContinualModule, new: Sequence[Task]) -> None:
+        core = module.host.core
+        if all(core.freezes(task.id) or not task.epochs for task in new):  # of gates alone: 0
+            return
+        raise ConfigurationError(
+            f"Expected train to be 'modes' or 'head' where tasks are added to {self.folder}, since its tasks answer "
+            f"with the shared weights that are in it, but got {core.train!r}, which trains them. Set train to "
+            "'modes' with a method that can (docs/frozen_core.md), or learn without adding, and export the "
+            "run to a new folder."
+        )
+
+    def _read(self) -> Bundle:
+        with explained(self.folder):
+            bundle = read_bundle(self.folder)
+            structure_of(bundle, compact=True)
+        return bundle
+
+    # --- adding ----------------------------------------------------------------------------------
+
+    def _add(self, trainer: Trainer, module: ContinualModule, ended: bool = False) -> None:
+        closed = module.tasks[self._first : module.closed + 1]
+        complete = ended and module.closed + 1 == len(module.tasks)
+        checkpoint = None
+        if complete and self.training_state:  # all processes give what is theirs
+            checkpoint = extension_of(module).training_state()
+        if not trainer.is_global_zero or not closed:
+            return
+        with changing(self.folder):
+            bundle = self._read()
+            missing = self._missing(module, bundle, closed)
+            for one in missing:
+                bundle = with_task(bundle, one)
+                add_files(self.folder, bundle, one)
+            if missing:
+                self._take_over(module, bundle)
+            if missing or checkpoint is not None:
+                self._replace_training_state(module, bundle, checkpoint)
+                write_card(self.folder, bundle)
+            if missing:
+                write_formats(self.folder)
+
+    def _missing(
+        self, module: ContinualModule, bundle: Bundle, tasks: Sequence[Task]
+    ) -> list[TaskFiles]:
+        """The folders of tasks that a bundle neither has nor has had.
+
+        Raises:
+            CheckpointError: its shared weights are others.
+        """
+        there = _ids(bundle)
+        wanted = [task for task in tasks if task.id not in there]
+        if not wanted:
+            return []
+        own = _own(module, bundle)
+        if own.base != bundle.base:
+            raise CheckpointError(
+                f"Expected {self.folder} to have the shared weights that the run goes on with, whose hash is "
+                f"{own.base}, but got {bundle.base}. Continue from {self.folder} itself, or from the run that it "
+                "was exported from; else export this run to a new folder."
+            )
+        files = {one.task.id: one for one in own.tasks.values()}
+        return [
+            replace(files[task.id], name=self._name(task), base=bundle.base, progress="learned")
+            for task in wanted
+        ]
+
+    def _take_over(self, module: ContinualModule, bundle: Bundle) -> None:
+        """Replace what is of all tasks and not of their base: accuracies, and what gates share."""
+        own = _own(module, bundle)
+        found = {name: own.files[name] for name in (GATE, ACCURACY) if name in own.files}
+        replace_files(self.folder, bundle, found, gates=own.record["gates"])
+
+    def _replace_training_state(
+        self, module: ContinualModule, bundle: Bundle, checkpoint: dict[str, Any] | None
+    ) -> None:
+        """Nothing goes on from the middle of a stream, nor from what holds a task that was removed."""
+        known = module.network.structure.known(range(len(module.tasks)))
+        if checkpoint and [one.task.id for one in bundle.tasks.values()] == known:
+            write_training_state_of(module, bundle, checkpoint, self.folder)
+        else:
+            remove_training_state(self.folder)
+
+    def _name(self, task: Task) -> str:
+        return self._default(task) if self.names is None else self.names[task.id - self._first]
+
+    @staticmethod
+    def _default(task: Task) -> str:
+        return f"task_{task.id + 1}"
+
+
+def _own(module: ContinualModule, bundle: Bundle) -> Bundle:
+    """What an export of a module would hold, as far as it is compared with a bundle and put into it."""
+    check_whole(module.network.backbone)
+    own = bundle_of(module, include_pretrained=not bundle.record["pretrained"])
+    own.record["layout"] = layout_of([one.tensors for one in own.tasks.values()])
+    return own
+
+
+def _ids(bundle: Bundle) -> set[int]:
+    """The numbers of the tasks that a bundle has or has had."""
+    gone = {one["task"]["id"] for one in bundle.record.get("forgotten", [])}
+    return gone | {one.task.id for one in bundle.tasks.values()}
