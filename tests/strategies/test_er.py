@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import LBFGS, SGD
 
 from bpn_lightning.costs import Bytes, measured_bytes
 from bpn_lightning.errors import ConfigurationError
@@ -158,6 +158,22 @@ def test_a_frozen_core_keeps_the_rows_of_learned_tasks(learn: Any, watch: Any) -
     units = BeneficialPerturbation(8)
     learn(units, ExperienceReplay(30), watch(end=note), train="modes", stream={"num_tasks": 3})
     assert torch.equal(heads[1][0:2], heads[2][0:2])
+
+
+def test_an_optimizer_that_asks_again_gets_the_same_samples(prepare: Any, watch: Any) -> None:
+    """One draw for each batch, however often its gradients are evaluated."""
+    er, asked, drawn = ExperienceReplay(30), [], {}
+
+    def note(host: Any, task: Any) -> None:
+        drawn[task.id] = er.draws
+
+    def count(host: Any, parameters: Any) -> None:
+        asked.append(host.network.opened)
+
+    optimizer = partial(LBFGS, lr=0.1, max_iter=3)
+    run = prepare(watch(end=note, project=count), er, optimizer=optimizer).fit()
+    assert drawn == {0: 0, 1: len(images(run.module, 1))}
+    assert asked.count(1) > 5
 
 
 def test_it_remembers_what_fine_tuning_forgets(learn: Any) -> None:
