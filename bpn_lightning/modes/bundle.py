@@ -341,7 +341,7 @@ def structure_of(bundle: Bundle, compact: bool = False) -> Structure:
     return Structure.read(
         {
             **described,
-            "tasks": [asdict(task) for task in tasks],
+            "tasks": [dict(vars(task)) for task in tasks],
             "num_classes": num_classes,
             "preparations": [one.record() for one in _grouped(entries)],
             "forgotten": forgotten,
