@@ -140,12 +140,12 @@ def _write_card(folder: Path, bundle: "Bundle") -> None:
 
 def _write_formats(folder: Path, arguments: argparse.Namespace) -> None:
     """Make anew what holds the head of all tasks."""
-    there = [name for name in ("onnx", "peft") if (folder / name).is_dir()]
-    if not there:
-        return
     from bpn_lightning.modes import load
     from bpn_lightning.modes.exporters import WRITERS
 
+    there = [name for name in WRITERS if (folder / name).is_dir()]
+    if not there:
+        return
     net = load(folder, trust=arguments.trust)
     for name in there:
         WRITERS[name](net, folder / name)
