@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bpn_lightning.nn.answering import AnsweringNetwork
 from bpn_lightning.nn.backbones import MLP
 from bpn_lightning.nn.inference import closed_columns_added
-from bpn_lightning.nn.layers import SwitchableLinear, TaskModule
+from bpn_lightning.nn.layers import SwitchableLinear
 
 __all__ = ["Chain"]
 
@@ -92,7 +92,12 @@ def _step(layer: nn.Module, count: int | None) -> "_Linear | nn.Module | None":
         return _Linear(layer.bias_units.bank[:, :count], bias, weight)
     if isinstance(layer, SwitchableLinear) and count is not None and count < layer.out_features:
         return None
-    return None if any(isinstance(part, TaskModule) for part in layer.modules()) else layer
+    # Layers of torch remember nothing of an input, so threads may share them.
+    known = all(
+        type(part) is SwitchableLinear or type(part).__module__.startswith("torch.nn.")
+        for part in layer.modules()
+    )
+    return layer if known else None
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bpn_lightning.files import write_atomically
 from bpn_lightning.untrusted import open_untrusted
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["read_tensors", "stamp_of", "write_tensors"]
 
 
 def read_tensors(path: Path, sums: Mapping[str, Any], root: Path) -> dict[str, Tensor]:
@@ -37,3 +37,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     content = tensor_bytes(plain)
     write_atomically(path, content)
     return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+
+
+def stamp_of(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Name, inode, time and size of each file of a folder; a file that changes, changes one of them."""
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.stat()) for entry in entries]
+    return tuple(sorted((n, s.st_ino, s.st_mtime_ns, s.st_size) for n, s in found))

@@ -341,7 +341,7 @@ def _sharing_tensors(bundle: Bundle, network: AnsweringNetwork) -> Bundle:
             if key in BY_COLUMN:
                 rows = own[key][slice(*one.task.columns)]
             elif key in banks and value.dim():
-                rows = banks[key][place][: len(value)]
+                rows = banks[key][place][: value.shape[0]]
             tensors[key] = _shared(value, rows)
         tasks[name] = replace(one, tensors=tensors)
     return replace(bundle, files=files, tasks=tasks)

@@ -199,9 +199,9 @@ def _stacked(name: str, values: Mapping[int, Tensor], tasks: int, limit: int) ->
     """A bank of rows, of which narrower ones are 0 beyond their end."""
     _alike(name, values.values())
     like = next(iter(values.values()))
-    width = max(len(value) for value in values.values())
+    width = max(value.shape[0] for value in values.values())
     shape = (tasks, width, *like.shape[1:])
-    if len(values) == tasks and all(len(value) == width for value in values.values()):
+    if len(values) == tasks and all(value.shape[0] == width for value in values.values()):
         left = _bytes_left(name, shape, like, limit)
         return torch.stack([values[task] for task in range(tasks)]), left
     bank, left = _empty(name, shape, like, limit)

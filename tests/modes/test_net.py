@@ -297,6 +297,28 @@ def test_a_task_is_added_and_removed_as_a_folder(folder: Path, tmp_path: Path) -
         net.add_task(tmp_path / "bees")
 
 
+def test_only_what_changed_is_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, read, names = modes.load(folder), files.read_task, []
+
+    def counted(place: Path, *rest: Any) -> Any:
+        names.append(place.name)
+        return read(place, *rest)
+
+    monkeypatch.setattr(files, "read_task", counted)
+    before = net(images(), task=IDS)
+    net.reload()
+    assert names == []
+    shutil.move(folder / "tasks" / "bees", tmp_path / "bees")
+    net.reload()
+    shutil.move(tmp_path / "bees", folder / "tasks" / "bees")
+    (folder / "tasks" / "cats" / "adapter_config.json").touch()
+    net.reload()
+    assert names == ["bees", "cats"]
+    assert torch.equal(net(images(), task=IDS), before)
+
+
 def test_a_bundle_that_is_changed_badly_leaves_the_one_before(folder: Path) -> None:
     net = modes.load(folder)
     before = net(images(), task=1)
