@@ -1,4 +1,4 @@
-"""The command ``bpn-bundle``: add and remove tasks of a bundle, check it, and write its model card anew."""
+"""The command ``bpn-bundle``: change and check a bundle, write its model card anew, send it and take it."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.cli.trust import add_trusted_names
 from bpn_lightning.errors import ConfigurationError, did_you_mean
@@ -34,11 +35,14 @@ def main(argv: Sequence[str]) -> int:
         0, 2 on a usage error, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    folder = Path(arguments.bundle)
-    from bpn_lightning.modes.changing import changing  # slow: imports torch
+    if arguments.verb in _ON_THE_HUB:
+        lines = _ON_THE_HUB[arguments.verb](arguments)
+    else:
+        folder = Path(arguments.bundle)
+        from bpn_lightning.modes.changing import changing  # slow: imports torch
 
-    with nullcontext() if arguments.verb == "check" else changing(folder):
-        lines = _DO[arguments.verb](folder, _read(folder), arguments)
+        with nullcontext() if arguments.verb == "check" else changing(folder):
+            lines = _DO[arguments.verb](folder, _read(folder), arguments)
     for line in lines:
         print(printable(line))
     return 0
@@ -149,13 +153,42 @@ def _card(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list
     return [str(folder / "README.md")]
 
 
+def _push(arguments: argparse.Namespace) -> list[str]:
+    from bpn_lightning.modes.hub import push
+
+    done = push(
+        arguments.bundle,
+        arguments.repository,
+        revision=arguments.revision,
+        private=not arguments.public,
+        message=arguments.message,
+    )
+    return [done]
+
+
+def _pull(arguments: argparse.Namespace) -> list[str]:
+    from bpn_lightning.modes.hub import MAX_BYTES, pull
+
+    most = MAX_BYTES if arguments.max_bytes is None else arguments.max_bytes
+    check_positive_int("max_bytes", most)
+    folder, left = pull(
+        arguments.repository, arguments.folder, revision=arguments.revision, max_bytes=most
+    )
+    if left:
+        note = f"{len(left)} files that are none of a bundle were left there, such as {left[0]}"
+        print(f"bpn-bundle: {printable(note)}", file=sys.stderr)
+    return [str(folder)]
+
+
 _DO = {"add": _add, "remove": _remove, "check": _check, "card": _card}
+_ON_THE_HUB = {"push": _push, "pull": _pull}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bpn-bundle",
-        description="Add and remove tasks of a bundle of bpn-export, check it, and write its model card anew.",
+        description="Add and remove tasks of a bundle of bpn-export, check it, write its model card anew, and send "
+        "it to and take it from Hugging Face's hub.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -173,6 +206,19 @@ def _parser() -> argparse.ArgumentParser:
     for one in (add, remove, check):
         add_trusted_names(one)
     verb("card", "write README.md anew")
+    needs = "needs pip install 'bpn_lightning[hub]'"
+    push = verb("push", f"send it to Hugging Face's hub, without training state; {needs}")
+    pull = verbs.add_parser("pull", help=(does := f"take one from Hugging Face's hub; {needs}"))
+    pull.description = does
+    for one in (push, pull):
+        one.add_argument("repository", metavar="REPO", help="OWNER/NAME of a repository of models")
+        one.add_argument("--revision", help="of the repository; by default main")
+    push.add_argument("--public", action="store_true", help="if the repository has to be made")
+    push.add_argument("--message", help="of the commit")
+    pull.add_argument(
+        "folder", metavar="DIR", help="a new folder, which appears when it is checked"
+    )
+    pull.add_argument("--max_bytes", metavar="N", type=int, help="of all files; by default 16 GiB")
     return parser
 
 

@@ -64,7 +64,7 @@ def _export(arguments: argparse.Namespace) -> Path:
         network=described,
         training_state=arguments.training_state,
     )
-    formats = [name for name in ("onnx", "peft") if getattr(arguments, name)]
+    formats = [name for name in _FORMATS if getattr(arguments, name)]
     if formats:
         from bpn_lightning.modes import load
         from bpn_lightning.modes.changing import changing
@@ -80,6 +80,17 @@ def _export(arguments: argparse.Namespace) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     return folder
+
+
+#: Of ``modes.exporters.WRITERS``, with what they write.
+_FORMATS = {
+    "onnx": "onnx/mixed.onnx, with a task for each sample, and, where tasks have biases alone, onnx/base.onnx with "
+    "an adapter of ONNX Runtime for each task; where a batch can only have one task, a network for each",
+    "peft": "peft/, a BEFT adapter for each task, where tasks have biases of linear layers alone",
+    "state_dict": "state_dict/, the weights of a plain network for each task",
+    "torch_export": "torch_export/mixed.pt2, a program of torch.export with a task for each sample; where a batch can "
+    "only have one task, a program for each",
+}
 
 
 def _configured(path: Path, trust: bool) -> tuple[Any, Any, Any]:
@@ -158,17 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         help="also write what any method continues from (bpn-fit --continue_from DIR): importances, memories "
         "with samples of the training data, teachers, the optimizer",
     )
-    parser.add_argument(
-        "--onnx",
-        action="store_true",
-        help="also write onnx/mixed.onnx, with a task for each sample, and, where tasks have biases alone, "
-        "onnx/base.onnx with an adapter of ONNX Runtime for each task",
-    )
-    parser.add_argument(
-        "--peft",
-        action="store_true",
-        help="also write peft/, a BEFT adapter for each task, where tasks have biases of linear layers alone",
-    )
+    for name, help in _FORMATS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"also write {help}")
     parser.add_argument(
         "--trust",
         action="store_true",

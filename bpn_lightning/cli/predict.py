@@ -1,16 +1,13 @@
 """The command ``bpn-predict``: classes of images and arrays by a bundle of ``bpn-export``, line by line."""
 
 import argparse
-import csv
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from bpn_lightning.checks import check_number, check_positive_int
 from bpn_lightning.cli.entry_point import entry_point
@@ -21,11 +18,11 @@ from bpn_lightning.terminal import printable
 from bpn_lightning.untrusted import is_inside
 
 if TYPE_CHECKING:
+    from bpn_lightning.cli.answers import Write
     from bpn_lightning.modes import Modes
 
 __all__ = ["main"]
 
-FIELDS = ("input", "class", "task", "confidence", "rejected")
 KINDS = ("images", "features", "tokens")
 KEYS = (*KINDS, "labels", *(f"test_{kind}" for kind in (*KINDS, "labels")))
 
@@ -61,16 +58,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     check_positive_int("batch_size", arguments.batch_size)
     check_number("reject_below", arguments.reject_below, "0 rejects nothing.", at_most=1)
-    from bpn_lightning.modes import load  # slow: imports torch
+    # slow: they import torch
+    from bpn_lightning.cli.answers import answer_file, format_of
+    from bpn_lightning.modes import load
 
+    kind = format_of(arguments.format, arguments.to)
     net = load(arguments.bundle, trust=arguments.trust, device=arguments.device)
     task = arguments.task
     if task is not None and task not in net.tasks and task.isdecimal():
         task = int(task)
     bad = _Bad(arguments.skip_bad)
     items = _items(arguments.inputs, _shape_of(net, task), bad, arguments.confusion is not None)
-    with _output(arguments.to) as file:
-        counts = _predict(net, task, items, arguments, file, bad)
+    with answer_file(kind, arguments.to) as write:
+        counts = _predict(net, task, items, arguments, write, bad)
     if arguments.confusion is not None:
         _write_confusion(Path(arguments.confusion), counts)
     return 1 if bad.number else 0
@@ -99,24 +99,19 @@ def _predict(
     task: Any,
     items: Iterable[Item],
     arguments: argparse.Namespace,
-    file: TextIO,
+    write: "Write",
     bad: _Bad,
 ) -> Counter[tuple[str, str]]:
     """Write a line for each input; returns how often each class was answered for each label."""
     import numpy as np
 
-    write = _writer(arguments.format, file)
     counts: Counter[tuple[str, str]] = Counter()
     done = 0
     for batch in _batches(items, arguments.batch_size):
         found = _answers(net, np.stack([one.array for one in batch]), task, arguments, batch, bad)
-        for one, answer in zip(batch, found, strict=True):
-            if answer is None:
-                continue
-            write([one.name, answer.class_name, answer.task, answer.confidence, answer.rejected])
-            if one.label is not None:
-                counts[one.label, answer.class_name] += 1
-        file.flush()
+        answered = [(one, a) for one, a in zip(batch, found, strict=True) if a is not None]
+        write([(one.name, a.class_name, a.task, a.confidence, a.rejected) for one, a in answered])
+        counts.update((one.label, a.class_name) for one, a in answered if one.label is not None)
         done += len(batch)
         if sys.stderr.isatty():
             print(f"\rbpn-predict: {done:,} inputs", end="", file=sys.stderr, flush=True)
@@ -266,41 +261,6 @@ def _arrays(path: Path, bad: _Bad) -> Iterator[Item]:
 # --- output --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _output(to: str | None) -> Iterator[TextIO]:
-    if to is None:
-        yield sys.stdout
-        return
-    try:
-        with open(to, "x", encoding="utf-8", newline="") as file:
-            yield file
-    except FileExistsError as error:
-        raise ResultsError(
-            f"Expected {to} to be a new file, but it exists. Name another one, or remove it."
-        ) from error
-    except OSError as error:
-        raise ResultsError(
-            f"Expected to write {to}, but got: {error.strerror}. Free some space or grant write access."
-        ) from error
-
-
-def _writer(kind: str, file: TextIO) -> Callable[[list[Any]], object]:
-    if kind == "jsonl":
-
-        def line(values: list[Any]) -> object:
-            return file.write(json.dumps(dict(zip(FIELDS, values, strict=True))) + "\n")
-
-        return line
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(FIELDS)
-
-    def row(values: list[Any]) -> object:
-        *texts, confidence, rejected = values
-        return table.writerow([*texts, f"{confidence:.6g}", str(rejected).lower()])
-
-    return row
-
-
 def _write_confusion(path: Path, counts: Counter[tuple[str, str]]) -> None:
     """Rows are labels, columns are answers, in CSV."""
     if not counts:
@@ -337,9 +297,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task", help="the name or the ID of the inputs' task; by default it is not given"
     )
-    parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="of the lines")
     parser.add_argument(
-        "--to", metavar="FILE", help="a new file for the lines; by default they are printed"
+        "--format",
+        choices=("csv", "jsonl", "parquet"),
+        help="by default that of the ending of --to, or csv; parquet needs "
+        "pip install 'bpn_lightning[parquet]'",
+    )
+    parser.add_argument(
+        "--to", metavar="FILE", help="a new file for the answers; by default they are printed"
     )
     parser.add_argument(
         "--reject_below",

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
 from bpn_lightning.files import check_name, write_atomically
-from bpn_lightning.modes.hashed import read_named, read_tensors, write_tensors
+from bpn_lightning.modes.hashed import read_named, read_tensors, stamp_of, write_tensors
 from bpn_lightning.modes.layout import layout_of, packed, unpacked
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.nn.weights import digest_tensors
@@ -93,6 +93,7 @@ class TaskFiles:
         gates: by gate, what it holds of this task, and plain values.
         gate_tensors: tensors of ``gates``, by name.
         base: a hash of what all tasks share.
+        stamp: name, inode, time and size of each file, before it was read.
     """
 
     name: str
@@ -104,6 +105,7 @@ class TaskFiles:
     gates: Mapping[str, Any] = field(default_factory=dict)
     gate_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     base: str = ""
+    stamp: tuple[tuple[str, int, int, int], ...] = ()
 
     def record(self, common: Any = None) -> dict[str, Any]:
         """Task and preparation as plain values; without a preparation that is the common one."""
@@ -198,8 +200,13 @@ def explained(folder: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
+def read_bundle(folder: str | os.PathLike[str], before: Bundle | None = None) -> Bundle:
     """Read all files of a bundle.
+
+    Args:
+        folder: of the bundle.
+        before: as it was read before, whose tasks are taken over where their files are the same by inode, time
+            and size.
 
     Raises:
         OSError: a file is missing, or leads out of the folder.
@@ -219,10 +226,13 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     if MODEL not in bundle.files:
         raise ValueError(f"no {MODEL}")
     base = bundle.base
+    known = before.tasks if before is not None and before.record == record else {}
     found = []
     for place in _task_folders(root):
         try:
-            one = read_task(place, record, root)
+            one, stamp = known.get(place.name), stamp_of(place)
+            if one is None or one.stamp != stamp:
+                one = replace(read_task(place, record, root), stamp=stamp)
         except FileNotFoundError:
             if place.exists():
                 raise
@@ -344,7 +354,7 @@ def structure_of(bundle: Bundle, compact: bool = False) -> Structure:
     return Structure.read(
         {
             **described,
-            "tasks": [asdict(task) for task in tasks],
+            "tasks": [dict(vars(task)) for task in tasks],
             "num_classes": num_classes,
             "preparations": [one.record() for one in _grouped(entries)],
             "forgotten": forgotten,

@@ -1,6 +1,6 @@
-"""A bundle for other runtimes: ONNX with a task for each sample or an adapter for each task, and peft.
+"""A bundle for other runtimes: ONNX with a task for each sample or an adapter for each task, torch's own, peft.
 
-Both hold the head of all tasks: adding a task makes the files anew.
+All hold the head of all tasks: adding a task makes the files anew.
 """
 
 import copy
@@ -19,90 +19,25 @@ from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.modes.folding import make_plain
+from bpn_lightning.modes.graphs import BaseGraph, MixedGraph, copied, tables_of
 from bpn_lightning.modes.net import Modes
 from bpn_lightning.modes.snapshot import Snapshot
-from bpn_lightning.nn.answering import AnsweringNetwork
-from bpn_lightning.nn.inference import closed_columns_added
-from bpn_lightning.nn.layers import BiasUnits, TaskModule, is_linear
+from bpn_lightning.nn.layers import TaskModule, is_linear
 from bpn_lightning.nn.pretrained import import_extra
 from bpn_lightning.tasks import dry_inputs
 
-__all__ = ["peft_base", "write_onnx", "write_peft"]
+__all__ = ["peft_base", "write_onnx", "write_peft", "write_state_dict", "write_torch_export"]
 
-OUTSIDE = "outside"
-
+MIXED = "mixed"
 
 # --- ONNX ----------------------------------------------------------------------------------------
-
-
-class _Mixed(nn.Module):
-    """Prepared inputs and task IDs to logits; NaN for IDs that are none."""
-
-    places: Tensor
-
-    def __init__(self, now: Snapshot) -> None:
-        super().__init__()
-        self.network = _copied(now)
-        self.register_buffer("places", now.places_by_id.cpu())
-        self.register_buffer(OUTSIDE, _rows_outside(now))
-        self.parts = [part for part in self.network.modules() if isinstance(part, TaskModule)]
-        self.network.built_head.open_outputs(None)
-
-    def forward(self, inputs: Tensor, tasks: Tensor) -> Tensor:
-        inside = (tasks >= 0) & (tasks < len(self.places))
-        places = self.places[torch.where(inside, tasks, 0)]
-        inside = inside & (places >= 0)
-        places = torch.where(inside, places, 0)
-        for part in self.parts:
-            part.switch(places)
-        logits = _logits(self.network, inputs) + self.get_buffer(OUTSIDE)[places]
-        return logits.masked_fill(~inside[:, None], float("nan"))
-
-
-class _Base(nn.Module):
-    """Prepared inputs, biases of one task and 0 or -inf for each column, to logits."""
-
-    def __init__(self, now: Snapshot) -> None:
-        super().__init__()
-        self.network = _copied(now)
-        self.network.built_head.open_outputs(None)
-        self.units = [part for part in self.network.modules() if isinstance(part, BiasUnits)]
-
-    def forward(self, inputs: Tensor, outside: Tensor, *rows: Tensor) -> Tensor:
-        for part, row in zip(self.units, rows, strict=True):
-            part.rows = row
-        try:
-            return _logits(self.network, inputs) + outside
-        finally:
-            for part in self.units:
-                part.rows = None
-
-
-def _copied(now: Snapshot) -> AnsweringNetwork:
-    network = copy.deepcopy(now.network).cpu()
-    return network.requires_grad_(False).eval()
-
-
-def _logits(network: AnsweringNetwork, inputs: Tensor) -> Tensor:
-    if network.front is not None:
-        inputs = network.front.standardized(inputs)
-    head = network.built_head
-    logits: Tensor = head(network.backbone(inputs))
-    return closed_columns_added(logits, head.out_features)
-
-
-def _rows_outside(now: Snapshot) -> Tensor:
-    """0, or -inf for the columns that take no part in a task's mode, ``(tasks, num_classes)``."""
-    zeros = torch.zeros(len(now.names), now.structure.num_classes)
-    found = now.outside
-    return zeros if found is None else zeros.masked_fill(found.cpu(), float("-inf"))
 
 
 def write_onnx(net: Modes, folder: str | os.PathLike[str]) -> list[Path]:
     """Write ONNX files for inputs that are prepared, into a folder whose files are replaced.
 
-    ``mixed.onnx`` takes inputs ``(batch, *input_shape)`` and task IDs ``(batch,)`` int64. Where tasks have biases
-    alone, ``base.onnx`` takes inputs, and a task's ``<name>.onnx_adapter`` as an adapter of ONNX Runtime; without
+    ``mixed.onnx`` takes inputs ``(batch, *input_shape)`` and task IDs ``(batch,)`` int64; where a batch can only have
+    one task, there is ``<name>.onnx`` of inputs for each task. Where tasks have biases alone, ``base.onnx`` takes inputs, and a task's ``<name>.onnx_adapter`` as an adapter of ONNX Runtime; without
     one it answers as the first task. The head of all tasks is in both networks.
 
     Args:
@@ -113,30 +48,38 @@ def write_onnx(net: Modes, folder: str | os.PathLike[str]) -> list[Path]:
         The files.
 
     Raises:
-        ConfigurationError: a layer takes one task at a time, or a package is not installed.
+        ConfigurationError: a package is not installed.
         ResultsError: it cannot be written.
     """
     onnx = import_extra("onnx", "onnx", "ONNX files")
     import_extra("onnxscript", "onnx", "ONNX files")
     now = net.now
-    if now.apart or now.has_own_weights:
-        what = "a whole network for each task" if now.has_own_weights else now.apart[0]
-        raise ConfigurationError(
-            f"Expected layers that take a task for each sample where ONNX files are written, but this network has "
-            f"{what}. Export the network of one task at a time: torch.onnx.export(net.fold(task), ...)."
-        )
     with _replaced(Path(folder)) as place:
-        inputs = dry_inputs(_sized(now), 2, torch.device("cpu"))
-        _to_onnx(
-            _Mixed(now),
-            (inputs, torch.tensor(now.ids[:1] * 2)),
-            ["inputs", "tasks"],
-            2,
-            place / "mixed.onnx",
-        )
-        if all(one.part == "bias_units" for one in now.structure.attached) and now.banks:
-            _write_adapters(onnx, now, inputs, place)
+        for name, network, given in _graphs(now):
+            _to_onnx(network, given, ["inputs", "tasks"][: len(given)], place / f"{name}.onnx")
+        attached = now.structure.attached
+        if attached and all(one.part == "bias_units" for one in attached):
+            _write_adapters(onnx, now, _inputs(now), place)
     return sorted(Path(folder).iterdir())
+
+
+def _graphs(now: Snapshot) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
+    """Name, module and example inputs of ``mixed``, or of each task where a batch can only have one."""
+    inputs = _inputs(now)
+    if now.apart or now.has_own_weights:
+        for place, name in enumerate(now.names):
+            yield name, now.folded(place).cpu(), (inputs,)
+    else:
+        yield MIXED, MixedGraph(now), (inputs, torch.tensor(now.ids[:1] * 2))
+
+
+def _inputs(now: Snapshot) -> Tensor:
+    return dry_inputs(_sized(now), 2, torch.device("cpu"))
+
+
+def _dynamic(given: tuple[Tensor, ...], batched: int) -> Any:
+    batch = {0: torch.export.Dim.DYNAMIC}
+    return tuple(batch if n < batched else {} for n in range(len(given)))
 
 
 def _sized(now: Snapshot) -> Any:
@@ -149,13 +92,13 @@ def _sized(now: Snapshot) -> Any:
 
 
 def _to_onnx(
-    network: nn.Module, given: tuple[Tensor, ...], names: list[str], batched: int, path: Path
+    network: nn.Module,
+    given: tuple[Tensor, ...],
+    names: list[str],
+    path: Path,
+    dynamic: Any = None,
 ) -> None:
-    batch = {0: torch.export.Dim.DYNAMIC}
-    shapes = [batch if n < batched else {} for n in range(len(given))]
-    dynamic: Any = tuple(shapes)
-    if batched == 1:
-        dynamic = (batch, {}, tuple({} for _ in given[2:]))
+    dynamic = dynamic or _dynamic(given, len(given))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attributes .* were assigned during export")
         torch.onnx.export(
@@ -167,14 +110,12 @@ def _to_onnx(
 def _write_adapters(onnx: Any, now: Snapshot, inputs: Tensor, place: Path) -> None:
     """``base.onnx``, whose biases are inputs with the first task's as their default, and adapters."""
     ort = import_extra("onnxruntime", "onnx", "adapters of ONNX Runtime")
-    banks = now.banks
-    assert banks is not None
-    outside = _rows_outside(now)
-    tables = {OUTSIDE: outside}
-    tables |= {name: banks.table[:, a:b].cpu() for name, a, b in banks.places}
+    tables = tables_of(now)
     first = {name: table[:1].contiguous() for name, table in tables.items()}
     path = place / "base.onnx"
-    _to_onnx(_Base(now), (inputs, *first.values()), ["inputs", *first], 1, path)
+    given = (inputs, *first.values())
+    one = _dynamic(given, 1)
+    _to_onnx(BaseGraph(now), given, ["inputs", *first], path, (*one[:2], one[2:]))
     model = onnx.load(path)
     kept = {one.name for one in model.graph.input}
     for name, value in first.items():
@@ -194,6 +135,70 @@ def _write_adapters(onnx: Any, now: Snapshot, inputs: Tensor, place: Path) -> No
         adapter.export_adapter(str(place / f"{task}.onnx_adapter"))
 
 
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def write_torch_export(net: Modes, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write programs of ``torch.export`` for inputs that are prepared, into a folder whose files are replaced.
+
+    ``mixed.pt2`` takes inputs ``(batch, *input_shape)`` and task IDs ``(batch,)`` int64, and gives logits ``(batch,
+    num_classes)``; where a batch can only have one task, there is ``<name>.pt2`` of inputs for each task.
+    ``torch.export.load`` reads them.
+
+    Returns:
+        The files.
+
+    Raises:
+        ResultsError: it cannot be written.
+    """
+    now = net.now
+    with _replaced(Path(folder)) as place, torch.no_grad():
+        for name, network, given in _graphs(now):
+            dynamic = _dynamic(given, len(given))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The tensor attributes .* were assigned during")
+                program = torch.export.export(network.eval(), given, dynamic_shapes=dynamic)
+            with open(place / f"{name}.pt2", "xb") as file:
+                torch.export.save(program, file)
+    return sorted(Path(folder).iterdir())
+
+
+def write_state_dict(net: Modes, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the weights of each task's folded network, into a folder whose files are replaced.
+
+    ``<name>.safetensors`` is what ``load_state_dict`` of ``nn.Sequential(OrderedDict(backbone=..., head=nn.Linear(...)))``
+    takes, with the run's backbone; a front's weights begin with ``front.``. The head has all columns; ``columns`` in
+    ``tasks.json`` says which are a task's.
+
+    Returns:
+        The files of the tasks.
+
+    Raises:
+        ConfigurationError: a layer does not fold into one of torch's.
+        ResultsError: it cannot be written.
+    """
+    now = net.now
+    with _replaced(Path(folder)) as place:
+        for number, name in enumerate(now.names):
+            network = now.folded(number).cpu()
+            left = [n for n, part in network.named_modules() if isinstance(part, TaskModule)]
+            if left:
+                raise ConfigurationError(
+                    f"Expected layers whose modes fold into torch's own where a state_dict is written, but {left[0]} "
+                    "of this network does not. Load the bundle by bpn_lightning.modes.load, or export it to ONNX or "
+                    "with torch.export."
+                )
+            state = {n: v for n, v in network.state_dict().items() if n != "outside"}
+            save_file({n: v.contiguous() for n, v in state.items()}, place / f"{name}.safetensors")
+        _write_columns(now, place)
+    return [Path(folder) / f"{name}.safetensors" for name in now.names]
+
+
+def _write_columns(now: Snapshot, place: Path) -> None:
+    columns = {n: list(t.columns) for n, t in zip(now.names, now.structure.tasks, strict=True)}
+    (place / "tasks.json").write_text(json.dumps({"columns": columns}), encoding="utf-8")
+
+
 # --- peft ----------------------------------------------------------------------------------------
 
 
@@ -207,7 +212,7 @@ def peft_base(net: Modes) -> nn.Module:
     """
     now = net.now
     _check_peft(now)
-    network = _copied(now)
+    network = copied(now)
     network.built_head.open_outputs(None)
     shared = now.shared_state()
     for name, part in list(network.named_modules()):
@@ -241,8 +246,7 @@ def write_peft(net: Modes, folder: str | os.PathLike[str]) -> list[Path]:
         save_file(
             {n: v.contiguous() for n, v in base.state_dict().items()}, place / "base.safetensors"
         )
-        columns = {n: list(t.columns) for n, t in zip(now.names, now.structure.tasks, strict=True)}
-        (place / "tasks.json").write_text(json.dumps({"columns": columns}), encoding="utf-8")
+        _write_columns(now, place)
         for name, files in now.bundle.tasks.items():
             (place / name).mkdir()
             config = {
@@ -300,4 +304,9 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 
 #: What ``bpn-export`` and ``bpn-bundle`` write into a bundle, by the name of the folder.
-WRITERS: dict[str, Callable[[Modes, Path], list[Path]]] = {"onnx": write_onnx, "peft": write_peft}
+WRITERS: dict[str, Callable[[Modes, Path], list[Path]]] = {
+    "onnx": write_onnx,
+    "peft": write_peft,
+    "state_dict": write_state_dict,
+    "torch_export": write_torch_export,
+}

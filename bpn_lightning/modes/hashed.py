@@ -14,7 +14,14 @@ from torch import Tensor
 from bpn_lightning.files import write_atomically
 from bpn_lightning.untrusted import open_untrusted
 
-__all__ = ["is_named_by_hash", "read_named", "read_tensors", "write_named", "write_tensors"]
+__all__ = [
+    "is_named_by_hash",
+    "read_named",
+    "read_tensors",
+    "stamp_of",
+    "write_named",
+    "write_tensors",
+]
 
 _BY_HASH = re.compile(r"[a-z_]+-[0-9a-f]{16}\.safetensors")
 
@@ -62,3 +69,10 @@ def read_named(folder: Path, name: str, sums: Mapping[str, Any]) -> dict[str, Te
     if named != name and not is_named_by_hash(str(named)):
         raise ValueError(f"a file {named!r:.80} for {name}")
     return read_tensors(folder / named, sums, folder)
+
+
+def stamp_of(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Name, inode, time and size of each file of a folder; a file that changes, changes one of them."""
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.stat()) for entry in entries]
+    return tuple(sorted((n, s.st_ino, s.st_mtime_ns, s.st_size) for n, s in found))

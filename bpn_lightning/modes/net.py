@@ -220,11 +220,13 @@ class Modes:
     def reload(self) -> None:
         """Read the folder again; answers come from what was before until all of it is read.
 
+        Tasks whose files are the same, by inode, time and size, are not read again.
+
         Raises:
             CheckpointError: as when it was loaded; what was before goes on answering.
         """
         with self._changing, explained(self.folder):
-            self.now = self._made(read_bundle(self.folder))
+            self.now = self._made(read_bundle(self.folder, self.now.bundle))
 
     def add_task(self, folder: str | os.PathLike[str], name: str | None = None) -> str:
         """Answer in the mode of one more task; the bundle's folder is not changed.

@@ -78,10 +78,17 @@ def _features(
 ) -> int:
     """Width of the backbone's output, where layers that find their sizes get those of the file."""
     probe = copy.deepcopy(backbone)
-    for name, value in [*probe.named_parameters(), *probe.named_buffers()]:
+    _materialize(probe, state)
+    width = feature_width(probe, input_shape, dtype)
+    _materialize(backbone, state)  # it fits: no weights are drawn that the file's would overwrite
+    return width
+
+
+def _materialize(backbone: nn.Module, state: Mapping[str, Any]) -> None:
+    """Make the weights of layers that find their sizes, with those of the file and without values."""
+    for name, value in [*backbone.named_parameters(), *backbone.named_buffers()]:
         if is_lazy(value):
             value.materialize(state[f"backbone.{name}"].shape)
-    return feature_width(probe, input_shape, dtype)
 
 
 def _attached_bytes(network: AnsweringNetwork, attachment: Attachment) -> int:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.modes.bundle import Bundle, structure_of
+from bpn_lightning.modes.bundle import ACCURACY, FRONT, MODEL, Bundle, structure_of
+from bpn_lightning.modes.chain import Chain
 from bpn_lightning.modes.folding import fold_layers
-from bpn_lightning.modes.gathering import GatheredBanks
 from bpn_lightning.modes.joining import from_backbone, gate_records, parts_of
 from bpn_lightning.modes.networks import build_network
 from bpn_lightning.modes.splitting import assembled, fill
 from bpn_lightning.nn.answering import AnsweringNetwork
 from bpn_lightning.nn.common_normalization import CommonNormalization
+from bpn_lightning.nn.head import BY_COLUMN
 from bpn_lightning.nn.inference import FixedModeNetwork
 from bpn_lightning.preparation import Preparation, find_preparation, prepare_raw
 
@@ -68,7 +69,6 @@ class Snapshot:
         places = range(len(entries))
         network.opened = max((p for p in places if entries[p].progress != "planned"), default=-1)
         network.closed = max((p for p in places if entries[p].progress == "learned"), default=-1)
-        self.bundle = bundle
         self.gates = gate_records(bundle)
         self.structure = network.structure
         self.names = [*bundle.tasks]
@@ -80,7 +80,8 @@ class Snapshot:
         network.weight_bank = None
         network.switch(0)
         network.requires_grad_(False).eval().to(self.device)
-        self.banks = GatheredBanks.of(network)
+        self._chain = None if self._weights else Chain.of(network)
+        self.bundle = _sharing_tensors(bundle, network)
         self._network = network
         self._of_thread = threading.local()
         self.outside = _outside(network, parts.spare)
@@ -144,11 +145,15 @@ class Snapshot:
                 f"{tuple(ids.shape)}."
             )
         ids = ids.to(self.device, torch.int64)
-        inside = (ids >= 0) & (ids < len(self.places_by_id))
-        found = self.places_by_id[ids.clamp(0, len(self.places_by_id) - 1)]
-        wrong = ~inside | (found < 0)
-        if bool(wrong.any()):
-            self.place(int(ids[wrong][0]))
+        if samples:
+            low, high = torch.stack(ids.aminmax()).tolist()
+            if low < 0 or high >= len(self.places_by_id):
+                self.place(low if low < 0 else high)
+        if len(self.ids) == len(self.places_by_id):  # each ID is its place
+            return ids
+        found = self.places_by_id.index_select(0, ids)
+        if bool((found < 0).any()):
+            self.place(int(ids[found < 0][0]))
         return found
 
     def _lookup(self) -> Tensor:
@@ -226,35 +231,43 @@ class Snapshot:
             places: of all inputs, or ``(batch,)``, of each.
         """
         if isinstance(places, int):
-            return self._of_one(inputs, places)
-        if self.apart or self._weights:
+            logits = self._of_one(inputs, places)
+        elif self.apart or self._weights:
             order = places.argsort(stable=True)
-            found = [self._of_one(inputs[places == p], p) for p in sorted(set(places.tolist()))]
-            return torch.cat(found)[order.argsort()] if found else self._of_one(inputs, 0)
-        network = self.network
-        network.switch(places)
-        if self.banks is None:
-            logits = network.all_logits(inputs)
+            each = sorted(set(places.tolist())) or [0]
+            found = [self._of_one(inputs[places == p], p) for p in each]
+            logits = torch.cat(found)[order.argsort()]
         else:
-            with self.banks.looked_up(network, places):
-                logits = network.all_logits(inputs)
+            logits = self._computed(inputs, places)
         if self.outside is None:
             return logits
         return logits.masked_fill(self.outside[places], float("-inf"))
 
+    def _computed(self, inputs: Tensor, places: "int | Tensor") -> Tensor:
+        """Logits of all open columns, of a network whose tasks share its weights."""
+        if self._chain is not None:
+            if inputs.is_floating_point():
+                inputs = inputs.to(self._network.built_head.weight.dtype)
+            return self._chain(inputs, places)
+        network = self._switched(places)
+        return network.all_logits(inputs)
+
     def _of_one(self, inputs: Tensor, place: int) -> Tensor:
+        if not self._weights:
+            return self._computed(inputs, place)
+        network = self._switched(place)
+        own = {f"of.{name}": value for name, value in self._weights[place].items()}
+        logits: Tensor = functional_call(_Whole(network), own, (inputs,))
+        return logits
+
+    def _switched(self, places: "int | Tensor") -> AnsweringNetwork:
+        """This thread's network, in a mode."""
         network = self.network
-        network.switch(place)
-        if network.mask == "task":  # products of another width are rounded differently
-            network.built_head.open_outputs(network.columns(place)[1])
-        if self._weights:
-            own = {f"of.{name}": value for name, value in self._weights[place].items()}
-            logits: Tensor = functional_call(_Whole(network), own, (inputs,))
-        else:
-            logits = network.all_logits(inputs)
-        if self.outside is None:
-            return logits
-        return logits.masked_fill(self.outside[place], float("-inf"))
+        network.switch(places)
+        if isinstance(places, int) and network.mask == "task":
+            # Products of another width are rounded differently.
+            network.built_head.open_outputs(network.columns(places)[1])
+        return network
 
     def folded(self, place: int) -> nn.Module:
         """One task's network without modes, of inputs that are prepared."""
@@ -314,6 +327,42 @@ def _own_weights(network: AnsweringNetwork) -> list[Mapping[str, Tensor]]:
     if bank is None:
         return []
     return [bank.learned.get(task, bank.beginning) for task in range(len(network.tasks))]
+
+
+def _sharing_tensors(bundle: Bundle, network: AnsweringNetwork) -> Bundle:
+    """A bundle with the network's tensors in place of its own, so that memory holds them once.
+
+    The accuracy matrix, which grows with the square of the number of tasks, is left out: nothing answers from it.
+    """
+    own = {n: v for n, v in network.state_dict().items() if isinstance(v, Tensor)}
+    files = {name: part for name, part in bundle.files.items() if name != ACCURACY}
+    for name in {MODEL, FRONT} & files.keys():
+        files[name] = {key: _shared(value, own.get(key)) for key, value in files[name].items()}
+    keys = {key for one in bundle.tasks.values() for key in one.tensors}
+    banks = {key: own[key].unbind() for key in keys & own.keys() if own[key].dim()}
+    tasks = {}
+    for place, (name, one) in enumerate(bundle.tasks.items()):
+        tensors = {}
+        for key, value in one.tensors.items():
+            rows = None
+            if key in BY_COLUMN:
+                rows = own[key][slice(*one.task.columns)]
+            elif key in banks and value.dim():
+                rows = banks[key][place][: value.shape[0]]
+            tensors[key] = _shared(value, rows)
+        tasks[name] = replace(one, tensors=tensors)
+    return replace(bundle, files=files, tasks=tasks)
+
+
+def _shared(value: Tensor, own: Tensor | None) -> Tensor:
+    """The network's tensor, which was filled with this one, where it is of the same kind and on the same device."""
+    if own is None or (own.shape, own.dtype, own.device) != (
+        value.shape,
+        value.dtype,
+        value.device,
+    ):
+        return value
+    return own
 
 
 def _replica(network: AnsweringNetwork) -> AnsweringNetwork:

@@ -174,13 +174,19 @@ def _of(part: Mapping[str, Tensor], name: str, task: int) -> Tensor:
 
 def _empty(name: str, shape: Sequence[int], like: Tensor, limit: int) -> tuple[Tensor, int]:
     """Zeros, and how many bytes are left after them."""
+    left = _bytes_left(name, shape, like, limit)
+    return like.new_zeros(tuple(shape)), left
+
+
+def _bytes_left(name: str, shape: Sequence[int], like: Tensor, limit: int) -> int:
+    """How many bytes are left of a limit after a tensor."""
     numbers = 1
     for size in shape:
         numbers *= size
     left = limit - numbers * like.element_size()
     if left < 0:
         raise ValueError(f"{name} of shape {tuple(shape)}, which is larger than the files")
-    return like.new_zeros(tuple(shape)), left
+    return left
 
 
 def _alike(name: str, values: Iterable[Tensor]) -> None:
@@ -193,8 +199,12 @@ def _stacked(name: str, values: Mapping[int, Tensor], tasks: int, limit: int) ->
     """A bank of rows, of which narrower ones are 0 beyond their end."""
     _alike(name, values.values())
     like = next(iter(values.values()))
-    width = max(len(value) for value in values.values())
-    bank, left = _empty(name, (tasks, width, *like.shape[1:]), like, limit)
+    width = max(value.shape[0] for value in values.values())
+    shape = (tasks, width, *like.shape[1:])
+    if len(values) == tasks and all(value.shape[0] == width for value in values.values()):
+        left = _bytes_left(name, shape, like, limit)
+        return torch.stack([values[task] for task in range(tasks)]), left
+    bank, left = _empty(name, shape, like, limit)
     for task, value in values.items():
         bank[task, : len(value)] = value
     return bank, left

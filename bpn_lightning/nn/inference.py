@@ -57,6 +57,7 @@ class _CopiedNetwork(nn.Module):
         outside = _outside(columns, head)
         outside[:, list(forgotten)] = True
         self.register_buffer("outside", outside)
+        self.leaves_out = bool(outside.any())
         self.eval()
 
     def _logits(self, inputs: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ class FixedModeNetwork(_CopiedNetwork):
 
         They are -inf in the columns that the mask leaves out.
         """
-        return self._logits(inputs).masked_fill(self.outside, float("-inf"))
+        logits = self._logits(inputs)
+        return logits.masked_fill(self.outside, float("-inf")) if self.leaves_out else logits
 
 
 class PerSampleNetwork(_CopiedNetwork):

@@ -97,7 +97,6 @@ class BiasUnits(TaskModule):
         self.register_buffer("bank", torch.zeros(num_tasks, out_features))
         self.live: int | None = None
         self.num_open: int | None = None  # outputs that are computed, of a head; None: all
-        self.rows: Tensor | None = None  # of a batch, gathered with those of other layers
 
     def widen(self, out_features: int) -> None:
         """Make room for more outputs, whose biases are 0."""
@@ -149,8 +148,6 @@ class BiasUnits(TaskModule):
 
     def forward(self) -> Tensor:
         """The bias of the active task: ``(1, K)``, or ``(batch, K)`` with one task ID per sample."""
-        if self.rows is not None:
-            return self.rows[:, : self.num_open]
         if isinstance(self.active, Tensor):
             biases = self.bank[self.active, : self.num_open]
             if self.live is None:
@@ -316,8 +313,6 @@ class SwitchableLinear(nn.Linear):
             # Keep shape (1, K): indexing the row would add another backward operation.
             bias = shift if own is None else own + shift
             return F.linear(effective, weight, bias)
-        if units.rows is not None and own is None and effective.dim() == 2:
-            return torch.addmm(shift, effective, weight.t())
         return F.linear(effective, weight, own) + _aligned(shift, effective)
 
 

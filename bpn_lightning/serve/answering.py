@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -24,7 +24,7 @@ class Asked:
     """A raw input and its task; None: it is not given."""
 
     task: str | int | None
-    array: Any
+    array: Any = field(repr=False)
 
 
 @dataclass(frozen=True)

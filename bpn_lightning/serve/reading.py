@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeGuard
 
@@ -50,8 +50,9 @@ class Item:
     """
 
     task: str | int | None
-    image: bytes | None = None
-    array: Any = None
+    # LitServe writes requests into debug messages, also where nobody reads them.
+    image: bytes | None = field(default=None, repr=False)
+    array: Any = field(default=None, repr=False)
 
 
 async def read_item(request: Request) -> Item:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from bpn_lightning import ContinualModule
+from bpn_lightning.cli import answers
 from bpn_lightning.cli.predict import main
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.export import export_module
@@ -96,6 +98,46 @@ def test_arrays_and_a_task(module: ContinualModule, capsys: Said) -> None:
     capsys.readouterr()
     assert main(line) == 2
     assert "Expected lines to be a new file, but it exists." in capsys.readouterr().err
+
+
+def test_parquet_by_the_ending(
+    module: ContinualModule, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(answers, "GROUP_ROWS", 4)
+    assert main(["out", "set", "--to", "a.parquet", "--batch_size", "2"]) == 0
+    assert main(["out", "set", "--format", "jsonl", "--batch_size", "2"]) == 0
+    wanted = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    file = tables.ParquetFile("a.parquet")
+    assert file.read().to_pylist() == wanted
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [4, 4, 1]
+    Path("set", "2", "2.png").write_bytes(b"nothing")
+    assert main(["out", "set", "--to", "b.parquet", "--batch_size", "2"]) == 2
+    assert tables.read_table("b.parquet").to_pylist() == wanted[:6]  # what was answered before
+    assert main(["out", "set", "--to", "c.parquet", "--format", "csv"]) == 2
+    assert Path("c.parquet").read_text().startswith("input,class,task,")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--format", "parquet"], "Expected --to where --format is parquet"),
+        (["--to", "a.PARQUET"], "pip install 'bpn_lightning[parquet]'"),
+    ],
+)
+def test_parquet_that_cannot_be_written(
+    line: list[str],
+    said: str,
+    module: ContinualModule,
+    capsys: Said,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    capsys.readouterr()
+    assert main(["out", "set", *line]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("a.PARQUET").exists()
 
 
 def test_bad_files_are_skipped_by_request_only(module: ContinualModule, capsys: Said) -> None:

@@ -1,18 +1,29 @@
 """What ONNX Runtime and peft make of a bundle is what the bundle answers."""
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import ConfigurationError
 from bpn_lightning.export import export_module
 from bpn_lightning.modes import Modes, load
-from bpn_lightning.modes.exporters import peft_base, write_onnx, write_peft
+from bpn_lightning.modes.exporters import (
+    peft_base,
+    write_onnx,
+    write_peft,
+    write_state_dict,
+    write_torch_export,
+)
 from bpn_lightning.strategies import (
     BeneficialPerturbation,
     IndependentNetworks,
@@ -76,6 +87,30 @@ def test_onnx(mask: str, made: Make) -> None:
         close(found, net.answer(INPUTS, name))
 
 
+def test_javascript_opens_the_mixed_network(made: Make) -> None:
+    pytest.importorskip("onnx")
+    node = shutil.which("node")
+    script = Path(__file__).parents[2] / "examples" / "onnx_in_node.js"
+    find = [str(node), "-e", "require('onnxruntime-node')"]
+    if node is None or subprocess.run(find, check=False, capture_output=True).returncode:
+        pytest.skip("needs node and NODE_PATH to a folder of npm's with onnxruntime-node")
+    net, folder = made([BeneficialPerturbation(4)], "seen")
+    write_onnx(net, folder / "onnx")
+    asked = {
+        "shape": [*INPUTS.shape],
+        "inputs": INPUTS.flatten().tolist(),
+        "tasks": IDS.tolist(),
+    }
+    line = [node, str(script), str(folder / "onnx" / "mixed.onnx")]
+    done = subprocess.run(
+        line, input=json.dumps(asked), check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    logits = [float("-inf") if one is None else one for one in found["logits"]]
+    close(torch.tensor(logits).view(found["shape"]), net.answer(INPUTS, IDS))
+
+
 def test_keys_are_in_the_mixed_network_only(made: Make) -> None:
     pytest.importorskip("onnx")
     ort = pytest.importorskip("onnxruntime")
@@ -86,14 +121,83 @@ def test_keys_are_in_the_mixed_network_only(made: Make) -> None:
     close(found, net.answer(INPUTS, IDS))
 
 
-def test_networks_of_their_own_are_refused_with_the_remedy(made: Make) -> None:
+def test_networks_of_their_own_are_a_file_for_each(made: Make) -> None:
     pytest.importorskip("onnx")
+    ort = pytest.importorskip("onnxruntime")
     net, folder = made([IndependentNetworks()])
-    with pytest.raises(ConfigurationError, match=r"a whole network for each task\. .*net\.fold"):
-        write_onnx(net, folder / "onnx")
-    assert not (folder / "onnx").exists()
+    files = write_onnx(net, folder / "onnx")
+    assert [path.name for path in files] == ["a.onnx", "b.onnx", "c.onnx"]
+    (found,) = ort.InferenceSession(files[1]).run(None, {"inputs": INPUTS.numpy()})
+    close(found, net.answer(INPUTS, "b"))
+    assert [path.name for path in write_torch_export(net, folder / "torch_export")] == [
+        "a.pt2",
+        "b.pt2",
+        "c.pt2",
+    ]
     with pytest.raises(ConfigurationError, match="but got weight_bank"):
         write_peft(net, folder / "peft")
+
+
+IN_TORCH_ALONE = """
+import sys
+sys.modules["bpn_lightning"] = sys.modules["lightning"] = None
+from collections import OrderedDict
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+asked, found = load_file("asked.safetensors"), {}
+if Path("torch_export/mixed.pt2").exists():
+    program = torch.export.load("torch_export/mixed.pt2").module()
+    found["mixed"] = program(asked["inputs"], asked["tasks"])
+for path in Path("torch_export").glob("?.pt2"):
+    found[path.stem] = torch.export.load(path).module()(asked["inputs"])
+for path in Path("state_dict").glob("*.safetensors"):
+    layers = [nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()]
+    net = nn.Sequential(OrderedDict(backbone=nn.Sequential(*layers), head=nn.Linear(16, asked["wanted"].shape[1])))
+    net.load_state_dict(load_file(path))
+    found["state_dict/" + path.stem] = net(asked["inputs"])
+save_file({name: value.detach().contiguous() for name, value in found.items()}, "found.safetensors")
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategies", "mask"),
+    [
+        (lambda: [BeneficialPerturbation(4), ParameterSuperposition()], "seen"),
+        (lambda: [BeneficialPerturbation(4)], "shared"),
+        (lambda: [IndependentNetworks()], "all"),
+        (list, "all"),
+    ],
+    ids=["bd+psp", "bd", "stl", "nothing"],
+)
+def test_torch_alone_reads_programs_and_weights(
+    strategies: Callable[[], list[Any]], mask: str, made: Make
+) -> None:
+    net, folder = made(strategies(), mask)
+    write_torch_export(net, folder / "torch_export")
+    write_state_dict(net, folder / "state_dict")
+    wanted = net.answer(INPUTS, IDS)
+    save_file({"inputs": INPUTS, "tasks": IDS, "wanted": wanted}, folder / "asked.safetensors")
+    line = [sys.executable, "-c", IN_TORCH_ALONE]
+    done = subprocess.run(line, cwd=folder, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = load_file(folder / "found.safetensors")
+    own = [f"state_dict/{name}" for name in net.tasks]
+    programs = net.tasks if net.now.has_own_weights else ["mixed"]
+    assert sorted(found) == sorted([*own, *programs])
+    for name, value in found.items():
+        like = wanted if name == "mixed" else net.answer(INPUTS, name[-1])
+        seen = like.isfinite() if name in own else torch.ones_like(like, dtype=torch.bool)
+        torch.testing.assert_close(value[seen], like[seen], rtol=0, atol=1e-6)
+
+
+def test_what_does_not_fold_is_no_state_dict(made: Make) -> None:
+    net, folder = made([ParameterSuperposition("complex")])
+    with pytest.raises(ConfigurationError, match=r"but backbone\.1\.keys of this network does not"):
+        write_state_dict(net, folder / "state_dict")
+    assert not (folder / "state_dict").exists()
 
 
 def test_peft_has_no_keys(made: Make) -> None:

@@ -258,6 +258,17 @@ def test_images_that_are_none(odd: Any, folder: Path) -> None:
         modes.load(folder)(odd, task=0)
 
 
+def test_a_hook_of_a_layer_is_called(folder: Path) -> None:
+    """Layers one after another are computed from their tensors, but not where somebody looks on."""
+    backbone, calls = MLP([16, 12]), []
+    backbone(torch.zeros(1, 64))  # its first layer finds its size
+    backbone[1].register_forward_hook(lambda *_: calls.append(1))
+    net, plain = modes.load(folder, backbone=backbone), modes.load(folder)
+    calls.clear()
+    close(net(images(), task=IDS), plain(images(), task=IDS))
+    assert calls == [1]
+
+
 # --- change --------------------------------------------------------------------------------------
 
 
@@ -284,6 +295,28 @@ def test_a_task_is_added_and_removed_as_a_folder(folder: Path, tmp_path: Path) -
     path.write_text(json.dumps({**json.loads(path.read_text()), "base": "0" * 32}))
     with pytest.raises(CheckpointError, match="to belong to the bundle's shared weights"):
         net.add_task(tmp_path / "bees")
+
+
+def test_only_what_changed_is_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, read, names = modes.load(folder), files.read_task, []
+
+    def counted(place: Path, *rest: Any) -> Any:
+        names.append(place.name)
+        return read(place, *rest)
+
+    monkeypatch.setattr(files, "read_task", counted)
+    before = net(images(), task=IDS)
+    net.reload()
+    assert names == []
+    shutil.move(folder / "tasks" / "bees", tmp_path / "bees")
+    net.reload()
+    shutil.move(tmp_path / "bees", folder / "tasks" / "bees")
+    (folder / "tasks" / "cats" / "adapter_config.json").touch()
+    net.reload()
+    assert names == ["bees", "cats"]
+    assert torch.equal(net(images(), task=IDS), before)
 
 
 def test_a_bundle_that_is_changed_badly_leaves_the_one_before(folder: Path) -> None:
@@ -330,6 +363,27 @@ def test_threads_answer_while_tasks_come_and_go(folder: Path, tmp_path: Path) ->
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("mask", ["seen", "task", "shared"])
+def test_memory_holds_every_tensor_once(mask: str, fit: Fit, tmp_path: Path) -> None:
+    strategies = [BeneficialPerturbation(4), ParameterSuperposition(), IA3()]
+    folder = export_module(learned(fit, strategies, mask), tmp_path / "out")
+    net, read = modes.load(folder), files.read_bundle(folder)
+    held = net.now.bundle
+    network = {
+        v.untyped_storage().data_ptr()
+        for v in net.now.network.state_dict().values()
+        if isinstance(v, Tensor)
+    }
+    for name, one in held.tasks.items():
+        for key, value in one.tensors.items():
+            assert torch.equal(value, read.tasks[name].tensors[key])
+            assert value.untyped_storage().data_ptr() in network
+    for key, value in held.files["model.safetensors"].items():
+        assert torch.equal(value, read.files["model.safetensors"][key])
+        assert value.untyped_storage().data_ptr() in network or key.startswith("head.")
+    assert held.base == read.base
 
 
 # --- networks that a file names ------------------------------------------------------------------
