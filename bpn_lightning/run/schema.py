@@ -249,7 +249,7 @@ class Conditions(TypedDict, total=False):
     tuned_for: str | None
     """The experiment that the method's values were tuned for; null for defaults and given values."""
     updates: int
-    """Steps of the optimizer over the stream."""
+    """Steps of the optimizer over the stream; of a run that continues from an export, its own."""
 
 
 class ClassAccuracy(TypedDict):

@@ -109,7 +109,11 @@ def test_a_task_that_goes_between_decoding_and_answering(bundle: Path) -> None:
     before = answer(net, asked)
     net.remove_task("middle")
     first, second = answer(net, asked)
-    assert first == before[0]
+    assert isinstance(first, Prediction)
+    assert isinstance(before[0], Prediction)
+    # Alone in its batch: products of another shape are rounded differently.
+    assert first.confidence == pytest.approx(before[0].confidence, abs=1e-6)
+    assert first._replace(confidence=0) == before[0]._replace(confidence=0)
     assert isinstance(second, Refused)
     assert second.status == 404
 
