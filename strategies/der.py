@@ -27,7 +27,7 @@ class DarkExperienceReplay(ExperienceReplay):
         + \frac{\alpha}{|R|} \sum_{j \in R} \frac{|z_j - h(x_j)|^2}{C_j}
         + \frac{\beta}{|R'|} \sum_{j \in R'} \ell(x_j, y_j)
 
-    Eq. 6 of Buzzega et al. (2020), https://arxiv.org/abs/2004.07211; beta 0 is DER, Eq. 5. R and R' are
+    DER++ of Buzzega et al. (2020), https://arxiv.org/abs/2004.07211; beta 0 is their DER. R and R' are
     independent draws of as many samples as B has, from a reservoir as in :class:`ExperienceReplay`.
 
     z_j are the C_j logits that took part when the sample was stored: with the masks ``all`` and ``shared``

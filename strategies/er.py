@@ -20,8 +20,8 @@ class ExperienceReplay(ReplayStrategy):
 
     .. math:: \frac{1}{|B \cup R|} \sum_{i \in B \cup R} \ell(x_i, y_i), \qquad |R| = |B|
 
-    Algorithm 1 of Chaudhry et al. (2019), https://arxiv.org/abs/1902.10486, with its reservoir (Algorithm
-    3): each of the n samples seen so far is one of the k in the memory with the probability k / n.
+    Algorithm 1 of Chaudhry et al. (2019), https://arxiv.org/abs/1902.10486, with its reservoir:
+    each of the n samples seen so far is one of the k in the memory with the probability k / n.
 
     Differs from the paper: the memory takes a task's samples when the task ends, and not while it is
     learned, so that only those of past tasks are replayed, and a task may have several epochs; R goes

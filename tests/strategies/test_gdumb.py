@@ -99,7 +99,10 @@ def test_the_memory_has_training_images_with_their_labels(learn: Any) -> None:
 
 
 def test_told_the_task_all_heads_are_trained(learn: Any) -> None:
-    run = learn(GDumb(90), mask="task", **LONG)
+    gdumb = GDumb(90)
+    run = learn(gdumb, mask="task", **LONG)
+    rows, initial = run.module.network.head.weight.detach(), gdumb.initial["head.weight"]
+    assert (rows != initial).any(1).all()
     assert run.module.accuracy_matrix.accuracy[-1].min() > 0.9
 
 
