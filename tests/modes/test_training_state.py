@@ -72,7 +72,7 @@ MORE: Mapping[str, Make] = {
     "lwf": lambda: [LearningWithoutForgetting(warm_up_epochs=1)],
     "ebll": lambda: [EncoderBasedLifelongLearning(autoencoder_epochs=1)],
     "agem": lambda: [AveragedGEM(20, sample_size=10)],
-    "psp": lambda: [ParameterSuperposition("complex")],
+    "psp": lambda: [ParameterSuperposition()],
     "stl": lambda: [IndependentNetworks()],
 }
 
