@@ -73,7 +73,11 @@ def test_every_dependency_has_two_bounds_and_a_reason(group: str) -> None:
             reason = True
             continue
         assert reason, f"{line}: write the reason for its bounds above it"
-        assert re.search(r">=[\d.]+,<[\d.]+$", line), f"{line}: needs a lower and an upper bound"
+        bounds, _, where = line.partition("; ")
+        assert not where or where.startswith("python_version >= "), (
+            f"{line}: means what by {where}?"
+        )
+        assert re.search(r">=[\d.]+,<[\d.]+$", bounds), f"{line}: needs a lower and an upper bound"
         requirements.append(line)
         reason = False
     section = "options" if group == "install_requires" else EXTRAS

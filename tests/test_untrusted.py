@@ -182,8 +182,13 @@ def test_no_reader_waits(reader: str, kind: str) -> None:
     make(kind, Path(path))
     with pytest.raises((BPNLightningError, OSError)) as caught:
         read()
-    # A device is reached by a link that leads out of the set, and a grid is looked for first.
-    earlier = {"class folder": "to be in", "grid": "to be a file"}.get(reader, "not a regular file")
+    # A device is reached by a link that leads out of the folder, and a grid is looked for first.
+    earlier = {
+        "class folder": "to be in",
+        "grid": "to be a file",
+        "config.json": "leads out of out",
+        "model.safetensors": "leads out of out",
+    }.get(reader, "not a regular file")
     said = str(caught.value)
     assert f"it is {kind}, not a regular file" in said or earlier in said
 
@@ -353,6 +358,7 @@ EXEMPT = {
     ("bpn_lightning/run/recording.py", "self.path.open"): "appends to the run's own log",
     ("bpn_lightning/bench/runner.py", "log.open"): "appends to the log of a cell",
     ("bpn_lightning/bench/ray_executor.py", "log.open"): "appends to the log of a cell",
+    ("bpn_lightning/bench/warm.py", "os.open"): "appends to the log of a cell, and /dev/null",
     ("bpn_lightning/bench/ray_executor.py", "read_text"): "a file that it has just written",
     ("bpn_lightning/bench/ray_executor.py", "file.read_text"): "a file that it has just written",
     ("bpn_lightning/report/page.py", "read_text"): "a file of the package",
