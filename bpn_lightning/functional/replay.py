@@ -101,7 +101,7 @@ def herding(features: Tensor, number: int) -> Tensor:
         ``(number,)`` int64, indices of samples on the CPU.
 
     >>> herding(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), 2)
-    tensor([1, 0])
+    tensor([1, 2])
     """
     features = features.double()
     mean = F.normalize(features.mean(0), dim=0)

@@ -1,12 +1,11 @@
 """Test samples and correct answers of each task and of each class."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bpn_lightning.metrics.scores import ClassCounts
-from bpn_lightning.tasks import Task
 
 __all__ = ["CountClasses"]
 
@@ -19,17 +18,17 @@ class CountClasses:
     their state is quadratic in the number of classes.
 
     Args:
-        tasks: of the stream.
+        tasks: how many the stream has.
+        classes: output units of the head.
         learned: how many of them are learned; samples of others are ignored.
         device: of the logits.
 
     State: ``(tasks,)`` and ``(2, classes)`` int64, of this process.
     """
 
-    def __init__(self, tasks: Sequence[Task], learned: int, device: torch.device) -> None:
+    def __init__(self, tasks: int, classes: int, learned: int, device: torch.device) -> None:
         self.learned = learned
-        classes = max(task.columns[1] for task in tasks)
-        self._tasks = torch.zeros(len(tasks), dtype=torch.int64, device=device)
+        self._tasks = torch.zeros(tasks, dtype=torch.int64, device=device)
         self._classes = torch.zeros(2, classes, dtype=torch.int64, device=device)
 
     def update(self, task: int, logits: Tensor, targets: Tensor) -> None:

@@ -351,7 +351,7 @@ class TaskLoop:
         last = task_id + 1 == len(network.tasks)
         if last and self.task_agnostic and network.mask != "task":
             most = None if self.task_agnostic is True else self.task_agnostic
-            counts = CountClasses(network.tasks, task_id + 1, host.device)
+            counts = self._counts(task_id + 1)
             tasks = range(len(network.tasks))
             alone = evaluate_task_agnostic(host, tasks, max_samples=most, observe=counts.update)
             network.accuracy_matrix.update_task_agnostic(alone)
@@ -376,7 +376,7 @@ class TaskLoop:
         """Take the counts of classes, and the validation score, of a gate that learned alone."""
         host, tasks = self.host, self.network.tasks
         gate = next(iter(host.gates.values()))
-        given, alone = (CountClasses(tasks, len(tasks), host.device) for _ in range(2))
+        given, alone = (self._counts(len(tasks)) for _ in range(2))
 
         def observe(task: int, known: Tensor, unknown: Tensor, targets: Tensor) -> None:
             given.update(task, known, targets)
@@ -391,6 +391,10 @@ class TaskLoop:
             row = torch.full((len(tasks),), nan, dtype=torch.float64)
             row[tested] = evaluate_own_class(host, gate, tested, "val").cpu()
             self.history.validation = _plain(row)
+
+    def _counts(self, learned: int) -> CountClasses:
+        structure = self.network.structure
+        return CountClasses(len(structure.tasks), structure.num_classes, learned, self.host.device)
 
     def _keep(self, score: str, counts: CountClasses) -> None:
         """Keep what was counted for a score of the results."""
@@ -415,7 +419,7 @@ class TaskLoop:
         overtaken = None
         if moment and host.core.may_be_overtaken:
             overtaken = Overtaken(self.network.tasks, host.device)
-        counts = CountClasses(self.network.tasks, after, host.device) if after else None
+        counts = self._counts(after) if after else None
 
         def observe(task: int, logits: Tensor, targets: Tensor) -> None:
             for one in (taken, overtaken, counts):

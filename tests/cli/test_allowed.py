@@ -164,7 +164,7 @@ ARGUMENTS = {
         blocks custom_decoder custom_encoder ddp_comm_hook ddp_comm_wrapper distance_function
         downsample_layer inception_blocks inverted_residual lambda_func length_fn lr_lambda modules
         norm_layer pruning_fn scale_fn setup stem_type teardown use_lottery_ticket_hypothesis""",
-    TABLE: """adjust_lr_fn approximate attr_name batch_arg_name class_order device duration interval layer
+    TABLE: """adjust_lr_fn approximate attr_name batch_arg_name class_order class_order_seed device duration interval layer
         layers line_search_fn margin_mode mode monitor name nonlinearity padding parameter_names
         parameters_to_prune process_group_backend reduction sets sort_by_key usual weights dtype
         padding_mode reduce""",

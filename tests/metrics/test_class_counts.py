@@ -15,7 +15,7 @@ TASKS = [Task(0, (0, 2), ("a", "b"), 1), Task(1, (2, 3), ("c",), 1), Task(2, (3,
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")  # which is the point
 def test_recalls_are_torchmetrics_and_their_mean_scikit_learns() -> None:
     generator = torch.Generator().manual_seed(0)
-    counts = CountClasses(TASKS, 2, torch.device("cpu"))
+    counts = CountClasses(len(TASKS), max(t.columns[1] for t in TASKS), 2, torch.device("cpu"))
     every = []
     for task, (first, stop) in ((0, (0, 2)), (0, (0, 2)), (1, (2, 3)), (2, (3, 5))):
         targets = torch.randint(first, stop, (20,), generator=generator)
@@ -40,7 +40,7 @@ def test_recalls_are_torchmetrics_and_their_mean_scikit_learns() -> None:
 
 def test_tasks_that_share_columns_are_pooled() -> None:
     tasks = [Task(k, (0, 2), names, 1) for k, names in enumerate((("a", "b"), ("a", "c")))]
-    counts = CountClasses(tasks, 2, torch.device("cpu"))
+    counts = CountClasses(len(tasks), max(t.columns[1] for t in tasks), 2, torch.device("cpu"))
     counts.update(0, torch.eye(2), torch.tensor([0, 1]))
     counts.update(1, torch.eye(2), torch.tensor([0, 0]))
     found = _by_class(counts.compute(lambda tensor: tensor), tasks)
