@@ -18,7 +18,7 @@ __all__ = ["main"]
 HELP = """\
 usage: bpn-bench GRID [--jobs N] [--executor ray] [--retry] [--only WORD ...] [--runs DIR] [--out DIR]
                  [--KEY VALUE ...]
-       bpn-bench collect GRID [--runs DIR] [--out DIR]
+       bpn-bench collect GRID [--runs DIR] [--out DIR] [--add]
        bpn-bench report DIR
 
 Run a grid of experiments, methods and seeds, and make its tables and pictures.
@@ -38,6 +38,7 @@ Run a grid of experiments, methods and seeds, and make its tables and pictures.
   --only WORD     experiments, methods, seeds (seed_0) and varied values (rank=10)
   --runs DIR      where the runs go; those finished there are not repeated (default: runs/bench/<grid>)
   --out DIR       where cells.json, tables and pictures go (default: <runs>/report)
+  --add           keep the rows of the cells.json that is there, whose runs may be gone
   --KEY VALUE     goes to every `bpn-fit`; --trust lets them import what the grid and its configs name
 
   --list          the packaged grids
@@ -84,7 +85,7 @@ def _run(argv: Sequence[str]) -> int:
             failures = runner.run(cells)
         finally:
             signal.signal(signal.SIGTERM, before)
-    _finish(grid, root, options.out)
+    _finish(grid, root, options.out, options.add)
     for failure in failures:
         print(f"\nbpn-bench: {printable(failure)}", file=sys.stderr)
     return FAILED if failures else 0
@@ -104,18 +105,21 @@ def _executor(options: argparse.Namespace, root: Path) -> AbstractContextManager
 def _collect(argv: Sequence[str]) -> int:
     options, _ = _parse(argv, known_only=True)
     grid = read_grid(options.grid, ["--trust"])  # nothing is imported to collect
-    _finish(grid, Path(options.runs or Path("runs", "bench", grid.name)), options.out)
+    root = Path(options.runs or Path("runs", "bench", grid.name))
+    _finish(grid, root, options.out, options.add)
     return 0
 
 
-def _finish(grid: Grid, root: Path, out: str | None) -> None:
+def _finish(grid: Grid, root: Path, out: str | None, add: bool) -> None:
     """Keep what is finished, make the report, and print its tables."""
     from bpn_lightning.analysis.collection import write_collection
-    from bpn_lightning.bench.collect import check_kept, collect
+    from bpn_lightning.bench.collect import add_to_kept, check_kept, collect
     from bpn_lightning.bench.report import REPORT, write_report
 
     folder = Path(out) if out else root / "report"
     collection = collect(grid, root)
+    if add:
+        collection = add_to_kept(collection, grid.cells, folder)
     if out:  # beside its runs it can be made again
         check_kept(grid.name, collection.records, folder)
     write_collection(collection, folder)
@@ -149,6 +153,7 @@ def _parse(argv: Sequence[str], known_only: bool) -> tuple[argparse.Namespace, l
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--runs")
     parser.add_argument("--out")
+    parser.add_argument("--add", action="store_true")
     try:
         options, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

@@ -16,7 +16,7 @@ from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.run.identity import defining, differences
 from bpn_lightning.untrusted import read_json
 
-__all__ = ["check_kept", "collect"]
+__all__ = ["add_to_kept", "check_kept", "collect"]
 
 
 def collect(grid: Grid, root: Path) -> Collection:
@@ -84,6 +84,35 @@ def _check_one_setting(cells: Sequence[Cell], root: Path) -> None:
 def _seeds(keys: Iterable[str]) -> set[str]:
     """What a run's seed may be given to: its stream, and its front."""
     return {key for key in keys if re.fullmatch(r"data\.init_args\.seed|fronts\.\w+\.seed", key)}
+
+
+def add_to_kept(collection: Collection, cells: Sequence[Cell], folder: Path) -> Collection:
+    """Add rows to those of a folder's cells.json, whose runs may be gone.
+
+    Args:
+        collection: of the runs that are there.
+        cells: of its grid, whose order the rows have.
+        folder: of the report.
+
+    Raises:
+        ResultsError: there is no cells.json, or it has some seeds of a row whose others are new: whether they are runs of
+            one setting cannot be known.
+    """
+    earlier = read_collection(folder)
+    new = {(one.place, one.setup) for one in collection.records}
+    mixed = [one.name for one in earlier.records if (one.place, one.setup) in new]
+    if mixed:
+        raise ResultsError(
+            f"Expected --add to get rows that {folder / CELLS} has no run of, but it has {mixed[0]}. Collect all runs of "
+            "the grid without --add, or remove that row from the file."
+        )
+    order = {cell.name: number for number, cell in enumerate(cells)}
+    records = sorted(
+        (*earlier.records, *collection.records), key=lambda one: order.get(one.name, len(order))
+    )
+    there = {one.name for one in records}
+    missing = tuple(name for name in collection.missing if name not in there)
+    return replace(collection, records=tuple(records), missing=missing)
 
 
 def check_kept(name: str, records: Sequence[RunRecord] | None, folder: Path) -> None:

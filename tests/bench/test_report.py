@@ -155,6 +155,35 @@ def test_what_only_a_report_has_left_is_not_replaced(
     assert main([*line, str(tmp_path / "runs"), *kept]) == 0
 
 
+@pytest.mark.slow
+def test_rows_are_added_to_those_whose_runs_are_gone(
+    tmp_path: Path,
+    write_grid: Callable[..., str],
+    stand_in: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    grid, out = write_grid(), tmp_path / "out"
+    cells, line = read_grid(grid).cells, ["collect", grid, "--out", str(out), "--runs"]
+
+    def run(method: str) -> str:
+        Runner(tmp_path / method, command=stand_in).run(
+            [cell for cell in cells if cell.method == method]
+        )
+        return str(tmp_path / method)
+
+    assert main([*line, run("bd+ewc")]) == 0
+    assert read_collection(out).missing == ("digits_inc, ewc, seed 0", "digits_inc, ewc, seed 1")
+    assert main([*line, run("ewc"), "--add"]) == 0
+    found = read_collection(out)
+    assert [one.name for one in found.records] == [cell.name for cell in cells]
+    assert not found.missing
+    capsys.readouterr()
+    assert main([*line, str(tmp_path / "ewc"), "--add"]) == 2
+    said = capsys.readouterr().err
+    assert "Expected --add to get rows that" in said
+    assert "it has digits_inc, ewc, seed 0" in said
+
+
 def test_the_folder_that_one_is_in_has_a_name(
     tmp_path: Path, two: list[RunRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
