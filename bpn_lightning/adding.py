@@ -12,7 +12,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.export import bundle_of, write_training_state_of
+from bpn_lightning.export import bundle_of, task_names, write_training_state_of
 from bpn_lightning.model.extending import extension_of
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.modes.bundle import (
@@ -20,7 +20,6 @@ from bpn_lightning.modes.bundle import (
     GATE,
     Bundle,
     TaskFiles,
-    check_task_name,
     explained,
     read_bundle,
     structure_of,
@@ -65,6 +64,8 @@ class AddToBundle(Callback):
         self.names = names
         self.training_state = training_state
         self._first = 0
+        self._closed: int | None = None  # the last task that was looked at
+        self._name_of: dict[int, str] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that is resumed finds in its checkpoint."""
@@ -75,15 +76,16 @@ class AddToBundle(Callback):
         module = cast(ContinualModule, pl_module)
         self._first = cast(Any, module.host.stream).first_task
         new = module.tasks[self._first :]
-        self._check_names(new)
+        numbers = [task.id for task in new]
+        self._name_of = dict(zip(numbers, task_names(numbers, self.names), strict=True))
         self._check_frozen(module, new)
         bundle = self._read()
         if self.training_state is None:
             self.training_state = has_training_state(self.folder)
-        known = _ids(bundle)
-        for one in self._missing(module, bundle, new):
+        wanted = _wanted(bundle, new)
+        for one in self._files(self._own(module, bundle), bundle, wanted) if wanted else ():
             bundle = with_task(bundle, one)
-        if formats_of(self.folder) and {task.id for task in new} - known:
+        if formats_of(self.folder) and wanted:
             from bpn_lightning.modes import load
 
             load(self.folder)  # their files are made of it again
@@ -101,16 +103,6 @@ class AddToBundle(Callback):
             self._add(trainer, cast(ContinualModule, pl_module), ended=True)
 
     # --- what has to be so -----------------------------------------------------------------------
-
-    def _check_names(self, new: Sequence[Task]) -> None:
-        names = [self._name(task) for task in new] if self.names is None else self.names
-        if len(names) != len(new) or len({name.casefold() for name in names}) < len(names):
-            raise ConfigurationError(
-                f"Expected names to be {len(new)} different ones, one for each new task, but got "
-                f"{', '.join(names)}. Leave them out for {self._default(new[0])} and so on."
-            )
-        for name in names:
-            check_task_name(name)
 
     def _check_frozen(self, module: ContinualModule, new: Sequence[Task]) -> None:
         core = module.host.core
@@ -132,6 +124,9 @@ class AddToBundle(Callback):
     # --- adding ----------------------------------------------------------------------------------
 
     def _add(self, trainer: Trainer, module: ContinualModule, ended: bool = False) -> None:
+        if module.closed == self._closed and not ended:  # an epoch of the same task
+            return
+        self._closed = module.closed
         closed = module.tasks[self._first : module.closed + 1]
         complete = ended and module.closed + 1 == len(module.tasks)
         checkpoint = None
@@ -141,46 +136,48 @@ class AddToBundle(Callback):
             return
         with changing(self.folder):
             bundle = self._read()
-            missing = self._missing(module, bundle, closed)
-            for one in missing:
-                bundle = with_task(bundle, one)
-                add_files(self.folder, bundle, one)
-            if missing:
-                self._take_over(module, bundle)
-            if missing or checkpoint is not None:
+            wanted = _wanted(bundle, closed)
+            if wanted:
+                own = self._own(module, bundle)
+                for one in self._files(own, bundle, wanted):
+                    bundle = with_task(bundle, one)
+                    add_files(self.folder, bundle, one)
+                self._take_over(own, bundle)
+            if wanted or checkpoint is not None:
                 self._replace_training_state(module, bundle, checkpoint)
                 write_card(self.folder, bundle)
-            if missing:
+            if wanted:
                 write_formats(self.folder)
 
-    def _missing(
-        self, module: ContinualModule, bundle: Bundle, tasks: Sequence[Task]
-    ) -> list[TaskFiles]:
-        """The folders of tasks that a bundle neither has nor has had.
+    def _own(self, module: ContinualModule, bundle: Bundle) -> Bundle:
+        """What an export of a module would hold, as far as it is compared with a bundle and put into it.
 
         Raises:
-            CheckpointError: its shared weights are others.
+            CheckpointError: the bundle's shared weights are others.
         """
-        there = _ids(bundle)
-        wanted = [task for task in tasks if task.id not in there]
-        if not wanted:
-            return []
-        own = _own(module, bundle)
+        check_whole(module.network.backbone)
+        own = bundle_of(module, include_pretrained=not bundle.record["pretrained"])
+        own.record["layout"] = layout_of([one.tensors for one in own.tasks.values()])
         if own.base != bundle.base:
             raise CheckpointError(
                 f"Expected {self.folder} to have the shared weights that the run goes on with, whose hash is "
                 f"{own.base}, but got {bundle.base}. Continue from {self.folder} itself, or from the run that it "
                 "was exported from; else export this run to a new folder."
             )
+        return own
+
+    def _files(self, own: Bundle, bundle: Bundle, tasks: Sequence[Task]) -> list[TaskFiles]:
+        """The folders of some tasks."""
         files = {one.task.id: one for one in own.tasks.values()}
         return [
-            replace(files[task.id], name=self._name(task), base=bundle.base, progress="learned")
-            for task in wanted
+            replace(
+                files[task.id], name=self._name_of[task.id], base=bundle.base, progress="learned"
+            )
+            for task in tasks
         ]
 
-    def _take_over(self, module: ContinualModule, bundle: Bundle) -> None:
+    def _take_over(self, own: Bundle, bundle: Bundle) -> None:
         """Replace what is of all tasks and not of their base: accuracies, and what gates share."""
-        own = _own(module, bundle)
         found = {name: own.files[name] for name in (GATE, ACCURACY) if name in own.files}
         replace_files(self.folder, bundle, found, gates=own.record["gates"])
 
@@ -194,23 +191,9 @@ class AddToBundle(Callback):
         else:
             remove_training_state(self.folder)
 
-    def _name(self, task: Task) -> str:
-        return self._default(task) if self.names is None else self.names[task.id - self._first]
 
-    @staticmethod
-    def _default(task: Task) -> str:
-        return f"task_{task.id + 1}"
-
-
-def _own(module: ContinualModule, bundle: Bundle) -> Bundle:
-    """What an export of a module would hold, as far as it is compared with a bundle and put into it."""
-    check_whole(module.network.backbone)
-    own = bundle_of(module, include_pretrained=not bundle.record["pretrained"])
-    own.record["layout"] = layout_of([one.tensors for one in own.tasks.values()])
-    return own
-
-
-def _ids(bundle: Bundle) -> set[int]:
-    """The numbers of the tasks that a bundle has or has had."""
-    gone = {one["task"]["id"] for one in bundle.record.get("forgotten", [])}
-    return gone | {one.task.id for one in bundle.tasks.values()}
+def _wanted(bundle: Bundle, tasks: Sequence[Task]) -> list[Task]:
+    """Those that a bundle neither has nor has had."""
+    there = {one["task"]["id"] for one in bundle.record.get("forgotten", [])}
+    there |= {one.task.id for one in bundle.tasks.values()}
+    return [task for task in tasks if task.id not in there]

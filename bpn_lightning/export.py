@@ -30,7 +30,6 @@ from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.modes import bundle as files
 from bpn_lightning.modes.bundle import (
     Bundle,
-    TaskFiles,
     check_task_name,
     explained,
     progress_of,
@@ -66,6 +65,7 @@ __all__ = [
     "load_exported",
     "past_of_export",
     "restore_exported",
+    "task_names",
     "write_training_state_of",
 ]
 
@@ -176,7 +176,7 @@ def bundle_of(
     written = {files.MODEL: model, files.FRONT: front, files.GATE: gate_tensors}
     written[files.ACCURACY] = parts.accuracy
     bundle.files = {name: part for name, part in written.items() if part or name == files.MODEL}
-    for one, name in zip(known, _task_names(known, names), strict=True):
+    for one, name in zip(known, task_names([one.task.id for one in known], names), strict=True):
         task = one.task.id
         tensors: dict[str, Tensor] = {}
         own = {
@@ -218,13 +218,23 @@ def write_training_state_of(
     write_training_state(folder, {**checkpoint, "callbacks": states}, held, elsewhere)
 
 
-def _task_names(tasks: Sequence[TaskFiles], names: Sequence[str] | None) -> list[str]:
+def task_names(numbers: Sequence[int], names: Sequence[str] | None) -> list[str]:
+    """The names of tasks in a bundle: those that are given, or ``task_1`` and so on.
+
+    Args:
+        numbers: IDs of the tasks, in order.
+        names: one for each; None for the usual ones.
+
+    Raises:
+        ConfigurationError: their number is another, two are alike, or one is no name of a folder.
+    """
+    usual = [f"task_{number + 1}" for number in numbers]
     if names is None:
-        return [f"task_{one.task.id + 1}" for one in tasks]
-    if len(names) != len(tasks) or len({name.casefold() for name in names}) < len(names):
+        return usual
+    if len(names) != len(usual) or len({name.casefold() for name in names}) < len(names):
         raise ConfigurationError(
-            f"Expected names to be {len(tasks)} different ones, one for each task, but got "
-            f"{', '.join(names)}. Leave them out for task_1 and so on."
+            f"Expected names to be {len(usual)} different ones, one for each task, but got "
+            f"{', '.join(names)}. Leave them out for {usual[0]} and so on."
         )
     for name in names:
         check_task_name(name)

@@ -39,22 +39,20 @@ def _groups(rows: Sequence[MethodRow]) -> list[list[MethodRow]]:
     """Rows that differ in their order of classes alone."""
     groups: dict[str, list[MethodRow]] = {}
     for row in rows:
-        variant = row.records[0].variant
-        if CLASS_ORDER in variant:
-            own = "{} {}".format(*named_value(CLASS_ORDER, variant[CLASS_ORDER]))
-            groups.setdefault(_without(row.name, own), []).append(row)
+        if CLASS_ORDER in row.records[0].variant:
+            groups.setdefault(_without_order(row), []).append(row)
     return list(groups.values())
 
 
-def _without(name: str, part: str) -> str:
-    return ", ".join(one for one in name.split(", ") if one != part)
+def _without_order(row: MethodRow) -> str:
+    """The name of a row, but for its order."""
+    order = "{} {}".format(*named_value(CLASS_ORDER, row.records[0].variant[CLASS_ORDER]))
+    return ", ".join(one for one in row.name.split(", ") if one != order)
 
 
 def _lines(group: Sequence[MethodRow], score: str) -> list[list[Cell]]:
     orders = {row.records[0].variant[CLASS_ORDER]: row.by_seed(score) for row in group}
-    variant = group[0].records[0].variant
-    own = "{} {}".format(*named_value(CLASS_ORDER, variant[CLASS_ORDER]))
-    name, title = _without(group[0].name, own), score_title(score, group[0].records)
+    name, title = _without_order(group[0]), score_title(score, group[0].records)
     lines: list[list[Cell]] = []
     fixed, drawn = orders.get(None), orders.get(SEED_ORDER)
     share = order_share(fixed, drawn) if fixed and drawn else None

@@ -321,9 +321,8 @@ def _final_metrics(
 def _by_class(counts: "ClassCounts", tasks: Sequence["Task"]) -> ClassAccuracy:
     """Recalls, and their mean, of the classes that have samples."""
     names: list[dict[str, None]] = [{} for _ in counts["samples"]]
-    for task in tasks[
-        : len(counts["tasks"])
-    ]:  # of the past alone, where a continuation was interrupted
+    # Counts are of the past's tasks alone where a continuation was interrupted.
+    for task in tasks[: len(counts["tasks"])]:
         for column, name in zip(range(*task.columns), task.class_names, strict=True):
             names[column][name] = None
     pairs = zip(counts["right"], counts["samples"], strict=True)
