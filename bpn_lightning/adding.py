@@ -1,7 +1,7 @@
 """Tasks that a run learns, added to a bundle that may be served meanwhile: ``bpn-fit --to``.
 
 What all tasks share has to be frozen: then a new task is one more folder, and those that are there answer bit
-for bit as before. A method that trains shared weights has no such folder; it is exported anew.
+for bit as before. A method that trains shared weights has no such folder; it is exported again.
 """
 
 from collections.abc import Sequence

@@ -68,7 +68,7 @@ class DarkExperienceReplay(ExperienceReplay):
     # --- an update -------------------------------------------------------------------------------
 
     def training_batch(self, host: ContinualHost, batch: Batch) -> Batch:
-        """The batch as it is; the samples that are replayed beside it are drawn."""
+        """The batch as it is; the samples that are replayed next to it are drawn."""
         self._drawn = None
         if len(self.memory) and (self.alpha or self.beta):
             first, number = self.draws, batch.global_size

@@ -25,7 +25,7 @@ class ExperienceReplay(ReplayStrategy):
 
     Differs from the paper: the memory takes a task's samples when the task ends, and not while it is
     learned, so that only those of past tasks are replayed, and a task may have several epochs; R goes
-    through the memory in random orders, instead of being drawn anew for each update.
+    through the memory in random orders, instead of being drawn again for each update.
 
     With ``mask="task"`` the head rows of past tasks are trained by their samples.
 

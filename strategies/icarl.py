@@ -73,7 +73,7 @@ class ICaRL(ReplayStrategy):
         super().reset()
         self.teacher = Teacher()
         self.task_samples = 0  # training samples of the open task
-        self._drawn: Tensor | None = None  # exemplars beside the batch that is being learned
+        self._drawn: Tensor | None = None  # exemplars next to the batch that is being learned
 
     def check(self, host: ContinualHost, optimizer: Optimizer) -> None:
         """Refuse a memory without room for each class."""
@@ -89,7 +89,7 @@ class ICaRL(ReplayStrategy):
         self.draws = 0
 
     def training_batch(self, host: ContinualHost, batch: Batch) -> Batch:
-        """The batch as it is; the exemplars beside it are drawn, in an epoch each of them once."""
+        """The batch as it is; the exemplars next to it are drawn, in an epoch each of them once."""
         self._drawn = None
         if len(self.memory):
             size, samples = len(self.memory), self.task_samples

@@ -65,7 +65,7 @@ class Cell:
         return ", ".join([self.setup, *self._varied(" ")])
 
     def runs(self, root: Path) -> Path:
-        """What ``bpn-fit --runs`` gets: variants lie beside each other, each with runs of its own."""
+        """What ``bpn-fit --runs`` gets: variants lie next to each other, each with runs of its own."""
         words = ",".join(self._varied("="))
         return root.joinpath(*filter(None, (self.label, words.replace("/", "_"))))
 

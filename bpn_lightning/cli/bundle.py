@@ -1,4 +1,4 @@
-"""The command ``bpn-bundle``: change and check a bundle, write its model card anew, send it and take it."""
+"""The command ``bpn-bundle``: change and check a bundle, write its model card again, push and pull it."""
 
 import argparse
 import json
@@ -116,7 +116,7 @@ def _drop_training_state(folder: Path) -> list[str]:
 
     if not remove_training_state(folder):
         return []
-    return [f"{FOLDER} is removed, as it was of the tasks before; bpn-export writes one anew"]
+    return [f"{FOLDER} is removed, as it was of the tasks before; bpn-export writes another"]
 
 
 def _check(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
@@ -187,7 +187,7 @@ _ON_THE_HUB = {"push": _push, "pull": _pull}
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bpn-bundle",
-        description="Add and remove tasks of a bundle of bpn-export, check it, write its model card anew, and send "
+        description="Add and remove tasks of a bundle of bpn-export, check it, write its model card again, and send "
         "it to and take it from Hugging Face's hub.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
