@@ -165,7 +165,7 @@ def _bytes(collection: Collection, place: str) -> Artifact:
 
 def paired_tests(collection: Collection) -> list[Artifact]:
     """Student's paired t-tests between methods, seed by seed, corrected for their number."""
-    scores = ("average", "first_task")
+    scores = ("average", "average_task_agnostic", "first_task")
     pairs = collection.compare
     tests = compare(collection.records, pairs, scores=scores).tests if pairs else []
     named = [(test, f"{test.first.name} - {test.second.name}", _title(test)) for test in tests]
