@@ -18,7 +18,7 @@ LAYERS = [
     {"terminal", "trainer.lightning"},
     {"errors", "random_state"},
     {"checks", "files", "lock", "preparation", "tasks", "untrusted"},
-    {"costs", "losses", "metrics"},
+    {"costs", "metrics"},
     {"nn"},
     {"host"},
     {"functional", "memory", "teacher"},

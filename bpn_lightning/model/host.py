@@ -9,13 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.losses import LossFunction, SampleLoss
 from bpn_lightning.model.cursor import Cursor
 from bpn_lightning.model.front_cache import FrontCache
 from bpn_lightning.model.frozen_core import FrozenCore
 from bpn_lightning.model.learned_by import LearnedBy
 from bpn_lightning.model.merged_weights import MergedWeights
 from bpn_lightning.modes.fronts import describe
+from bpn_lightning.nn.losses import LossFunction, SampleLoss
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.nn.pretrained import adopt_normalization
 from bpn_lightning.preparation import prepare_raw
@@ -33,7 +33,7 @@ class Host:
     Args:
         module: has the trainer, the device and the loggers.
         network: that learns.
-        loss: of each sample; see :class:`~bpn_lightning.losses.SampleLoss`.
+        loss: of each sample; see :class:`~bpn_lightning.nn.losses.SampleLoss`.
         core: what tasks share, which may be frozen.
         front_cache_gb: see :class:`~bpn_lightning.model.front_cache.FrontCache`.
 

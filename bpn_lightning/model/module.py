@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bpn_lightning.datamodules.base import ContinualDataModule
-from bpn_lightning.losses import LossFunction
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.metrics.gate_scores import GateScores
 from bpn_lightning.metrics.settling import Unsettled
@@ -40,6 +39,7 @@ from bpn_lightning.model.scoring import TaskScores
 from bpn_lightning.model.step import Step
 from bpn_lightning.model.task_loop import TaskLoop
 from bpn_lightning.nn.fronts import Front
+from bpn_lightning.nn.losses import LossFunction
 from bpn_lightning.nn.network import ContinualNetwork
 from bpn_lightning.random_state import random_state
 from bpn_lightning.strategies.gates.base import TaskGate

@@ -1,9 +1,9 @@
 """Layers with per-task parameters, backbones, and a loss that configs can name."""
 
-from bpn_lightning.losses import CrossEntropy
 from bpn_lightning.nn.backbones import MLP
 from bpn_lightning.nn.fronts import RandomFeatures
 from bpn_lightning.nn.frozen_network import FrozenNetwork
+from bpn_lightning.nn.losses import CrossEntropy
 from bpn_lightning.nn.patches import Patches
 from bpn_lightning.nn.pretrained import Pretrained
 from bpn_lightning.nn.sources import (

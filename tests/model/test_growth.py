@@ -24,9 +24,9 @@ from bpn_lightning.errors import (
     DataError,
 )
 from bpn_lightning.functional import gradients
-from bpn_lightning.losses import CrossEntropy
 from bpn_lightning.model.extending import past_of
 from bpn_lightning.nn import MLP
+from bpn_lightning.nn.losses import CrossEntropy
 from bpn_lightning.random_state import random_state
 from bpn_lightning.run.checkpoints import read_checkpoint
 from bpn_lightning.strategies import (

@@ -10,10 +10,10 @@ from lightning.pytorch import seed_everything
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from bpn_lightning.datamodules.digits import SplitDigits
-from bpn_lightning.losses import CrossEntropy
 from bpn_lightning.metrics import settling
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.nn.backbones import MLP
+from bpn_lightning.nn.losses import CrossEntropy
 
 
 def learn(devices: int) -> tuple[dict[str, Any], list[Any], list[Any], dict[str, Any]]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.losses import CrossEntropy, SampleLoss
 from bpn_lightning.model.evaluation import validation_scores
 from bpn_lightning.nn import MLP
+from bpn_lightning.nn.losses import CrossEntropy, SampleLoss
 from bpn_lightning.strategies import (
     EWC,
     ContinualStrategy,
