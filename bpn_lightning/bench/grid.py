@@ -86,6 +86,9 @@ SINGLE_KEYS = tuple(
 OPTIONS = ("--jobs", "--executor", "--address", "--gpus", "--retry", "--only", "--runs", "--out")
 """Of ``bpn-bench`` itself."""
 
+GRIDS = CONFIGS / "bench"
+"""Where the grids are that come with this package."""
+
 MOST_RUNS = 10_000
 
 _KEYS = ("title", "text", "seeds", ORDER, "experiments", "compare", "report")
@@ -135,7 +138,7 @@ def check_key(key: str, where: str) -> None:
 
 def packaged_grids() -> list[str]:
     """File names of the grids that come with this package."""
-    return sorted(path.name for path in (CONFIGS / "bench").glob("*.yaml"))
+    return sorted(path.name for path in GRIDS.glob("*.yaml"))
 
 
 def find_grid(name: str) -> Path:
@@ -144,7 +147,7 @@ def find_grid(name: str) -> Path:
     Raises:
         ConfigurationError: there is none.
     """
-    for path in (Path(name), CONFIGS / "bench" / name, CONFIGS / "bench" / f"{name}.yaml"):
+    for path in (Path(name), GRIDS / name, GRIDS / f"{name}.yaml"):
         if path.is_file():
             return path
     near = nearest_file(name, packaged_grids())
@@ -246,8 +249,8 @@ def _cells(
         )
     config = entry["config"]
     beside = grid.parent / config
-    if not Path(config).is_file() and beside.is_file() and beside != grid:
-        config = str(beside)
+    if not Path(config).is_file() and beside.is_file() and not grid.parent.samefile(GRIDS):
+        config = str(beside)  # beside a packaged grid there are grids, some named as an experiment
     trust = [word for word in passed_on if word.partition("=")[0] == "--trust"]
     command = _command(["--config", config, UNTRUSTED, *trust], here)
     experiment = command.experiment

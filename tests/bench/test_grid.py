@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from bpn_lightning import datamodules
-from bpn_lightning.bench.grid import ARTIFACTS, Grid, find_grid, only, packaged_grids, read_grid
+from bpn_lightning.bench.grid import (
+    ARTIFACTS,
+    GRIDS,
+    Grid,
+    find_grid,
+    only,
+    packaged_grids,
+    read_grid,
+)
 from bpn_lightning.bench.report import MAKERS
 from bpn_lightning.cli.config_files import methods_of
 from bpn_lightning.datamodules import DATAMODULES, ClassIncrementalDataModule
@@ -214,6 +222,12 @@ def test_every_packaged_grid_says_its_command_and_is_valid(name: str) -> None:
     grid = read_grid(name)
     assert grid.cells or grid.not_run
     assert grid.text
+
+
+def test_a_packaged_grid_names_packaged_experiments_and_no_grid_beside_it() -> None:
+    """eight_datasets.yaml is both."""
+    for name in ("four_datasets.yaml", str(GRIDS / "four_datasets.yaml")):
+        assert {cell.config for cell in read_grid(name).cells} == {"eight_datasets.yaml"}
 
 
 def test_every_artifact_can_be_made() -> None:
