@@ -25,7 +25,7 @@ from bpn_lightning.errors import DataError
 from bpn_lightning.terminal import is_utf8
 from bpn_lightning.untrusted import open_untrusted
 
-__all__ = ["ImageData", "has_class_folders", "read_class_folders", "read_npz"]
+__all__ = ["ImageData", "has_class_folders", "list_class_folders", "read_class_folders", "read_npz"]
 
 
 class ImageData(NamedTuple):
@@ -82,11 +82,7 @@ def read_class_folders(
     Raises:
         DataError: a folder is missing or unreadable, or an image is damaged or has another size.
     """
-    suffixes = frozenset(Image.registered_extensions())
-    files = {part: _list_class_folders(folder / part, suffixes) for part in ("train", "test")}
-    check_paths_inside(
-        folder, (path for part in files.values() for of in part.values() for path in of)
-    )
+    files = list_class_folders(folder)
     class_names = sorted(files["train"].keys() | files["test"].keys())
     size = (channels, height, width)
 
@@ -129,6 +125,20 @@ def read_class_folders(
         return Samples(torch.from_numpy(images[part]), labels)
 
     return ImageData(samples("train"), samples("test"), class_names, str(folder))
+
+
+def list_class_folders(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """The images of ``<folder>/{train,test}/<class>/`` by part and class, as their suffixes tell.
+
+    Raises:
+        DataError: a folder is missing or unreadable, or a path leads out of it.
+    """
+    suffixes = frozenset(Image.registered_extensions())
+    files = {part: _list_class_folders(folder / part, suffixes) for part in ("train", "test")}
+    check_paths_inside(
+        folder, (path for part in files.values() for of in part.values() for path in of)
+    )
+    return files
 
 
 def _list_class_folders(part: Path, suffixes: frozenset[str]) -> dict[str, list[Path]]:

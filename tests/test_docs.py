@@ -11,7 +11,7 @@ Runs of the digits learn one epoch of each task in place of 30.
 
 A command that names DIR, somebody's folder of data sets, is only parsed: all of its arguments are
 checked, and nothing is trained. So are bpn-report, bpn-predict, bpn-bundle and bpn-serve, bpn-export of runs that the page has not made, and every
-grid.
+grid. `--new` writes its config for a DIR that is made here.
 
 A command that names a class of one's own is a process of its own, as it is for its reader: in here, the
 tests' own ``sys.path`` would find what a console script does not.
@@ -25,6 +25,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ from typing import Any
 import pytest
 from commands import run_script
 from markdown_it import MarkdownIt
+from PIL import Image
 
 import bpn_lightning.report.cli as html_report
 from bpn_lightning.bench.cli import _parse
@@ -60,7 +62,14 @@ SETS_ARE_MISSING = 1  # what `bpn-data check` says of an empty folder
 
 QUICK = ("--data.init_args.epochs_per_task", "1")  # for a run of the digits
 
-SHOWS = {"--list", "--help", "--help_all", "--print_config", "--version"}  # and trains nothing
+SHOWS = {
+    "--list",
+    "--new",
+    "--help",
+    "--help_all",
+    "--print_config",
+    "--version",
+}  # and trains nothing
 
 #: What has to hold after a page's Python blocks.
 CHECKS = {
@@ -143,12 +152,22 @@ def run_command(block: Block) -> None:
         assert not Path(arguments[0]).is_dir() or main(arguments) == 0, where
     elif command == "bpn-data":
         Path("DIR").mkdir(exist_ok=True)
-        assert main(arguments) == SETS_ARE_MISSING, where
+        own = Path(arguments[-1], "train").is_dir()
+        assert main(arguments) == (0 if own else SETS_ARE_MISSING), where
     else:
+        if "--new" in arguments and "DIR" in arguments:
+            write_class_folders(Path("DIR"))
         shows = any(word in SHOWS or word.endswith(".help") for word in arguments)
         added = () if shows else ("--print_config",) if parsed else flags_of(block)
         status = main([*arguments, *added])
         assert status in (0, None), where
+
+
+def write_class_folders(folder: Path) -> None:
+    for part, name in product(("train", "test"), "ab"):
+        place = folder / part / name
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9)).save(place / "0.png")
 
 
 def flags_of(block: Block) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""The command ``bpn-data``: which image sets are present and complete, and where to download the others."""
+"""The command ``bpn-data``: whether a data set can be used, one's own or the image sets of the paper."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,13 +84,15 @@ def main(argv: Sequence[str]) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0 if all sets are complete, 1 if one is not, 2 on a usage error, 130 after Ctrl-C.
+        0 if all data can be used, 1 if not, 2 on a usage error, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
     root = Path(arguments.root).expanduser().absolute()
+    if root.is_file() or any((root / part).is_dir() for part in ("train", "test")):
+        return _check_own(root)
     if not root.is_dir():
         raise ConfigurationError(
-            f"Expected ROOT to be the folder of data sets, but there is no folder {root}. "
+            f"Expected PATH to be a data set or the folder of data sets, but there is no folder or file {root}. "
             "Create it, or name another one."
         )
     options = _options(arguments.option)
@@ -101,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
             "it to --sets, or leave its options out."
         )
     print(f"{'set':<10}{'state':<12}{'classes':>8}{'train':>9}{'test':>9}   in the paper")
-    reports = []
+    reports: list[SetReport] = []
     for image_set in sets:
         reports.append(check_set(image_set, arguments.images))
         print(_line(reports[-1]), flush=True)
@@ -112,6 +115,24 @@ def main(argv: Sequence[str]) -> int:
     missing = sum(report.state != "complete" for report in reports)
     print(f"\n{len(reports) - missing} of {len(reports)} sets are complete in {printable(root)}.")
     return NOT_COMPLETE if missing else 0
+
+
+def _check_own(source: Path) -> int:
+    """A data set of one's own."""
+    from bpn_lightning.cli.own_data import describe, faults_of  # slow: imports torch
+    from bpn_lightning.datamodules.survey import survey
+
+    found = survey(source)
+    print(printable("\n".join(describe(found))))
+    faults = faults_of(found)
+    if faults:
+        print(f"\nNot usable as it is ({len(faults):,}):")
+        print("\n".join(f"  {printable(fault)}" for fault in faults))
+        return NOT_COMPLETE
+    print(
+        f"Next: bpn-fit --new {printable(source.stem)}.yaml --data {printable(shlex.quote(str(source)))}"
+    )
+    return 0
 
 
 def _line(report: SetReport) -> str:
@@ -148,16 +169,18 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bpn-data", description="The image sets of the eight-data-set sequence."
+        prog="bpn-data",
+        description="Data sets: your own, and the image sets of the eight-data-set sequence.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser(
         "check",
-        help="list which sets are present and complete, and where to download the others",
-        description="List which sets are present and complete, and where to download the others. Exits "
-        "with 0 if all are complete, with 1 if not.",
+        help="say whether a data set can be used, or which of the eight are complete",
+        description="Of a folder with {train,test}/<class>/ or an .npz archive: its classes, sizes, the stream "
+        "that it is, and every file that cannot be used. Of another folder: which of the eight data sets are in "
+        "it, and where to download the others. Exits with 0 if everything can be used, with 1 if not.",
     )
-    check.add_argument("root", metavar="ROOT", help="the folder of data sets")
+    check.add_argument("root", metavar="PATH", help="the data set, or the folder of data sets")
     check.add_argument("--sets", metavar="A,B", help=f"only these; all are {','.join(IMAGE_SETS)}")
     check.add_argument(
         "--option",

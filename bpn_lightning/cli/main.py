@@ -44,6 +44,9 @@ Train a method over a stream of tasks, in one Lightning fit.
                       any flag of the Trainer, the module, the stream, the strategies, the gates
                       and the front
 
+  --new FILE --data PATH
+                      write a commented config for a folder with {train,test}/<class>/ or an .npz
+                      archive, and exit
   --list              list configs, methods, strategies, streams, gates and fronts, including plugins
   --list RUN          list the tasks that a run has learned, by its folder, its checkpoint or an export
   --print_config      print the resolved configuration, and exit
@@ -77,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
             print(_list())
         elif argv[0] == "--list" and len(argv) == 2:
             print(_list_tasks(argv[1]))
+        elif "--new" in argv:
+            print(_new(argv))
         elif argv == ["--help_all"]:
             return _fit([*argv, "--method", "bd+ewc"])  # to include the options of a method
         else:
@@ -119,6 +124,12 @@ def _list_tasks(run: str) -> str:
     from bpn_lightning.cli.continuing import list_tasks  # slow: imports torch
 
     return list_tasks(past)
+
+
+def _new(argv: Sequence[str]) -> str:
+    from bpn_lightning.cli.own_data import new_config  # slow: imports torch
+
+    return new_config(argv)
 
 
 def _version() -> str:
