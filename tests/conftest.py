@@ -140,6 +140,20 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Leave empty files in place of pictures, which take half the time of a short run."""
+    from bpn_lightning.run import drawing
+
+    def touch(_: object, path: Path) -> None:
+        for form in drawing.FORMATS:
+            path.with_name(f"{path.name}.{form}").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "save_figure", touch)
+        yield
+
+
 @pytest.fixture
 def fit(tmp_path):
     """Fit a small stream: ``fit([EWC()], stream=..., trainer={...}, mask="task")``.
