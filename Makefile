@@ -25,6 +25,7 @@ fit: $(VENV)/.installed  ## learn five tasks of handwritten digits, one after th
 # A file stays in one process, with what its tests share; files with slow tests come first.
 PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
 
+test: export BPN_FUZZ ?= 0.25
 test: $(VENV)/.installed-dev  ## run the tests: of each matrix, one cell of a kind
 	@$(PYTEST) -m "not matrix" $(ARGS)
 

@@ -1,6 +1,8 @@
 """The digits that come with scikit-learn: no files, no network."""
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -30,7 +32,7 @@ class SplitDigits(ClassIncrementalDataModule):
 
     def read(self) -> ImageData:
         """Load the bundled arrays and split off the test set."""
-        digits = load_digits()
+        digits = _bundled()
         images = torch.from_numpy(digits.images).unsqueeze(1).mul(255 / 16).round().byte()
         labels = torch.from_numpy(digits.target).long()
         test = hold_out(labels, 0.2, "digits: test part")
@@ -40,3 +42,9 @@ class SplitDigits(ClassIncrementalDataModule):
             class_names=[str(digit) for digit in range(10)],
             source="scikit-learn",
         )
+
+
+@cache
+def _bundled() -> Any:
+    """scikit-learn's arrays: it parses a text file at every call, for as long as a short task trains."""
+    return load_digits()

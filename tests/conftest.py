@@ -5,6 +5,8 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import entry_points
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,9 @@ def _loaders_as_torch_has_them() -> Iterator[None]:
                 delattr(cls, f"__old{name}")
 
 
+_entry_points = cache(entry_points)
+
+
 def _mark_cells(cells: list[pytest.Item]) -> None:
     """Mark as `matrix` what `make test` does not need: its parameters' values are in other cells too.
 
@@ -93,6 +98,14 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _installed_packages_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning 2.6.6 reads the metadata of all installed packages for every Trainer, a third of a short fit."""
+    registry = sys.modules.get("lightning.fabric.utilities.registry")
+    if registry is not None:
+        monkeypatch.setattr(registry, "entry_points", _entry_points)
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Start each test from one seed, whichever tests ran before; torch only where it is in use."""
     os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything sets it, and streams read it
@@ -100,7 +113,9 @@ def _seeded() -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+        torch = sys.modules["torch"]
+        # Without a GPU, torch.manual_seed formats the stack for each kind of device that it waits for.
+        (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +138,20 @@ def browser() -> Iterator[Any]:
         running = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Leave empty files in place of pictures, which take half the time of a short run."""
+    from bpn_lightning.run import drawing
+
+    def touch(_: object, path: Path) -> None:
+        for form in drawing.FORMATS:
+            path.with_name(f"{path.name}.{form}").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "save_figure", touch)
+        yield
 
 
 @pytest.fixture

@@ -104,8 +104,9 @@ def test_the_run_time_side_needs_nothing_of_training(module: str) -> None:
     assert "lightning" not in {name.split(".")[0] for name in imported(FILES[module])}
 
 
-def test_the_run_time_side_brings_no_trainer_in() -> None:
-    code = f"import sys; import {', '.join(RUN_TIME)}; print('lightning' in sys.modules)"
+def test_networks_and_the_run_time_side_bring_no_trainer_in() -> None:
+    modules = ["bpn_lightning.nn.network", *RUN_TIME]
+    code = f"import sys; import {', '.join(modules)}; print('lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 

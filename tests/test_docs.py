@@ -41,7 +41,7 @@ from bpn_lightning.bench.grid import only, read_grid
 from bpn_lightning.cli import export as export_command
 from bpn_lightning.cli.config_files import CONFIGS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

@@ -426,6 +426,7 @@ def test_arguments_of_a_class_path_are_checked(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_by_class_path_is_named_by_it_and_its_config_runs_again(install: Install) -> None:
     code = (
         "from bpn_lightning.strategies.base import ContinualStrategy\n\n\n"

@@ -266,8 +266,8 @@ def restrict_imports(trust: Trust, names: Iterable[str]) -> None:
 
     allowed = {*trust.importable, *names}
     # The longest matching entry decides; an entry can only be revoked by its opposite.
-    again = {one for one in _allowed if one.startswith(tuple(f"{name}." for name in allowed))}
-    allowed |= again
+    within = tuple(f"{name}." for name in allowed)
+    allowed |= {one for one in _allowed if one.startswith(within)}
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
         config_read_mode_fsspec_enabled=False,  # Lightning would read configs from the network

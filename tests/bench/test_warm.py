@@ -43,12 +43,14 @@ class Mine(SplitDigits):
 '''
 
 
-@pytest.fixture
-def warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WarmProcesses]:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(MINE)
-    with WarmProcesses() as found:
-        yield found
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcesses]:
+    """All tests stand in one folder, where the process that they share does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("warm"))
+        Path("mine.py").write_text(MINE)
+        with WarmProcesses() as found:
+            yield found
 
 
 def mine(what: str, *more: str) -> list[str]:
@@ -115,7 +117,7 @@ def test_cells_have_their_own_ends_and_share_the_imports(warm: WarmProcesses) ->
 @pytest.mark.matrix
 def test_two_processes_of_a_cell(warm: WarmProcesses) -> None:
     flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--runs", "two"]
-    log = Path("log.txt")
+    log = Path("two.txt")
     assert warm([*SHORT, *flags], log, Event()) == 0, log.read_text()
     assert json.loads(Path("two", RUN, "results.json").read_text())["accuracy"]["average"] > 0.5
 
@@ -127,30 +129,29 @@ def wait_for(there: Callable[[], bool]) -> None:
 
 
 def test_a_cell_that_is_to_stop_can_be_resumed(warm: WarmProcesses) -> None:
-    stopped, log = Event(), Path("log.txt")
-    line = [*SHORT[:-1], "500"]
+    stopped, log = Event(), Path("stopped.txt")
+    line = [*SHORT[:-1], "500", "--runs", "stopped"]
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(warm, line, log, stopped)
-        wait_for(Path("runs", RUN, "checkpoints", "last.ckpt").is_file)
+        wait_for(Path("stopped", RUN, "checkpoints", "last.ckpt").is_file)
         stopped.set()
         assert found.result() == 128 + signal.SIGTERM, log.read_text()
     assert "--ckpt_path last" in log.read_text()
 
 
-def test_a_server_that_is_killed_is_replaced(warm: WarmProcesses) -> None:
-    assert warm(mine("goes_on"), Path("log.txt"), Event()) == 0
-    (server,) = warm._idle
-    server.kill()
-    server.wait()
-    assert warm(mine("goes_on", "--overwrite"), Path("log.txt"), Event()) == LOST
-    assert warm(mine("goes_on", "--overwrite"), Path("log.txt"), Event()) == 0
-
-
-def test_nothing_is_left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_killed_is_replaced_and_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with WarmProcesses() as warm:
-        assert warm([BPN_FIT, "--version"], Path("log.txt"), Event()) == 0
-        (server,) = warm._idle
+    line = [BPN_FIT, "--version"]
+    with WarmProcesses() as own:
+        assert own(line, Path("log.txt"), Event()) == 0
+        (server,) = own._idle
+        server.kill()
+        server.wait()
+        assert own(line, Path("log.txt"), Event()) == LOST
+        assert own(line, Path("log.txt"), Event()) == 0
+        (server,) = own._idle
         assert server.poll() is None
     assert server.returncode == 0
     assert Path("log.txt").read_text().startswith("bpn-fit ")

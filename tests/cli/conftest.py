@@ -16,6 +16,11 @@ BEE = "set/train/bee/1.png"
 OWL = "birds/images/002.O/3.png"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_pictures(no_pictures: None) -> None:
+    """tests/run/ looks at them."""
+
+
 class Payload:
     """Unpickling it makes a file."""
 

@@ -418,6 +418,7 @@ def test_arrays_that_hold_something_else_are_refused(made: dict[str, Any], said:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_they_are_learned_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

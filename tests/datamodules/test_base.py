@@ -394,6 +394,15 @@ def test_digits_are_scikit_learns() -> None:
     assert stretched.max() == 255
 
 
+def test_digits_that_are_written_to_change_no_other_stream() -> None:
+    """The file is parsed once for all streams of a process."""
+    one = SplitDigits().read().train
+    kept = [tensor.clone() for tensor in one]
+    for tensor in one:
+        tensor.zero_()
+    assert all(map(torch.equal, SplitDigits().read().train, kept))
+
+
 def test_digits_constants_and_split_are_what_the_docstring_says() -> None:
     parts = []
     for seed in (0, 1):

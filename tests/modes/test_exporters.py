@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,16 @@ Make = Callable[..., tuple[Modes, Path]]
 
 
 @pytest.fixture
-def made(fit: Callable[..., Any], tmp_path: Path) -> Make:
-    def make(strategies: list[Any], mask: str = "all") -> tuple[Modes, Path]:
+def made(make_in: Make, tmp_path: Path) -> Make:
+    """Learns three tasks and exports them."""
+    return partial(make_in, tmp_path)
+
+
+@pytest.fixture
+def make_in(fit: Callable[..., Any]) -> Make:
+    """The same into a given folder."""
+
+    def make(place: Path, strategies: list[Any], mask: str = "all") -> tuple[Modes, Path]:
         stream = SplitDigits(
             num_tasks=3,
             epochs_per_task=1,
@@ -54,7 +63,7 @@ def made(fit: Callable[..., Any], tmp_path: Path) -> Make:
             domain_incremental=mask == "shared",
         )
         module, _ = fit(strategies, stream=stream, mask=mask)
-        folder = export_module(module.eval(), tmp_path / "out", names=["a", "b", "c"])
+        folder = export_module(module.eval(), place / "out", names=["a", "b", "c"])
         return load(folder), folder
 
     return make
@@ -147,50 +156,55 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-asked, found = load_file("asked.safetensors"), {}
-if Path("torch_export/mixed.pt2").exists():
-    program = torch.export.load("torch_export/mixed.pt2").module()
-    found["mixed"] = program(asked["inputs"], asked["tasks"])
-for path in Path("torch_export").glob("?.pt2"):
-    found[path.stem] = torch.export.load(path).module()(asked["inputs"])
-for path in Path("state_dict").glob("*.safetensors"):
-    layers = [nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()]
-    net = nn.Sequential(OrderedDict(backbone=nn.Sequential(*layers), head=nn.Linear(16, asked["wanted"].shape[1])))
-    net.load_state_dict(load_file(path))
-    found["state_dict/" + path.stem] = net(asked["inputs"])
-save_file({name: value.detach().contiguous() for name, value in found.items()}, "found.safetensors")
+def answers(place):
+    asked = load_file(place / "asked.safetensors")
+    if (place / "torch_export/mixed.pt2").exists():
+        program = torch.export.load(place / "torch_export/mixed.pt2").module()
+        yield "mixed", program(asked["inputs"], asked["tasks"])
+    for path in (place / "torch_export").glob("?.pt2"):
+        yield path.stem, torch.export.load(path).module()(asked["inputs"])
+    for path in (place / "state_dict").glob("*.safetensors"):
+        layers = [nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()]
+        head = nn.Linear(16, asked["wanted"].shape[1])
+        net = nn.Sequential(OrderedDict(backbone=nn.Sequential(*layers), head=head))
+        net.load_state_dict(load_file(path))
+        yield "state_dict/" + path.stem, net(asked["inputs"])
+
+for place in map(Path, sys.argv[1:]):
+    found = {name: value.detach().contiguous() for name, value in answers(place)}
+    save_file(found, place / "found.safetensors")
 """
 
+COMPOSITIONS: dict[str, tuple[Callable[[], list[Any]], str]] = {
+    "bd+psp": (lambda: [BeneficialPerturbation(4), ParameterSuperposition()], "seen"),
+    "bd": (lambda: [BeneficialPerturbation(4)], "shared"),
+    "stl": (lambda: [IndependentNetworks()], "all"),
+    "nothing": (list, "all"),
+}
 
-@pytest.mark.parametrize(
-    ("strategies", "mask"),
-    [
-        (lambda: [BeneficialPerturbation(4), ParameterSuperposition()], "seen"),
-        (lambda: [BeneficialPerturbation(4)], "shared"),
-        (lambda: [IndependentNetworks()], "all"),
-        (list, "all"),
-    ],
-    ids=["bd+psp", "bd", "stl", "nothing"],
-)
-def test_torch_alone_reads_programs_and_weights(
-    strategies: Callable[[], list[Any]], mask: str, made: Make
-) -> None:
-    net, folder = made(strategies(), mask)
-    write_torch_export(net, folder / "torch_export")
-    write_state_dict(net, folder / "state_dict")
-    wanted = net.answer(INPUTS, IDS)
-    save_file({"inputs": INPUTS, "tasks": IDS, "wanted": wanted}, folder / "asked.safetensors")
-    line = [sys.executable, "-c", IN_TORCH_ALONE]
-    done = subprocess.run(line, cwd=folder, check=False, capture_output=True, text=True)
+
+def test_torch_alone_reads_programs_and_weights(make_in: Make, tmp_path: Path) -> None:
+    """One process reads those of all compositions."""
+    nets = {}
+    for name, (strategies, mask) in COMPOSITIONS.items():
+        net, folder = make_in(tmp_path / name, strategies(), mask)
+        write_torch_export(net, folder / "torch_export")
+        write_state_dict(net, folder / "state_dict")
+        asked = {"inputs": INPUTS, "tasks": IDS, "wanted": net.answer(INPUTS, IDS)}
+        save_file(asked, folder / "asked.safetensors")
+        nets[folder] = net
+    line = [sys.executable, "-c", IN_TORCH_ALONE, *map(str, nets)]
+    done = subprocess.run(line, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = load_file(folder / "found.safetensors")
-    own = [f"state_dict/{name}" for name in net.tasks]
-    programs = net.tasks if net.now.has_own_weights else ["mixed"]
-    assert sorted(found) == sorted([*own, *programs])
-    for name, value in found.items():
-        like = wanted if name == "mixed" else net.answer(INPUTS, name[-1])
-        seen = like.isfinite() if name in own else torch.ones_like(like, dtype=torch.bool)
-        torch.testing.assert_close(value[seen], like[seen], rtol=0, atol=1e-6)
+    for folder, net in nets.items():
+        found = load_file(folder / "found.safetensors")
+        own = [f"state_dict/{name}" for name in net.tasks]
+        programs = net.tasks if net.now.has_own_weights else ["mixed"]
+        assert sorted(found) == sorted([*own, *programs]), folder
+        for name, value in found.items():
+            like = net.answer(INPUTS, IDS if name == "mixed" else name[-1])
+            seen = like.isfinite() if name in own else torch.ones_like(like, dtype=torch.bool)
+            torch.testing.assert_close(value[seen], like[seen], rtol=0, atol=1e-6)
 
 
 def test_what_does_not_fold_is_no_state_dict(made: Make) -> None:

@@ -1,8 +1,6 @@
 """A network that knows of no trainer: built by hand, copied, and learned from by plain torch."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import get_args
 
@@ -85,12 +83,6 @@ def test_plain_torch_trains_what_tasks_share() -> None:
 def test_without_a_stream_it_has_no_head() -> None:
     with pytest.raises(ConfigurationError, match="Expected the module to know its stream"):
         ContinualNetwork(MLP([6]))(torch.randn(1, 1, 3, 3))
-
-
-@pytest.mark.slow
-def test_it_comes_without_lightning() -> None:
-    code = "import bpn_lightning.nn.network, sys; assert 'lightning' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_head_that_grows_keeps_its_rows_and_draws_those_of_a_larger_one() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,15 @@ def make_gate() -> Callable[..., dict[str, Any]]:
     return gate
 
 
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the folder of a run and gives its path.
+@pytest.fixture(scope="session")
+def make_run_in() -> Callable[..., Path]:
+    """Writes the folder of a run below another folder and gives its path.
 
-    ``make_run("ewc", 0, matrix, root="runs", parts=",front=random", config={...}, **keys of results.json)``
+    ``make_run_in(folder, "ewc", 0, matrix, root="runs", parts=",front=random", config={...}, **keys of results.json)``
     """
 
     def make(
+        place: Path,
         method: str = "ewc",
         seed: int = 0,
         matrix: Matrix = MATRIX,
@@ -108,7 +110,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         **more: Any,
     ) -> Path:
         found = results(method, seed, matrix, **more)
-        home = tmp_path / root / found["experiment"]
+        home = place / root / found["experiment"]
         folder = home / f"{method.replace('/', '_')}{parts}" / f"seed_{seed}"
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(found))
@@ -123,3 +125,9 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def make_run(make_run_in: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """The same below the test's own folder."""
+    return partial(make_run_in, tmp_path)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +29,62 @@ class Opened:
     """A page in the browser, and what went wrong or out while it was open."""
 
     page: Any
+    address: str
     messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
 
+@pytest.fixture(scope="module")
+def page_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Makes the page of a folder, once."""
+
+    @cache
+    def make(folder: Path) -> Path:
+        out = tmp_path_factory.mktemp("page") / "page.html"
+        assert main([str(folder), "--out", str(out)]) == 0
+        return out
+
+    return make
+
+
 @pytest.fixture
-def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
+def opened(browser: Any, page_of: Callable[[Path], Path]) -> Iterator[Callable[..., Opened]]:
     """Makes the page of a folder and opens it from disk; in the end, nothing may have gone wrong."""
     seen: list[Opened] = []
     contexts = []
 
     def open_page(folder: Path, width: int = 1280, **options: Any) -> Opened:
-        out = tmp_path / "page.html"
-        assert main([str(folder), "--out", str(out)]) == 0
         context = browser.new_context(viewport={"width": width, "height": 800}, **options)
         contexts.append(context)
-        one = Opened(context.new_page())
+        one = Opened(context.new_page(), page_of(folder).as_uri())
         one.page.set_default_timeout(1000 * PATIENCE)
         one.page.on("console", lambda message: one.messages.append(message.text))
         one.page.on("pageerror", lambda error: one.messages.append(str(error)))
         one.page.on("request", lambda request: one.requests.append(request.url))
-        one.page.goto(out.as_uri())
+        one.page.goto(one.address)
         seen.append(one)
         return one
 
     yield open_page
     for one in seen:
         assert one.messages == []
-        addresses = [url for url in one.requests if not url.startswith("data:")]
-        assert addresses == [(tmp_path / "page.html").as_uri()]
+        assert [url for url in one.requests if not url.startswith("data:")] == [one.address]
     for context in contexts:
         context.close()
 
 
-@pytest.fixture
-def three(make_run: Make, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def three(make_run_in: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two methods, two seeds, three tasks."""
+    place = tmp_path_factory.mktemp("three")
     for method in ("ewc", "bd+ewc"):
         for seed in range(2):
             points = [
                 {"epoch": epoch, "task": epoch // 2, "accuracy": [0.5, 0.25, epoch / 8]}
                 for epoch in range(6)
             ]
-            make_run(method, seed, MATRIX, extra={"curve": points})
-    return tmp_path / "runs"
+            make_run_in(place, method, seed, MATRIX, extra={"curve": points})
+    return place / "runs"
 
 
 def test_values_are_those_of_results_json(opened: Callable[..., Opened], three: Path) -> None:
@@ -231,15 +244,21 @@ def test_columns_sort(opened: Callable[..., Opened], make_run: Make, tmp_path: P
     assert names.all_inner_texts() == ["a", "c", "b"]
 
 
+@pytest.fixture(scope="module")
+def long_ones(make_run_in: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred tasks, and a name without a place to break."""
+    long = [[(row + task) % 7 / 7 for task in range(100)] for row in range(101)]
+    place = tmp_path_factory.mktemp("long")
+    for method in ("ewc", "x" * 150):
+        make_run_in(place, method, 0, long)
+    return place / "runs"
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_never_scrolls_sideways(
-    opened: Callable[..., Opened], make_run: Make, tmp_path: Path, width: int
+    opened: Callable[..., Opened], long_ones: Path, width: int
 ) -> None:
-    """Not even with a hundred tasks and names without a place to break."""
-    long = [[(row + task) % 7 / 7 for task in range(100)] for row in range(101)]
-    make_run("ewc", 0, long)
-    make_run("x" * 150, 0, long)
-    one = opened(tmp_path / "runs", width=width)
+    one = opened(long_ones, width=width)
     sizes = "() => [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     wide, window = one.page.evaluate(sizes)
     assert wide <= window == width

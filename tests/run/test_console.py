@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
@@ -138,3 +139,6 @@ def test_a_file_gets_the_lines_only(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert "\x1b" not in shown.out
     assert shown.err == ""
+    pictures = tmp_path / "digits_inc" / "bd+ewc" / "seed_0" / "figures"
+    with Image.open(pictures / "accuracy_matrix.png") as picture:
+        assert min(picture.size) > 100

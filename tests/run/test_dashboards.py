@@ -41,7 +41,7 @@ from bpn_lightning.strategies import (
     SynapticIntelligence,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = (ROOT / "docs" / "wandb.md").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from bpn_lightning.errors import CheckpointError, ConfigurationError
 from bpn_lightning.run.checkpoints import AtomicCheckpointIO, read_checkpoint
 from bpn_lightning.run.recording import Intervals, LastCheckpoint, MetricsFile
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 ROOT = Path(__file__).parent.parent.parent
 LINE = [

@@ -23,13 +23,16 @@ addopts = --strict-markers --strict-config
 """
 
 
-#: A plugin of the run: leaves out what nobody asks about.
+#: A plugin of the run: leaves out what nobody asks about, and reads what is installed once for all Trainers.
 ONLY = """
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
+from lightning.fabric.utilities import registry
 
+registry.entry_points = cache(registry.entry_points)
 WANTED = json.loads(Path(__file__).with_name("wanted.json").read_text())
 
 

@@ -20,6 +20,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,11 @@ def _serve(rank: int, end: Any) -> None:
     """Run one function after another, until nobody asks any more."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     import torch
+    from lightning.fabric.utilities import registry
     from lightning.pytorch.utilities import rank_zero_only
 
     rank_zero_only.rank = rank  # Lightning looks at the environment when it is imported
+    registry.entry_points = cache(registry.entry_points)  # as in conftest.py
 
     while True:
         try:

@@ -362,6 +362,7 @@ def test_monitored_rates_are_those_of_the_open_task(
         ("CosineAnnealingLR", {"T_max": -1}, "T_max"),
     ],
 )
+@pytest.mark.usefixtures("no_pictures")
 def test_a_config_names_a_scheduler_and_not_its_length(tmp_path, monkeypatch, name, given, length):
     steps = 3 * 9  # 288 images of a task in batches of 32
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.05)
@@ -374,6 +375,7 @@ def test_a_config_names_a_scheduler_and_not_its_length(tmp_path, monkeypatch, na
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_config_names_a_plateau(tmp_path, monkeypatch):
     """After the first epoch of a task, none lowers the loss by nine tenths."""
     given = {"patience": 0, "threshold": 0.9}
