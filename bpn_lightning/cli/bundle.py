@@ -162,6 +162,7 @@ def _push(arguments: argparse.Namespace) -> list[str]:
         revision=arguments.revision,
         private=not arguments.public,
         message=arguments.message,
+        training_state=arguments.training_state,
     )
     return [done]
 
@@ -172,10 +173,14 @@ def _pull(arguments: argparse.Namespace) -> list[str]:
     most = MAX_BYTES if arguments.max_bytes is None else arguments.max_bytes
     check_positive_int("max_bytes", most)
     folder, left = pull(
-        arguments.repository, arguments.folder, revision=arguments.revision, max_bytes=most
+        arguments.repository,
+        arguments.folder,
+        revision=arguments.revision,
+        max_bytes=most,
+        training_state=arguments.training_state,
     )
     if left:
-        note = f"{len(left)} files that are none of a bundle were left there, such as {left[0]}"
+        note = f"{len(left)} other files were left there, such as {left[0]}"
         print(f"bpn-bundle: {printable(note)}", file=sys.stderr)
     return [str(folder)]
 
@@ -207,12 +212,17 @@ def _parser() -> argparse.ArgumentParser:
         add_trusted_names(one)
     verb("card", "write README.md anew")
     needs = "needs pip install 'bpn_lightning[hub]'"
-    push = verb("push", f"send it to Hugging Face's hub, without training state; {needs}")
+    push = verb("push", f"send it to Hugging Face's hub; {needs}")
     pull = verbs.add_parser("pull", help=(does := f"take one from Hugging Face's hub; {needs}"))
     pull.description = does
     for one in (push, pull):
         one.add_argument("repository", metavar="REPO", help="OWNER/NAME of a repository of models")
         one.add_argument("--revision", help="of the repository; by default main")
+        one.add_argument(
+            "--training_state",
+            action="store_true",
+            help="with what learning goes on from, which may hold samples of the training data",
+        )
     push.add_argument("--public", action="store_true", help="if the repository has to be made")
     push.add_argument("--message", help="of the commit")
     pull.add_argument(

@@ -157,7 +157,7 @@ def _training_state(parts: list[StatePart]) -> list[str]:
     if not parts:
         return []
     named = ", ".join(f"{_plain(name)} ({size:,} bytes)" for name, size, _ in parts)
-    line = f"- `{FOLDER}/` is what learning goes on from, and not needed to answer: {named}."
+    line = f"- `{FOLDER}/`, where it is there, is what learning goes on from, and not needed to answer: {named}."
     memories = [_plain(name) for name, _, names in parts if "inputs" in names]
     if memories:
         line += (
