@@ -253,7 +253,8 @@ def _gates(
         shared, parts = split_gate(record["state"], getattr(gate, "shared_rows", ()))
         together = getattr(gate, "second_moments", "none") == "shared"
         state = set_aside(shared, gate.name, tensors)
-        records.append({**record, "together": together, "state": state})
+        calibrated = sorted(parts)
+        records.append({**record, "together": together, "calibrated": calibrated, "state": state})
         for task, part in parts.items():
             of_tasks.setdefault(task, {})[gate.name] = part
     return records, of_tasks, tensors

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from bpn_lightning.files import write_atomically
 from bpn_lightning.intervals import wilson_interval
 from bpn_lightning.modes.bundle import ACCURACY, CARD, Bundle
+from bpn_lightning.modes.calibration import uncalibrated
 from bpn_lightning.modes.training_state import FOLDER, StatePart, training_state_parts
 
 __all__ = ["write_card"]
@@ -63,6 +64,7 @@ def _model_card(bundle: Bundle, training: list[StatePart]) -> str:
         f"- Shared by all tasks: {bundle.shared_bytes:,} bytes.",
         f"- Inputs after preparation: {shape} {structure['input_dtype'].removeprefix('torch.')}.",
         f"- Classes that take part in a task's mode (mask): {structure['mask']}.",
+        *_uncalibrated(bundle),
         *_training_state(training),
         "",
         _USE.format(folder="path/to/this/folder", task=json.dumps(first, ensure_ascii=False)),
@@ -151,6 +153,14 @@ def _averages(bundle: Bundle) -> list[str]:
 
 def _of_seed(seed: Any) -> str:
     return f", of seed {seed}" if type(seed) is int else ""
+
+
+def _uncalibrated(bundle: Bundle) -> list[str]:
+    return [
+        f"- The temperature of the gate {_plain(name)} was not chosen with {_plain(', '.join(late))}, added later: where the "
+        "task ID is not given, tasks and confidences may be worse than in an export of a run of all tasks."
+        for name, late in uncalibrated(bundle).items()
+    ]
 
 
 def _training_state(parts: list[StatePart]) -> list[str]:
