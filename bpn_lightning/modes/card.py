@@ -86,8 +86,16 @@ class _Score(NamedTuple):
 
 def _scores(bundle: Bundle) -> list[_Score]:
     given = _Score("task ID given", _last_measured(bundle), _vector(bundle, "samples"))
+    for gate in bundle.record["gates"][:1]:  # it is what answers
+        title = f"task ID not given, by the gate {_plain(gate['arguments']['name'])}"
+        measured = (_numbers(gate.get(name, [])) for name in ("accuracy", "samples"))
+        return [given, _Score(title, *measured)]
     agnostic = _vector(bundle, "task_agnostic"), _vector(bundle, "task_agnostic_samples")
     return [given, _Score("task ID not given", *agnostic)]
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    return [float(one) if isinstance(one, int | float) else math.nan for one in values]
 
 
 def _vector(bundle: Bundle, name: str) -> list[float]:
@@ -126,10 +134,10 @@ def _table(bundle: Bundle) -> list[str]:
 
 def _averages(bundle: Bundle) -> list[str]:
     """The mean over tasks, and the accuracy on all of their test samples with its interval."""
-    learned = [t.task.id for t in bundle.tasks.values() if t.progress == "learned"]
+    learned = {n: t.task.id for n, t in bundle.tasks.items() if t.progress == "learned"}
     lines, counted = [], False
     for score in _scores(bundle):
-        pairs = [score.of(task) for task in learned]
+        pairs = [score.of(task) for task in learned.values()]
         known = [(value, number) for value, number in pairs if not math.isnan(value)]
         if not known:
             continue
@@ -141,6 +149,9 @@ def _averages(bundle: Bundle) -> list[str]:
             right = sum(value * number for value, number in known)
             line += f"; on their {total:,.0f} test samples together {_with_interval(right / total, total)}"
             counted = True
+        late = [name for name, task in learned.items() if math.isnan(score.of(task)[0])]
+        if late and "not given" in score.title:
+            line += f"; not measured on {_plain(', '.join(late))}"
         lines.append(f"{line}.")
     if counted:
         seed = bundle.record.get("seed")

@@ -10,10 +10,11 @@ import torch
 
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.modes import load
 from bpn_lightning.modes.bundle import ACCURACY, read_bundle
 from bpn_lightning.modes.card import write_card
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies import BeneficialPerturbation
+from bpn_lightning.strategies import SLDA, BeneficialPerturbation, NearestClassMean
 
 Fit = Callable[..., Any]
 
@@ -61,7 +62,7 @@ def test_intervals_by_hand(made: Any, tmp_path: Path) -> None:
     assert rows["b"][2:4] == ["50.0% (40.4 to 59.6)", ""]
     assert (
         "- Average accuracy over 2 learned tasks, task ID given: 65.0%; on their 110 test samples together 52.7% "
-        "(43.5 to 61.8).\n- Average accuracy over 1 learned task, task ID not given: 50.0%.\n"
+        "(43.5 to 61.8).\n- Average accuracy over 1 learned task, task ID not given: 50.0%; not measured on b.\n"
         in card
     )
     assert "This is one run, of seed 0; how much runs of other seeds differ is not in them." in card
@@ -92,6 +93,25 @@ def test_they_are_of_the_samples_that_were_tested(made: Any) -> None:
     together = re.findall(r"task ID given: .* on their (\d+) test samples together ([\d.]+)%", card)
     right = float(accuracies @ torch.tensor(sizes, dtype=torch.float64))
     assert together == [(str(sum(sizes)), f"{100 * right / sum(sizes):.1f}")]
+
+
+def test_where_a_gate_answers_its_accuracy_is_given(fit: Fit, tmp_path: Path) -> None:
+    stream = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=64, seed=0)
+    gates = [NearestClassMean(), SLDA()]
+    module, _ = fit([BeneficialPerturbation(4), *gates], stream=stream, mask="all")
+    folder = export_module(module.eval(), tmp_path / "out", names=["a", "b"])
+    scores = next(one for one in reversed(module.gate_scores) if one["gate"] == "ncm")
+    assert scores["mixture"] != module.accuracy_matrix.task_agnostic.tolist()
+    rows, net, right = lines_of(folder), load(folder), 0
+    assert rows["task"][3] == "accuracy, task ID not given, by the gate ncm"
+    for name, task in (("a", 0), ("b", 1)):
+        for batch in stream.loader(task, "test"):
+            classes = [one.column for one in net.predict(batch.inputs)]
+            right += (torch.tensor(classes) == batch.targets).sum().item()
+        assert rows[name][3].startswith(f"{scores['mixture'][task]:.1%} (")
+    card = (folder / "README.md").read_text()
+    assert f"by the gate ncm: {sum(scores['mixture']) / 2:.1%}; on their 144 test samples" in card
+    assert f"together {right / 144:.1%} (" in card
 
 
 def test_a_module_that_goes_on_keeps_them(made: Any, tmp_path: Path) -> None:
