@@ -57,6 +57,7 @@ from bpn_lightning.nn.structure import Structure
 from bpn_lightning.nn.weights import hash_of
 from bpn_lightning.run.dashboards import Dashboard
 from bpn_lightning.run.recording import LastCheckpoint
+from bpn_lightning.strategies.gates.base import TaskGate
 from bpn_lightning.tasks import Past
 
 __all__ = [
@@ -253,10 +254,20 @@ def _gates(
         shared, parts = split_gate(record["state"], getattr(gate, "shared_rows", ()))
         together = getattr(gate, "second_moments", "none") == "shared"
         state = set_aside(shared, gate.name, tensors)
-        records.append({**record, "together": together, "state": state})
+        known = {"together": together, "calibrated": sorted(parts), **_measured(module, gate)}
+        records.append({**record, **known, "state": state})
         for task, part in parts.items():
             of_tasks.setdefault(task, {})[gate.name] = part
     return records, of_tasks, tensors
+
+
+def _measured(module: ContinualModule, gate: TaskGate) -> dict[str, Any]:
+    """Accuracies, by task, of the classes that a bundle answers with where a gate names the task; with test samples."""
+    scores = [one for one in module.gate_scores if one["gate"] == gate.name]
+    if not scores:
+        return {}
+    found = scores[-1]["mixture"] if gate.modes else scores[-1]["own_class"]
+    return {"accuracy": found, "samples": scores[-1]["samples"]}
 
 
 def load_exported(

@@ -1,6 +1,7 @@
 """Tasks that a run learns are added to a bundle: as an export of the run would have them, and nothing else changes."""
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -112,6 +113,53 @@ def test_gates_that_learn_alone_are_added_too(tmp_path: Path) -> None:
     anew = export_module(module, tmp_path / "anew", names=PAST + NEW)
     assert load(folder).tasks == PAST + NEW
     assert load(folder).predict(IMAGES) == load(anew).predict(IMAGES)
+
+
+def add_in_processes(made: str, folder: str, devices: int) -> dict[str, Any]:
+    """Learn two tasks more, into a copy of a bundle; which files of it this process wrote, and its weights."""
+    bundle, rank = Path(folder), int(os.environ.get("LOCAL_RANK", "0"))
+    if rank == 0:
+        shutil.copytree(made, bundle)
+    written: list[str] = []
+    replace = os.replace
+
+    def noted(source: Any, target: Any) -> None:
+        written.append(Path(target).name)
+        replace(source, target)
+
+    trainer = trainer_of(devices, [*methods(), AddToBundle(bundle, NEW)])
+    module = load_exported(made, MLP([16, 12]), **FROZEN)
+    module.extend(new := stream_of(2, 4, batch_size=50, eval_batch_size=50))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(os, "replace", noted)
+        trainer.fit(module, new)
+    return {"written": written, "weights": dict(module.network.state_dict())}
+
+
+def names_in(written: list[str]) -> list[str]:
+    """Without hashes, and without files that get another name."""
+    return [name.partition("-")[0] for name in written if name[0] != "."]
+
+
+def test_two_processes_add_what_one_does(made: Path, tmp_path: Path, ranks: Any) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = add_in_processes(str(made), str(one), 1)
+    first, second = ranks(add_in_processes, str(made), str(two), 2)
+    assert second["written"] == []
+    assert first["written"].count("adapter_config.json") == len(NEW)
+    assert names_in(first["written"]) == names_in(alone["written"])
+    whole, parts = load(one), load(two)
+    assert whole.tasks == parts.tasks == PAST + NEW
+    for name in PAST:
+        assert torch.equal(whole(IMAGES, task=name), parts(IMAGES, task=name))
+    for name in NEW:
+        torch.testing.assert_close(
+            whole(IMAGES, task=name), parts(IMAGES, task=name), rtol=1e-4, atol=1e-5
+        )
+    check_training_state(two, read_bundle(two))
+    for path in sorted(p.relative_to(one) for p in one.rglob("*") if "-" not in p.name):
+        assert (two / path).exists(), path
 
 
 def test_without_one_none_is_made(bundle: Path) -> None:

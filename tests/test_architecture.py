@@ -17,7 +17,7 @@ ROOMS = ("strategies", "datamodules", "configs")
 LAYERS = [
     {"terminal", "trainer.lightning"},
     {"errors", "random_state"},
-    {"checks", "files", "lock", "preparation", "tasks", "untrusted"},
+    {"checks", "files", "intervals", "lock", "preparation", "tasks", "untrusted"},
     {"costs", "metrics"},
     {"nn"},
     {"host"},

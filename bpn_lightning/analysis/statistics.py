@@ -6,6 +6,8 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
+from bpn_lightning.intervals import wilson_interval
+
 __all__ = [
     "Difference",
     "Interval",
@@ -124,9 +126,8 @@ def binomial_half(fraction: float, samples: int) -> float:
     >>> round(binomial_half(0.5, 100), 3)
     0.096
     """
-    z = float(stats.norm.ppf(0.975))
-    spread = fraction * (1 - fraction) / samples + (z / samples) ** 2 / 4
-    return float(z * max(spread, 0.0) ** 0.5 / (1 + z**2 / samples))
+    low, high = wilson_interval(fraction, samples)
+    return (high - low) / 2
 
 
 def p_text(value: float | None) -> str | None:

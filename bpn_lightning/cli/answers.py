@@ -11,12 +11,15 @@ from typing import Any, TextIO
 from bpn_lightning.errors import ConfigurationError, ResultsError
 from bpn_lightning.nn.pretrained import import_extra
 
-__all__ = ["FORMATS", "answer_file", "format_of"]
+__all__ = ["FORMATS", "answer_file", "format_of", "without_formula"]
 
 FIELDS = ("input", "class", "task", "confidence", "rejected")
 FORMATS = ("csv", "jsonl", "parquet")
 GROUP_ROWS = 2**16
 """Rows of a Parquet file that are held until they are written together."""
+
+_FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+"""What a spreadsheet takes for the beginning of a formula, after OWASP's "CSV injection"; wide forms of = + - @, too."""
 
 Write = Callable[[Sequence[Sequence[Any]]], None]
 """Takes rows of :data:`FIELDS`: three texts, a float and a bool."""
@@ -35,6 +38,32 @@ def format_of(named: str | None, to: str | None) -> str:
             "Expected --to where --format is parquet, which is no text to print, but got none. Name a file."
         )
     return found
+
+
+def without_formula(name: str) -> str:
+    """A name of somebody else's for a CSV cell, with a quote in front where a spreadsheet would compute it.
+
+    Numbers are no danger, and stay what they are.
+
+    >>> [without_formula(name) for name in ("cat", "=1+1", "-1", "-x")]
+    ['cat', "'=1+1", '-1', "'-x"]
+    """
+    if name[:1] not in _FORMULA or _is_number(name):
+        return name
+    return f"'{name}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.isascii() and text == text.strip()
+
+
+def _path_without_formula(path: str) -> str:
+    """Another name of the same file."""
+    return f"./{path}" if path[:1] in _FORMULA else path
 
 
 @contextmanager
@@ -84,8 +113,9 @@ def _lines(kind: str, file: TextIO) -> Write:
             if kind == "jsonl":
                 file.write(json.dumps(dict(zip(FIELDS, row, strict=True))) + "\n")
             else:
-                *texts, confidence, rejected = row
-                table.writerow([*texts, f"{confidence:.6g}", str(rejected).lower()])
+                path, *names, confidence, rejected = row
+                cells = [_path_without_formula(path), *map(without_formula, names)]
+                table.writerow([*cells, f"{confidence:.6g}", str(rejected).lower()])
         file.flush()
 
     return write

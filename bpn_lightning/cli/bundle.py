@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bpn_lightning.checks import check_positive_int
 from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.cli.trust import add_trusted_names
-from bpn_lightning.errors import ConfigurationError, did_you_mean
+from bpn_lightning.errors import CheckpointError, ConfigurationError, did_you_mean
 from bpn_lightning.files import write_atomically
 from bpn_lightning.terminal import printable
 
@@ -50,17 +50,20 @@ def main(argv: Sequence[str]) -> int:
 
 def _read(folder: Path) -> "Bundle":
     from bpn_lightning.modes.bundle import explained, read_bundle, structure_of
+    from bpn_lightning.modes.calibration import uncalibrated
 
     with explained(folder):
         bundle = read_bundle(folder)
         structure_of(bundle, compact=True)
+        uncalibrated(bundle)  # that its gates are whole
     return bundle
 
 
 def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
-    from bpn_lightning.modes.bundle import explained, read_task, with_task
+    from bpn_lightning.modes.bundle import GATE, explained, read_task, with_task
+    from bpn_lightning.modes.calibration import uncalibrated
     from bpn_lightning.modes.card import write_card
-    from bpn_lightning.modes.changing import add_files, write_formats
+    from bpn_lightning.modes.changing import add_files, replace_files, write_formats
     from bpn_lightning.modes.snapshot import Snapshot
 
     source = Path(arguments.task)
@@ -73,9 +76,33 @@ def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[
             Snapshot(changed, trust=arguments.trust)
     dropped = _drop_training_state(folder)
     made = add_files(folder, bundle, one)
+    newer = _with_newer_temperatures(source, changed)
+    if newer is not None:
+        gates = {GATE: newer.files[GATE]} if GATE in newer.files else {}
+        replace_files(folder, changed, gates, gates=newer.record["gates"])
     write_card(folder, changed)
     write_formats(folder, arguments.trust)
-    return [str(made), *dropped]
+    stale = [
+        f"the temperature of {name} was not chosen with {', '.join(late)}; export a run of all tasks to choose it again"
+        for name, late in uncalibrated(changed).items()
+    ]
+    return [str(made), *stale, *dropped]
+
+
+def _with_newer_temperatures(source: Path, bundle: "Bundle") -> "Bundle | None":
+    """The bundle that a task comes from, if its gates were calibrated with all tasks; None if not, or if it is alone."""
+    from bpn_lightning.modes.bundle import TASKS, explained, read_bundle
+    from bpn_lightning.modes.calibration import has_newer_temperatures
+
+    place = source.resolve()
+    if place.parent.name != TASKS or not bundle.record["gates"]:
+        return None
+    try:
+        with explained(place):
+            other = read_bundle(place.parents[1])
+            return other if has_newer_temperatures(other, bundle) else None
+    except CheckpointError:  # the task alone was asked for, and is whole
+        return None
 
 
 def _remove(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
@@ -162,6 +189,7 @@ def _push(arguments: argparse.Namespace) -> list[str]:
         revision=arguments.revision,
         private=not arguments.public,
         message=arguments.message,
+        training_state=arguments.training_state,
     )
     return [done]
 
@@ -172,10 +200,14 @@ def _pull(arguments: argparse.Namespace) -> list[str]:
     most = MAX_BYTES if arguments.max_bytes is None else arguments.max_bytes
     check_positive_int("max_bytes", most)
     folder, left = pull(
-        arguments.repository, arguments.folder, revision=arguments.revision, max_bytes=most
+        arguments.repository,
+        arguments.folder,
+        revision=arguments.revision,
+        max_bytes=most,
+        training_state=arguments.training_state,
     )
     if left:
-        note = f"{len(left)} files that are none of a bundle were left there, such as {left[0]}"
+        note = f"{len(left)} other files were left there, such as {left[0]}"
         print(f"bpn-bundle: {printable(note)}", file=sys.stderr)
     return [str(folder)]
 
@@ -207,12 +239,17 @@ def _parser() -> argparse.ArgumentParser:
         add_trusted_names(one)
     verb("card", "write README.md anew")
     needs = "needs pip install 'bpn_lightning[hub]'"
-    push = verb("push", f"send it to Hugging Face's hub, without training state; {needs}")
+    push = verb("push", f"send it to Hugging Face's hub; {needs}")
     pull = verbs.add_parser("pull", help=(does := f"take one from Hugging Face's hub; {needs}"))
     pull.description = does
     for one in (push, pull):
         one.add_argument("repository", metavar="REPO", help="OWNER/NAME of a repository of models")
         one.add_argument("--revision", help="of the repository; by default main")
+        one.add_argument(
+            "--training_state",
+            action="store_true",
+            help="with what learning goes on from, which may hold samples of the training data",
+        )
     push.add_argument("--public", action="store_true", help="if the repository has to be made")
     push.add_argument("--message", help="of the commit")
     pull.add_argument(

@@ -263,6 +263,8 @@ def _arrays(path: Path, bad: _Bad) -> Iterator[Item]:
 
 def _write_confusion(path: Path, counts: Counter[tuple[str, str]]) -> None:
     """Rows are labels, columns are answers, in CSV."""
+    from bpn_lightning.cli.answers import without_formula
+
     if not counts:
         raise DataError(
             "Expected labels for --confusion, but got none: they are the names of the folders that images lie in, "
@@ -270,8 +272,11 @@ def _write_confusion(path: Path, counts: Counter[tuple[str, str]]) -> None:
         )
     labels = sorted({label for label, _ in counts})
     answers = sorted({answer for _, answer in counts})
-    rows = [["label", *answers]]
-    rows += [[label, *(str(counts[label, answer]) for answer in answers)] for label in labels]
+    rows = [["label", *map(without_formula, answers)]]
+    rows += [
+        [without_formula(label), *(str(counts[label, answer]) for answer in answers)]
+        for label in labels
+    ]
     right = sum(number for (label, answer), number in counts.items() if label == answer)
     print(f"bpn-predict: {right:,} of {counts.total():,} answers are the label", file=sys.stderr)
     try:

@@ -228,7 +228,9 @@ class AccuracyMatrix(Metric):
 
     State:
         ``accuracy`` ``(num_tasks + 1, num_tasks)`` float64: row 0 before training, row k after k tasks,
-        NaN where not measured; ``task_agnostic`` ``(num_tasks,)`` float64, NaN until it is set.
+        NaN where not measured; ``task_agnostic`` ``(num_tasks,)`` float64, NaN until it is set; ``samples`` and
+        ``task_agnostic_samples`` ``(num_tasks,)`` float64: test samples that they were measured with last, NaN
+        where not known.
 
     Raises:
         ConfigurationError: ``num_tasks`` is below 1.
@@ -245,6 +247,8 @@ class AccuracyMatrix(Metric):
     full_state_update = True
     accuracy: Tensor
     task_agnostic: Tensor
+    samples: Tensor
+    task_agnostic_samples: Tensor
 
     def __init__(self, num_tasks: int) -> None:
         check_positive_int("num_tasks", num_tasks)
@@ -254,16 +258,24 @@ class AccuracyMatrix(Metric):
         for name, shape in {
             "accuracy": (num_tasks + 1, num_tasks),
             "task_agnostic": (num_tasks,),
+            "samples": (num_tasks,),
+            "task_agnostic_samples": (num_tasks,),
         }.items():
             nothing = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
             self.add_state(name, nothing, dist_reduce_fx=_of_first_process, persistent=True)
 
-    def update(self, row: int, accuracies: Tensor | Sequence[float]) -> None:
+    def update(
+        self,
+        row: int,
+        accuracies: Tensor | Sequence[float],
+        samples: Sequence[int | None] | None = None,
+    ) -> None:
         """Set one row.
 
         Args:
             row: number of tasks learned; 0 is before training.
             accuracies: ``(num_tasks,)``, fractions of 1; NaN for tasks that were not measured.
+            samples: ``num_tasks`` numbers of test samples, 0 or None where a task was not tested now.
 
         Raises:
             ConfigurationError: the row does not exist, or accuracies are not ``num_tasks`` fractions.
@@ -274,24 +286,30 @@ class AccuracyMatrix(Metric):
                 f"but got {row}."
             )
         self.accuracy[row] = self._checked(accuracies)
+        _count(self.samples, samples)
 
-    def update_task_agnostic(self, accuracies: Tensor | Sequence[float]) -> None:
+    def update_task_agnostic(
+        self, accuracies: Tensor | Sequence[float], samples: Sequence[int | None] | None = None
+    ) -> None:
         """Set the accuracies without a given task ID (class-incremental).
 
         Args:
             accuracies: ``(num_tasks,)``, fractions of 1; NaN for tasks that were not measured.
+            samples: as of :meth:`update`.
 
         Raises:
             ConfigurationError: accuracies are not ``num_tasks`` fractions.
         """
         self.task_agnostic[:] = self._checked(accuracies)
+        _count(self.task_agnostic_samples, samples)
 
     def grown(self, num_tasks: int) -> "AccuracyMatrix":
         """The matrix of a stream that goes on: what it holds, and NaN for new tasks."""
         larger = AccuracyMatrix(num_tasks)
         tasks = self.num_tasks
         larger.accuracy[: tasks + 1, :tasks] = self.accuracy
-        larger.task_agnostic[:tasks] = self.task_agnostic
+        for name in ("task_agnostic", "samples", "task_agnostic_samples"):
+            getattr(larger, name)[:tasks] = getattr(self, name)
         return larger
 
     def compute(self) -> dict[str, Tensor]:
@@ -386,10 +404,11 @@ class AccuracyMatrix(Metric):
         error_msgs: list[str],
     ) -> None:
         # torchmetrics accepts any shape, dtype and device, and shares memory with the checkpoint.
-        for name, state in (("accuracy", self.accuracy), ("task_agnostic", self.task_agnostic)):
-            saved = state_dict.get(prefix + name)
+        for name in self._defaults:
+            state, saved = getattr(self, name), state_dict.get(prefix + name)
             if saved is None:
-                missing_keys.append(prefix + name)
+                if not name.endswith("samples"):  # which are not known of every checkpoint
+                    missing_keys.append(prefix + name)
             elif saved.shape != state.shape:
                 del state_dict[prefix + name]
                 error_msgs.append(
@@ -406,6 +425,13 @@ class AccuracyMatrix(Metric):
 def _of_first_process(stacked: Tensor) -> Tensor:
     """Reduce by selecting the first process: all have the same values, which must not be summed."""
     return stacked[0]
+
+
+def _count(held: Tensor, samples: Sequence[int | None] | None) -> None:
+    """Take over the numbers of samples of the tasks that were tested."""
+    for task, number in enumerate(samples or ()):
+        if number:
+            held[task] = number
 
 
 def _number(value: Tensor) -> float | None:

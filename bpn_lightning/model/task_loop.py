@@ -354,11 +354,12 @@ class TaskLoop:
             counts = self._counts(task_id + 1)
             tasks = range(len(network.tasks))
             alone = evaluate_task_agnostic(host, tasks, max_samples=most, observe=counts.update)
-            network.accuracy_matrix.update_task_agnostic(alone)
-            self._keep("accuracy_task_agnostic", counts)
+            tested = self._keep("accuracy_task_agnostic", counts)
+            network.accuracy_matrix.update_task_agnostic(alone, tested)
         if last and host.stream.has_validation:
             self.history.validation = _plain(evaluate(host, split="val"))
-        network.accuracy_matrix.update(task_id + 1, row)
+        tested = self.history.class_counts["accuracy"]["tasks"]
+        network.accuracy_matrix.update(task_id + 1, row, tested)
         self.history.add_point(row, task_id, epochs)
 
     def _take_own_class(self, task_id: int) -> None:
@@ -369,8 +370,8 @@ class TaskLoop:
         if task_id + 1 == len(self.network.tasks):
             self._count_own_class()
             if self.task_agnostic:
-                matrix.update_task_agnostic(_accuracies(own["own_class"]))
-        matrix.update(task_id + 1, _accuracies(own["own_class_task_given"]))
+                matrix.update_task_agnostic(_accuracies(own["own_class"]), own["samples"])
+        matrix.update(task_id + 1, _accuracies(own["own_class_task_given"]), own["samples"])
 
     def _count_own_class(self) -> None:
         """Take the counts of classes, and the validation score, of a gate that learned alone."""
@@ -396,9 +397,11 @@ class TaskLoop:
         structure = self.network.structure
         return CountClasses(len(structure.tasks), structure.num_classes, learned, self.host.device)
 
-    def _keep(self, score: str, counts: CountClasses) -> None:
-        """Keep what was counted for a score of the results."""
-        self.history.class_counts[score] = counts.compute(self.host.all_reduce)
+    def _keep(self, score: str, counts: CountClasses) -> list[int]:
+        """Keep what was counted for a score of the results; returns the samples of each task."""
+        found = counts.compute(self.host.all_reduce)
+        self.history.class_counts[score] = found
+        return found["tasks"]
 
     def _tested_after(self, task_id: int) -> range:
         tasks = range(len(self.network.tasks))

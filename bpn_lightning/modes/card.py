@@ -3,12 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from bpn_lightning.files import write_atomically
+from bpn_lightning.intervals import wilson_interval
 from bpn_lightning.modes.bundle import ACCURACY, CARD, Bundle
+from bpn_lightning.modes.calibration import uncalibrated
 from bpn_lightning.modes.training_state import FOLDER, StatePart, training_state_parts
 
 __all__ = ["write_card"]
@@ -64,6 +64,7 @@ def _model_card(bundle: Bundle, training: list[StatePart]) -> str:
         f"- Shared by all tasks: {bundle.shared_bytes:,} bytes.",
         f"- Inputs after preparation: {shape} {structure['input_dtype'].removeprefix('torch.')}.",
         f"- Classes that take part in a task's mode (mask): {structure['mask']}.",
+        *_uncalibrated(bundle),
         *_training_state(training),
         "",
         _USE.format(folder="path/to/this/folder", task=json.dumps(first, ensure_ascii=False)),
@@ -71,13 +72,44 @@ def _model_card(bundle: Bundle, training: list[StatePart]) -> str:
     return "\n".join(lines)
 
 
-def _accuracies(bundle: Bundle, name: str) -> Tensor | None:
-    return bundle.files.get(ACCURACY, {}).get(f"accuracy_matrix.{name}")
+class _Score(NamedTuple):
+    """Accuracies of one kind, and the numbers of test samples behind them, by task ID; NaN where not known."""
+
+    title: str
+    values: list[float]
+    samples: list[float]
+
+    def of(self, task: int) -> tuple[float, float]:
+        """One task's accuracy and number of test samples, NaN where not known."""
+        return _at(self.values, task), _at(self.samples, task)
+
+
+def _scores(bundle: Bundle) -> list[_Score]:
+    given = _Score("task ID given", _last_measured(bundle), _vector(bundle, "samples"))
+    for gate in bundle.record["gates"][:1]:  # it is what answers
+        title = f"task ID not given, by the gate {_plain(gate['arguments']['name'])}"
+        measured = (_numbers(gate.get(name, [])) for name in ("accuracy", "samples"))
+        return [given, _Score(title, *measured)]
+    agnostic = _vector(bundle, "task_agnostic"), _vector(bundle, "task_agnostic_samples")
+    return [given, _Score("task ID not given", *agnostic)]
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    return [float(one) if isinstance(one, int | float) else math.nan for one in values]
+
+
+def _vector(bundle: Bundle, name: str) -> list[float]:
+    found = bundle.files.get(ACCURACY, {}).get(f"accuracy_matrix.{name}")
+    return [] if found is None else found.flatten().tolist()
+
+
+def _at(values: list[float], task: int) -> float:
+    return values[task] if task < len(values) else math.nan
 
 
 def _last_measured(bundle: Bundle) -> list[float]:
     """Accuracy on each task, task ID given, after the last one with which it was measured."""
-    matrix = _accuracies(bundle, "accuracy")
+    matrix = bundle.files.get(ACCURACY, {}).get("accuracy_matrix.accuracy")
     if matrix is None or matrix.dim() != 2:
         return []
     columns = ([one for one in column if not math.isnan(one)] for column in matrix.T.tolist())
@@ -85,40 +117,68 @@ def _last_measured(bundle: Bundle) -> list[float]:
 
 
 def _table(bundle: Bundle) -> list[str]:
-    given, agnostic = _last_measured(bundle), _accuracies(bundle, "task_agnostic")
-    without = [] if agnostic is None else agnostic.flatten().tolist()
-    lines = [
-        "| task | ID | classes | accuracy, task ID given | task ID not given | bytes |",
-        "|---|---|---|---|---|---|",
-    ]
+    scores = _scores(bundle)
+    titles = ["task", "ID", "classes", *(f"accuracy, {one.title}" for one in scores), "bytes"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, one in bundle.tasks.items():
         tensors = [*one.tensors.values(), *one.gate_tensors.values()]
-        numbers = [_percent(values, one.task.id) for values in (given, without)]
         size = sum(value.nbytes for value in tensors)
         classes = one.task.name
         if len(classes) > _LONGEST:
             classes = f"{one.task.num_classes} classes"
-        lines.append(
-            f"| {_plain(name)} | {one.task.id} | {_plain(classes)} | {' | '.join(numbers)} | {size:,} |"
-        )
+        accuracies = [_with_interval(*score.of(one.task.id)) for score in scores]
+        cells = [_plain(name), str(one.task.id), _plain(classes), *accuracies, f"{size:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _averages(bundle: Bundle) -> list[str]:
-    learned = [t.task.id for t in bundle.tasks.values() if t.progress == "learned"]
-    row = _last_measured(bundle)
-    found = [row[task] for task in learned if task < len(row) and not math.isnan(row[task])]
-    if not found:
-        return []
-    mean = sum(found) / len(found)
-    return [f"- Average accuracy over {len(found)} learned tasks, task ID given: {mean:.1%}."]
+    """The mean over tasks, and the accuracy on all of their test samples with its interval."""
+    learned = {n: t.task.id for n, t in bundle.tasks.items() if t.progress == "learned"}
+    lines, counted = [], False
+    for score in _scores(bundle):
+        pairs = [score.of(task) for task in learned.values()]
+        known = [(value, number) for value, number in pairs if not math.isnan(value)]
+        if not known:
+            continue
+        mean = sum(value for value, _ in known) / len(known)
+        many = f"{len(known)} learned task{'s' if len(known) > 1 else ''}"
+        line = f"- Average accuracy over {many}, {score.title}: {mean:.1%}"
+        total = sum(number for _, number in known)
+        if 0 < total < math.inf:
+            right = sum(value * number for value, number in known)
+            line += f"; on their {total:,.0f} test samples together {_with_interval(right / total, total)}"
+            counted = True
+        late = [name for name, task in learned.items() if math.isnan(score.of(task)[0])]
+        if late and "not given" in score.title:
+            line += f"; not measured on {_plain(', '.join(late))}"
+        lines.append(f"{line}.")
+    if counted:
+        seed = bundle.record.get("seed")
+        lines.append(
+            f"- In brackets: Wilson's 95 % intervals for the choice of test samples. This is one run{_of_seed(seed)}; "
+            "how much runs of other seeds differ is not in them."
+        )
+    return lines
+
+
+def _of_seed(seed: Any) -> str:
+    return f", of seed {seed}" if type(seed) is int else ""
+
+
+def _uncalibrated(bundle: Bundle) -> list[str]:
+    return [
+        f"- The temperature of the gate {_plain(name)} was not chosen with {_plain(', '.join(late))}, added later: where the "
+        "task ID is not given, tasks and confidences may be worse than in an export of a run of all tasks."
+        for name, late in uncalibrated(bundle).items()
+    ]
 
 
 def _training_state(parts: list[StatePart]) -> list[str]:
     if not parts:
         return []
     named = ", ".join(f"{_plain(name)} ({size:,} bytes)" for name, size, _ in parts)
-    line = f"- `{FOLDER}/` is what learning goes on from, and not needed to answer: {named}."
+    line = f"- `{FOLDER}/`, where it is there, is what learning goes on from, and not needed to answer: {named}."
     memories = [_plain(name) for name, _, names in parts if "inputs" in names]
     if memories:
         line += (
@@ -128,10 +188,13 @@ def _training_state(parts: list[StatePart]) -> list[str]:
     return [line]
 
 
-def _percent(values: Any, place: int) -> str:
-    if place >= len(values) or math.isnan(values[place]):
+def _with_interval(accuracy: float, samples: float) -> str:
+    if math.isnan(accuracy):
         return ""
-    return f"{values[place]:.1%}"
+    if not 1 <= samples < math.inf:  # NaN where not known
+        return f"{accuracy:.1%}"
+    low, high = wilson_interval(accuracy, int(samples))
+    return f"{accuracy:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _plain(text: str) -> str:

@@ -16,8 +16,9 @@ from bpn_lightning.modes.bundle import (
     check_task_name,
 )
 from bpn_lightning.modes.hashed import is_named_by_hash
+from bpn_lightning.modes.training_state import FOLDER, RECORD
 
-__all__ = ["contents", "is_content", "leads_out"]
+__all__ = ["contents", "is_content", "is_training_state", "leads_out"]
 
 _TOP = (CONFIG, CARD, MODEL, FRONT, GATE, ACCURACY)
 _OF_TASK = (TASK_CONFIG, TASK_MODEL, GATE)
@@ -28,8 +29,6 @@ _FORMATS = ("onnx", "peft", "state_dict", "torch_export")
 def is_content(path: str) -> bool:
     """Whether a path, with ``/`` and relative to the folder, is that of a file of bundles.
 
-    Training state is none.
-
     >>> [is_content(path) for path in ("tasks/a/adapter_config.json", "tasks/a/notes", "tasks/../model.safetensors")]
     [True, False, False]
     """
@@ -38,6 +37,8 @@ def is_content(path: str) -> bool:
             return name in _TOP or is_named_by_hash(name)
         case ["tasks", task, name]:
             return _is_task(task) and name in _OF_TASK
+        case [folder, name] if folder == FOLDER:
+            return name == RECORD or is_named_by_hash(name)
         case ["onnx", name]:
             stem, _, ending = name.rpartition(".")
             return ending in ("onnx", "onnx_adapter") and _is_task(stem)
@@ -51,6 +52,11 @@ def is_content(path: str) -> bool:
         case ["peft", task, name]:
             return _is_task(task) and name in (TASK_CONFIG, TASK_MODEL)
     return False
+
+
+def is_training_state(path: str) -> bool:
+    """Whether a path is that of a file of a training state, which may hold samples of the training data."""
+    return path.startswith(f"{FOLDER}/")
 
 
 def _is_task(name: str) -> bool:
@@ -72,9 +78,15 @@ def leads_out(path: str) -> bool:
     return odd or ".." in parts
 
 
-def contents(folder: Path) -> list[str]:
-    """The paths of a bundle's files that are there, with ``/`` and relative to the folder, sorted."""
-    inside = [path for place in (TASKS, *_FORMATS) for path in (folder / place).rglob("*")]
+def contents(folder: Path, training_state: bool = False) -> list[str]:
+    """The paths of a bundle's files that are there, with ``/`` and relative to the folder, sorted.
+
+    Args:
+        folder: of the bundle.
+        training_state: whether those of its training state are among them.
+    """
+    places = (TASKS, *_FORMATS, *((FOLDER,) if training_state else ()))
+    inside = [path for place in places for path in (folder / place).rglob("*")]
     found = [*folder.iterdir(), *inside]
     paths = [path.relative_to(folder).as_posix() for path in found if path.is_file()]
     return sorted(path for path in paths if is_content(path))

@@ -17,7 +17,13 @@ from bpn_lightning.errors import (
 )
 from bpn_lightning.files import flush
 from bpn_lightning.modes.bundle import CONFIG, MAX_TASKS, explained, read_bundle
-from bpn_lightning.modes.contents import contents, is_content, leads_out
+from bpn_lightning.modes.contents import contents, is_content, is_training_state, leads_out
+from bpn_lightning.modes.training_state import (
+    FOLDER,
+    RECORD,
+    check_training_state,
+    has_training_state,
+)
 from bpn_lightning.nn.pretrained import import_extra
 
 __all__ = ["MAX_BYTES", "pull", "push"]
@@ -38,11 +44,12 @@ def push(
     revision: str | None = None,
     private: bool = True,
     message: str | None = None,
+    training_state: bool = False,
 ) -> str:
     """Send a bundle to a model repository, which is made where there is none, as one commit.
 
-    Only files of a bundle are sent, so no training state. Those of tasks that the bundle does not have any more
-    are deleted there; files that are none of a bundle stay.
+    Only files of a bundle are sent. Those that are there and are not sent, as of tasks that the bundle does not have
+    any more, are deleted there; files that are none of a bundle stay.
 
     Args:
         folder: of the bundle, whose files are compared with their hashes before.
@@ -50,19 +57,27 @@ def push(
         revision: a branch, which has to exist; None: ``main``.
         private: whether a repository that is made is.
         message: of the commit.
+        training_state: whether to send its training state, which may hold samples of the training data.
 
     Returns:
         The address of the commit.
 
     Raises:
         CheckpointError: it is no bundle, or a file is not the one that was written.
-        ConfigurationError: huggingface_hub is not installed, or the hub refuses.
+        ConfigurationError: there is no training state to send, huggingface_hub is not installed, or the hub refuses.
     """
     hub = import_extra("huggingface_hub", "hub", "Hugging Face's hub")
     root = Path(folder)
     with explained(root):
-        read_bundle(root)
-        own = contents(root)
+        bundle = read_bundle(root)
+        if training_state:
+            check_training_state(root, bundle)
+        own = contents(root, training_state)
+    if training_state and not has_training_state(root):
+        raise ConfigurationError(
+            f"Expected a training state in {root}, but there is none. Export it with bpn-export --training_state, or "
+            "leave --training_state out."
+        )
     with _explained_hub(repository, "write"):
         api = hub.HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
@@ -94,6 +109,7 @@ def pull(
     *,
     revision: str | None = None,
     max_bytes: int = MAX_BYTES,
+    training_state: bool = False,
 ) -> tuple[Path, list[str]]:
     """Take a bundle from a model repository into a new folder, which appears when every file was checked.
 
@@ -102,9 +118,10 @@ def pull(
         folder: a new one.
         revision: a branch, a tag or a commit; None: ``main``. All files are of one commit.
         max_bytes: of all files together.
+        training_state: whether to take its training state, too.
 
     Returns:
-        The folder, and the paths of files of the repository that are none of a bundle and were left there.
+        The folder, and the paths of files of the repository that were left there.
 
     Raises:
         CheckpointError: a path leads out of the folder, files are more or larger than what is said or allowed, or
@@ -123,14 +140,14 @@ def pull(
         commit = api.repo_info(repository, revision=revision).sha
         entries = list(_bounded(api.list_repo_tree(repository, recursive=True, revision=commit)))
     files = {one.path: one for one in entries if hasattr(one, "size")}
-    wanted = _checked_paths(repository, files, max_bytes)
+    wanted = _checked_paths(repository, files, max_bytes, training_state)
     with _landing(target) as place:
         for path in wanted:
             with _explained_hub(repository, "read"):
                 url = hub.hf_hub_url(repository, path, revision=commit, endpoint=api.endpoint)
                 _download(url, place / path, files[path])
         with explained(repository):
-            read_bundle(place)
+            check_training_state(place, read_bundle(place))
     return target, sorted(set(files) - set(wanted))
 
 
@@ -143,7 +160,9 @@ def _bounded(entries: Any) -> Iterator[Any]:
         yield one
 
 
-def _checked_paths(repository: str, files: dict[str, Any], max_bytes: int) -> list[str]:
+def _checked_paths(
+    repository: str, files: dict[str, Any], max_bytes: int, training_state: bool
+) -> list[str]:
     """Those of a bundle, whose sizes are within what is allowed."""
     outside = next((path for path in files if leads_out(path)), None)
     if outside is not None:
@@ -151,11 +170,20 @@ def _checked_paths(repository: str, files: dict[str, Any], max_bytes: int) -> li
             f"Expected the files of {repository} to have names within its folder, but got {outside!r:.200}. "
             "Do not use this repository."
         )
-    wanted = sorted(filter(is_content, files))
+    wanted = sorted(
+        path
+        for path in files
+        if is_content(path) and (training_state or not is_training_state(path))
+    )
     if CONFIG not in wanted:
         raise CheckpointError(
             f"Expected {repository} to hold a bundle, with {CONFIG}, but got {', '.join(sorted(files)[:5]) or 'no file'}. "
             "Name that of bpn-bundle push."
+        )
+    if training_state and f"{FOLDER}/{RECORD}" not in wanted:
+        raise CheckpointError(
+            f"Expected {repository} to hold a training state, but it has none. Leave --training_state out, or push it with "
+            "--training_state."
         )
     odd = [path for path in wanted if type(files[path].size) is not int or files[path].size < 0]
     total = sum(files[path].size for path in wanted) if not odd else -1

@@ -34,6 +34,7 @@ from bpn_lightning.untrusted import MAX_TEXT_BYTES, read_json
 __all__ = [
     "FOLDER",
     "PREFIX",
+    "RECORD",
     "StatePart",
     "check_training_state",
     "has_training_state",

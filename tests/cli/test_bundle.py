@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fits import trainer_of
 from safetensors.torch import load_file, save_file
 
 from bpn_lightning.cli.bundle import main
@@ -19,7 +20,12 @@ from bpn_lightning.export import export_module, load_exported
 from bpn_lightning.modes import load
 from bpn_lightning.modes.exporters import write_onnx, write_peft
 from bpn_lightning.nn import MLP
-from bpn_lightning.strategies import SLDA, BeneficialPerturbation, GradientEpisodicMemory
+from bpn_lightning.strategies import (
+    SLDA,
+    BeneficialPerturbation,
+    GradientEpisodicMemory,
+    NearestClassMean,
+)
 
 Said = pytest.CaptureFixture[str]
 IMAGES = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
@@ -158,6 +164,49 @@ def test_one_task_stays_and_gates_that_are_solved_together_too(
     assert "are solved for all tasks together" in capsys.readouterr().err
     assert main(["remove", str(folder), "task_1"]) == 2
     assert "Expected task not to be the only one" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:The stream has no data of tasks 1 to 2")
+def test_a_task_brings_the_temperature_of_all_tasks_along(
+    fit: Callable[..., Any], tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the run, which learned them all; where only the task's folder is there, the old one, and the card says so."""
+    monkeypatch.chdir(tmp_path)
+    frozen = {"train": "modes", "train_first": "all", "mask": "seen", "backbone": MLP([16])}
+    strategies = [BeneficialPerturbation(4), NearestClassMean(modes=2)]
+    past = SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=64, seed=0)
+    module, _ = fit(strategies, stream=past, **frozen)
+    export_module(module.eval(), "out", names=["a", "b"])
+    for name in ("alone", "removed"):
+        shutil.copytree("out", name)
+    module.train().extend(new := SplitDigits(class_order=[4, 5], epochs_per_task=1, batch_size=64))
+    trainer_of(1, strategies).fit(module, new)
+    export_module(module.eval(), "whole", names=["a", "b", "c"])
+    images = torch.randint(256, (40, 1, 8, 8)).byte()
+    wanted = load("whole").predict(images)
+    assert json.loads(Path("out/config.json").read_text())["gates"][0]["calibrated"] == [0, 1]
+
+    capsys.readouterr()
+    assert main(["add", "out", "whole/tasks/c"]) == 0
+    assert capsys.readouterr().out == "out/tasks/c\n"
+    assert load("out").predict(images) == wanted
+    assert "temperature" not in Path("out/README.md").read_text()
+
+    shutil.copytree("whole/tasks/c", "c")
+    assert main(["add", "alone", "c"]) == 0
+    said = "the temperature of ncm was not chosen with c"
+    assert said in capsys.readouterr().out
+    card = Path("alone/README.md").read_text()
+    assert "- The temperature of the gate ncm was not chosen with c, added later" in card
+    assert load("alone").predict(images) != wanted  # so it matters
+
+    assert main(["remove", "removed", "a"]) == 0  # what the other bundle has more of does no harm
+    assert main(["add", "removed", "whole/tasks/c"]) == 0
+    assert said not in capsys.readouterr().out
+    Path("whole/gate.safetensors").write_bytes(b"")  # it is not needed
+    assert main(["remove", "removed", "c"]) == 0
+    assert main(["add", "removed", "whole/tasks/c", "--name", "d"]) == 0
+    assert main(["check", "removed"]) == 0
 
 
 def test_a_folder_that_is_deleted_by_hand_leaves_a_hole_for_training_only(made: None) -> None:

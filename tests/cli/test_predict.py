@@ -100,6 +100,24 @@ def test_arrays_and_a_task(module: ContinualModule, capsys: Said) -> None:
     assert "Expected lines to be a new file, but it exists." in capsys.readouterr().err
 
 
+def test_a_spreadsheet_computes_no_name(module: ContinualModule, capsys: Said) -> None:
+    """A file or a task of somebody else's, in CSV alone; a path is another one of the same file."""
+    Path("out/tasks/high").rename("out/tasks/=1+1")
+    Path("set/0/0.png").rename("@a.png")
+    Path("set/1").rename("set/-1")
+    Path("set/2").rename("set/+cmd")
+    assert main(["out", "@a.png", "--task", "=1+1"]) == 0
+    (line,) = rows(capsys.readouterr().out)
+    assert (line["input"], line["task"]) == ("./@a.png", "'=1+1")
+    assert Path(line["input"]).is_file()
+    assert -1 <= float(line["confidence"]) <= 1
+    assert main(["out", "@a.png", "--task", "=1+1", "--format", "jsonl"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["input"], record["task"]) == ("@a.png", "=1+1")
+    assert main(["out", "set", "--confusion", "table.csv"]) == 0
+    assert [row["label"] for row in rows(Path("table.csv").read_text())] == ["'+cmd", "-1", "0"]
+
+
 def test_parquet_by_the_ending(
     module: ContinualModule, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,9 +181,10 @@ def test_summary_and_compute_agree(matrix: AccuracyMatrix) -> None:
 
 def test_reset_forgets_everything(matrix: AccuracyMatrix) -> None:
     matrix.update_task_agnostic(torch.ones(3))
+    matrix.update(0, [0.5] * 3, [1, 2, 3])
     matrix.reset()
-    assert matrix.accuracy.isnan().all()
-    assert matrix.task_agnostic.isnan().all()
+    for state in (matrix.accuracy, matrix.task_agnostic, matrix.samples):
+        assert state.isnan().all()
     assert matrix.accuracy.dtype == torch.float64
 
 
@@ -244,7 +245,9 @@ def test_state_dict_round_trip(matrix: AccuracyMatrix, tmp_path: Path) -> None:
     matrix.update_task_agnostic([0.1, 0.2, NAN])
     torch.save(nn.ModuleDict({"m": matrix}).state_dict(), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert sorted(saved) == ["m.accuracy", "m.task_agnostic"]
+    assert sorted(saved) == [
+        f"m.{name}" for name in ("accuracy", "samples", "task_agnostic", "task_agnostic_samples")
+    ]
 
     other = AccuracyMatrix(3)
     nn.ModuleDict({"m": other}).load_state_dict(saved)
@@ -253,6 +256,24 @@ def test_state_dict_round_trip(matrix: AccuracyMatrix, tmp_path: Path) -> None:
     other.compute()  # torchmetrics warns of a metric that it believes was never updated
     other.update(0, [0.0, 0.0, 0.0])
     assert torch.equal(saved["m.accuracy"], HAND)  # no memory is shared with the checkpoint
+
+
+def test_samples_are_those_that_a_task_was_tested_with_last(matrix: AccuracyMatrix) -> None:
+    matrix.update(1, [0.5, 0.5, NAN], [40, 30, 0])
+    matrix.update(2, [NAN, 0.5, NAN], [0, 20, None])
+    matrix.update(3, [0.5, 0.5, 0.5])
+    matrix.update_task_agnostic([0.5, 0.5, 0.5], [4, 4, 4])
+    larger = matrix.grown(4)
+    assert larger.samples.nan_to_num(-1).tolist() == [40, 20, -1, -1]
+    assert larger.task_agnostic_samples.nan_to_num(-1).tolist() == [4, 4, 4, -1]
+
+
+def test_a_checkpoint_without_numbers_of_samples_is_read(matrix: AccuracyMatrix) -> None:
+    state = {n: v for n, v in matrix.state_dict().items() if not n.endswith("samples")}
+    other = AccuracyMatrix(3)
+    other.load_state_dict(state)
+    assert torch.equal(other.accuracy, HAND)
+    assert other.samples.isnan().all()
 
 
 def test_result_is_not_stale_after_loading(matrix: AccuracyMatrix) -> None:

@@ -85,8 +85,9 @@ def test_it_is_loaded_and_exported(tmp_path: Path) -> None:
     saved = torch.load(GOLDEN, weights_only=True)
     assert saved["continual"]["strategies"] == ["bd", "ewc"]
     assert "ewc" in saved["callbacks"]
-    for name, value in module.state_dict().items():
-        torch.testing.assert_close(value, saved["state_dict"][name], rtol=0, atol=0, equal_nan=True)
+    state = module.state_dict()
+    for name, value in saved["state_dict"].items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=0, equal_nan=True)
     again = load_exported(export_module(module, tmp_path / "out"), MLP([4]))
     assert again.network.structure == module.network.structure
     inputs = torch.rand(3, 1, 8, 8)

@@ -21,7 +21,9 @@ from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
 from bpn_lightning.export import export_module
 from bpn_lightning.modes import hub, load
+from bpn_lightning.modes.bundle import read_bundle
 from bpn_lightning.modes.contents import contents
+from bpn_lightning.modes.training_state import check_training_state
 from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import BeneficialPerturbation
 
@@ -189,6 +191,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = ContinualModule(MLP([16]), mask="seen")
     trainer = trainer_of(1, [BeneficialPerturbation(4)], default_root_dir=folder)
     trainer.fit(module, SplitDigits(num_tasks=2, epochs_per_task=1, batch_size=64, seed=0))
+    export_module(module.eval(), folder / "whole", names=["a", "b"], training_state=True)
     return export_module(module.eval(), folder / "out", names=["a", "b"])
 
 
@@ -214,11 +217,47 @@ def test_there_and_back(
     assert main(["pull", REPOSITORY, "back"]) == 0
     said = capsys.readouterr()
     assert said.out == "back\n"
-    assert "1 files that are none of a bundle were left there, such as .gitattributes" in said.err
+    assert "1 other files were left there, such as .gitattributes" in said.err
     for path in wanted:
         assert (tmp_path / "back" / path).read_bytes() == (bundle / path).read_bytes()
     assert torch.equal(load("back")(IMAGES, task="b"), load(bundle)(IMAGES, task="b"))
     assert sorted(p.name for p in tmp_path.glob(".*")) == []
+
+
+def test_a_training_state_goes_along_where_that_is_asked_for(
+    trained: Path, bundle: Path, double: Double, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", "out", REPOSITORY, "--training_state"]) == 2
+    assert "Expected a training state in out, but there is none" in capsys.readouterr().err
+    assert not double.made
+    shutil.copytree(trained.with_name("whole"), bundle, dirs_exist_ok=True)
+    assert main(["push", "out", REPOSITORY, "--training_state"]) == 0
+    own = contents(bundle, training_state=True)
+    assert sorted(double.files) == own
+    assert "training_state/state.json" in own
+    assert main(["pull", REPOSITORY, "whole", "--training_state"]) == 0
+    check_training_state(tmp_path / "whole", read_bundle("whole"))
+    assert contents(tmp_path / "whole", training_state=True) == own
+    assert main(["pull", REPOSITORY, "weights"]) == 0
+    assert not (tmp_path / "weights" / "training_state").exists()
+    assert "2 other files were left there, such as training_state/state" in capsys.readouterr().err
+
+    assert main(["push", "out", REPOSITORY]) == 0  # what is there is of an earlier bundle
+    assert sorted(double.files) == contents(bundle)
+    assert main(["pull", REPOSITORY, "none", "--training_state"]) == 2
+    assert "to hold a training state, but it has none" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_training_state_of_other_weights_is_not_sent(
+    trained: Path, double: Double, tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(trained.with_name("whole"), tmp_path / "whole"))
+    path = whole / "training_state" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "0" * 64}))
+    with pytest.raises(CheckpointError, match="to be of the bundle's weights and tasks"):
+        hub.push(whole, REPOSITORY, training_state=True)
+    assert not double.made
 
 
 @pytest.fixture

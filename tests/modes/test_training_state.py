@@ -26,6 +26,8 @@ from bpn_lightning.modes.training_state import (
     training_state_parts,
     write_training_state,
 )
+from bpn_lightning.nn import MLP
+from bpn_lightning.nn.patches import Patches
 from bpn_lightning.strategies import (
     EWC,
     SLDA,
@@ -151,6 +153,26 @@ def test_every_method_goes_on(method: str, mask: str, tmp_path: Path) -> None:
 
 def test_an_optimizer_goes_on(tmp_path: Path) -> None:
     check_it_goes_on(METHODS["bd+ewc"], "seen", tmp_path / "out", adam, reset_optimizer="never")
+
+
+@pytest.mark.parametrize("gigabytes", [0, 1])
+def test_a_front_goes_on(tmp_path: Path, gigabytes: float) -> None:
+    """A front that was fitted to the first task is the same afterwards, whether its features are cached or not."""
+
+    def strategies() -> list[Any]:
+        return [BeneficialPerturbation(4), GradientEpisodicMemory(20), SLDA()]
+
+    torch.manual_seed(7)
+    front = Patches(12, 3, samples=2000, iterations=3)
+    module = ContinualModule(MLP([16]), front=front, front_cache_gb=gigabytes, mask="seen")
+    trainer_of(1, own := strategies()).fit(module, stream_of(0, PAST, seed=3))
+    export_module(module, tmp_path / "out", training_state=True)
+    torch.rand(3)
+    expected = go_on(module, own)
+    loaded = load_exported(tmp_path / "out", MLP([16]), front_cache_gb=gigabytes)
+    found = go_on(loaded, strategies())
+    assert any("front" in name for name in found)
+    assert differing(expected, found) == []
 
 
 # --- what is in the folder -----------------------------------------------------------------------
