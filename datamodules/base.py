@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, device
 
-from bpn_lightning.checks import check_positive_int
+from bpn_lightning.checks import check_choice, check_positive_int
 from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.described import verified
 from bpn_lightning.datamodules.division import (
@@ -77,6 +77,8 @@ class ContinualDataModule(ContinuedStream, ABC):
             the data set, and on the order of its samples: a stream that continues with the same data set holds
             out what one stream of all tasks does; with other arrays, in which a class has another label, it
             holds out others.
+        evaluation_split: ``test``, or ``val`` to measure accuracies on the held-out part instead: the test set
+            is then not used for anything, so that settings can be chosen by these accuracies.
         augment: randomly crop (and, where it makes sense, flip) training images on the device.
         channels: 1 converts color images to grayscale (Rec. 601 luma, as in Pillow), 3 repeats grayscale
             images as red, green and blue; by default images are unchanged.
@@ -99,6 +101,7 @@ class ContinualDataModule(ContinuedStream, ABC):
     batch_size: int = 32
     eval_batch_size: int = 1000
     validation_fraction: float = 0.0
+    evaluation_split: Literal["test", "val"] = "test"
     augment: bool = False
     channels: Literal[1, 3] | None = None
     # None until setup, which may run before or after seed_everything; then an int.
@@ -138,6 +141,12 @@ class ContinualDataModule(ContinuedStream, ABC):
                 f"Expected channels to be 1, 3 or null, but got {self.channels!r}. 1 is gray, 3 is color."
             )
         self.has_validation = self.validation_fraction > 0
+        check_choice("evaluation_split", self.evaluation_split, ("test", "val"))
+        if self.evaluation_split == "val" and not self.has_validation:
+            raise ConfigurationError(
+                "Expected validation_fraction to be above 0 where evaluation_split is val, but got 0. Hold out "
+                "a tenth with 0.1, or leave evaluation_split out."
+            )
         known = get_args(Literal["always", "never"])
         if self.reset_optimizer not in known:
             raise ConfigurationError(
@@ -244,8 +253,12 @@ class ContinualDataModule(ContinuedStream, ABC):
         parts: dict[Split, _Part] = {
             "train": _Part(train, members_of_tasks(division, "train", data.train, ~held)),
             "val": _Part(train, members_of_tasks(division, "train", data.train, held)),
-            "test": _Part(test, members_of_tasks(division, "test", data.test, everything)),
         }
+        parts["test"] = (
+            parts["val"]
+            if self.evaluation_split == "val"
+            else _Part(test, members_of_tasks(division, "test", data.test, everything))
+        )
         refuse = refuse_empty_classes if division.samples is None else refuse_empty_tasks
         for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
             refuse(self.tasks[self.first_task :], *parts[split], split, data.source)
@@ -294,7 +307,8 @@ class ContinualDataModule(ContinuedStream, ABC):
 
         Args:
             task_id: the task.
-            split: "train" (without the held-out part), "val" or "test".
+            split: "train" (without the held-out part), "val" or "test" (the held-out part where
+                ``evaluation_split`` is).
             batch_size: over all processes; None: ``eval_batch_size``.
             max_samples: maximum number of samples over all processes. If the task has more, a random subset
                 is used, which depends on the stream's seed, the task and the split.

@@ -78,6 +78,8 @@ def missing_for_a_claim(rows: Sequence[MethodRow]) -> list[str]:
             found.append(f"no {what} ({' or '.join(kinds)})")
     if not _orders_vary(records):
         found.append("one order of classes or tasks for all seeds")
+    if any(record.at("conditions", "split") == "val" for record in records):
+        found.append("accuracies on held-out training samples")
     others = [row for row in rows if not _is_simple(row)]
     own = [record for row in others for record in row.records]
     tuned = sorted({name for one in own if (name := one.at("conditions", "tuned_for"))})

@@ -261,6 +261,8 @@ def _check_conditions(record: RunRecord) -> None:
         if one is not None and one["name"] not in SCENARIOS:
             raise ValueError(f"a scenario is {one['name']!r:.80}")
     updates, order = record.at("conditions", "updates"), record.at("conditions", "order")
+    if record.at("conditions", "split") not in (None, "test", "val"):
+        raise ValueError(f"its accuracies are of {record.at('conditions', 'split')!r:.80}")
     if not _is_between(updates, 0, MAX_COUNT) or order not in (None, "fixed", "seed"):
         raise ValueError(f"its updates and order are {updates!r:.80} and {order!r:.80}")
     if len(record.at("conditions", "tuned_for") or "") > MAX_NAME:

@@ -190,6 +190,7 @@ def _conditions(cli: ContinualCLI) -> Conditions:
         "scenarios": scenarios(module.network.mask, stream.task_id_at_inference, measured),
         "order": stream.order,
         "tuned_for": cli.command.tuned_for,
+        "split": stream.evaluation_split,
         "updates": cli.trainer.global_step,
     }
 

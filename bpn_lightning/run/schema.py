@@ -248,6 +248,8 @@ class Conditions(TypedDict, total=False):
     """"seed" where the seed draws what tasks are made of, their classes or transforms; else "fixed"."""
     tuned_for: str | None
     """The experiment that the method's values were tuned for; null for defaults and given values."""
+    split: str
+    """What the accuracies are measured on: "test", or "val" for the held-out part of the training samples."""
     updates: int
     """Steps of the optimizer over the stream; of a run that continues from an export, its own."""
 
