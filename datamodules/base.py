@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, device
 
-from bpn_lightning.checks import check_choice, check_positive_int
+from bpn_lightning.checks import check_positive_int
 from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.described import verified
 from bpn_lightning.datamodules.division import (
     Division,
     SamplesOfTasks,
     check_data,
+    check_held_out,
     columns_of_classes,
     members_of_tasks,
     refuse_empty_classes,
@@ -131,22 +132,12 @@ class ContinualDataModule(ContinuedStream, ABC):
         epochs = self.epochs_per_task
         for number in epochs if isinstance(epochs, list) else [epochs]:
             check_positive_int("epochs_per_task", number)
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigurationError(
-                "Expected validation_fraction to be at least 0 and below 1, but got "
-                f"{self.validation_fraction}. Use 0 for no validation part, 0.1 for a tenth."
-            )
+        check_held_out(self.validation_fraction, self.evaluation_split)
         if self.channels not in (1, 3, None):
             raise ConfigurationError(
                 f"Expected channels to be 1, 3 or null, but got {self.channels!r}. 1 is gray, 3 is color."
             )
         self.has_validation = self.validation_fraction > 0
-        check_choice("evaluation_split", self.evaluation_split, ("test", "val"))
-        if self.evaluation_split == "val" and not self.has_validation:
-            raise ConfigurationError(
-                "Expected validation_fraction to be above 0 where evaluation_split is val, but got 0. Hold out "
-                "a tenth with 0.1, or leave evaluation_split out."
-            )
         known = get_args(Literal["always", "never"])
         if self.reset_optimizer not in known:
             raise ConfigurationError(
@@ -196,6 +187,13 @@ class ContinualDataModule(ContinuedStream, ABC):
         """``seed`` if streams of two seeds learn other tasks, or the same in another order."""
         return "fixed"
 
+    def tuning_arguments(self) -> dict[str, Any]:
+        """Arguments, after ``setup``, of a stream that settings for this one are tuned on.
+
+        By default none: where the seed draws the tasks, that of the tuning differs; else the tasks are the same.
+        """
+        return {}
+
     def known_normalization(self, data: ImageData) -> ChannelStats | None:
         """The ``constants``, if they apply to images with these channels; None measures them."""
         known, channels = self.constants, self.channels
@@ -242,6 +240,7 @@ class ContinualDataModule(ContinuedStream, ABC):
         inputs = data.train.images
         self.input_shape = tuple(inputs.shape[1:])
         self.input_dtype = torch.int64 if inputs.dtype == torch.int64 else torch.float32
+        self._class_names = list(data.class_names)
         self._brightest = 255.0 if inputs.dtype == torch.uint8 else 1.0
 
         columns = columns_of_classes(division, data.class_names)
@@ -254,11 +253,8 @@ class ContinualDataModule(ContinuedStream, ABC):
             "train": _Part(train, members_of_tasks(division, "train", data.train, ~held)),
             "val": _Part(train, members_of_tasks(division, "train", data.train, held)),
         }
-        parts["test"] = (
-            parts["val"]
-            if self.evaluation_split == "val"
-            else _Part(test, members_of_tasks(division, "test", data.test, everything))
-        )
+        of_test = _Part(test, members_of_tasks(division, "test", data.test, everything))
+        parts["test"] = parts["val"] if self.evaluation_split == "val" else of_test
         refuse = refuse_empty_classes if division.samples is None else refuse_empty_tasks
         for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
             refuse(self.tasks[self.first_task :], *parts[split], split, data.source)

@@ -15,6 +15,7 @@ from bpn_lightning.run.moments import Moments, Row, moments, tasks_learned
 from bpn_lightning.run.results import read_matrix_rows, read_results
 from bpn_lightning.run.scenarios import SCENARIOS, scenarios
 from bpn_lightning.run.schema import MAX_TASKS
+from bpn_lightning.run.tuning import STREAMS
 
 __all__ = ["MAX_COUNT", "RunRecord", "check_curve", "check_record", "read_run"]
 
@@ -265,6 +266,10 @@ def _check_conditions(record: RunRecord) -> None:
         raise ValueError(f"its accuracies are of {record.at('conditions', 'split')!r:.80}")
     if not _is_between(updates, 0, MAX_COUNT) or order not in (None, "fixed", "seed"):
         raise ValueError(f"its updates and order are {updates!r:.80} and {order!r:.80}")
+    if (tuned := record.at("conditions", "tuned")) is not None and not (
+        tuned["stream"] in STREAMS and _is_between(tuned["trials"], 0, MAX_COUNT)
+    ):
+        raise ValueError(f"conditions.tuned is {tuned!r:.80}")
     if len(record.at("conditions", "tuned_for") or "") > MAX_NAME:
         raise ValueError("conditions.tuned_for is too long")
     for key, one in (record.at("by_class") or {}).items():
