@@ -196,6 +196,7 @@ def check_record(record: RunRecord) -> RunRecord:
             raise ValueError(f"{'.'.join(keys)} is {value!r:.80}")
     _check_accuracies(record.matrix)
     _check_accuracies(point["accuracy"] for point in record.curve)
+    _check_accuracies([[record.at("validation", "average")]])
     _check_gates(record)
     _check_conditions(record)
     for name in (record.experiment, record.method, *record.gates):
