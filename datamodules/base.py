@@ -16,6 +16,7 @@ from bpn_lightning.datamodules.division import (
     Division,
     SamplesOfTasks,
     check_data,
+    check_held_out,
     columns_of_classes,
     members_of_tasks,
     refuse_empty_classes,
@@ -77,6 +78,8 @@ class ContinualDataModule(ContinuedStream, ABC):
             the data set, and on the order of its samples: a stream that continues with the same data set holds
             out what one stream of all tasks does; with other arrays, in which a class has another label, it
             holds out others.
+        evaluation_split: ``test``, or ``val`` to measure accuracies on the held-out part instead: the test set
+            is then not used for anything, so that settings can be chosen by these accuracies.
         augment: randomly crop (and, where it makes sense, flip) training images on the device.
         channels: 1 converts color images to grayscale (Rec. 601 luma, as in Pillow), 3 repeats grayscale
             images as red, green and blue; by default images are unchanged.
@@ -99,6 +102,7 @@ class ContinualDataModule(ContinuedStream, ABC):
     batch_size: int = 32
     eval_batch_size: int = 1000
     validation_fraction: float = 0.0
+    evaluation_split: Literal["test", "val"] = "test"
     augment: bool = False
     channels: Literal[1, 3] | None = None
     # None until setup, which may run before or after seed_everything; then an int.
@@ -128,11 +132,7 @@ class ContinualDataModule(ContinuedStream, ABC):
         epochs = self.epochs_per_task
         for number in epochs if isinstance(epochs, list) else [epochs]:
             check_positive_int("epochs_per_task", number)
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigurationError(
-                "Expected validation_fraction to be at least 0 and below 1, but got "
-                f"{self.validation_fraction}. Use 0 for no validation part, 0.1 for a tenth."
-            )
+        check_held_out(self.validation_fraction, self.evaluation_split)
         if self.channels not in (1, 3, None):
             raise ConfigurationError(
                 f"Expected channels to be 1, 3 or null, but got {self.channels!r}. 1 is gray, 3 is color."
@@ -187,6 +187,13 @@ class ContinualDataModule(ContinuedStream, ABC):
         """``seed`` if streams of two seeds learn other tasks, or the same in another order."""
         return "fixed"
 
+    def tuning_arguments(self) -> dict[str, Any]:
+        """Arguments, after ``setup``, of a stream that settings for this one are tuned on.
+
+        By default none: where the seed draws the tasks, that of the tuning differs; else the tasks are the same.
+        """
+        return {}
+
     def known_normalization(self, data: ImageData) -> ChannelStats | None:
         """The ``constants``, if they apply to images with these channels; None measures them."""
         known, channels = self.constants, self.channels
@@ -233,6 +240,7 @@ class ContinualDataModule(ContinuedStream, ABC):
         inputs = data.train.images
         self.input_shape = tuple(inputs.shape[1:])
         self.input_dtype = torch.int64 if inputs.dtype == torch.int64 else torch.float32
+        self._class_names = list(data.class_names)
         self._brightest = 255.0 if inputs.dtype == torch.uint8 else 1.0
 
         columns = columns_of_classes(division, data.class_names)
@@ -244,8 +252,9 @@ class ContinualDataModule(ContinuedStream, ABC):
         parts: dict[Split, _Part] = {
             "train": _Part(train, members_of_tasks(division, "train", data.train, ~held)),
             "val": _Part(train, members_of_tasks(division, "train", data.train, held)),
-            "test": _Part(test, members_of_tasks(division, "test", data.test, everything)),
         }
+        of_test = _Part(test, members_of_tasks(division, "test", data.test, everything))
+        parts["test"] = parts["val"] if self.evaluation_split == "val" else of_test
         refuse = refuse_empty_classes if division.samples is None else refuse_empty_tasks
         for split in ("train", "val", "test") if self.has_validation else ("train", "test"):
             refuse(self.tasks[self.first_task :], *parts[split], split, data.source)
@@ -294,7 +303,8 @@ class ContinualDataModule(ContinuedStream, ABC):
 
         Args:
             task_id: the task.
-            split: "train" (without the held-out part), "val" or "test".
+            split: "train" (without the held-out part), "val" or "test" (the held-out part where
+                ``evaluation_split`` is).
             batch_size: over all processes; None: ``eval_batch_size``.
             max_samples: maximum number of samples over all processes. If the task has more, a random subset
                 is used, which depends on the stream's seed, the task and the split.

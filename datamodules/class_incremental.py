@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from bpn_lightning.checks import check_positive_int
 from bpn_lightning.datamodules.base import ContinualDataModule
@@ -82,6 +82,23 @@ class ClassIncrementalDataModule(ContinualDataModule):
     def order(self) -> Order:
         """``seed`` where the stream's seed shuffles the classes."""
         return "seed" if self.class_order_seed == "stream" else "fixed"
+
+    def tuning_arguments(self) -> dict[str, Any]:
+        """Other classes, if the tasks leave enough of them; else the same ones in an order that the seed draws.
+
+        Where a seed draws the order, every class that it may take counts as taken.
+        """
+        taken = {name for task in self.tasks for name in task.class_names}
+        if self.class_order_seed is not None:
+            every = choose_classes(self._class_names, self.class_order)
+            taken = {self._class_names[place] for place in every}
+        unused: list[str | int] = [name for name in self._class_names if name not in taken]
+        sizes = self.classes_per_task
+        wanted = sum(sizes) if isinstance(sizes, list) else sizes * len(self.tasks)
+        if len(unused) < wanted:
+            return {"class_order_seed": "stream"}
+        arguments = {"class_order": unused, "class_order_seed": "stream"}
+        return arguments | ({} if isinstance(sizes, list) else {"num_tasks": len(self.tasks)})
 
     def divide(self, data: ImageData) -> tuple[list[Task], list[list[int]], SamplesOfTasks | None]:
         """Split the ordered classes into tasks."""

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bpn_lightning.checks import check_choice
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.datamodules.splitting import quoted_names
@@ -16,6 +17,7 @@ __all__ = [
     "Division",
     "SamplesOfTasks",
     "check_data",
+    "check_held_out",
     "columns_of_classes",
     "members_of_tasks",
     "refuse_empty_classes",
@@ -85,6 +87,29 @@ def check_data(data: ImageData) -> None:
         raise DataError(
             f"Expected training and test inputs of {data.source} to be of one dtype and shape, but got "
             f"{kinds[0]} and {kinds[1]}. Convert both to the same."
+        )
+
+
+def check_held_out(fraction: float, evaluation_split: str) -> None:
+    """Refuse a held-out part that cannot be, or that is to be evaluated and is empty.
+
+    Args:
+        fraction: of each class's training samples.
+        evaluation_split: ``test`` or ``val``.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigurationError(
+            "Expected validation_fraction to be at least 0 and below 1, but got "
+            f"{fraction}. Use 0 for no validation part, 0.1 for a tenth."
+        )
+    check_choice("evaluation_split", evaluation_split, ("test", "val"))
+    if evaluation_split == "val" and not fraction:
+        raise ConfigurationError(
+            "Expected validation_fraction to be above 0 where evaluation_split is val, but got 0. Hold out "
+            "a tenth with 0.1, or leave evaluation_split out."
         )
 
 

@@ -58,6 +58,7 @@ class EightDatasets(StreamOf):
     batch_size: int = 128
     eval_batch_size: int = 256
     validation_fraction: float = 0.0
+    evaluation_split: Literal["test", "val"] = "test"
     augment: bool = True
 
     title = "the eight data sets"
@@ -113,6 +114,7 @@ class EightDatasets(StreamOf):
             batch_size=self.batch_size,
             eval_batch_size=self.eval_batch_size,
             validation_fraction=self.validation_fraction,
+            evaluation_split=self.evaluation_split,
             augment=self.augment,
             seed=self.seed,
         )

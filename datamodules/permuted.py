@@ -77,7 +77,7 @@ class _TransformedMNIST(ContinualDataModule):
         """Read the data; later calls do nothing."""
         super().setup(stage)
         for name, split in _DRAWN.items():
-            wanted, found = getattr(self, name), len(super().members(self.first_task, split))
+            wanted, found = self._wanted(split), len(super().members(self.first_task, split))
             if wanted is not None and wanted > found:
                 raise ConfigurationError(
                     f"Expected {name} to be at most the {found:,} available images, but got "
@@ -87,12 +87,18 @@ class _TransformedMNIST(ContinualDataModule):
     def members(self, task_id: int, split: Split) -> Tensor:
         """All samples, or the task's random subset, which is drawn again at every call instead of stored."""
         everything = super().members(task_id, split)
-        count = {"train": self.train_samples, "test": self.test_samples}.get(split)
+        count = self._wanted(split)
         if count is None:
             return everything
         generator = seeded_generator("samples", split, self.seed, task_id)
         drawn = torch.randperm(len(everything), generator=generator)[:count]
         return everything[drawn.sort().values]
+
+    def _wanted(self, split: Split) -> int | None:
+        """Samples of each task; None for all, as of the held-out part wherever it is evaluated."""
+        if split == "test" and self.evaluation_split == "val":
+            return None
+        return {"train": self.train_samples, "test": self.test_samples}.get(split)
 
     def transform(self, images: Tensor, task: int | Tensor) -> Tensor:
         """Apply the transform of each image's task."""

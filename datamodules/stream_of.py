@@ -139,8 +139,8 @@ class StreamOf(ContinualDataModule):
             columns; requires the module's mask ``shared`` if all tasks have the same number of classes.
 
     Raises:
-        ConfigurationError: there is no stream, streams differ in input shape or in whether a part is held
-            out, or streams with different numbers of classes share columns.
+        ConfigurationError: there is no stream, streams differ in input shape, in whether a part is held
+            out or in what they evaluate, or streams with different numbers of classes share columns.
     """
 
     streams: list[ContinualDataModule]
@@ -151,6 +151,7 @@ class StreamOf(ContinualDataModule):
     batch_size: int = field(init=False, default=1)
     eval_batch_size: int = field(init=False, default=1)
     validation_fraction: float = field(init=False, default=0.0)
+    evaluation_split: Literal["test", "val"] = field(init=False, default="test")
     augment: bool = field(init=False, default=False)
     channels: Literal[1, 3] | None = field(init=False, default=None)
 
@@ -169,6 +170,12 @@ class StreamOf(ContinualDataModule):
                 f"{[stream.validation_fraction for stream in self.streams]}. Set it in all."
             )
         self.has_validation = all(held)
+        splits = [stream.evaluation_split for stream in self.streams]
+        if len(set(splits)) > 1:
+            raise ConfigurationError(
+                f"Expected evaluation_split to be the same in all streams, but got {splits}. Set it in all."
+            )
+        self.evaluation_split = splits[0]
         self._substreams: list[_Substream] = []
 
     @property

@@ -11,7 +11,7 @@ Runs of the digits learn one epoch of each task in place of 30.
 
 A command that names DIR, somebody's folder of data sets, is only parsed: all of its arguments are
 checked, and nothing is trained. So are bpn-report, bpn-predict, bpn-bundle and bpn-serve, bpn-export of runs that the page has not made, and every
-grid. `--new` writes its config for a DIR that is made here.
+grid and search. `--new` writes its config for a DIR that is made here.
 
 A command that names a class of one's own is a process of its own, as it is for its reader: in here, the
 tests' own ``sys.path`` would find what a console script does not.
@@ -38,6 +38,7 @@ from PIL import Image
 import bpn_lightning.report.cli as html_report
 from bpn_lightning.bench.cli import _parse
 from bpn_lightning.bench.grid import only, read_grid
+from bpn_lightning.bench.tuning import read_tuning_file
 from bpn_lightning.cli import export as export_command
 from bpn_lightning.cli.config_files import CONFIGS
 
@@ -139,7 +140,9 @@ def run_command(block: Block) -> None:
     assert command in COMMANDS, f"{where}: there is no such command"
     main = COMMANDS[command].load()
     parsed = block.marker == "parsed" or "DIR" in arguments
-    if command == "bpn-bench" and arguments[0] not in ("--list", "--help", "report"):
+    if command == "bpn-bench" and arguments[0] == "tune":
+        read_tuning_file(arguments[1])
+    elif command == "bpn-bench" and arguments[0] not in ("--list", "--help", "report"):
         grid_of(arguments)
     elif command == "bpn-bench" and arguments[0] == "report":
         assert (ROOT / arguments[1]).is_dir(), where

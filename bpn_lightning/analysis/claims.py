@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from bpn_lightning.analysis.comparison import MethodRow
 from bpn_lightning.analysis.record import RunRecord
 from bpn_lightning.analysis.statistics import binomial_half
-from bpn_lightning.run.identity import CLASS_ORDER
+from bpn_lightning.run.identity import CLASS_ORDER, short
 from bpn_lightning.run.scenarios import scenario_text
+from bpn_lightning.run.tuning import SAME_TASKS, SHARED_CLASSES
 
 __all__ = [
     "MIN_SEEDS",
@@ -15,6 +16,7 @@ __all__ = [
     "scenarios_of",
     "small_test",
     "test_samples",
+    "tuned_apart",
 ]
 
 MIN_SEEDS = 5
@@ -43,6 +45,21 @@ def scenarios_of(rows: Sequence[MethodRow]) -> str:
     if not texts:
         return ""
     return f"Scenario{'s' if len(texts) > 1 else ''}: {'; '.join(texts)}."
+
+
+def tuned_apart(rows: Sequence[MethodRow]) -> str:
+    """Which rows have tuned values with a record, as a sentence; "" where none has."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        one = row.records[0].at("conditions", "tuned")
+        if one is not None:
+            keys = ", ".join(short(key) for key in one["keys"])
+            text = f"{keys}, {one['trials']} trials on {one['stream']}"
+            texts.setdefault(text, []).append(row.name)
+    if not texts:
+        return ""
+    parts = (f"{', '.join(dict.fromkeys(names))} ({text})" for text, names in texts.items())
+    return f"Tuned on held-out samples: {'; '.join(parts)}."
 
 
 def not_comparable(rows: Sequence[MethodRow]) -> str:
@@ -78,11 +95,21 @@ def missing_for_a_claim(rows: Sequence[MethodRow]) -> list[str]:
             found.append(f"no {what} ({' or '.join(kinds)})")
     if not _orders_vary(records):
         found.append("one order of classes or tasks for all seeds")
+    if any(record.at("conditions", "split") == "val" for record in records):
+        found.append("accuracies on held-out training samples")
     others = [row for row in rows if not _is_simple(row)]
     own = [record for row in others for record in row.records]
-    tuned = sorted({name for one in own if (name := one.at("conditions", "tuned_for"))})
+    tuned = {
+        name
+        for one in own
+        if (name := one.at("conditions", "tuned_for")) and one.at("conditions", "tuned") is None
+    }
     if tuned:
-        found.append(f"values tuned for {' and '.join(tuned)}, not on a stream of their own")
+        found.append(
+            f"values tuned for {' and '.join(sorted(tuned))}, not on a stream of their own"
+        )
+    if any(one.at("conditions", "tuned", "stream") in (SAME_TASKS, SHARED_CLASSES) for one in own):
+        found.append("values tuned on held-out samples of the evaluated classes")
     held = _numbers(own, "bytes_held", "training")
     if len(held) > 1:
         found.append(f"unequal memory ({min(held):,} to {max(held):,} bytes held in training)")

@@ -51,6 +51,7 @@ SCORES: dict[str, Score] = {
         "balanced, task ID not given", ("by_class", _AGNOSTIC, "balanced"), _AGNOSTIC
     ),
     "forgetting": Score("forgetting", ("accuracy", "forgetting")),
+    "validation": Score("ACC, held-out samples", ("validation", "average")),
 }
 """What is compared. Accuracies are those after the last task, unless their title says otherwise."""
 

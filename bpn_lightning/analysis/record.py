@@ -15,6 +15,7 @@ from bpn_lightning.run.moments import Moments, Row, moments, tasks_learned
 from bpn_lightning.run.results import read_matrix_rows, read_results
 from bpn_lightning.run.scenarios import SCENARIOS, scenarios
 from bpn_lightning.run.schema import MAX_TASKS
+from bpn_lightning.run.tuning import STREAMS
 
 __all__ = ["MAX_COUNT", "RunRecord", "check_curve", "check_record", "read_run"]
 
@@ -195,6 +196,7 @@ def check_record(record: RunRecord) -> RunRecord:
             raise ValueError(f"{'.'.join(keys)} is {value!r:.80}")
     _check_accuracies(record.matrix)
     _check_accuracies(point["accuracy"] for point in record.curve)
+    _check_accuracies([[record.at("validation", "average")]])
     _check_gates(record)
     _check_conditions(record)
     for name in (record.experiment, record.method, *record.gates):
@@ -261,8 +263,14 @@ def _check_conditions(record: RunRecord) -> None:
         if one is not None and one["name"] not in SCENARIOS:
             raise ValueError(f"a scenario is {one['name']!r:.80}")
     updates, order = record.at("conditions", "updates"), record.at("conditions", "order")
+    if record.at("conditions", "split") not in (None, "test", "val"):
+        raise ValueError(f"its accuracies are of {record.at('conditions', 'split')!r:.80}")
     if not _is_between(updates, 0, MAX_COUNT) or order not in (None, "fixed", "seed"):
         raise ValueError(f"its updates and order are {updates!r:.80} and {order!r:.80}")
+    if (tuned := record.at("conditions", "tuned")) is not None and not (
+        tuned["stream"] in STREAMS and _is_between(tuned["trials"], 0, MAX_COUNT)
+    ):
+        raise ValueError(f"conditions.tuned is {tuned!r:.80}")
     if len(record.at("conditions", "tuned_for") or "") > MAX_NAME:
         raise ValueError("conditions.tuned_for is too long")
     for key, one in (record.at("by_class") or {}).items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from bpn_lightning.run.identity import PARTS, method_folder, named_value, setup_name
 
-__all__ = ["PROBES", "UNTRUSTED", "Cell", "Variant", "part_flags", "setting_flags"]
+__all__ = ["PROBES", "UNTRUSTED", "Cell", "Variant", "part_flags", "setting_flags", "tuned_flags"]
 
 PROBES = {"regions": "Regions", "drift": "Drift", "moves": "Moves"}
 """What ``probes:`` may name, and the classes of :mod:`bpn_lightning.paper.probes`."""
@@ -34,6 +34,7 @@ class Cell:
         probes: names of :data:`PROBES`.
         gate: as ``bpn-fit --gate`` takes them, or None.
         front: as ``bpn-fit --front`` takes it, or None.
+        tuned: as ``bpn-fit --tuned`` takes it, or None.
     """
 
     config: str
@@ -46,6 +47,7 @@ class Cell:
     probes: tuple[str, ...] = ()
     gate: str | None = None
     front: str | None = None
+    tuned: str | None = None
 
     @property
     def setup(self) -> str:
@@ -81,7 +83,7 @@ class Cell:
         head = ["--config", self.config, "--method", self.method, UNTRUSTED]
         values = setting_flags(self.settings + self.variant)
         looks = [f"{_PROBE_FLAG}.{PROBES[name]}" for name in self.probes]
-        head += part_flags(self.gate, self.front)
+        head += [*part_flags(self.gate, self.front), *tuned_flags(self.tuned)]
         return [*head, "--seed_everything", str(self.seed), *values, *looks]
 
     def _varied(self, separator: str) -> list[str]:
@@ -93,6 +95,11 @@ def part_flags(gate: str | None, front: str | None) -> list[str]:
     """``--gate`` and ``--front``, of those that are named."""
     named = zip(PARTS, (gate, front), strict=True)
     return [word for key, value in named if value for word in (f"--{key}", value)]
+
+
+def tuned_flags(tuned: str | None) -> list[str]:
+    """``--tuned``, if there is one."""
+    return [] if tuned is None else ["--tuned", tuned]
 
 
 def setting_flags(settings: Variant) -> list[str]:

@@ -3,9 +3,10 @@
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from bpn_lightning.bench.grid import Grid, check_key, only, packaged_grids, read_grid
 from bpn_lightning.bench.runner import Executor, Runner, on_this_machine
@@ -20,6 +21,7 @@ usage: bpn-bench GRID [--jobs N] [--executor ray] [--retry] [--only WORD ...] [-
                  [--KEY VALUE ...]
        bpn-bench collect GRID [--runs DIR] [--out DIR] [--add]
        bpn-bench report DIR
+       bpn-bench tune SEARCH [--jobs N] [--runs DIR] [--KEY VALUE ...]
 
 Run a grid of experiments, methods and seeds, and make its tables and pictures.
 
@@ -27,6 +29,7 @@ Run a grid of experiments, methods and seeds, and make its tables and pictures.
   bpn-bench incremental.yaml --data.init_args.root DIR --jobs 8
   bpn-bench permuted.yaml --only bd+psp psp seed_0
   bpn-bench report docs/results           all tables and pictures again, without training
+  bpn-bench tune digits_inc_gd.yaml       search a method's values, on held-out samples of another stream
 
   GRID            a YAML, or a packaged grid
   --jobs N        runs at a time, one thread each (default: 2)
@@ -41,7 +44,7 @@ Run a grid of experiments, methods and seeds, and make its tables and pictures.
   --add           keep the rows of the cells.json that is there, whose runs may be gone
   --KEY VALUE     goes to every `bpn-fit`; --trust lets them import what the grid and its configs name
 
-  --list          the packaged grids
+  --list          the packaged grids and searches
   --help
 """
 
@@ -62,9 +65,11 @@ def main(argv: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     if argv == ["--list"]:
-        print("\n".join(packaged_grids()))
+        from bpn_lightning.bench.tuning import packaged_tunings
+
+        print("\n".join([*packaged_grids(), *packaged_tunings()]))
         return 0
-    commands = {"report": _report, "collect": _collect}
+    commands = {"report": _report, "collect": _collect, "tune": _tune}
     return commands[argv[0]](argv[1:]) if argv[0] in commands else _run(argv)
 
 
@@ -89,6 +94,44 @@ def _run(argv: Sequence[str]) -> int:
     for failure in failures:
         print(f"\nbpn-bench: {printable(failure)}", file=sys.stderr)
     return FAILED if failures else 0
+
+
+def _tune(argv: Sequence[str]) -> int:
+    from bpn_lightning.bench.tuning import read_tuning_file
+
+    options, passed_on = _parse(argv, known_only=False)
+    unused = {"--only": options.only, "--out": options.out, "--add": options.add}
+    for name, value in {**unused, "--retry": options.retry}.items():
+        if value:
+            raise ConfigurationError(
+                f"Expected {name} to be left out of bpn-bench tune, but got it. A search lies below --runs as a whole; what failed "
+                "runs again once tuning.json is removed."
+            )
+    tuning = read_tuning_file(options.grid, passed_on)
+    root = Path(options.runs or Path("runs", "tune", tuning.name))
+    from bpn_lightning.bench.tune import RECORD, tune
+
+    with _executor(options, root) as executor:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            record, failures = tune(tuning, root, options.jobs, passed_on, executor)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    for trial in record["trials"]:
+        value = trial["state"] if trial["value"] is None else f"{trial['value']:.4f}"
+        print(printable(f"trial {trial['number']:3d}  {value:>8}  {_settings(trial['values'])}"))
+    for failure in failures:
+        print(f"\nbpn-bench: {printable(failure)}", file=sys.stderr)
+    if record["best"] is None:
+        return FAILED
+    print(printable(f"best: {_settings(record['best']['values'])}"))
+    use = f"bpn-fit --config {tuning.config} --method {tuning.method} --tuned {root / RECORD}"
+    print(f"bpn-bench: {printable(use)}", file=sys.stderr)
+    return 0
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _executor(options: argparse.Namespace, root: Path) -> AbstractContextManager[Executor]:

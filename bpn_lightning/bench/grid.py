@@ -15,6 +15,7 @@
         front: patches                    as `bpn-fit --front` takes it
         set: {data.init_args.epochs_per_task: 5}              flags of every run
         vary: {strategies.bd.rank: [1, 10, 100]}              one run per value
+        tuned: FILE                       tuning.json of `bpn-bench tune`: its best values for the one method
         label: short                      tells apart entries with the same config
         seeds: [0]                        instead of the grid's, and so is
         order: fixed
@@ -38,7 +39,14 @@ from pathlib import Path
 from typing import Any
 
 from bpn_lightning.analysis.collection import NotRun
-from bpn_lightning.bench.cell import PROBES, UNTRUSTED, Cell, part_flags, setting_flags
+from bpn_lightning.bench.cell import (
+    PROBES,
+    UNTRUSTED,
+    Cell,
+    part_flags,
+    setting_flags,
+    tuned_flags,
+)
 from bpn_lightning.bench.orders import ORDER, class_orders
 from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
@@ -94,7 +102,7 @@ MOST_RUNS = 10_000
 _KEYS = ("title", "text", "seeds", ORDER, "experiments", "compare", "report")
 _ENTRY_KEYS = (
     *("config", "methods", "gate", "front", "seeds", ORDER, "set", "vary", "label", "probes"),
-    "not_run",
+    *("tuned", "not_run"),
 )
 
 
@@ -283,10 +291,14 @@ def _cells(
     for key in (*dict(settings), *varied):
         check_key(str(key), here)
     gate, front = (_part(entry, key, here) for key in PARTS)
+    tuned = _tuned(entry, methods, grid, here)
     for method, variant in product(methods, variants):
         flags = setting_flags(settings + variant)
         head = ["--config", config, "--method", method, UNTRUSTED, *part_flags(gate, front)]
-        _command([*head, *flags, *passed_on], here)
+        read = _command([*head, *tuned_flags(tuned), *flags, *passed_on], here)
+        if read.tuned is not None:  # so that an earlier run with other values is found out
+            own = {key for key, _ in (*settings, *variant)}
+            settings += tuple((k, v) for k, v in read.tuned.values.items() if k not in own)
     probes = entry.get("probes") or ()
     probes = tuple(probes) if isinstance(probes, list) else (probes,) if probes else ()
     for name in probes:
@@ -296,7 +308,7 @@ def _cells(
                 f"{did_you_mean(str(name), PROBES)}"
             )
     cells = [
-        Cell(config, experiment, method, seed, label, variant, settings, probes, gate, front)
+        Cell(config, experiment, method, seed, label, variant, settings, probes, gate, front, tuned)
         for variant, method, seed in product(variants, methods, seeds)
     ]
     for cell in cells:
@@ -313,6 +325,24 @@ def _part(entry: Mapping[str, Any], key: str, here: str) -> str | None:
             f"{'slda+ncm' if key == 'gate' else 'patches'}`."
         )
     return value
+
+
+def _tuned(entry: Mapping[str, Any], methods: Sequence[str], grid: Path, here: str) -> str | None:
+    """The file, beside the grid or where the command is called."""
+    value = entry.get("tuned")
+    if value is None:
+        return None
+    if len(methods) > 1:
+        raise ConfigurationError(
+            f"Expected one method in {here}, which has the values of one search, but got {', '.join(methods)}. "
+            "Write an entry for each."
+        )
+    if not isinstance(value, str):
+        raise ConfigurationError(
+            f"Expected tuned of {here} to be a file, but got {value!r:.80}. `bpn-bench tune` writes it."
+        )
+    beside = grid.parent / value
+    return str(beside) if beside.exists() and not Path(value).exists() else value
 
 
 def _methods(entry: Mapping[str, Any], config: str, experiment: str, here: str) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bpn_lightning.analysis.artifact import Artifact
-from bpn_lightning.analysis.claims import not_comparable, scenarios_of
+from bpn_lightning.analysis.claims import not_comparable, scenarios_of, tuned_apart
 from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
 from bpn_lightning.analysis.comparison import method_rows
 from bpn_lightning.bench.dips import dips
@@ -60,7 +60,7 @@ def _with_missing(artifact: Artifact, collection: Collection) -> Artifact:
     rows = [row for row in method_rows(collection.records) if row.place in artifact.places]
     if not rows:
         return artifact
-    caption = f"{artifact.caption} {scenarios_of(rows)}".strip()
+    caption = " ".join(filter(None, [artifact.caption, scenarios_of(rows), tuned_apart(rows)]))
     return replace(artifact, caption=caption, missing=not_comparable(rows))
 
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +156,7 @@ class Runner:
         passed_on: more flags for every ``bpn-fit``.
         command: the program.
         executor: runs the processes.
+        on_wait: called about twice a second while cells run, and may :meth:`stop` some.
     """
 
     root: Path
@@ -164,7 +165,8 @@ class Runner:
     passed_on: Sequence[str] = ()
     command: Sequence[str] = (BPN_FIT,)
     executor: Executor = on_this_machine
-    _stopped: Event = field(default_factory=Event, init=False)
+    on_wait: Callable[[], None] = lambda: None
+    _stops: dict[Cell, Event] = field(default_factory=dict, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
     _done: int = field(default=0, init=False)
 
@@ -184,6 +186,7 @@ class Runner:
         todo.sort(key=lambda cell: cell.seed)  # a whole table soon, and then its intervals
         _say(_count(states, len(todo)))
         self._done, started = 0, time.monotonic()
+        self._stops = {cell: Event() for cell in todo}
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = [pool.submit(self._run, cell, len(todo), started) for cell in todo]
             try:
@@ -191,9 +194,11 @@ class Runner:
                 while (far := wait(futures, 0.5, FIRST_EXCEPTION)).not_done:
                     for future in far.done:
                         future.result()
+                    self.on_wait()
                 found = [future.result() for future in futures]
             except BaseException:
-                self._stopped.set()
+                for stop in self._stops.values():
+                    stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         earlier = [
@@ -202,6 +207,11 @@ class Runner:
             if far == "failed" and not self.retry
         ]
         return [*earlier, *(failure for failure in found if failure is not None)]
+
+    def stop(self, cell: Cell) -> None:
+        """End a cell early, which is then neither finished nor failed."""
+        if cell in self._stops:  # else it is finished
+            self._stops[cell].set()
 
     def _run(self, cell: Cell, total: int, started: float) -> Failure | None:
         folder = cell.folder(self.root)
@@ -214,6 +224,8 @@ class Runner:
                 "Choose another with --runs."
             ) from error
         try:
+            if self._stops[cell].is_set():
+                return None
             if owner:
                 _say(f"{cell.name}: left to {owner}, which runs it")
             elif (
@@ -234,7 +246,7 @@ class Runner:
         code = self._attempt(cell, line, folder / "log.txt")
         failure = None
         if not _learned_all(folder / "results.json"):
-            if self._stopped.is_set():
+            if self._stops[cell].is_set():
                 return None
             if owner := holder(folder):  # a bpn-fit that began beside this one
                 _say(f"{cell.name}: left to {owner}, which runs it")
@@ -258,8 +270,8 @@ class Runner:
     def _attempt(self, cell: Cell, line: Sequence[str], log: Path) -> int:
         """The exit status of the cell's process, or of the last one where some were killed."""
         for attempt in range(1, ATTEMPTS + 1):
-            code = self.executor(line, log, self._stopped)
-            if code >= 0 or self._stopped.is_set():
+            code = self.executor(line, log, self._stops[cell])
+            if code >= 0 or self._stops[cell].is_set():
                 break
             said = f"killed by signal {-code}, attempt {attempt} of {ATTEMPTS}"
             _say(f"{cell.name}: {said}")

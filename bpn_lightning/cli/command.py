@@ -2,7 +2,7 @@
 
 Config files and the command line are merged in order of precedence, the last one winning::
 
-    the past run's config.yaml < experiment files < the method's file < files with `strategies:` < the command line
+    the past run's config.yaml < experiment files < the method's file < files with `strategies:` < `--tuned` < the command line
 
 regardless of the order of flags. A file with ``strategies:`` (such as a run's resolved ``config.yaml``)
 takes precedence over the method's file; if ``--method`` names another method than the files, their
@@ -34,6 +34,7 @@ from bpn_lightning.cli.trust import (
     named_classes,
     words,
 )
+from bpn_lightning.cli.tuned import TunedValues, read_tuned_values
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files import check_name
 from bpn_lightning.terminal import is_utf8
@@ -55,6 +56,7 @@ class Command:
         gates: name of each gate, in order, and its registry entry.
         front: the same of the front; empty if there is none.
         plugins: streams of other packages that are used.
+        tuned: the best values of a search, among the flags.
         trust: what may be imported by name.
         notices: messages for the user, before anything is imported.
     """
@@ -67,6 +69,7 @@ class Command:
     gates: dict[str, registry.Registered]
     front: dict[str, registry.Registered]
     plugins: list[registry.Registered]
+    tuned: TunedValues | None
     trust: Trust
     notices: list[str]
 
@@ -160,12 +163,13 @@ def read_command(argv: Sequence[str]) -> Command:
     if alone:
         layers.append(ConfigLayer(method, {"gates": {name: {"modes": 0} for name in gates}}))
     check_one_front(front, layers, _flags(rest))
-    tuned = tuned_layer(experiments, folders, gates, front)
-    if tuned is not None:
-        layers.insert(0, tuned)
+    of_parts = tuned_layer(experiments, folders, gates, front)
+    if of_parts is not None:
+        layers.insert(0, of_parts)
     _check_text(argv, layers)
 
     plugins = _named_plugins(layers, rest)
+    tuned = read_tuned_values(flags.tuned, method, experiments)
     by_files, typed = _named_classes(layers, rest, flags.method, method)
     entries = (*plugins, *chosen.values(), *gates.values(), *front.values())
     registered = [one.class_path for one in entries if one is not None]
@@ -185,6 +189,7 @@ def read_command(argv: Sequence[str]) -> Command:
             *([] if flags.gate is None else [f"--gate={flags.gate}"]),
             *([] if flags.front is None else [f"--front={flags.front}"]),
             *([] if past is None else [f"--continue_from={past}"]),
+            *([] if tuned is None else tuned.flags),
             *rest,  # last, since `--data.help CLASS` consumes the rest of the line
         ],
         experiment=experiments[0],
@@ -193,6 +198,7 @@ def read_command(argv: Sequence[str]) -> Command:
         gates=gates,
         front=front,
         plugins=plugins,
+        tuned=tuned,
         trust=trust,
         notices=notices + imported_by(by_files),
     )
@@ -207,6 +213,7 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gate")
     parser.add_argument("--front")
     parser.add_argument("--continue_from")
+    parser.add_argument("--tuned")
     for name in SWITCHES:
         parser.add_argument(f"--{name}", nargs="?", const="true")
     try:

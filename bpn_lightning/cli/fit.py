@@ -147,6 +147,8 @@ class ContinualCLI(LightningCLI):
         self.intervals = Intervals(*(self.config[f"checkpoint_every_n_{unit}"] for unit in units))
         for key in ("experiment", "method"):
             check_name(key, self.config[key])  # again, after resolving interpolations
+        if self.command.tuned is not None:
+            self.command.tuned.check(self.config.__getitem__, self.config.seed_everything)
         check_name("method, gate and front, joined,", self.folder.parent.name)
         refuse_outside(Path(str(self.config.runs)), self.folder)
         self._check_gates_alone()

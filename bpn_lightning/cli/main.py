@@ -34,6 +34,7 @@ Train a method over a stream of tasks, in one Lightning fit.
   --continue_from RUN continue from a finished run with new tasks, those of the stream given here
   --past_data         with it: also measure accuracies on the learned tasks, whose data are read again
   --to BUNDLE         with it: add each new task to a bundle, while it is served too; --names names them
+  --tuned FILE        the best values of a search, as `bpn-bench tune` has recorded them in its tuning.json
   --runs DIR          where results go: DIR/<experiment>/<method>/seed_<n>/   (default: runs)
   --trust             let configs name any class or function, and run its code (docs/safety.md)
   --overwrite         replace the results of an earlier run

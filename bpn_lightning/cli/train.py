@@ -186,12 +186,17 @@ def _conditions(cli: ContinualCLI) -> Conditions:
     """What a comparison of the run with others depends on."""
     module, stream = cli.model, cli.datamodule
     measured = module.accuracy_matrix.summary()["task_agnostic"] is not None
-    return {
+    conditions: Conditions = {
         "scenarios": scenarios(module.network.mask, stream.task_id_at_inference, measured),
         "order": stream.order,
         "tuned_for": cli.command.tuned_for,
+        "split": stream.evaluation_split,
         "updates": cli.trainer.global_step,
     }
+    if cli.command.tuned is not None:
+        classes = {name for task in module.tasks for name in task.class_names}
+        conditions["tuned"] = cli.command.tuned.summary(classes)
+    return conditions
 
 
 def _pretrained(cli: ContinualCLI) -> list[PretrainedRecord]:

@@ -32,6 +32,7 @@ __all__ = [
     "Scenario",
     "Scenarios",
     "TaskRecord",
+    "Tuned",
     "UnsettledTask",
     "Validation",
     "read_schema",
@@ -237,6 +238,22 @@ class Scenarios(TypedDict):
     """Null where it was not measured."""
 
 
+class Tuned(TypedDict):
+    """Where tuned values come from; see :mod:`bpn_lightning.run.tuning`."""
+
+    sha256: str
+    """Of the tuning.json, in hexadecimal digits."""
+    keys: list[str]
+    """Whose values were searched."""
+    trials: int
+    seeds: list[int]
+    sampler: str
+    score: str
+    stream: str
+    """How the tuning stream differs: "other classes", "another order", "other draws", "the same tasks"; or
+    "shared classes" where the run has learned some of the classes that values were tuned on."""
+
+
 class Conditions(TypedDict, total=False):
     """What runs need to have alike, or to vary, before their accuracies are compared.
 
@@ -248,6 +265,10 @@ class Conditions(TypedDict, total=False):
     """"seed" where the seed draws what tasks are made of, their classes or transforms; else "fixed"."""
     tuned_for: str | None
     """The experiment that the method's values were tuned for; null for defaults and given values."""
+    tuned: Tuned
+    """Missing where no record of a search is given."""
+    split: str
+    """What the accuracies are measured on: "test", or "val" for the held-out part of the training samples."""
     updates: int
     """Steps of the optimizer over the stream; of a run that continues from an export, its own."""
 

@@ -84,6 +84,7 @@ def held(training: int) -> dict[str, dict[str, int]]:
             rows(*(run("gem", seed, conditions={"updates": 7}) for seed in range(5))),
             "unequal updates (7 to 100)",
         ),
+        (rows(conditions={"split": "val"}), "accuracies on held-out training samples"),
         (rows(without=["tuned_for", "updates"]), "not recorded: tuning, updates"),
         (rows(by_class=None), "not recorded: test samples"),
     ],

@@ -9,6 +9,7 @@ import pytest
 from bpn_lightning.bench import cli, runner
 from bpn_lightning.bench.cli import main
 from bpn_lightning.bench.grid import packaged_grids
+from bpn_lightning.bench.tuning import packaged_tunings
 
 Write = Callable[..., str]
 
@@ -17,7 +18,7 @@ def test_help_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: bpn-bench GRID")
     assert main(["--list"]) == 0
-    assert capsys.readouterr().out.split() == packaged_grids()
+    assert capsys.readouterr().out.split() == [*packaged_grids(), *packaged_tunings()]
 
 
 @pytest.mark.parametrize(

@@ -472,7 +472,7 @@ def test_figure_7_averages_groups_and_tests(record: Make) -> None:
 def test_sweeps_and_gains_over_a_varied_key(record: Make) -> None:
     key = "model.optimizer.init_args.lr"
     runs = [
-        record(method, seed, [[value + 0.01 * seed]], variant={key: lr})
+        record(method, seed, [[value + 0.01 * seed]], variant={key: lr}, recorded={})
         for method, values in (("bd+psp", (0.6, 0.8)), ("psp", (0.3, 0.75)))
         for lr, value in zip((0.001, 0.01), values, strict=True)
         for seed in (0, 1)
@@ -481,14 +481,27 @@ def test_sweeps_and_gains_over_a_varied_key(record: Make) -> None:
     assert [row[:2] for row in sweep.table.rows] == [
         ["bd+psp", "0.001"], ["bd+psp", "0.01"], ["psp", "0.001"], ["psp", "0.01"],
     ]  # fmt: skip
+    # Held-out samples choose the rate that the test set does not.
+    for one in runs:
+        slow = one.variant[key] == 0.001
+        one.results["validation"]["average"] = 0.9 if slow == (one.method == "bd+psp") else 0.8
+    (sweep,) = sweeps.sweeps(collection(runs))
+    assert sweep.table.columns[-2:] == ("ACC, held-out samples", "chosen")
+    assert [row[-1] for row in sweep.table.rows] == ["yes", None, None, "yes"]
     (gain,) = sweeps.gains(collection(runs, compare=(("bd+psp", "psp"),)))
-    assert [row[0] for row in gain.table.rows] == ["0.001", "0.01", "each at its own best"]
+    assert [row[0] for row in gain.table.rows] == ["0.001", "0.01", "each at its chosen value"]
     difference = gain.table.rows[0][3]
     assert isinstance(difference, Interval)
     assert difference.mean == pytest.approx(0.3)
     assert gain.table.rows[0][4] == pytest.approx(100 * (0.605 / 0.305 - 1))
-    assert gain.table.rows[2][4] == pytest.approx(100 * (0.805 / 0.755 - 1))
-    assert legend(gain.figure) == ["bd+psp", "psp", "psp, at its own best"]
+    assert gain.table.rows[2][4] == pytest.approx(100 * (0.605 / 0.755 - 1))
+    assert legend(gain.figure) == ["bd+psp", "psp", "psp, at its chosen value"]
+    for one in runs[:2]:  # both seeds of one value
+        del one.results["validation"]  # type: ignore[attr-defined]
+    (gain,) = sweeps.gains(collection(runs, compare=(("bd+psp", "psp"),)))
+    assert [row[0] for row in gain.table.rows] == ["0.001", "0.01"]
+    assert "held nothing out" in gain.caption
+    assert legend(gain.figure) == ["bd+psp", "psp"]
 
 
 def test_words_in_place_of_numbers_are_rows(record: Make) -> None:

@@ -16,7 +16,9 @@ from bpn_lightning.cli.main import main
 pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("bench", "sweeps"))
+FILES = sorted(
+    p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("bench", "sweeps", "tune")
+)
 EXPERIMENTS = [name.removesuffix(".yaml") for name in packaged_configs()]
 RUNS = [(experiment, method) for experiment in EXPERIMENTS for method in methods_of(experiment)]
 ENOUGH = representatives([dict(enumerate(run)) for run in RUNS])

@@ -15,6 +15,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from bpn_lightning.datamodules import PermutedMNIST, RotatedMNIST, SplitDigits, StreamOf
 from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.base import ContinualDataModule
+from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.errors import ConfigurationError, DataError
 from bpn_lightning.tasks import Batch, ContinualStream, Split, Task, TrainingEpoch
@@ -110,6 +111,36 @@ def test_the_parts_are_disjoint_and_complete(toy: Make, fraction: float) -> None
     for split, part in (("train", 0), ("val", 0), ("test", 1)):
         for batch in stream.loader(0, split):
             assert batch.inputs[:, 2].eq(part).all(), "test images are not training images"
+
+
+class Sealed(torch.Tensor):
+    """Images that tell their shape and dtype, and refuse to be looked at."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("__get__", "__len__", "dim", "is_floating_point"):
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise AssertionError(f"the test set was read by {func.__name__}")
+
+
+def test_the_test_set_is_not_read_where_the_held_out_part_is_evaluated(fit) -> None:
+    class SealedDigits(SplitDigits):
+        def read(self):
+            data = super().read()
+            images = data.test.images.as_subclass(Sealed)
+            return data._replace(test=Samples(images, data.test.labels))
+
+    def make(**more: object) -> SealedDigits:
+        return SealedDigits(num_tasks=2, validation_fraction=0.2, seed=0, **more)  # type: ignore[arg-type]
+
+    module, trainer = fit(stream=make(evaluation_split="val"), evaluate_every="epoch")
+    trainer.test(module, datamodule=trainer.datamodule, verbose=False)
+    held = module.evaluate(split="val")
+    assert torch.equal(module.accuracy_matrix.accuracy[2], held)
+    sizes = [len(trainer.datamodule.members(task, "val")) for task in range(2)]
+    assert module.history.class_counts["accuracy"]["tasks"] == sizes
+    with pytest.raises(AssertionError, match="the test set was read"):
+        fit(stream=make())
 
 
 def test_held_out_part_follows_the_seed_and_not_the_order_of_classes(toy: Make) -> None:
@@ -335,6 +366,11 @@ def test_only_training_batches_of_an_augmenting_stream_are_augmented(toy: Make) 
         ({"epochs_per_task": [1, 2]}, "each of the 3 tasks, but got 2"),
         ({"validation_fraction": 1.0}, "validation_fraction .* below 1, but got 1.0"),
         ({"validation_fraction": -0.1}, "validation_fraction .* got -0.1"),
+        ({"evaluation_split": "train"}, "evaluation_split to be one of test, val, but got 'train'"),
+        (
+            {"evaluation_split": "val"},
+            "validation_fraction to be above 0 where evaluation_split is",
+        ),
         ({"reset_optimizer": "sometimes"}, "reset_optimizer .* got 'sometimes'"),
         ({"num_tasks": 4}, r"at most the 6 classes of the toy in here, but got 4 \* 2"),
         ({"classes_per_task": 7}, r"at most the 6 classes .* but got 1 \* 7"),

@@ -140,6 +140,13 @@ def test_nothing_is_copied_for_a_task(make: Any) -> None:
     assert sizes[1] - sizes[0] < 100 * 1000  # bytes: the tasks' names and numbers
 
 
+def test_the_whole_held_out_part_is_evaluated_whatever_test_samples_says(make: Any) -> None:
+    held = {"validation_fraction": 0.5, "evaluation_split": "val"}
+    stream = make(num_tasks=2, test_samples=60, **held)
+    assert len(stream.members(1, "test")) == COUNT // 2
+    assert torch.equal(stream.members(1, "test"), stream.members(1, "val"))
+
+
 def test_a_task_may_take_a_part_of_the_images(make: Any) -> None:
     stream = make(num_tasks=3, train_samples=20, test_samples=7)
     drawn = [frozenset(stream.members(task, "train").tolist()) for task in range(3)]

@@ -167,6 +167,9 @@ def test_bad_lists_are_refused(toy: Make) -> None:
         StreamOf(["SplitDigits"])  # type: ignore[list-item]
     with pytest.raises(ConfigurationError, match="validation_fraction"):
         StreamOf([toy(), toy(validation_fraction=0.1)])
+    held = {"validation_fraction": 0.1}
+    with pytest.raises(ConfigurationError, match="evaluation_split to be the same in all streams"):
+        StreamOf([toy(**held), toy(**held, evaluation_split="val")])
     with pytest.raises(ConfigurationError, match=r"one shape, but got .*\(2,\)"):
         StreamOf([toy(), Gaussians()]).setup()
     with pytest.raises(ConfigurationError, match="share columns"):

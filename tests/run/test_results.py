@@ -130,6 +130,7 @@ def test_what_a_comparison_depends_on_is_recorded(tmp_path: Path) -> None:
         "scenarios": scenarios("all", task_id_at_inference=True, agnostic=True),
         "order": "seed",
         "tuned_for": None,
+        "split": "test",
         "updates": 12,
     }
     counts: ClassCounts = {
