@@ -19,6 +19,7 @@ COMMON = WHOLE | {
     "batch_size": 16,
     "eval_batch_size": 50,
     "validation_fraction": 0.25,
+    "evaluation_split": "val",
 }
 CLASSES = {
     "num_tasks": 3,
