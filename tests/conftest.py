@@ -22,12 +22,30 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("BPN_DATA", None)  # a test makes its data, or finds none
 
+#: The files that take longest, half a minute or more on one core.
+LONGEST = [
+    "test_docs.py",
+    "run/test_faults.py",
+    "cli/test_cli.py",
+    "test_conformance.py",
+    "bench/test_warm.py",
+    "modes/test_exporters.py",
+    "serve/test_server.py",
+    "cli/test_continue.py",
+    "cli/test_bad_input.py",
+    "model/test_growth.py",
+    "run/test_dashboards.py",
+    "test_gate_conformance.py",
+    "report/test_browser.py",
+    "test_notebook.py",
+]
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs several processes as slow, and most cells of matrices; begin with slow files.
+    """Mark what needs several processes as slow, and most cells of matrices; begin with the longest files.
 
     Workers take one file after another (`--dist loadfile`): what is long must not come last.
     """
@@ -36,8 +54,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
     for _, cells in groupby(items, key=lambda item: (item.path, getattr(item, "function", item))):
         _mark_cells([cell for cell in cells if hasattr(cell, "callspec")])
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    longest = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in longest), "Correct LONGEST: a file of it has moved."
+    items.sort(key=lambda item: (longest.get(item.path, len(longest)), item.path not in slow))
 
 
 @pytest.fixture(autouse=True)

@@ -321,6 +321,9 @@ LEARN = [
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.filterwarnings(
+    "ignore:The stream has no data of tasks 1 to 3"
+)  # which are in the bundle
 def test_a_fourth_task_is_learned_while_three_are_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
