@@ -48,9 +48,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from bpn_lightning import files
 from bpn_lightning.cli import train
 from bpn_lightning.cli.main import main as bpn_fit
+from bpn_lightning.files import writing
 from bpn_lightning.model import host, module, task_loop
 from bpn_lightning.nn import MLP
 from bpn_lightning.run import checkpoints, recording
@@ -231,7 +231,7 @@ def watch(clock: Clock) -> None:
     before(recording.LastCheckpoint, "_publish", "after a batch or epoch")
     before(train, "write_results", "results")
     before(os, "replace", lambda old, new: f"renaming to {_kind(Path(new))}")
-    files.open = lambda path, mode: _Slow(path, mode, clock)  # type: ignore[attr-defined]
+    writing.open = lambda path, mode: _Slow(path, mode, clock)  # type: ignore[attr-defined]
 
 
 class _Slow:

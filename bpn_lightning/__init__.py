@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         ProcessesError,
         ResultsError,
     )
-    from bpn_lightning.export import export_module, load_exported
+    from bpn_lightning.export.exporting import export_module, load_exported
     from bpn_lightning.host import ContinualHost
     from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
     from bpn_lightning.model.evaluation import evaluate
@@ -71,8 +71,8 @@ _FILES = {
     "Schedule": "tasks",
     "Task": "tasks",
     "evaluate": "model.evaluation",
-    "export_module": "export",
-    "load_exported": "export",
+    "export_module": "export.exporting",
+    "load_exported": "export.exporting",
 }
 
 

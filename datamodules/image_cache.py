@@ -19,7 +19,7 @@ from torch import Tensor
 from bpn_lightning.datamodules.image_sets.listing import Entry
 from bpn_lightning.datamodules.limits import Fault, refuse_damaged
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.untrusted import open_untrusted, read_json
+from bpn_lightning.files.untrusted import open_untrusted, read_json
 
 __all__ = ["CachedImages", "Damage", "cached_images"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bpn_lightning.errors import DataError
-from bpn_lightning.untrusted import MOST_TIMES, is_bomb, is_inside, open_untrusted
+from bpn_lightning.files.untrusted import MOST_TIMES, is_bomb, is_inside, open_untrusted
 
 __all__ = [
     "Fault",

@@ -22,8 +22,8 @@ from bpn_lightning.datamodules.limits import (
 )
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.errors import DataError
+from bpn_lightning.files.untrusted import open_untrusted
 from bpn_lightning.terminal import is_utf8
-from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["ImageData", "has_class_folders", "list_class_folders", "read_class_folders", "read_npz"]
 

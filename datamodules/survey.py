@@ -12,7 +12,7 @@ from bpn_lightning.datamodules.arrays import ARRAYS, KINDS, from_arrays
 from bpn_lightning.datamodules.limits import Fault, open_image
 from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import list_class_folders, read_npz
-from bpn_lightning.untrusted import open_untrusted
+from bpn_lightning.files.untrusted import open_untrusted
 
 __all__ = ["PARTS", "Survey", "survey"]
 

@@ -18,7 +18,7 @@ from bpn_lightning.datamodules.misplaced import misplaced_hint
 from bpn_lightning.datamodules.normalization import ChannelStats
 from bpn_lightning.datamodules.readers import ImageData, has_class_folders, read_class_folders
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.untrusted import open_untrusted
+from bpn_lightning.files.untrusted import open_untrusted
 
 __all__ = ["SplitCIFAR10", "SplitCIFAR100", "SplitFashionMNIST", "SplitMNIST"]
 

@@ -17,7 +17,7 @@ ROOMS = ("strategies", "datamodules", "configs")
 LAYERS = [
     {"terminal", "trainer.lightning"},
     {"errors", "random_state"},
-    {"checks", "files", "intervals", "lock", "preparation", "tasks", "untrusted"},
+    {"checks", "files", "intervals", "preparation", "tasks"},
     {"costs", "metrics"},
     {"nn"},
     {"host"},
@@ -28,7 +28,6 @@ LAYERS = [
     {"run"},
     {"model"},
     {"export"},
-    {"adding"},
     {"cli"},
     {"conformance"},
     {"analysis"},

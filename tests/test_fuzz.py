@@ -33,7 +33,7 @@ from bpn_lightning.cli.config_files import CONFIGS
 from bpn_lightning.datamodules import SplitArrays, SplitDigits, SplitImageFolder, SplitMNIST
 from bpn_lightning.datamodules.image_sets import IMAGE_SETS, make_image_set
 from bpn_lightning.errors import BPNLightningError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.nn import MLP
 from bpn_lightning.report.page import render
 from bpn_lightning.report.reading import find_runs

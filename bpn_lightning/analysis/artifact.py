@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bpn_lightning.analysis.table import Table
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.run.drawing import save_figure
 
 __all__ = ["Artifact", "seeds_text", "slug"]

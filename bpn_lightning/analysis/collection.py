@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from bpn_lightning.analysis.record import MAX_COUNT, RunRecord, check_curve, check_record
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.metrics.scores import AfterLearning, TaskAgnostic
 from bpn_lightning.run.moments import Row
 from bpn_lightning.run.schema import (

@@ -13,8 +13,8 @@ from bpn_lightning.bench.grid import Grid
 from bpn_lightning.bench.runner import state
 from bpn_lightning.cli.config_files import read_yaml
 from bpn_lightning.errors import ConfigurationError, ResultsError
+from bpn_lightning.files.untrusted import read_json
 from bpn_lightning.run.identity import defining, differences
-from bpn_lightning.untrusted import read_json
 
 __all__ = ["add_to_kept", "check_kept", "collect"]
 

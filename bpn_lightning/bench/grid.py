@@ -51,7 +51,7 @@ from bpn_lightning.bench.orders import ORDER, class_orders
 from bpn_lightning.cli.command import read_command
 from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.files import check_name
+from bpn_lightning.files.writing import check_name
 from bpn_lightning.run.identity import CLASS_ORDER, PARTS, named_value
 
 __all__ = [

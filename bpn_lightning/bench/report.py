@@ -15,7 +15,7 @@ from bpn_lightning.bench.sweeps import gains, sweeps
 from bpn_lightning.bench.tables import accuracy, bytes_per_task, paired_tests
 from bpn_lightning.bench.variance import order_variance
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.paper.curves import figure_6
 from bpn_lightning.paper.many_tasks import figure_7
 from bpn_lightning.paper.mechanism import drift, figure_5, moves

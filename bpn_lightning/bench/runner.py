@@ -28,11 +28,11 @@ import yaml
 from bpn_lightning.bench.cell import Cell
 from bpn_lightning.cli.command import flag_values
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.files import refuse_outside, write_atomically
-from bpn_lightning.lock import FolderLock, holder
+from bpn_lightning.files.lock import FolderLock, holder
+from bpn_lightning.files.untrusted import MAX_CONFIG_BYTES, open_untrusted, read_json, read_text
+from bpn_lightning.files.writing import refuse_outside, write_atomically
 from bpn_lightning.run.identity import OBSERVED, decides
 from bpn_lightning.terminal import printable
-from bpn_lightning.untrusted import MAX_CONFIG_BYTES, open_untrusted, read_json, read_text
 
 __all__ = ["Executor", "Failure", "Runner", "State", "on_this_machine", "start", "state"]
 

@@ -13,8 +13,9 @@ from bpn_lightning.bench.runner import BPN_FIT, Executor, Failure, Runner, on_th
 from bpn_lightning.bench.search import Outcome, Search, Trial, make_search, optimize
 from bpn_lightning.bench.tuning import ARGUMENTS, Tuning
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.files import write_atomically
-from bpn_lightning.lock import FolderLock
+from bpn_lightning.files.lock import FolderLock
+from bpn_lightning.files.untrusted import read_json, read_text
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.run.tuning import (
     OTHER_CLASSES,
     OTHER_DRAWS,
@@ -25,7 +26,6 @@ from bpn_lightning.run.tuning import (
     TuningStream,
     read_tuning,
 )
-from bpn_lightning.untrusted import read_json, read_text
 
 __all__ = ["RECORD", "find_stream", "tune"]
 

@@ -35,7 +35,7 @@ from bpn_lightning import registry
 from bpn_lightning.cli.messages import SHORT_NAMES
 from bpn_lightning.cli.trust import NEVER
 from bpn_lightning.errors import ConfigurationError, needs_trust
-from bpn_lightning.files import has_variable
+from bpn_lightning.files.writing import has_variable
 
 __all__ = [
     "Given",

@@ -15,7 +15,7 @@ from bpn_lightning.checks import check_positive_int
 from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.cli.trust import add_trusted_names
 from bpn_lightning.errors import CheckpointError, ConfigurationError, did_you_mean
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.terminal import printable
 
 if TYPE_CHECKING:
@@ -106,10 +106,10 @@ def _with_newer_temperatures(source: Path, bundle: "Bundle") -> "Bundle | None":
 
 
 def _remove(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[str]:
+    from bpn_lightning.files.untrusted import read_json
     from bpn_lightning.modes.bundle import CONFIG, TASKS
     from bpn_lightning.modes.card import write_card
     from bpn_lightning.modes.changing import write_formats
-    from bpn_lightning.untrusted import read_json
 
     name, common = arguments.task, bundle.record["structure"]["preparation"]
     one = bundle.tasks.get(name)

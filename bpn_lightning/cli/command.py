@@ -36,7 +36,7 @@ from bpn_lightning.cli.trust import (
 )
 from bpn_lightning.cli.tuned import TunedValues, read_tuned_values
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.files import check_name
+from bpn_lightning.files.writing import check_name
 from bpn_lightning.terminal import is_utf8
 
 __all__ = ["Command", "flag_values", "read_command"]

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from bpn_lightning.errors import ConfigurationError, did_you_mean
-from bpn_lightning.untrusted import MAX_CONFIG_BYTES, read_text
+from bpn_lightning.files.untrusted import MAX_CONFIG_BYTES, read_text
 
 __all__ = [
     "CONFIGS",

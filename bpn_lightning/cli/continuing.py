@@ -7,7 +7,8 @@ from typing import Any
 from bpn_lightning.cli.past import PastRun, runs_before
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.export import past_of_export, restore_exported
+from bpn_lightning.export.exporting import past_of_export, restore_exported
+from bpn_lightning.files.untrusted import read_text
 from bpn_lightning.model.extending import past_of
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.run.checkpoints import callback_state, read_checkpoint
@@ -16,7 +17,6 @@ from bpn_lightning.run.recording import LastCheckpoint
 from bpn_lightning.run.results import read_results
 from bpn_lightning.run.schema import Continues
 from bpn_lightning.tasks import Past
-from bpn_lightning.untrusted import read_text
 
 __all__ = ["continue_stream", "list_tasks"]
 

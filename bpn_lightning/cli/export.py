@@ -39,7 +39,7 @@ def _export(arguments: argparse.Namespace) -> Path:
             f"Expected RUN to be the folder of a run of bpn-fit, but there is none at {run}. Name another."
         )
     described, backbone, mask = _configured(run / "config.yaml", arguments.trust)
-    from bpn_lightning.export import export_module  # slow: imports torch and lightning
+    from bpn_lightning.export.exporting import export_module  # slow: imports torch and lightning
     from bpn_lightning.model.module import ContinualModule
 
     checkpoint = run / "checkpoints" / "last.ckpt"

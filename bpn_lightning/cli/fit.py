@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 
-from bpn_lightning.adding import AddToBundle
 from bpn_lightning.cli.allowed import Given, canonical_names, check_given, check_places, given
 from bpn_lightning.cli.command import Command
 from bpn_lightning.cli.config_files import PLACES
@@ -30,7 +29,8 @@ from bpn_lightning.cli.trust import restrict_imports
 from bpn_lightning.datamodules import DATAMODULES
 from bpn_lightning.datamodules.base import ContinualDataModule
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.files import check_name, refuse_outside, write_atomically
+from bpn_lightning.export.adding import AddToBundle
+from bpn_lightning.files.writing import check_name, refuse_outside, write_atomically
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.registry import CLASS_PATH
 from bpn_lightning.run.checkpoints import AtomicCheckpointIO

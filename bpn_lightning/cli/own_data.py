@@ -10,6 +10,7 @@ import yaml
 
 from bpn_lightning.datamodules.survey import Survey, survey
 from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.terminal import printable
 
 __all__ = ["describe", "faults_of", "new_config"]
@@ -251,8 +252,7 @@ def new_config(argv: Sequence[str]) -> str:
         )
     text = _config(file, found)
     try:
-        with file.open("x", encoding="utf-8") as out:
-            out.write(text)
+        write_atomically(file, text.encode())
     except OSError as error:
         raise ConfigurationError(
             f"Expected --new to be a file that can be written, but got {file}: {error.strerror}. Name another one."

@@ -8,7 +8,7 @@ from typing import Any
 
 from bpn_lightning.cli.config_files import PLACES, ConfigLayer, read_layer
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.files import EXPORT_FILES
+from bpn_lightning.files.writing import EXPORT_FILES
 
 __all__ = [
     "PastRun",

@@ -13,9 +13,9 @@ from bpn_lightning.checks import check_number, check_positive_int
 from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.cli.trust import add_trusted_names
 from bpn_lightning.errors import BPNLightningError, ConfigurationError, DataError, ResultsError
-from bpn_lightning.files import csv_text, write_atomically
+from bpn_lightning.files.untrusted import is_inside
+from bpn_lightning.files.writing import csv_text, write_atomically
 from bpn_lightning.terminal import printable
-from bpn_lightning.untrusted import is_inside
 
 if TYPE_CHECKING:
     from bpn_lightning.cli.answers import Write

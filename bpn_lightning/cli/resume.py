@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpn_lightning.adding import AddToBundle
 from bpn_lightning.cli.output import notify
 from bpn_lightning.errors import CheckpointError, ConfigurationError
+from bpn_lightning.export.adding import AddToBundle
 from bpn_lightning.run.checkpoints import callback_state, read_checkpoint
 from bpn_lightning.run.dashboards import Dashboard
 from bpn_lightning.run.identity import differences, run_name
@@ -25,7 +25,7 @@ class Resumed:
         path: the file.
         loggers: the loggers of the run, and the IDs of the runs to which they append.
         global_step: number of updates before it.
-        adding: state of :class:`~bpn_lightning.adding.AddToBundle` in it; empty where there was none.
+        adding: state of :class:`~bpn_lightning.export.adding.AddToBundle` in it; empty where there was none.
     """
 
     path: Path

@@ -20,6 +20,7 @@ from bpn_lightning.cli.output import notify, quiet_lightning
 from bpn_lightning.cli.resume import how_to_resume, last_checkpoint, previous_checkpoint
 from bpn_lightning.costs import bytes_held, bytes_per_task
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.files.untrusted import read_text
 from bpn_lightning.nn.pretrained import with_origin
 from bpn_lightning.run.console import final_table, gate_table
 from bpn_lightning.run.dashboards import close_adapters, upload_artifacts
@@ -30,7 +31,6 @@ from bpn_lightning.run.provenance import collect_provenance
 from bpn_lightning.run.results import write_results
 from bpn_lightning.run.scenarios import scenarios
 from bpn_lightning.run.schema import Conditions, FrontRecord, PretrainedRecord
-from bpn_lightning.untrusted import read_text
 
 __all__ = ["fit"]
 

@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from bpn_lightning.errors import BPNLightningError, CheckpointError
-from bpn_lightning.files import why_unreadable
+from bpn_lightning.files.writing import why_unreadable
 from bpn_lightning.model.gates import describe_gates, rebuild_gates
 from bpn_lightning.model.growth import grow_checkpoint, is_continued
 from bpn_lightning.model.host import Host

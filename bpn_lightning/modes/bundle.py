@@ -34,14 +34,14 @@ from typing import Any
 from torch import Tensor
 
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
-from bpn_lightning.files import check_name, write_atomically
+from bpn_lightning.files.untrusted import is_inside, read_json
+from bpn_lightning.files.writing import check_name, write_atomically
 from bpn_lightning.modes.hashed import read_named, read_tensors, stamp_of, write_tensors
 from bpn_lightning.modes.layout import layout_of, packed, unpacked
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.nn.weights import digest_tensors
 from bpn_lightning.preparation import Preparation
 from bpn_lightning.tasks import Task
-from bpn_lightning.untrusted import is_inside, read_json
 
 __all__ = [
     "ACCURACY",

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.intervals import wilson_interval
 from bpn_lightning.modes.bundle import ACCURACY, CARD, Bundle
 from bpn_lightning.modes.calibration import uncalibrated

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.files import write_atomically
-from bpn_lightning.lock import FolderLock
+from bpn_lightning.files.lock import FolderLock
+from bpn_lightning.files.untrusted import read_json
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.modes.bundle import (
     ACCURACY,
     CONFIG,
@@ -25,7 +26,6 @@ from bpn_lightning.modes.bundle import (
 )
 from bpn_lightning.modes.hashed import is_named_by_hash, write_named
 from bpn_lightning.modes.training_state import FOLDER
-from bpn_lightning.untrusted import read_json
 
 __all__ = ["add_files", "changing", "formats_of", "replace_files", "write_formats"]
 

@@ -11,8 +11,8 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from bpn_lightning.files import write_atomically
-from bpn_lightning.untrusted import open_untrusted
+from bpn_lightning.files.untrusted import open_untrusted
+from bpn_lightning.files.writing import write_atomically
 
 __all__ = [
     "is_named_by_hash",

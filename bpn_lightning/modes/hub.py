@@ -15,7 +15,7 @@ from bpn_lightning.errors import (
     ConfigurationError,
     ResultsError,
 )
-from bpn_lightning.files import flush
+from bpn_lightning.files.writing import flush
 from bpn_lightning.modes.bundle import CONFIG, MAX_TASKS, explained, read_bundle
 from bpn_lightning.modes.contents import contents, is_content, is_training_state, leads_out
 from bpn_lightning.modes.training_state import (

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bpn_lightning.errors import CheckpointError, ResultsError
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.untrusted import MAX_TEXT_BYTES, read_json
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.modes.bundle import Bundle, structure_of
 from bpn_lightning.modes.hashed import read_named, write_named
 from bpn_lightning.modes.joining import parts_of
@@ -29,7 +30,6 @@ from bpn_lightning.modes.plain_values import put_back, set_aside
 from bpn_lightning.modes.splitting import assembled
 from bpn_lightning.nn.structure import Structure, check_schema, schema_fields
 from bpn_lightning.nn.weights import digest_tensors
-from bpn_lightning.untrusted import MAX_TEXT_BYTES, read_json
 
 __all__ = [
     "FOLDER",

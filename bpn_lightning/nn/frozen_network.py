@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.untrusted import open_untrusted
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.nn.fronts import Front
 from bpn_lightning.nn.weights import digest_tensors, hash_of, load_weights, read_state_dict
 from bpn_lightning.random_state import seeded_generator
-from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["FeatureFiles", "FrozenNetwork"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
-from bpn_lightning.files import why_unreadable
+from bpn_lightning.files.writing import why_unreadable
 from bpn_lightning.nn.pretrained import (
     Interpolation,
     Pretrained,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpn_lightning.errors import ConfigurationError, DataError, did_you_mean
+from bpn_lightning.files.untrusted import read_json
 from bpn_lightning.nn.pretrained import (
     Interpolation,
     Pretrained,
@@ -16,7 +17,6 @@ from bpn_lightning.nn.pretrained import (
     import_extra,
 )
 from bpn_lightning.nn.weights import other_network, read_state_dict
-from bpn_lightning.untrusted import read_json
 
 __all__ = ["transformers_backbone"]
 

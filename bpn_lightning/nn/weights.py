@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bpn_lightning.errors import DataError
-from bpn_lightning.files import why_unreadable
-from bpn_lightning.untrusted import check_untrusted, open_untrusted, refuse_deflated
+from bpn_lightning.files.untrusted import check_untrusted, open_untrusted, refuse_deflated
+from bpn_lightning.files.writing import why_unreadable
 
 __all__ = ["digest_tensors", "hash_of", "load_weights", "other_network", "read_state_dict"]
 

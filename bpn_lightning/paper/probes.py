@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.nn.layers import BiasUnits, evaluation_mode
 
 __all__ = ["Drift", "Moves", "Probe", "Regions"]

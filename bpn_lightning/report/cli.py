@@ -7,9 +7,9 @@ from pathlib import Path
 
 from bpn_lightning.cli.entry_point import entry_point
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files.untrusted import open_untrusted
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.terminal import printable
-from bpn_lightning.untrusted import open_untrusted
 
 __all__ = ["main"]
 

@@ -10,9 +10,9 @@ from bpn_lightning.analysis.collection import CELLS, Collection, read_collection
 from bpn_lightning.analysis.record import RunRecord, read_run
 from bpn_lightning.bench.cell import Cell
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.files.untrusted import is_inside
 from bpn_lightning.report.settings import setting_labels
 from bpn_lightning.run.identity import OBSERVED, decides, is_method_folder, other_gates, short
-from bpn_lightning.untrusted import is_inside
 
 __all__ = ["Found", "Problem", "find_runs"]
 

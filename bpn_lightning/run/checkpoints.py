@@ -15,9 +15,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from bpn_lightning.errors import CheckpointError
-from bpn_lightning.files import why_unreadable, write_atomically
+from bpn_lightning.files.untrusted import is_bomb, open_untrusted, refuse_deflated
+from bpn_lightning.files.writing import why_unreadable, write_atomically
 from bpn_lightning.run.pickles import check_pickle
-from bpn_lightning.untrusted import is_bomb, open_untrusted, refuse_deflated
 
 __all__ = ["AtomicCheckpointIO", "callback_state", "read_checkpoint"]
 
@@ -27,7 +27,7 @@ _MOST_TIMES_LARGER = 100
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written by :func:`~bpn_lightning.files.write_atomically`.
+    """Lightning's checkpoints, written by :func:`~bpn_lightning.files.writing.write_atomically`.
 
     Lightning's own plugin needs twice the size of the file in memory, and renames it before it is flushed
     to disk.

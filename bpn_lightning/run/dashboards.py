@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from PIL import Image
 from torch import Tensor
 
-from bpn_lightning.files import csv_text
+from bpn_lightning.files.writing import csv_text
 from bpn_lightning.metrics.accuracy_matrix import AccuracyMatrix
 from bpn_lightning.run.drawing import render
 from bpn_lightning.run.figures import accuracy_curves, accuracy_heatmap

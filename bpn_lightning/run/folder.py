@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.files import flush
-from bpn_lightning.lock import FolderLock
+from bpn_lightning.files.lock import FolderLock
+from bpn_lightning.files.writing import flush
 
 __all__ = ["RunFolder", "written_files"]
 

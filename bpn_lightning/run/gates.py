@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
-from bpn_lightning.files import csv_text
+from bpn_lightning.files.writing import csv_text
 from bpn_lightning.run.schema import GateAccuracy, GateMoment, GateResults
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.files import flush, why_unreadable, write_atomically
+from bpn_lightning.files.untrusted import read_text
+from bpn_lightning.files.writing import flush, why_unreadable, write_atomically
 from bpn_lightning.tasks import Task
 from bpn_lightning.trainer.lightning import is_last_batch
 from bpn_lightning.trainer.preemption import StopRequests
-from bpn_lightning.untrusted import read_text
 
 __all__ = ["Intervals", "LastCheckpoint", "MetricsFile"]
 

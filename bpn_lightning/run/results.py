@@ -30,7 +30,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.files import csv_text, write_atomically
+from bpn_lightning.files.untrusted import read_text
+from bpn_lightning.files.writing import csv_text, write_atomically
 from bpn_lightning.run.gates import gate_results, gates_csv
 from bpn_lightning.run.identity import setup_name
 from bpn_lightning.run.schema import (
@@ -44,7 +45,6 @@ from bpn_lightning.run.schema import (
     Validation,
     read_schema,
 )
-from bpn_lightning.untrusted import read_text
 
 if TYPE_CHECKING:  # reading a result needs no torch; writing one imports it below
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ from types import NoneType, UnionType
 from typing import Any, TypedDict, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from bpn_lightning.errors import ResultsError
+from bpn_lightning.files.untrusted import read_json
 from bpn_lightning.metrics.scores import AfterLearning, Calibration, TaskAgnostic
-from bpn_lightning.untrusted import read_json
 
 __all__ = [
     "MAX_TASKS",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from bpn_lightning.errors import ConfigurationError, ResultsError
+from bpn_lightning.files.untrusted import MAX_TEXT_BYTES, open_untrusted
 from bpn_lightning.run.schema import Tuned, read_schema
-from bpn_lightning.untrusted import MAX_TEXT_BYTES, open_untrusted
 
 __all__ = [
     "DRAWN_BY_SEED",

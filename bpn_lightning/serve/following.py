@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bpn_lightning.errors import BPNLightningError
+from bpn_lightning.files.untrusted import read_json
 from bpn_lightning.modes import Modes
 from bpn_lightning.modes.bundle import CONFIG, TASK_CONFIG, TASKS
 from bpn_lightning.terminal import printable
-from bpn_lightning.untrusted import read_json
 
 __all__ = ["Follower", "fingerprint", "task_table"]
 

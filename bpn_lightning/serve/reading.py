@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 
-from bpn_lightning.untrusted import parse_json
+from bpn_lightning.files.untrusted import parse_json
 
 __all__ = ["DTYPES", "Item", "Limits", "read_item"]
 

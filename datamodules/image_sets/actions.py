@@ -15,7 +15,7 @@ from bpn_lightning.datamodules.image_sets.listing import (
 )
 from bpn_lightning.datamodules.limits import check_paths_inside
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.untrusted import MAX_TEXT_BYTES, open_untrusted
+from bpn_lightning.files.untrusted import MAX_TEXT_BYTES, open_untrusted
 
 __all__ = ["VOCActions"]
 

@@ -16,7 +16,7 @@ from bpn_lightning.datamodules.image_sets.listing import (
     Listing,
 )
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.untrusted import read_text
+from bpn_lightning.files.untrusted import read_text
 
 __all__ = ["Chars74K"]
 

@@ -19,7 +19,7 @@ from bpn_lightning.datamodules.limits import (
     refuse_bomb,
 )
 from bpn_lightning.errors import DataError
-from bpn_lightning.untrusted import open_untrusted, read_text
+from bpn_lightning.files.untrusted import open_untrusted, read_text
 
 __all__ = ["Counts", "Entry", "ImageSet", "Listing"]
 

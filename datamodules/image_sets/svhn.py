@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import loadmat, whosmat
 
 from bpn_lightning.datamodules.image_sets.listing import Counts, Entry, ImageSet, Listing
-from bpn_lightning.untrusted import open_untrusted
+from bpn_lightning.files.untrusted import open_untrusted
 
 __all__ = ["SVHN"]
 

@@ -19,7 +19,7 @@ from bpn_lightning.bench.collect import collect
 from bpn_lightning.bench.grid import read_grid
 from bpn_lightning.bench.runner import Runner, on_this_machine, state
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.lock import FolderLock
+from bpn_lightning.files.lock import FolderLock
 
 Write = Callable[..., str]
 

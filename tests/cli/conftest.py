@@ -77,7 +77,7 @@ def cut(_: object) -> None:
 
 def array_bomb(patch: pytest.MonkeyPatch) -> None:
     """Instead of a gigabyte: as if much less were too much."""
-    patch.setattr("bpn_lightning.untrusted.MOST_BYTES", 2**20)
+    patch.setattr("bpn_lightning.files.untrusted.MOST_BYTES", 2**20)
     arrays(train_images=np.zeros((2**15, 8, 8), np.uint8))(None)
 
 

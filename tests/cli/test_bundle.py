@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from bpn_lightning.cli.bundle import main
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.modes import load
 from bpn_lightning.modes.exporters import write_onnx, write_peft
 from bpn_lightning.nn import MLP

@@ -12,7 +12,7 @@ from copies import work_in_a_copy
 
 from bpn_lightning.cli import train
 from bpn_lightning.cli.main import main
-from bpn_lightning.lock import FolderLock
+from bpn_lightning.files.lock import FolderLock
 from bpn_lightning.terminal import plain_warnings
 
 pytestmark = pytest.mark.slow

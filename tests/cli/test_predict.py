@@ -18,7 +18,7 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.cli import answers
 from bpn_lightning.cli.predict import main
 from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.export import export_module
+from bpn_lightning.export.exporting import export_module
 from bpn_lightning.strategies import BeneficialPerturbation
 
 Said = pytest.CaptureFixture[str]

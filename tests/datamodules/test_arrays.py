@@ -15,7 +15,7 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.cli.main import main
 from bpn_lightning.datamodules import SplitArrays, SplitDigits, StreamOf
 from bpn_lightning.errors import ConfigurationError, DataError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.functional.importance import fisher_diagonal
 from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import (

@@ -105,7 +105,7 @@ def test_a_bomb_inside_of_a_structure_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Matlab's table of contents says of a structure that it is one thing."""
-    monkeypatch.setattr("bpn_lightning.untrusted.MOST_BYTES", 2**20)
+    monkeypatch.setattr("bpn_lightning.files.untrusted.MOST_BYTES", 2**20)
     path = tmp_path / "x.mat"
     savemat(path, {"a": {"b": {"c": np.zeros(2**22, np.uint8)}}}, do_compression=True)
     with pytest.raises(DataError, match="to unpack to at most 100 times its"):
@@ -115,7 +115,7 @@ def test_a_bomb_inside_of_a_structure_is_seen(
 
 
 def test_a_matlab_file_that_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bpn_lightning.untrusted.MOST_BYTES", 2**10)
+    monkeypatch.setattr("bpn_lightning.files.untrusted.MOST_BYTES", 2**10)
     path = tmp_path / "x.mat"
     savemat(path, {"a": np.random.default_rng(0).random(1000)}, do_compression=True)
     path.write_bytes(path.read_bytes()[:-500])
@@ -131,7 +131,7 @@ def test_members_that_share_their_bytes_count_once_as_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A directory that names one member a thousand times would make a bomb look harmless."""
-    monkeypatch.setattr("bpn_lightning.untrusted.MOST_BYTES", 2**20)
+    monkeypatch.setattr("bpn_lightning.files.untrusted.MOST_BYTES", 2**20)
     path = tmp_path / "x.npz"
     images, labels = np.zeros((2**15, 8, 8), np.uint8), np.zeros(2**15, np.int8)
     made = {"train_images": images, "test_images": images, "train_labels": labels}

@@ -20,7 +20,7 @@ from bpn_lightning.cli import export as export_command
 from bpn_lightning.cli import main as cli
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.modes import bundle as files
 from bpn_lightning.modes.bundle import Bundle
 from bpn_lightning.modes.exporters import WRITERS

@@ -16,7 +16,7 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.conformance.runs import with_tokens
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.layers import BiasUnits
 from bpn_lightning.nn.losses import CrossEntropy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.fronts import Front, RandomFeatures
 from bpn_lightning.nn.frozen_network import FrozenNetwork

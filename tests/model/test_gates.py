@@ -17,7 +17,7 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.costs import measured_bytes
 from bpn_lightning.datamodules import SplitArrays, SplitDigits, StreamOf
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.metrics.gate_scores import auroc, calibration
 from bpn_lightning.model.gating import evaluate_gates, mixed
 from bpn_lightning.nn import MLP

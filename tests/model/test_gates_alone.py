@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.fronts import RandomFeatures
 from bpn_lightning.strategies import FineTuning

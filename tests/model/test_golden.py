@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.structure import SCHEMA
 from bpn_lightning.strategies import EWC, BeneficialPerturbation

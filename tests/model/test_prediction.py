@@ -24,7 +24,7 @@ from bpn_lightning.datamodules import (
     StreamOf,
 )
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.model.evaluation import evaluate_task_agnostic
 from bpn_lightning.nn import MLP
 from bpn_lightning.preparation import Preparation, differing_preparation

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import BPNLightningError, CheckpointError, ConfigurationError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.nn import MLP
 from bpn_lightning.nn.layers import evaluation_mode
 from bpn_lightning.registry import strategies as registered_strategies

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bpn_lightning.datamodules import SplitDigits
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.modes import load
 from bpn_lightning.modes.bundle import ACCURACY, read_bundle
 from bpn_lightning.modes.card import write_card

@@ -15,7 +15,7 @@ from waiting import PATIENCE
 from bpn_lightning.cli.bundle import main
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ResultsError
-from bpn_lightning.export import export_module
+from bpn_lightning.export.exporting import export_module
 from bpn_lightning.modes import load
 from bpn_lightning.modes.bundle import read_bundle
 from bpn_lightning.modes.changing import changing, replace_files

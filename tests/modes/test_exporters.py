@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.export import export_module
+from bpn_lightning.export.exporting import export_module
 from bpn_lightning.modes import Modes, load
 from bpn_lightning.modes.exporters import (
     peft_base,

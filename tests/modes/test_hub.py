@@ -19,7 +19,7 @@ from bpn_lightning import ContinualModule
 from bpn_lightning.cli.bundle import main
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError, ResultsError
-from bpn_lightning.export import export_module
+from bpn_lightning.export.exporting import export_module
 from bpn_lightning.modes import hub, load
 from bpn_lightning.modes.bundle import read_bundle
 from bpn_lightning.modes.contents import contents

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bpn_lightning import ContinualModule, modes
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.export import export_module
+from bpn_lightning.export.exporting import export_module
 from bpn_lightning.modes import bundle as files
 from bpn_lightning.nn import MLP
 from bpn_lightning.strategies import (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bpn_lightning import ContinualModule
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.model.extending import extension_of
 from bpn_lightning.modes import load
 from bpn_lightning.modes.plain_values import put_back, set_aside

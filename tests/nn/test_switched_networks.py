@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bpn_lightning.datamodules.digits import SplitDigits
 from bpn_lightning.errors import ConfigurationError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.functional.gradients import sample_gradient_sums, sums_have_closed_forms
 from bpn_lightning.functional.importance import fisher_diagonal
 from bpn_lightning.model.module import ContinualModule

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bpn_lightning import AccuracyMatrix, files
+from bpn_lightning import AccuracyMatrix
 from bpn_lightning.costs import Bytes
 from bpn_lightning.errors import ConfigurationError, ResultsError
-from bpn_lightning.files import write_atomically
+from bpn_lightning.files import writing
+from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.metrics.scores import ClassCounts
 from bpn_lightning.run import provenance, results
 from bpn_lightning.run.provenance import collect_provenance
@@ -270,7 +271,7 @@ def test_crash_before_the_rename_leaves_the_earlier_file(
 
     for step in ("replace", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, step, power_cut)
+            patch.setattr(writing.os, step, power_cut)
             with pytest.raises(KeyboardInterrupt):
                 write_atomically(path, b"half of the la")
         assert path.read_bytes() == b"earlier"

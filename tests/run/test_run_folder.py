@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bpn_lightning.errors import ResultsError
-from bpn_lightning.lock import FolderLock, holder
+from bpn_lightning.files.lock import FolderLock, holder
 from bpn_lightning.run import folder as run_folder
 from bpn_lightning.run.folder import RunFolder
 
@@ -19,7 +19,7 @@ from bpn_lightning.run.folder import RunFolder
 HOLD = """
 import sys
 from pathlib import Path
-from bpn_lightning.lock import FolderLock
+from bpn_lightning.files.lock import FolderLock
 print(FolderLock(Path(sys.argv[1])).acquire(), flush=True)
 sys.stdin.read()
 """

@@ -16,7 +16,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from bpn_lightning import ContinualModule
     from bpn_lightning.datamodules import SplitDigits
-    from bpn_lightning.export import export_module
+    from bpn_lightning.export.exporting import export_module
     from bpn_lightning.nn import MLP
     from bpn_lightning.strategies import BeneficialPerturbation
 

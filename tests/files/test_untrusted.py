@@ -23,13 +23,8 @@ from bpn_lightning.datamodules import SplitArrays, SplitImageFolder
 from bpn_lightning.datamodules.image_sets import Entry, Indoor67
 from bpn_lightning.datamodules.torchvision_sets import _is_whole_idx
 from bpn_lightning.errors import BPNLightningError, CheckpointError
-from bpn_lightning.export import load_exported
-from bpn_lightning.nn import MLP, torchvision_backbone
-from bpn_lightning.nn.structure import SCHEMA
-from bpn_lightning.report.reading import find_runs
-from bpn_lightning.run.checkpoints import read_checkpoint
-from bpn_lightning.run.results import read_matrix_rows, read_results
-from bpn_lightning.untrusted import (
+from bpn_lightning.export.exporting import load_exported
+from bpn_lightning.files.untrusted import (
     MAX_CONFIG_BYTES,
     MAX_TEXT_BYTES,
     check_untrusted,
@@ -37,8 +32,13 @@ from bpn_lightning.untrusted import (
     parse_json,
     read_text,
 )
+from bpn_lightning.nn import MLP, torchvision_backbone
+from bpn_lightning.nn.structure import SCHEMA
+from bpn_lightning.report.reading import find_runs
+from bpn_lightning.run.checkpoints import read_checkpoint
+from bpn_lightning.run.results import read_matrix_rows, read_results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -351,10 +351,10 @@ OPENERS = {
 
 # Files that are not from outside, or opened by what has looked at them: place, call and why.
 EXEMPT = {
-    ("bpn_lightning/untrusted.py", "os.open"): "the one place",
-    ("bpn_lightning/files.py", "open"): "writes a temporary file",
-    ("bpn_lightning/files.py", "os.open"): "flushes what was just written",
-    ("bpn_lightning/lock.py", "os.open"): "the lock of a run's folder, without waiting",
+    ("bpn_lightning/files/untrusted.py", "os.open"): "the one place",
+    ("bpn_lightning/files/writing.py", "open"): "writes a temporary file",
+    ("bpn_lightning/files/writing.py", "os.open"): "flushes what was just written",
+    ("bpn_lightning/files/lock.py", "os.open"): "the lock of a run's folder, without waiting",
     ("bpn_lightning/run/recording.py", "self.path.open"): "appends to the run's own log",
     ("bpn_lightning/bench/runner.py", "log.open"): "appends to the log of a cell",
     ("bpn_lightning/bench/ray_executor.py", "log.open"): "appends to the log of a cell",
@@ -423,7 +423,9 @@ def test_nothing_else_opens_a_file() -> None:
         for path in SOURCES
         for call in opened(path.read_text(encoding="utf-8"))
     }
-    assert found - EXEMPT.keys() == set(), "open it with bpn_lightning.untrusted, or say why not"
+    assert found - EXEMPT.keys() == set(), (
+        "open it with bpn_lightning.files.untrusted, or say why not"
+    )
     assert EXEMPT.keys() - found == set(), "an exemption without a use"
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bpn_lightning.errors import CheckpointError, ConfigurationError
-from bpn_lightning.export import bundle_of, task_names, write_training_state_of
+from bpn_lightning.export.exporting import bundle_of, task_names, write_training_state_of
 from bpn_lightning.model.extending import extension_of
 from bpn_lightning.model.module import ContinualModule
 from bpn_lightning.modes.bundle import (

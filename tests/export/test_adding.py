@@ -14,11 +14,11 @@ from fits import trainer_of
 from torch import Tensor
 
 from bpn_lightning import ContinualModule
-from bpn_lightning.adding import AddToBundle
 from bpn_lightning.cli.bundle import main
 from bpn_lightning.datamodules import SplitDigits
 from bpn_lightning.errors import BPNLightningError
-from bpn_lightning.export import export_module, load_exported
+from bpn_lightning.export.adding import AddToBundle
+from bpn_lightning.export.exporting import export_module, load_exported
 from bpn_lightning.modes import load
 from bpn_lightning.modes.bundle import read_bundle
 from bpn_lightning.modes.training_state import check_training_state
