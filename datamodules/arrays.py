@@ -1,6 +1,6 @@
 """Convert arrays of images, features or tokens with labels to samples, and validate them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,18 +12,20 @@ from bpn_lightning.datamodules.loading import Samples
 from bpn_lightning.datamodules.readers import ImageData
 from bpn_lightning.errors import DataError
 
-__all__ = ["ARRAYS", "from_arrays"]
+__all__ = ["ARRAYS", "KINDS", "VALIDATION", "from_arrays"]
 
 Kind = Literal["images", "features", "tokens"]
 KINDS: tuple[Kind, ...] = ("images", "features", "tokens")
 PARTS = ("train", "test")
 ARRAYS = tuple(f"{part}_{kind}" for kind in (*KINDS, "labels") for part in PARTS)
 """The supported array names."""
+VALIDATION = tuple(f"val_{kind}" for kind in (*KINDS, "labels"))
+"""Those of samples that are held out."""
 
 _OBJECTS = "Write them as one plain array: strings, such as those of pandas, by .astype(str)."
 
 
-def from_arrays(arrays: Mapping[str, Any], source: str) -> ImageData:
+def from_arrays(arrays: Mapping[str, Any], source: str, validation: bool = False) -> ImageData:
     """Convert arrays to samples; each distinct label is a class, in ascending order.
 
     Args:
@@ -32,6 +34,8 @@ def from_arrays(arrays: Mapping[str, Any], source: str) -> ImageData:
             width, channels)``; ``features``, numbers, ``(n, features, ...)``; ``tokens``, integers,
             ``(n, ...)``. Other arrays are ignored.
         source: where the arrays come from, for messages.
+        validation: whether ``val_labels`` and the inputs of ``val`` are training samples that are held out;
+            otherwise they are ignored.
 
     Returns:
         Images as uint8 (the upper 8 of 16 bits), features as float32, tokens as int64.
@@ -39,16 +43,18 @@ def from_arrays(arrays: Mapping[str, Any], source: str) -> ImageData:
     Raises:
         DataError: an array is missing or invalid.
     """
-    kind = _kind(arrays, source)
-    held = {key: np.asarray(arrays[key]) for key in ARRAYS if key in arrays}
-    values = {part: _labels(f"{part}_labels", held, source) for part in PARTS}
-    if values["train"].dtype.kind != values["test"].dtype.kind:
-        raise DataError(
-            f"Expected train_labels and test_labels in {source} to be of one kind, but got "
-            f"{held['train_labels'].dtype} and {held['test_labels'].dtype}. Make both integers, or both "
-            "strings."
-        )
-    classes = np.unique(np.concatenate([values[part] for part in PARTS]))
+    parts = (*PARTS, "val") if validation else PARTS
+    kind = _kind(arrays, parts, source)
+    held = {key: np.asarray(arrays[key]) for key in (*ARRAYS, *VALIDATION) if key in arrays}
+    values = {part: _labels(f"{part}_labels", held, source) for part in parts}
+    for part in parts[1:]:
+        if values[part].dtype.kind != values["train"].dtype.kind:
+            raise DataError(
+                f"Expected train_labels and {part}_labels in {source} to be of one kind, but got "
+                f"{held['train_labels'].dtype} and {held[f'{part}_labels'].dtype}. Make both integers, or "
+                "both strings."
+            )
+    classes = np.unique(np.concatenate([*values.values()]))
 
     def samples(part: str) -> Samples:
         key = f"{part}_{kind}"
@@ -63,18 +69,28 @@ def from_arrays(arrays: Mapping[str, Any], source: str) -> ImageData:
             )
         return Samples(inputs, labels)
 
-    train, test = samples("train"), samples("test")
-    if train.images.shape[1:] != test.images.shape[1:]:
-        shapes = [tuple(part.images.shape[1:]) for part in (train, test)]
-        what = " (channels, height, width)" if kind == "images" else ""
-        raise DataError(
-            f"Expected train_{kind} and test_{kind} in {source} to be of one size, but got {shapes[0]} "
-            f"and {shapes[1]}{what}. Bring both to the same size."
-        )
-    return ImageData(train, test, [str(value) for value in classes.tolist()], source)
+    found = {part: samples(part) for part in parts}
+    train = found["train"]
+    for part in parts[1:]:
+        shapes = [tuple(one.images.shape[1:]) for one in (train, found[part])]
+        if shapes[0] != shapes[1]:
+            what = " (channels, height, width)" if kind == "images" else ""
+            raise DataError(
+                f"Expected train_{kind} and {part}_{kind} in {source} to be of one size, but got {shapes[0]} "
+                f"and {shapes[1]}{what}. Bring both to the same size."
+            )
+    data = ImageData(train, found["test"], [str(value) for value in classes.tolist()], source)
+    return _holding_out(data, found["val"]) if validation else data
 
 
-def _kind(arrays: Mapping[str, Any], source: str) -> Kind:
+def _holding_out(data: ImageData, val: Samples) -> ImageData:
+    """With these samples behind those of training, of which they are held out."""
+    pairs = zip(data.train, val, strict=True)
+    held_out = torch.arange(len(data.train.labels) + len(val.labels)) >= len(data.train.labels)
+    return data._replace(train=Samples(*map(torch.cat, pairs)), held_out=held_out)
+
+
+def _kind(arrays: Mapping[str, Any], parts: Sequence[str], source: str) -> Kind:
     found = [kind for kind in KINDS if any(f"{part}_{kind}" in arrays for part in PARTS)]
     if len(found) > 1:
         raise DataError(
@@ -82,7 +98,7 @@ def _kind(arrays: Mapping[str, Any], source: str) -> Kind:
             "all but one kind out."
         )
     kind: Kind = found[0] if found else "images"
-    wanted = [f"{part}_{what}" for part in PARTS for what in (kind, "labels")]
+    wanted = [f"{part}_{what}" for part in parts for what in (kind, "labels")]
     missing = [key for key in wanted if key not in arrays]
     if missing:
         others = "" if found else " For features or tokens use train_features or train_tokens."

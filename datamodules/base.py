@@ -122,6 +122,8 @@ class ContinualDataModule(ContinuedStream, ABC):
     constants: ClassVar[ChannelStats | None] = None
     """Known mean and standard deviation of the original channels; None measures them on the first
     task's training samples."""
+    holds_out = False
+    """Whether the data set itself says which training samples are held out: ``held_out`` of its data."""
     mirrored: ClassVar[bool] = True
     """Whether flipping an image preserves its class; if not, augmentation only crops."""
 
@@ -132,12 +134,12 @@ class ContinualDataModule(ContinuedStream, ABC):
         epochs = self.epochs_per_task
         for number in epochs if isinstance(epochs, list) else [epochs]:
             check_positive_int("epochs_per_task", number)
-        check_held_out(self.validation_fraction, self.evaluation_split)
+        check_held_out(self.validation_fraction, self.evaluation_split, self.holds_out)
         if self.channels not in (1, 3, None):
             raise ConfigurationError(
                 f"Expected channels to be 1, 3 or null, but got {self.channels!r}. 1 is gray, 3 is color."
             )
-        self.has_validation = self.validation_fraction > 0
+        self.has_validation = self.validation_fraction > 0 or self.holds_out
         known = get_args(Literal["always", "never"])
         if self.reset_optimizer not in known:
             raise ConfigurationError(
@@ -245,7 +247,9 @@ class ContinualDataModule(ContinuedStream, ABC):
 
         columns = columns_of_classes(division, data.class_names)
         columns = torch.where(columns < 0, columns, columns + self.first_column)
-        held = hold_out(data.train.labels, self.validation_fraction, "validation", self.seed)
+        held = data.held_out
+        if held is None:
+            held = hold_out(data.train.labels, self.validation_fraction, "validation", self.seed)
         train = Samples(data.train.images, columns[data.train.labels])
         test = Samples(data.test.images, columns[data.test.labels])
         everything = torch.ones(len(test.labels), dtype=torch.bool)

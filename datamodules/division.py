@@ -90,12 +90,13 @@ def check_data(data: ImageData) -> None:
         )
 
 
-def check_held_out(fraction: float, evaluation_split: str) -> None:
+def check_held_out(fraction: float, evaluation_split: str, holds_out: bool = False) -> None:
     """Refuse a held-out part that cannot be, or that is to be evaluated and is empty.
 
     Args:
         fraction: of each class's training samples.
         evaluation_split: ``test`` or ``val``.
+        holds_out: whether the data set itself holds some out.
 
     Raises:
         ConfigurationError: names the argument.
@@ -106,7 +107,12 @@ def check_held_out(fraction: float, evaluation_split: str) -> None:
             f"{fraction}. Use 0 for no validation part, 0.1 for a tenth."
         )
     check_choice("evaluation_split", evaluation_split, ("test", "val"))
-    if evaluation_split == "val" and not fraction:
+    if holds_out and fraction:
+        raise ConfigurationError(
+            f"Expected validation_fraction to be 0 where the data set's own validation part is used, but got {fraction}. "
+            "Leave one of the two out."
+        )
+    if evaluation_split == "val" and not (fraction or holds_out):
         raise ConfigurationError(
             "Expected validation_fraction to be above 0 where evaluation_split is val, but got 0. Hold out "
             "a tenth with 0.1, or leave evaluation_split out."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpn_lightning.checks import check_positive_int
-from bpn_lightning.datamodules.arrays import ARRAYS, from_arrays
+from bpn_lightning.datamodules.arrays import ARRAYS, VALIDATION, from_arrays
 from bpn_lightning.datamodules.class_incremental import ClassIncrementalDataModule
 from bpn_lightning.datamodules.normalization import IDENTITY, ChannelStats
 from bpn_lightning.datamodules.readers import ImageData, read_class_folders, read_npz
@@ -61,26 +61,33 @@ class SplitArrays(ClassIncrementalDataModule):
     - ``train_tokens`` and ``test_tokens``: integers, (n, length), passed as int64 to a network that
       begins with ``torch.nn.Embedding``.
 
-    No information leaks from later tasks or test samples. Other arrays, such as ``val_images`` of
-    MedMNIST, are ignored: ``validation_fraction`` always holds out training samples.
+    No information leaks from later tasks or test samples. Other arrays are ignored.
 
     Args:
         path: the archive; in Python also a mapping of these names to arrays.
         standardize: whether features are standardized.
+        own_validation: hold out the archive's own validation part, ``val_labels`` with ``val_images`` (or
+            features or tokens), as MedMNIST has it, instead of a fraction of the training samples.
     """
 
     path: str | Mapping[str, Any]
     standardize: bool = True
+    own_validation: bool = False
 
     title = "the arrays"
+
+    def __post_init__(self) -> None:
+        self.holds_out = self.own_validation
+        super().__post_init__()
 
     def read(self) -> ImageData:
         """Load the arrays."""
         arrays, source = self.path, "the arrays"
         if not isinstance(arrays, Mapping):
             file = Path(arrays).expanduser().absolute()
-            arrays, source = read_npz(file, ARRAYS), str(file)
-        return from_arrays(arrays, source)
+            wanted = (*ARRAYS, *VALIDATION) if self.own_validation else ARRAYS
+            arrays, source = read_npz(file, wanted), str(file)
+        return from_arrays(arrays, source, self.own_validation)
 
     def known_normalization(self, data: ImageData) -> ChannelStats | None:
         """The identity for features if ``standardize`` is off."""

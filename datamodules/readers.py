@@ -11,6 +11,7 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from bpn_lightning.datamodules.limits import (
     Fault,
@@ -36,12 +37,15 @@ class ImageData(NamedTuple):
         test: the test part, likewise.
         class_names: the classes in the data set's own order.
         source: where the data come from, for messages.
+        held_out: which training samples the data set itself holds out for validation, ``(n,)`` bool; None if
+            it says nothing of it.
     """
 
     train: Samples
     test: Samples
     class_names: list[str]
     source: str
+    held_out: Tensor | None = None
 
 
 @contextmanager

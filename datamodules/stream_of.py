@@ -163,7 +163,7 @@ class StreamOf(ContinualDataModule):
             raise ConfigurationError(
                 "Expected streams to list at least one stream, but got none. Add some."
             )
-        held = [stream.validation_fraction > 0 for stream in map(_checked, self.streams)]
+        held = [stream.has_validation for stream in map(_checked, self.streams)]
         if any(held) != all(held):
             raise ConfigurationError(
                 "Expected validation_fraction to be more than 0 in all streams or in none, but got "

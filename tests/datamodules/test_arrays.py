@@ -417,6 +417,56 @@ def test_arrays_that_hold_something_else_are_refused(made: dict[str, Any], said:
         SplitArrays(made, classes_per_task=3).setup()
 
 
+def medmnist(**changes: Any) -> dict[str, Any]:
+    """Ten images of each of four classes for training, two for validation, three for the test."""
+    made: dict[str, Any] = {}
+    for part, count in (("train", 10), ("val", 2), ("test", 3)):
+        made[f"{part}_labels"] = np.tile(np.arange(4), count)[:, None]
+        shades = 10 * made[f"{part}_labels"] + {"train": 0, "val": 100, "test": 200}[part]
+        made[f"{part}_images"] = np.broadcast_to(shades[:, :, None], (4 * count, 3, 3)).astype(
+            "uint8"
+        )
+    return {**made, **changes}
+
+
+@pytest.mark.parametrize("kind", ["archive", "mapping"])
+def test_the_archives_own_validation_part_is_held_out(tmp_path: Path, kind: str) -> None:
+    made: Any = medmnist() if kind == "mapping" else saved(tmp_path, medmnist())
+    stream = SplitArrays(made, own_validation=True, batch_size=4, evaluation_split="val")
+    stream.setup()
+    plain = SplitArrays(made, batch_size=4)
+    plain.setup()
+    assert stream.has_validation
+    assert stream.normalization == plain.normalization  # by training samples alone
+    for task in (0, 1):
+        of_task = [20 * task, 20 * task + 10]
+        for split, shade, count in (("train", 0, 10), ("val", 100, 2), ("test", 100, 2)):
+            found = torch.cat([batch.inputs[:, 0, 0, 0] for batch in stream.loader(task, split)])
+            assert sorted(found.tolist()) == sorted([shade + one for one in of_task] * count)
+        assert torch.equal(stream.members(task, "train"), plain.members(task, "train"))
+
+
+@pytest.mark.parametrize(
+    ("made", "arguments", "said"),
+    [
+        (medmnist(), {"validation_fraction": 0.1}, "validation_fraction to be 0 .* but got 0.1"),
+        (
+            {key: one for key, one in medmnist().items() if key != "val_labels"},
+            {},
+            "but got .*val_images.* Add val_labels",
+        ),
+        (medmnist(val_images=np.zeros((8, 3, 4), "uint8")), {}, "train_images and val_images"),
+        (medmnist(val_labels=np.array(list("abcdefgh"))), {}, "train_labels and val_labels"),
+        (medmnist(val_labels=np.zeros(8, int)), {}, "validation"),
+    ],
+)
+def test_an_own_validation_part_that_cannot_be_is_refused(
+    made: dict[str, Any], arguments: dict[str, Any], said: str
+) -> None:
+    with pytest.raises((ConfigurationError, DataError), match=said):
+        SplitArrays(made, own_validation=True, **arguments).setup()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_they_are_learned_from_the_command_line(

@@ -48,7 +48,7 @@ OWN = {
     "SplitCIFAR10": {"root": "here", "download": False},
     "SplitCIFAR100": {"root": "here", "download": False},
     "SplitImageFolder": {"root": "here", "image_size": 32, "channels": 1},
-    "SplitArrays": {"path": "a.npz", "standardize": False},
+    "SplitArrays": {"path": "a.npz", "standardize": False, "own_validation": False},
 }
 OWN = {name: COMMON | CLASSES | own for name, own in OWN.items()}
 OWN["PermutedMNIST"] = COMMON | TRANSFORMED | {"permute_first_task": False}
