@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from matrices import representatives
+from pictures import left_blank
 from ranks import Ranks
 
 # Set before anything imports torch or matplotlib, and inherited by the processes that tests start.
@@ -126,16 +127,28 @@ def _installed_packages_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _only_what_is_there_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a device that may come, torch formats the stack at every seed, and keeps it for good."""
+    for device in _missing_devices() if "torch" in sys.modules else ():
+        monkeypatch.setattr(device, "manual_seed_all", lambda seed: None)
+
+
+@cache
+def _missing_devices() -> list[Any]:
+    import torch
+
+    return [device for device in (torch.cuda, torch.xpu) if not device.is_available()]
+
+
+@pytest.fixture(autouse=True)
+def _seeded(_only_what_is_there_is_seeded: None) -> None:
     """Start each test from one seed, whichever tests ran before; torch only where it is in use."""
     os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything sets it, and streams read it
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        # Without a GPU, torch.manual_seed formats the stack for each kind of device that it waits for.
-        (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(0)
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -162,15 +175,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def no_pictures() -> Iterator[None]:
-    """Leave empty files in place of pictures, which take half the time of a short run."""
-    from bpn_lightning.run import drawing
-
-    def touch(_: object, path: Path) -> None:
-        for form in drawing.FORMATS:
-            path.with_name(f"{path.name}.{form}").touch()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "save_figure", touch)
+    """For files that do not look at pictures of runs."""
+    with left_blank():
         yield
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run_script
 
 from bpn_lightning.cli.trust import find_here
 
@@ -29,16 +30,18 @@ def test_a_process_finds_what_is_typed_and_nothing_else_of_the_folder(tmp_path: 
     (tmp_path / "x.yaml").write_text("model: {backbone: nets.Net}")
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
 
-    def run(*flags: str) -> "subprocess.CompletedProcess[str]":
-        line = [str(FIT), *LINE.split(), "--trainer.accelerator", "cpu", *flags]
-        return subprocess.run(
-            line, cwd=tmp_path, env=inherited, check=False, capture_output=True, text=True
-        )
-
-    named_by_file = run("--config", "x.yaml")
+    line = [str(FIT), *LINE.split(), "--trainer.accelerator", "cpu"]
+    named_by_file = run_script([*line, "--config", "x.yaml"], cwd=tmp_path, env=inherited)
     assert named_by_file.returncode == 2
     assert "needs no trust, but got 'nets.Net'" in named_by_file.stderr
-    typed = run("--model.backbone", "nets.Net")
+    typed = subprocess.run(  # whose imports of torch and Lightning pass the folder, too
+        [*line, "--model.backbone", "nets.Net"],
+        cwd=tmp_path,
+        env=inherited,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert typed.returncode == 0, typed.stderr
     assert (tmp_path / "runs/digits_inc/finetune/seed_0/results.json").is_file()
     assert not (tmp_path / "trapped").exists()

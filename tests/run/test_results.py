@@ -6,12 +6,14 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pictures import left_blank
 from PIL import Image
 
 from bpn_lightning import AccuracyMatrix
@@ -66,6 +68,13 @@ def write(folder: Path, **changes: Any) -> Path:
     return write_results(folder, **{**arguments, **changes})
 
 
+@pytest.fixture
+def blank() -> Iterator[None]:
+    """For tests that do not look at pictures."""
+    with left_blank():
+        yield
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
@@ -77,6 +86,7 @@ def test_pictures_name_gates_and_front(tmp_path: Path) -> None:
     assert "<!-- tiny · bd+ewc, front random · seed 3 -->" in drawn
 
 
+@pytest.mark.usefixtures("blank")
 def test_results_json(tmp_path: Path) -> None:
     metric = matrix()
     metric.update_task_agnostic([0.1, 0.2, 0.6])
@@ -126,6 +136,7 @@ def test_results_json(tmp_path: Path) -> None:
     assert read_results(path) == read_results(path.parent) == found
 
 
+@pytest.mark.usefixtures("blank")
 def test_what_a_comparison_depends_on_is_recorded(tmp_path: Path) -> None:
     conditions: Conditions = {
         "scenarios": scenarios("all", task_id_at_inference=True, agnostic=True),
@@ -152,6 +163,7 @@ def test_what_a_comparison_depends_on_is_recorded(tmp_path: Path) -> None:
     assert found["validation"] == {"average": None, "per_task": [0.5, 1.0, None]}
 
 
+@pytest.mark.usefixtures("blank")
 def test_results_of_earlier_releases_lack_it(tmp_path: Path) -> None:
     found = json.loads(write(tmp_path).read_bytes())
     for key in ("by_class", "validation"):
@@ -194,6 +206,7 @@ def test_every_file_of_a_run(tmp_path: Path) -> None:
             image.verify()
 
 
+@pytest.mark.usefixtures("blank")
 def test_matrix_csv(tmp_path: Path) -> None:
     metric = matrix()
     metric.update(1, [0.9, math.nan, 0.1 + 0.2])
@@ -242,6 +255,7 @@ def test_equal_runs_write_equal_bytes_but_for_provenance(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.usefixtures("blank")
 def test_extra_results_are_kept_and_nan_is_null(tmp_path: Path) -> None:
     extra = {"intransigence": 0.1, "seeds": (1, 2), "unknown": {"a": [math.nan, -math.inf]}}
     found = read_results(write(tmp_path, extra=extra))
@@ -285,6 +299,7 @@ def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+@pytest.mark.usefixtures("blank")
 def test_results_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> None:
         if path.suffix == ".json":
@@ -304,7 +319,8 @@ def test_results_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of a results.json."""
-    return write(tmp_path_factory.mktemp("written")).read_text()
+    with left_blank():
+        return write(tmp_path_factory.mktemp("written")).read_text()
 
 
 @pytest.mark.parametrize(
