@@ -58,10 +58,11 @@ class Snapshot:
     ) -> None:
         structure = structure_of(bundle, compact=True)
         held = None if bundle.record.get("pretrained") else bundle.shared_bytes
-        made = backbone
-        if made is None:
+        if backbone is None:
             made = build_network(bundle.record["network"], trust, held)
-        network = AnsweringNetwork(copy.deepcopy(made), structure.mask)
+        else:
+            made = copy.deepcopy(backbone)
+        network = AnsweringNetwork(made, structure.mask)
         parts = parts_of(bundle, structure)
         parts.shared |= from_backbone(bundle.record.get("pretrained", []), network)
         fill(network, structure, parts)
@@ -83,6 +84,7 @@ class Snapshot:
         self._chain = None if self._weights else Chain.of(network)
         self.bundle = _sharing_tensors(bundle, network)
         self._network = network
+        self._dtype = network.built_head.weight.dtype
         self._of_thread = threading.local()
         self.outside = _outside(network, parts.spare)
         self.places_by_id = self._lookup()
@@ -256,7 +258,7 @@ class Snapshot:
         """Logits of all open columns, of a network whose tasks share its weights."""
         if self._chain is not None:
             if inputs.is_floating_point():
-                inputs = inputs.to(self._network.built_head.weight.dtype)
+                inputs = inputs.to(self._dtype)
             return self._chain(inputs, places)
         network = self._switched(places)
         return network.all_logits(inputs)
