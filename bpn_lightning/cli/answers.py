@@ -99,7 +99,8 @@ def answer_file(kind: str, to: str | None) -> Iterator[Write]:
         ) from error
     except OSError as error:
         raise ResultsError(
-            f"Expected to write {to}, but got: {error.strerror}. Free some space or grant write access."
+            f"Expected to write {to}, but got: {error.strerror}. Name a file in a folder that exists, free some space or "
+            "grant write access."
         ) from error
 
 

@@ -50,12 +50,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _read(folder: Path) -> "Bundle":
     from bpn_lightning.modes.bundle import explained, read_bundle, structure_of
-    from bpn_lightning.modes.calibration import uncalibrated
+    from bpn_lightning.modes.card import model_card
 
     with explained(folder):
         bundle = read_bundle(folder)
         structure_of(bundle, compact=True)
-        uncalibrated(bundle)  # that its gates are whole
+        model_card(bundle)  # which is written after a change
     return bundle
 
 
@@ -67,12 +67,13 @@ def _add(folder: Path, bundle: "Bundle", arguments: argparse.Namespace) -> list[
     from bpn_lightning.modes.snapshot import Snapshot
 
     source = Path(arguments.task)
-    with explained(source):
+    with explained(source, task=True):
         one = read_task(source, bundle.record)
     one = replace(one, name=arguments.name or source.resolve().name)
     changed = with_task(bundle, one)
     if bundle.record["network"] is not None:
-        with explained(source):  # a task that does not fit would take the bundle's others with it
+        # A task that does not fit would take the bundle's others with it.
+        with explained(source, task=True):
             Snapshot(changed, trust=arguments.trust)
     dropped = _drop_training_state(folder)
     made = add_files(folder, bundle, one)

@@ -131,9 +131,9 @@ def _answers(
     try:
         return net.predict(array, task=task, reject_below=arguments.reject_below)
     except BPNLightningError as error:
-        if not bad.skip or (task is None and "to be given where" in str(error)):
+        if task is None and "to be given where" in str(error):
             raise
-        if len(batch) == 1:
+        if len(batch) == 1:  # the one that it was
             bad.report(batch[0].name, str(error))
             return [None]
         alone = zip(array, batch, strict=True)

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -92,8 +93,10 @@ class FolderLock:
             if self._is_file(descriptor):
                 break
             os.close(descriptor)  # its holder has removed the file between the two calls
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} {platform.node()}\n".encode())
+        # A full disk: the lock holds, and whoever waits for it is told of another process.
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()} {platform.node()}\n".encode())
         self._descriptor = descriptor
         _held.add(descriptor)
         return None

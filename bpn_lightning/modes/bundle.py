@@ -73,9 +73,12 @@ MODEL, FRONT, GATE, ACCURACY = (
 )
 TASK_CONFIG, TASK_MODEL = "adapter_config.json", "adapter_model.safetensors"
 
-MAX_TASKS = 10_000
-"""Folders that one bundle may have."""
-
+MAX_TASKS = 10_000  # folders that one bundle may have
+_BUNDLE = (
+    "a bundle of bpn-export for this network",
+    "Export it again, or pass its original backbone.",
+)
+_TASK = "the folder of a task", "Name tasks/NAME of a bundle with the same shared weights."
 PROGRESS = ("learned", "open", "planned")
 
 
@@ -186,18 +189,17 @@ class Bundle:
 
 
 @contextmanager
-def explained(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Say in one way what is wrong with a bundle."""
+def explained(folder: str | os.PathLike[str], task: bool = False) -> Iterator[None]:
+    """Say in one way what is wrong with a bundle, or with the folder of a task."""
+    expected, remedy = _TASK if task else _BUNDLE
     try:
         yield
     # A damaged or malicious file may raise any exception here.
     except Exception as error:
         said = " ".join(str(error).split())[:300].rstrip(".")
         kind = "" if isinstance(error, BPNLightningError) else f"{type(error).__name__}: "
-        raise CheckpointError(
-            f"Expected {folder} to be a bundle of bpn-export for this network, but got {kind}{said}. Export it "
-            "again, or pass its original backbone."
-        ) from error
+        got = f"{kind}{said}. {remedy}"
+        raise CheckpointError(f"Expected {folder} to be {expected}, but got {got}") from error
 
 
 def read_bundle(folder: str | os.PathLike[str], before: Bundle | None = None) -> Bundle:

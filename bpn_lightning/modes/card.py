@@ -2,16 +2,17 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.intervals import wilson_interval
-from bpn_lightning.modes.bundle import ACCURACY, CARD, Bundle
+from bpn_lightning.modes.bundle import ACCURACY, CARD, Bundle, explained
 from bpn_lightning.modes.calibration import uncalibrated
 from bpn_lightning.modes.training_state import FOLDER, StatePart, training_state_parts
 
-__all__ = ["write_card"]
+__all__ = ["model_card", "write_card"]
 
 _FRONT = """---
 library_name: bpn_lightning
@@ -42,12 +43,17 @@ def write_card(folder: Path, bundle: Bundle) -> None:
     Args:
         folder: of the bundle, whose other files are written.
         bundle: that is in it.
+
+    Raises:
+        CheckpointError: its record, which a stranger may have written, is malformed.
     """
-    card = _model_card(bundle, training_state_parts(folder))
+    with explained(folder):
+        card = model_card(bundle, training_state_parts(folder))
     write_atomically(folder / CARD, card.encode())
 
 
-def _model_card(bundle: Bundle, training: list[StatePart]) -> str:
+def model_card(bundle: Bundle, training: Sequence[StatePart] = ()) -> str:
+    """The text of a bundle's README.md, with what is in its training state."""
     structure = bundle.record["structure"]
     strategies = "+".join(bundle.record.get("strategies", ())) or "continual learning"
     shape = " x ".join(map(str, structure["input_shape"]))
@@ -174,7 +180,7 @@ def _uncalibrated(bundle: Bundle) -> list[str]:
     ]
 
 
-def _training_state(parts: list[StatePart]) -> list[str]:
+def _training_state(parts: Sequence[StatePart]) -> list[str]:
     if not parts:
         return []
     named = ", ".join(f"{_plain(name)} ({size:,} bytes)" for name, size, _ in parts)

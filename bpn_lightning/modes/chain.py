@@ -1,9 +1,10 @@
 """Layers one after another, computed from their tensors: small networks spend a fifth of their time in modules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from bpn_lightning.nn.inference import closed_columns_added
 from bpn_lightning.nn.layers import SwitchableLinear
 
 __all__ = ["Chain"]
+
+Step = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Chain:
     """What a network computes in the modes of tasks, without a mode that holds: threads may share it.
 
     Args:
-        steps: in their order; modules have nothing of a task.
+        steps: in their order; what is no linear layer with biases of tasks has nothing of a task.
         num_classes: columns of the logits.
         stops: of each task, where its columns end, if tasks have their own: products of another width are
             rounded differently, and a task has to answer bit for bit as before another one was added.
     """
 
-    steps: Sequence[_Linear | nn.Module]
+    steps: Sequence["_Linear | Step"]
     num_classes: int
     stops: Sequence[int] = ()
 
@@ -65,11 +68,18 @@ class Chain:
         if type(backbone) not in (nn.Sequential, MLP) or _hooked(backbone):
             return None
         count = head.out_features if network.mask == "task" else network.num_open
-        steps: list[_Linear | nn.Module] = []
+        steps: list[_Linear | Step] = []
         for layer in [*backbone.children(), head]:
             step = _step(layer, count if layer is head else None)
             if step is None:
                 return None
+            if (
+                type(layer) is nn.ReLU
+                and steps
+                and isinstance(steps[-1], _Linear)
+                and not _hooked(layer)
+            ):
+                step = torch.relu_  # what a linear layer gives is new
             steps.append(step)
         stops: list[int] = []
         if network.mask == "task":
@@ -91,7 +101,7 @@ class Chain:
         return closed_columns_added(found, self.num_classes)
 
 
-def _step(layer: nn.Module, count: int | None) -> "_Linear | nn.Module | None":
+def _step(layer: nn.Module, count: int | None) -> "_Linear | Step | None":
     """A layer as a step, with its first outputs or all; None where tasks have something else of it."""
     if type(layer) is SwitchableLinear and layer.bias_units is not None:
         if layer.keys is not None or layer.adapters is not None or _hooked(layer):
@@ -109,7 +119,7 @@ def _step(layer: nn.Module, count: int | None) -> "_Linear | nn.Module | None":
     return layer if known else None
 
 
-def _first_outputs(layer: nn.Module, inputs: Tensor, count: int) -> Tensor:
+def _first_outputs(layer: Any, inputs: Tensor, count: int) -> Tensor:
     """Of a linear layer without modes."""
     weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
     return F.linear(inputs, weight[:count], None if bias is None else bias[:count])

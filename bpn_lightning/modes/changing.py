@@ -52,8 +52,7 @@ def changing(folder: Path, wait: float = WAIT) -> Iterator[None]:
         CheckpointError: there is no bundle.
         ResultsError: another process is writing to it for longer, or it cannot be written.
     """
-    with explained(folder):
-        read_json(folder / CONFIG, within=folder)
+    _named_files(folder)
     lock, end = FolderLock(folder), time.monotonic() + wait
     try:
         while (owner := lock.acquire()) is not None:
@@ -64,7 +63,7 @@ def changing(folder: Path, wait: float = WAIT) -> Iterator[None]:
                     f"that is no longer running, remove {lock.path}."
                 )
             time.sleep(_EVERY)
-        _remove_leftovers(folder)
+        _remove_leftovers(folder, _named_files(folder))
         yield
     except OSError as error:
         raise ResultsError(
@@ -74,14 +73,20 @@ def changing(folder: Path, wait: float = WAIT) -> Iterator[None]:
         lock.release()
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _named_files(folder: Path) -> dict[str, str]:
+    """What ``config.json`` calls the files next to it."""
+    with explained(folder):
+        record = read_json(folder / CONFIG, within=folder)
+        return {name: str(sums.get("name", name)) for name, sums in record["files"].items()}
+
+
+def _remove_leftovers(folder: Path, files: Mapping[str, str]) -> None:
     for path in (path for pattern in _UNFINISHED for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    files = read_json(folder / CONFIG, within=folder)["files"]
     for name in (ACCURACY, GATE):
         for path in [folder / name, *folder.glob(f"{Path(name).stem}-*.safetensors")]:
             known = path.name == name or is_named_by_hash(path.name)
-            if known and path.name != files.get(name, {}).get("name", name):
+            if known and path.name != files.get(name, name):
                 path.unlink(missing_ok=True)
 
 

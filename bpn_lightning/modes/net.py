@@ -63,6 +63,7 @@ class Modes:
 
     Raises:
         CheckpointError: a file is missing, damaged or of another kind, or its network needs trust.
+        ConfigurationError: there is no such device.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Modes:
         device: str | torch.device = "cpu",
     ) -> None:
         self.folder = Path(folder)
-        self._backbone, self._trust, self._device = backbone, tuple(trust), device
+        self._backbone, self._trust, self._device = backbone, tuple(trust), _usable(device)
         self._changing = threading.Lock()  # of those that change it
         with explained(self.folder):
             self.now = self._made(read_bundle(self.folder))
@@ -244,11 +245,11 @@ class Modes:
         """
         with self._changing:
             bundle = self.now.bundle
-            with explained(folder):
+            with explained(folder, task=True):
                 one = read_task(folder, bundle.record)
             one = replace(one, name=name or one.name)
             changed = with_task(bundle, one)
-            with explained(folder):
+            with explained(folder, task=True):
                 self.now = self._made(changed)
             return one.name
 
@@ -263,6 +264,22 @@ class Modes:
                     f"Expected a task to be left, but {name!r} is the only one. Delete the bundle instead."
                 )
             self.now = self._made(replace(now.bundle, tasks=left))
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """A device that there is."""
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise ValueError("it holds no values")
+        torch.empty(0, device=found)
+    # Each backend has errors of its own.
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(
+            f"Expected device to be one that torch can use here, but got {str(device)!r:.40}: {said:.200} Use 'cpu'."
+        ) from error
+    return found
 
 
 def _has_length(task: Any) -> bool:

@@ -58,10 +58,11 @@ class Snapshot:
     ) -> None:
         structure = structure_of(bundle, compact=True)
         held = None if bundle.record.get("pretrained") else bundle.shared_bytes
-        made = backbone
-        if made is None:
+        if backbone is None:
             made = build_network(bundle.record["network"], trust, held)
-        network = AnsweringNetwork(copy.deepcopy(made), structure.mask)
+        else:
+            made = copy.deepcopy(backbone)
+        network = AnsweringNetwork(made, structure.mask)
         parts = parts_of(bundle, structure)
         parts.shared |= from_backbone(bundle.record.get("pretrained", []), network)
         fill(network, structure, parts)
@@ -83,6 +84,7 @@ class Snapshot:
         self._chain = None if self._weights else Chain.of(network)
         self.bundle = _sharing_tensors(bundle, network)
         self._network = network
+        self._dtype = network.built_head.weight.dtype
         self._of_thread = threading.local()
         self.outside = _outside(network, parts.spare)
         self.places_by_id = self._lookup()
@@ -116,18 +118,22 @@ class Snapshot:
         """The places in the table of the tasks of a batch, ``(batch,)`` int64.
 
         Args:
-            tasks: ``(batch,)`` IDs, integers in a tensor, an array or a list, or a list of names.
+            tasks: ``(batch,)`` IDs, integers in a tensor, an array or a list; or names in an array or a list.
             samples: how many there have to be.
 
         Raises:
             ConfigurationError: they are of another length or type, or one of them is none.
         """
+        if isinstance(tasks, np.ndarray) and tasks.dtype.kind == "U":
+            tasks = tasks.tolist()
         if isinstance(tasks, list | tuple) and any(isinstance(one, str) for one in tasks):
             tasks = [self.ids[self.place(one)] for one in tasks]
         try:
             if isinstance(tasks, list | tuple) and any(isinstance(one, bool) for one in tasks):
                 raise TypeError("a truth value is no ID")
             ids = torch.as_tensor(tasks)
+            if ids.is_meta or ids.layout != torch.strided:
+                raise TypeError("a tensor without values, or a sparse one")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(
                 f"Expected task to be a name, an ID, or an ID for each input, but got {tasks!r:.80}."
@@ -210,6 +216,11 @@ class Snapshot:
         """Raw inputs as a batch on the device, and whether it is of one input alone."""
         own, _ = find_preparation(self.structure.preparations, place)
         images = _as_tensor(images, own)
+        if images.layout != torch.strided or images.is_meta:
+            raise ConfigurationError(
+                f"Expected images to be a dense tensor with values, but got one of layout {images.layout} on "
+                f"{images.device}. Convert it: images.to_dense()."
+            )
         single = own.is_one(images)
         return (images[None] if single else images).to(self.device), single
 
@@ -247,7 +258,7 @@ class Snapshot:
         """Logits of all open columns, of a network whose tasks share its weights."""
         if self._chain is not None:
             if inputs.is_floating_point():
-                inputs = inputs.to(self._network.built_head.weight.dtype)
+                inputs = inputs.to(self._dtype)
             return self._chain(inputs, places)
         network = self._switched(places)
         return network.all_logits(inputs)
@@ -399,8 +410,10 @@ def _as_tensor(images: Any, own: Preparation) -> Any:
             )  # a copy: torch takes no negative strides, and warns of read-only ones
         found = torch.as_tensor(images)
     except (TypeError, ValueError, RuntimeError) as error:
+        kind = f" of {images.dtype}" if isinstance(images, np.ndarray) else ""
         raise ConfigurationError(
-            f"Expected images to be a tensor or an array, but got {type(images).__name__}. Stack them first."
+            f"Expected images to be a tensor or an array of numbers, but got {type(images).__name__}{kind}. Pass "
+            "np.asarray(image) of an image, and np.stack([...]) of several."
         ) from error
     channels = own.shape[0] if len(own.shape) == 3 else 0
     if channels and found.dim() in (3, 4) and found.shape[-1] == channels != found.shape[-3]:

@@ -1,5 +1,6 @@
 """`bpn-bundle` adds, removes and checks tasks; what is left answers as before."""
 
+import errno
 import json
 import os
 import shutil
@@ -141,6 +142,46 @@ def test_what_is_refused(line: list[str], said: str, made: None, capsys: Said) -
     assert len(lines) == 1
     assert said in lines[0]
     assert {p.name for p in Path("out/tasks").iterdir()} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("verb", ["card", "check", "remove"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        [],
+        {"files": []},
+        {"strategies": 5},
+        {"gates": None},
+        {"gates": [{"kind": "ncm", "arguments": {"name": "ncm"}, "together": False, "state": 5}]},
+    ],
+)
+def test_a_record_that_a_stranger_made_up(lie: Any, verb: str, made: None, capsys: Said) -> None:
+    """One line, whatever is in it; nothing changes."""
+    path = Path("out/config.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, **lie} if isinstance(lie, dict) else lie))
+    capsys.readouterr()
+    assert main([verb, "out", *(["b"] if verb == "remove" else [])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Expected out to be a bundle of bpn-export" in line
+    assert Path("out/tasks/b").is_dir()
+
+
+def test_a_full_disk_leaves_no_lock(
+    made: None, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the words about its holder can be written: what comes next must not wait for itself."""
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        patch.setattr(os, "fsync", full)
+        assert main(["card", "out"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not Path("out/.lock").exists()
+    assert main(["card", "out"]) == 0
 
 
 def test_a_name_that_leads_out_of_the_folder(made: None, capsys: Said) -> None:

@@ -184,6 +184,8 @@ def test_bad_files_are_skipped_by_request_only(module: ContinualModule, capsys: 
         (["out", "set", "--task", "middle"], "one of low (0), high (1), but got 'middle'."),
         (["out", "set", "--task", "7"], "one of low (0), high (1), but got 7."),
         (["out", "set", "--reject_below", "2"], "Expected reject_below to be a number from 0 to 1"),
+        (["out", "set", "--device", "toaster"], "Expected device to be one that torch can use"),
+        (["out", "set", "--to", "no/a.csv"], "Name a file in a folder that exists"),
         (["out", "set", "--batch_size", "0"], "Expected batch_size to be a whole number"),
         (["out", "out"], "Expected out to hold 1 to 10,000,000 images, but got 0."),
         (["out", "b.npz"], "Expected b.npz to hold one of images, features, tokens"),
@@ -214,6 +216,8 @@ def test_one_bad_array_of_a_batch_is_skipped(module: ContinualModule, capsys: Sa
     whole = images(0) / 255
     whole[1] = np.nan
     np.savez("c.npz", images=whole)
+    assert main(["out", "c.npz"]) == 2
+    assert "Expected c.npz[1] to be an input of the bundle, but got" in capsys.readouterr().err
     assert main(["out", "c.npz", "--skip_bad"]) == 1
     said = capsys.readouterr()
     assert [row["input"] for row in rows(said.out)] == ["c.npz[0]", "c.npz[2]"]

@@ -211,6 +211,7 @@ def test_arrays_and_single_inputs(folder: Path) -> None:
     assert torch.equal(net(array.transpose(0, 2, 3, 1), task="bees"), wanted)
     assert torch.equal(net(images().double() / 255, task="bees"), wanted)
     assert torch.equal(net(array, task=["bees"] * 7), wanted)
+    assert torch.equal(net(array, task=np.array(["bees"] * 7)), wanted)
     assert torch.equal(net(array, task=np.ones(7, dtype=np.int16)), wanted)
     close(net(images()[0], task="bees"), wanted[0])
     close(net(images()[0], task=torch.tensor(1)), wanted[0])
@@ -241,6 +242,8 @@ def test_arrays_and_single_inputs(folder: Path) -> None:
         (torch.zeros(7), "to hold IDs, which are integers, but got torch.float32"),
         (["ants", "dogs"], "but got 'dogs'."),
         ([object()], "but got [<object"),
+        (np.array(["ants", "dogs"] * 3 + ["ants"]), "but got 'dogs'."),
+        (torch.zeros(7, dtype=torch.int64, device="meta"), "an ID for each input, but got tensor("),
     ],
 )
 def test_a_task_that_is_none(task: Any, said: str, folder: Path) -> None:
@@ -251,11 +254,28 @@ def test_a_task_that_is_none(task: Any, said: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", [torch.zeros(2, 3, 8, 8), torch.full((2, 1, 8, 8), 2.0), np.zeros((2, 5)), "x", None]
+    "odd",
+    [
+        torch.zeros(2, 3, 8, 8),
+        torch.full((2, 1, 8, 8), 2.0),
+        np.zeros((2, 5)),
+        "x",
+        None,
+        torch.zeros(1, 1, 8, 8).to_sparse(),
+        torch.zeros(1, 1, 8, 8, device="meta"),
+        np.array([{}]),
+    ],
+    ids=str,
 )
 def test_images_that_are_none(odd: Any, folder: Path) -> None:
     with pytest.raises(ConfigurationError):
         modes.load(folder)(odd, task=0)
+
+
+@pytest.mark.parametrize("device", ["toaster", "meta", "cuda:99"])
+def test_a_device_that_is_none_is_not_the_bundles_fault(device: str, folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Expected device to be one that torch can use"):
+        modes.load(folder, device=device)
 
 
 def test_a_hook_of_a_layer_is_called(folder: Path) -> None:
