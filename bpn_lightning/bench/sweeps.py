@@ -136,7 +136,7 @@ def _gain(collection: Collection, place: str, key: str, first: str, second: str)
         Line(first, x, [ours[value].scores["average"] for value in shared]),
         Line(second, x, [theirs[value].scores["average"] for value in shared]),
     ]
-    chosen = [found[value] for found in (ours, theirs) if (value := _chosen(found)) is not None]
+    chosen = [found[best] for found in (ours, theirs) if (best := _chosen(found)) is not None]
     if len(chosen) == 2:
         a, b = (row.scores["average"] for row in chosen)
         relative = 100 * (a.mean / b.mean - 1) if a and b and b.mean else None
