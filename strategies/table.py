@@ -34,6 +34,7 @@ GATES: dict[str, str] = {
     "energy": "bpn_lightning.strategies.gates.logits:Energy",
     "entropy": "bpn_lightning.strategies.gates.logits:Entropy",
     "fecam": "bpn_lightning.strategies.gates.fecam:FeCAM",
+    "generative": "bpn_lightning.strategies.gates.generative:GenerativeClassifier",
     "ncm": "bpn_lightning.strategies.gates.ncm:NearestClassMean",
     "ppca": "bpn_lightning.strategies.gates.ppca:ProbabilisticPCA",
     "ranpac": "bpn_lightning.strategies.gates.ranpac:RanPAC",

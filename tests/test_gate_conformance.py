@@ -225,11 +225,15 @@ FAULTS: dict[str, set[str]] = {
     "ForgetsItsMeans": {RESUMING, GOING_ON},
     "RanksOnTheirOwn": {RANKS},
 }
-ARGUMENTS = {"ranpac": {"width": 80}, "planted.LosesAnArgument": {"scale": 0.3}}
+ARGUMENTS = {
+    "ranpac": {"width": 80},
+    "generative": {"hidden": [16], "updates": 20, "importance_samples": 8},
+    "planted.LosesAnArgument": {"scale": 0.3},
+}
 
 
-#: One of each kind: rows, rows that share moments, and another network's logits.
-KINDS = {"confidence", "ppca", "slda"}
+#: One of each kind: rows, rows that share moments, rows that are trained, and another network's logits.
+KINDS = {"confidence", "generative", "ppca", "slda"}
 
 
 @pytest.fixture(scope="module")

@@ -106,13 +106,19 @@ def add_to_kept(collection: Collection, cells: Sequence[Cell], folder: Path) -> 
             f"Expected --add to get rows that {folder / CELLS} has no run of, but it has {mixed[0]}. Collect all runs of "
             "the grid without --add, or remove that row from the file."
         )
-    order = {cell.name: number for number, cell in enumerate(cells)}
+    order = {_key(cell): number for number, cell in enumerate(cells)}
     records = sorted(
-        (*earlier.records, *collection.records), key=lambda one: order.get(one.name, len(order))
+        (*earlier.records, *collection.records),
+        key=lambda one: order.get((one.place, one.setup, one.seed), len(order)),
     )
-    there = {one.name for one in records}
-    missing = tuple(name for name in collection.missing if name not in there)
+    there = {(one.place, one.setup, one.seed) for one in records}
+    missing = tuple(cell.name for cell in cells if _key(cell) not in there)
     return replace(collection, records=tuple(records), missing=missing)
+
+
+def _key(cell: Cell) -> tuple[str, str, int]:
+    """Place, setup and seed, as its record has them."""
+    return ", ".join(filter(None, [cell.experiment, cell.label])), cell.row, cell.seed
 
 
 def check_kept(name: str, records: Sequence[RunRecord] | None, folder: Path) -> None:

@@ -166,7 +166,7 @@ class Runner:
     command: Sequence[str] = (BPN_FIT,)
     executor: Executor = on_this_machine
     on_wait: Callable[[], None] = lambda: None
-    _stops: dict[Cell, Event] = field(default_factory=dict, init=False)
+    _stops: dict[Path, Event] = field(default_factory=dict, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
     _done: int = field(default=0, init=False)
 
@@ -186,7 +186,7 @@ class Runner:
         todo.sort(key=lambda cell: cell.seed)  # a whole table soon, and then its intervals
         _say(_count(states, len(todo)))
         self._done, started = 0, time.monotonic()
-        self._stops = {cell: Event() for cell in todo}
+        self._stops = {cell.folder(self.root): Event() for cell in todo}
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = [pool.submit(self._run, cell, len(todo), started) for cell in todo]
             try:
@@ -210,8 +210,9 @@ class Runner:
 
     def stop(self, cell: Cell) -> None:
         """End a cell early, which is then neither finished nor failed."""
-        if cell in self._stops:  # else it is finished
-            self._stops[cell].set()
+        folder = cell.folder(self.root)
+        if folder in self._stops:  # else it is finished
+            self._stops[folder].set()
 
     def _run(self, cell: Cell, total: int, started: float) -> Failure | None:
         folder = cell.folder(self.root)
@@ -224,7 +225,7 @@ class Runner:
                 "Choose another with --runs."
             ) from error
         try:
-            if self._stops[cell].is_set():
+            if self._stops[folder].is_set():
                 return None
             if owner:
                 _say(f"{cell.name}: left to {owner}, which runs it")
@@ -246,7 +247,7 @@ class Runner:
         code = self._attempt(cell, line, folder / "log.txt")
         failure = None
         if not _learned_all(folder / "results.json"):
-            if self._stops[cell].is_set():
+            if self._stops[folder].is_set():
                 return None
             if owner := holder(folder):  # a bpn-fit that began beside this one
                 _say(f"{cell.name}: left to {owner}, which runs it")
@@ -269,9 +270,10 @@ class Runner:
 
     def _attempt(self, cell: Cell, line: Sequence[str], log: Path) -> int:
         """The exit status of the cell's process, or of the last one where some were killed."""
+        stop = self._stops[cell.folder(self.root)]
         for attempt in range(1, ATTEMPTS + 1):
-            code = self.executor(line, log, self._stops[cell])
-            if code >= 0 or self._stops[cell].is_set():
+            code = self.executor(line, log, stop)
+            if code >= 0 or stop.is_set():
                 break
             said = f"killed by signal {-code}, attempt {attempt} of {ATTEMPTS}"
             _say(f"{cell.name}: {said}")

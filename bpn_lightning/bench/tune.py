@@ -161,7 +161,7 @@ class _Trials:
         self.runner.on_wait = watch
         failures = self.runner.run([cell for of_trial in cells.values() for cell in of_trial])
         watch()
-        pruned = {cell for trial, of in cells.items() if trial.pruned for cell in of}
+        pruned = [cell for trial, of in cells.items() if trial.pruned for cell in of]
         self.failures += [one for one in failures if one.cell not in pruned]
         return [self._outcome(cells[trial]) for trial in trials]
 

@@ -184,6 +184,27 @@ def test_rows_are_added_to_those_whose_runs_are_gone(
     assert "it has digits_inc, ewc, seed 0" in said
 
 
+@pytest.mark.slow
+def test_added_rows_of_a_varied_key_are_known_by_it(
+    tmp_path: Path, write_grid: Callable[..., str], stand_in: list[str]
+) -> None:
+    varied = "methods: [ewc, bd+ewc]\n    vary: {strategies.ewc.strength: [2, 1]}"
+    plain = Path(write_grid()).read_text()
+    grid, out = write_grid(plain.replace("methods: [ewc, bd+ewc]", varied)), tmp_path / "out"
+    cells = read_grid(grid).cells
+    for strength in (1, 2):
+        runs = tmp_path / str(strength)
+        own = [cell for cell in cells if dict(cell.variant)["strategies.ewc.strength"] == strength]
+        Runner(runs, command=stand_in).run(own)
+        line = ["collect", grid, "--out", str(out), "--runs", str(runs)]
+        assert main([*line, *(["--add"] if strength == 2 else [])]) == 0
+    found = read_collection(out)
+    assert [(one.setup, one.seed) for one in found.records] == [
+        (cell.row, cell.seed) for cell in cells
+    ]
+    assert not found.missing
+
+
 def test_the_folder_that_one_is_in_has_a_name(
     tmp_path: Path, two: list[RunRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,12 @@ def test_a_trial_is_the_mean_over_its_seeds(search: Any) -> None:
     assert len(calls()) == 6
 
 
+def test_settings_may_be_lists(search: Any) -> None:
+    record, _ = search(SEARCH + "set: {model.backbone.init_args.hidden: [8, 8]}")
+    assert record["best"]["number"] == 2
+    assert all(call["model.backbone.init_args.hidden"] == "[8, 8]" for call in calls())
+
+
 def test_a_search_goes_on_where_it_was_killed(search: Any) -> None:
     whole, _ = search()
     Path("calls").unlink()

@@ -49,6 +49,7 @@ from bpn_lightning.strategies import (
     RanPAC,
     SynapticIntelligence,
 )
+from bpn_lightning.strategies.gates.generative import GenerativeClassifier
 from bpn_lightning.strategies.gates.logits import Confidence, Energy, Entropy
 from bpn_lightning.strategies.gates.supsup import SupSup
 from bpn_lightning.strategies.table import GATES, STRATEGIES
@@ -95,6 +96,7 @@ METHODS: dict[str, Callable[[], Sequence[Callback]]] = {
         RanPAC(width=30),
         FeCAM(),
         ProbabilisticPCA(4),
+        GenerativeClassifier((8,), updates=3, importance_samples=2),
         Confidence(),
         Entropy(),
         Energy(),
