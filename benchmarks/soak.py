@@ -167,13 +167,13 @@ def sizes_of(path: Path) -> Sizes:
 def expected(method: str, tasks: int, others: int) -> tuple[int, ...]:
     """The bytes of a checkpoint's tensors after so many tasks, by formula.
 
-    The matrix has a row before training and one after each task, and a row without task IDs, in float64; a
-    task's biases are one number per unit in float32, its keys one sign per input in int8.
+    The matrix has a row before training and one after each task, a row without task IDs, and two of numbers of
+    samples, in float64; a task's biases are one number per unit in float32, its keys one sign per input in int8.
     """
     parts = method.split("+")
     biases = 4 * tasks * (HIDDEN + CLASSES) * ("bd" in parts)
     keys = tasks * (PIXELS + HIDDEN) * ("psp" in parts)
-    return 8 * tasks * (tasks + 2), biases, keys, others
+    return 8 * tasks * (tasks + 4), biases, keys, others
 
 
 def fork(line: Sequence[str]) -> float:

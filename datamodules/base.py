@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, device
 
-from bpn_lightning.checks import check_positive_int
+from bpn_lightning.checks import check_choice, check_positive_int
 from bpn_lightning.datamodules.augmentation import CropAndFlip
 from bpn_lightning.datamodules.described import verified
 from bpn_lightning.datamodules.division import (
@@ -76,8 +76,7 @@ class ContinualDataModule(ContinuedStream, ABC):
         validation_fraction: fraction of each class's training samples held out for validation, in
             [0, 1). The test set is never used. Which ones depends on the seed, on the class's label in
             the data set, and on the order of its samples: a stream that continues with the same data set holds
-            out what one stream of all tasks does; with other arrays, in which a class has another label, it
-            holds out others.
+            out what one stream of all tasks does, unless a class has another label there.
         evaluation_split: ``test``, or ``val`` to measure accuracies on the held-out part instead: the test set
             is then not used for anything, so that settings can be chosen by these accuracies.
         augment: randomly crop (and, where it makes sense, flip) training images on the device.
@@ -140,11 +139,7 @@ class ContinualDataModule(ContinuedStream, ABC):
                 f"Expected channels to be 1, 3 or null, but got {self.channels!r}. 1 is gray, 3 is color."
             )
         self.has_validation = self.validation_fraction > 0 or self.holds_out
-        known = get_args(Literal["always", "never"])
-        if self.reset_optimizer not in known:
-            raise ConfigurationError(
-                f"Expected reset_optimizer to be one of {known}, but got {self.reset_optimizer!r}."
-            )
+        check_choice("reset_optimizer", self.reset_optimizer, ("always", "never"))
         self._parts: dict[Split, _Part] = {}
         self._affine: dict[device, tuple[Tensor, Tensor]] = {}
         self._training_epoch: Callable[[], TrainingEpoch] | None = None  # as the trainer's epochs

@@ -100,7 +100,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     """What another dependency happens to bring along may be gone with its next release."""
     extras = [
         line
-        for extra in ("conformance", "hub", "ray", "serve", "wandb")
+        for extra in ("conformance", "hub", "ray", "serve", "tune", "wandb")
         for line in SETUP[EXTRAS][extra].split()
     ]
     lines = [*SETUP["options"]["install_requires"].split(), *extras]

@@ -474,7 +474,7 @@ def test_a_class_that_nobody_registered_works_as_a_callback(fit: Callable[..., A
     [
         (
             registry.gates,
-            "confidence energy entropy fecam ncm ppca ranpac slda supsup",
+            "confidence energy entropy fecam generative ncm ppca ranpac slda supsup",
         ),
         (registry.fronts, "frozen patches random"),
     ],

@@ -35,7 +35,7 @@ def test_sizes_of_checkpoints_are_those_of_the_formulas() -> None:
     times, sizes = done.stdout.strip().split("\n\n")
     rows = [row.strip("| ").split(" | ") for row in sizes.replace(",", "").splitlines()[2:]]
     assert [[int(cell) for cell in row[1:5]] for row in rows] == [
-        [tasks, 8 * ((tasks + 1) * tasks + tasks), 4 * UNITS * tasks, INPUTS * tasks]
+        [tasks, 8 * ((tasks + 1) * tasks + 3 * tasks), 4 * UNITS * tasks, INPUTS * tasks]
         for tasks in (3, 6, 9)
     ]
     assert len({row[5] for row in rows}) == 1

@@ -15,6 +15,7 @@ The functions take a tensor and return a tensor; :class:`AccuracyMatrix` holds t
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -429,9 +430,9 @@ def _of_first_process(stacked: Tensor) -> Tensor:
 
 def _count(held: Tensor, samples: Sequence[int | None] | None) -> None:
     """Take over the numbers of samples of the tasks that were tested."""
-    for task, number in enumerate(samples or ()):
-        if number:
-            held[task] = number
+    if samples is not None:
+        now = torch.from_numpy(np.array(samples, dtype=float))  # None becomes NaN
+        held[:] = torch.where(now > 0, now, held)
 
 
 def _number(value: Tensor) -> float | None:

@@ -101,7 +101,7 @@ def test_a_task_that_does_not_fit_is_not_added(made: None, capsys: Said) -> None
     assert main(["remove", "out", "b"]) == 0
     capsys.readouterr()
     assert main(["add", "out", "copy/tasks/b"]) == 2
-    assert "Expected copy/tasks/b to be a bundle" in capsys.readouterr().err
+    assert "Expected copy/tasks/b to be the folder of a task" in capsys.readouterr().err
     assert load("out").tasks == ["a", "c"]
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 ALL = " `bpn-fit --help_all` shows all."
 DIGITS = (
-    "It takes epochs_per_task, batch_size, eval_batch_size, validation_fraction, augment, channels, "
+    "It takes epochs_per_task, batch_size, eval_batch_size, validation_fraction, evaluation_split, augment, channels, "
     "seed, reset_optimizer, task_id_at_inference, num_tasks, classes_per_task, class_order, "
     "class_order_seed, domain_incremental, blurry."
 )
