@@ -49,7 +49,7 @@ from bpn_lightning.bench.cell import (
 )
 from bpn_lightning.bench.orders import ORDER, class_orders
 from bpn_lightning.cli.command import read_command
-from bpn_lightning.cli.config_files import CONFIGS, methods_of, nearest_file, read_yaml
+from bpn_lightning.cli.config_files import CONFIGS, config_of, methods_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 from bpn_lightning.files.writing import check_name
 from bpn_lightning.run.identity import CLASS_ORDER, PARTS, named_value
@@ -255,10 +255,7 @@ def _cells(
             f"Expected config of {here} to name an experiment, but got {entry.get('config')!r}. "
             "`bpn-fit --list` shows the packaged ones."
         )
-    config = entry["config"]
-    beside = grid.parent / config
-    if not Path(config).is_file() and beside.is_file() and not grid.parent.samefile(GRIDS):
-        config = str(beside)  # beside a packaged grid there are grids, some named as an experiment
+    config = config_of(grid, entry["config"])
     trust = [word for word in passed_on if word.partition("=")[0] == "--trust"]
     command = _command(["--config", config, UNTRUSTED, *trust], here)
     experiment = command.experiment

@@ -35,7 +35,7 @@ from bpn_lightning.bench.search import PRUNERS, SAMPLERS
 from bpn_lightning.bench.space import Space, grid_points, read_space
 from bpn_lightning.checks import check_choice, check_positive_int
 from bpn_lightning.cli.command import flag_values, read_command
-from bpn_lightning.cli.config_files import CONFIGS, nearest_file, read_yaml
+from bpn_lightning.cli.config_files import CONFIGS, config_of, nearest_file, read_yaml
 from bpn_lightning.errors import ConfigurationError, did_you_mean
 
 __all__ = ["ARGUMENTS", "Tuning", "packaged_tunings", "read_tuning_file"]
@@ -131,8 +131,7 @@ def read_tuning_file(name: str, passed_on: Sequence[str] = ()) -> Tuning:
                 "and `method: bd+ewc`: a search is for one method of one config."
             )
     config, method = content["config"], content["method"]
-    beside = path.parent / config
-    config = str(beside) if not Path(config).is_file() and beside.is_file() else config
+    config = config_of(path, config)
     space = read_space(content.get("space"), where)
     settings = _mapping(content, "set", where) or {}
     stream = _mapping(content, "stream", where)

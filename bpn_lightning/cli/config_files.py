@@ -15,6 +15,7 @@ __all__ = [
     "CONFIGS",
     "PLACES",
     "ConfigLayer",
+    "config_of",
     "find_config",
     "methods_of",
     "nearest_file",
@@ -104,6 +105,22 @@ def find_config(name: str) -> Path:
     raise ConfigurationError(
         f"Expected --config to be a file or a packaged config, but got {name!r}.{near} "
         "`bpn-fit --list` lists the packaged ones."
+    )
+
+
+def config_of(file: Path, config: str) -> str:
+    """The config that a grid or a search names: a file, one beside it, or a packaged experiment.
+
+    Beside those that are packaged there are others, some named as an experiment, and no config.
+
+    Args:
+        file: of the grid or the search.
+        config: as it is named there.
+    """
+    beside = file.parent / config
+    packaged = file.resolve().parent.parent == CONFIGS.resolve()
+    return (
+        str(beside) if not Path(config).is_file() and beside.is_file() and not packaged else config
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
+from math import prod
 from pathlib import Path
 
 import yaml
@@ -74,10 +75,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _area(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    product = 1
-    for size in shape:
-        product *= size
-    return product, shape
+    return prod(shape), shape
 
 
 def _notes(found: Survey) -> list[str]:
@@ -296,7 +294,7 @@ def _config(file: Path, found: Survey) -> str:
     kind = "rows" if found.kind == "features" else _kind_of_images(found)
     place = [f"{'path' if archive else 'root'}: {_inline(str(found.source))}"]
     if not archive:
-        place.append(f"image_size: {224 if kind == 'large' else _square(found)}  # pixels")
+        place.append(f"image_size: {224 if kind == 'large' else max(_usual(found))}  # pixels")
         place.append(f"channels: {1 if found.gray and kind == 'small' else 3}")
     elif kind == "large":
         place.append("channels: 3")
@@ -324,10 +322,6 @@ def _kind_of_images(found: Survey) -> str:
 
 def _usual(found: Survey) -> tuple[int, ...]:
     return found.shapes.most_common(1)[0][0]
-
-
-def _square(found: Survey) -> int:
-    return max(_usual(found))
 
 
 def _inline(value: object) -> str:

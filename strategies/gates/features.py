@@ -26,6 +26,7 @@ from bpn_lightning.functional.task_scores import (
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.gates.base import TaskGate
+from bpn_lightning.strategies.gates.checks import check_finite, check_learned, check_width
 from bpn_lightning.strategies.gates.open_task import OpenTask
 from bpn_lightning.tasks import Batch, ContinualStream, Task
 
@@ -158,11 +159,7 @@ class FeatureGate(TaskGate):
             DataError: features are not finite, or of another width.
         """
         projected = self._projected(features)
-        if not projected.isfinite().all():
-            raise DataError(
-                f"Expected the features of task {task.id} to be finite for gate {self.name}, but got "
-                "NaN or infinite values. Look at the inputs, and at the front that made them."
-            )
+        check_finite(self.name, projected, task.id)
         if self._open is None:
             self._open = OpenTask.zero(
                 task, projected.shape[1], self.second_moments, projected.device, self.names_classes
@@ -360,11 +357,7 @@ class FeatureGate(TaskGate):
             ConfigurationError: no task is learned yet.
             DataError: features are of another width than those that it was fitted on.
         """
-        if not self.rows:
-            raise ConfigurationError(
-                f"Expected gate {self.name} to be asked after a task was learned, but got features "
-                "before any was. Fit it on a task first."
-            )
+        check_learned(self.name, self.rows)
         with torch.autocast(features.device.type, enabled=False):
             return self.scores(self._projected(features), self.rows)
 
@@ -397,11 +390,7 @@ class FeatureGate(TaskGate):
         """Features through the projection, float32."""
         if self.inputs == 0:
             self.inputs = features.shape[1]
-        if features.ndim != 2 or features.shape[1] != self.inputs:
-            raise DataError(
-                f"Expected features of shape (n, {self.inputs}) for gate {self.name}, but got "
-                f"{tuple(features.shape)}. Use the front that it was fitted with."
-            )
+        check_width(self.name, features, self.inputs)
         features = features.float()
         if self.project is None:
             return features

@@ -17,6 +17,7 @@ from bpn_lightning.functional.task_scores import by_class, by_task, of_task
 from bpn_lightning.host import ContinualHost
 from bpn_lightning.random_state import seeded_generator
 from bpn_lightning.strategies.gates.base import TaskGate
+from bpn_lightning.strategies.gates.checks import check_finite, check_learned, check_width
 from bpn_lightning.tasks import ContinualStream, Task
 
 __all__ = ["GenerativeClassifier", "fit_autoencoder", "log_likelihood"]
@@ -232,11 +233,7 @@ class GenerativeClassifier(TaskGate):
     def on_task_end(self, host: ContinualHost, task: Task) -> None:
         """Train an autoencoder on each of the task's classes; every process trains the same ones."""
         features, columns = _gathered(host, task)
-        if not bool(features.isfinite().all()):
-            raise DataError(
-                f"Expected the features of task {task.id} to be finite for gate {self.name}, but got "
-                "NaN or infinite values. Look at the inputs, and at the front that made them."
-            )
+        check_finite(self.name, features, task.id)
         found: list[dict[str, Tensor]] = []
         for column in range(*task.columns):
             generator = seeded_generator("autoencoder", self.seed, self.name, task.id, column)
@@ -283,18 +280,11 @@ class GenerativeClassifier(TaskGate):
             ConfigurationError: no task is learned yet.
             DataError: features are of another width than those that it was fitted on.
         """
-        if not self.rows:
-            raise ConfigurationError(
-                f"Expected gate {self.name} to be asked after a task was learned, but got features "
-                "before any was. Fit it on a task first."
-            )
-        if features.ndim != 2 or features.shape[1] != self.inputs:
-            raise DataError(
-                f"Expected features of shape (n, {self.inputs}) for gate {self.name}, but got "
-                f"{tuple(features.shape)}. Use the front that it was fitted with."
-            )
-        if self._last is not None and self._last[0] is features:  # asked for task and class in turn
-            return self._last[1]
+        check_learned(self.name, self.rows)
+        check_width(self.name, features, self.inputs)
+        last = self._last  # read once: other threads may ask, too
+        if last is not None and last[0] is features:  # asked for task and class in turn
+            return last[1]
         generator = seeded_generator("importance samples", self.seed, self.name)
         noise = torch.randn(self.importance_samples, self.latent, generator=generator)
         with torch.autocast(features.device.type, enabled=False):
