@@ -88,7 +88,13 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     root = Path(arguments.root).expanduser().absolute()
-    if root.is_file() or any((root / part).is_dir() for part in ("train", "test")):
+    try:
+        own = root.is_file() or any((root / part).is_dir() for part in ("train", "test"))
+    except OSError as error:
+        raise DataError(
+            f"Expected {root} to be readable, but got {type(error).__name__}: {error}. Check its permissions."
+        ) from error
+    if own:
         return _check_own(root)
     if not root.is_dir():
         raise ConfigurationError(
