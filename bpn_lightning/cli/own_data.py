@@ -9,8 +9,10 @@ from pathlib import Path
 
 import yaml
 
+from bpn_lightning.cli.config_files import CONFIGS
 from bpn_lightning.datamodules.survey import Survey, survey
 from bpn_lightning.errors import ConfigurationError, DataError
+from bpn_lightning.files.untrusted import read_text
 from bpn_lightning.files.writing import write_atomically
 from bpn_lightning.terminal import printable
 
@@ -155,27 +157,7 @@ _MODELS = {
 # A ResNet-18 of ImageNet stands before everything and stays as it is; torchvision downloads its weights once
 # (`weights: null` and `weights_file: FILE` take them from a file). A linear head is trained for each task, and a
 # shared-covariance Gaussian names the task of an image. No image is kept.
-fronts:
-  frozen:
-    network:
-      class_path: bpn_lightning.nn.torchvision_backbone
-      init_args:
-        name: resnet18
-        weights: DEFAULT
-        weights_file: null
-
-gates:
-  slda:
-    shrinkage: 0.3
-
-model:
-  backbone: torch.nn.Identity
-  optimizer:
-    class_path: torch.optim.Adam
-    init_args:
-      lr: 0.001
-  mask: task  # multi-head: the gate chooses the head
-  train: head""",
+{frozen}""",
     "small": """\
 # Patches of the first task's images are learned once, and a Gaussian for each class stands on their features: one
 # pass over the images, no image is kept, and no task ID is needed. What a network reaches is to be compared with it:
@@ -302,13 +284,19 @@ def _config(file: Path, found: Survey) -> str:
         name=file.name,
         described=printable(" ".join(describe(found)[-1].splitlines())).rstrip("."),
         method=_METHODS[kind],
-        model=_MODELS[kind],
+        model=_MODELS[kind].replace("{frozen}", _frozen()),
         stream="SplitArrays" if archive else "SplitImageFolder",
         place="\n    ".join(place),
         per_task=_inline(_per_task(len(found.classes))),
         classes=_inline([*found.classes]),
         epochs={"large": 5, "small": 10, "rows": 20}[kind],
     )
+
+
+def _frozen() -> str:
+    """Front, gate and head of the packaged config for images of one's own."""
+    text = read_text(CONFIGS / "own_images_resnet18.yaml")
+    return text[text.index("fronts:") : text.index("\ndata:")].rstrip()
 
 
 def _per_task(count: int) -> int | list[int]:
