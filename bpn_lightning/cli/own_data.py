@@ -36,6 +36,8 @@ def faults_of(found: Survey) -> list[str]:
         faults.append(
             f"The class {name} has no {lacks} samples. Add some, or leave it out of class_order."
         )
+    if any(0 in shape for shape in found.shapes):
+        faults.append(f"Samples of {_shape(min(found.shapes, key=_area))} hold no numbers.")
     if len(found.classes) < _PER_TASK:
         faults.append(f"A stream has two or more classes, and there are {len(found.classes)}.")
     return faults

@@ -135,6 +135,16 @@ def test_archives(tmp_path: Path, capsys: Said, kind: str, words: str) -> None:
     assert "A stream of 2 tasks: 0 + 1; 2." in said
 
 
+def test_images_without_pixels_cannot_be_used(tmp_path: Path, capsys: Said) -> None:
+    images, labels = np.zeros((4, 0, 3), np.uint8), np.arange(4) % 2
+    arrays = {f"{part}_images": images for part in ("train", "test")}
+    np.savez(
+        tmp_path / "a.npz", **arrays, **{f"{part}_labels": labels for part in ("train", "test")}
+    )
+    assert bpn_data(["check", str(tmp_path / "a.npz")]) == 1
+    assert "Samples of 3 x 0 hold no numbers." in capsys.readouterr().out
+
+
 def test_a_layout_that_no_stream_reads_names_the_one_that_it_reads(
     leaves: Path, capsys: Said
 ) -> None:
